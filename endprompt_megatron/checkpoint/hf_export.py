@@ -1,0 +1,216 @@
+"""Write Megatron model chunks as a Hugging Face model directory: safetensors, config.json, tokenizer, provenance. Written beside its
+final name and renamed into place."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from safetensors.torch import save_file
+
+from endprompt_megatron.checkpoint.hf_config import extended_hf_config, read_hf_config
+from endprompt_megatron.checkpoint.hf_import import named_parameters_of_whole_model
+from endprompt_megatron.checkpoint.hf_mapping import Binding, bindings
+from endprompt_megatron.errors import CheckpointError
+from endprompt_megatron.log import get_logger, global_rank
+from endprompt_megatron.model.architecture import ModelArchitecture
+from endprompt_megatron.model.gpt import EndPromptGPTModel
+from endprompt_megatron.rope.scaling import RopeScaling
+
+PROVENANCE_FILE = "endprompt.json"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+_OWN_FILES = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", "README.md", PROVENANCE_FILE)
+
+
+def export_hf(
+    chunks: list[EndPromptGPTModel],
+    destination: Path,
+    *,
+    base_hf_path: Path,
+    architecture: ModelArchitecture,
+    rope: RopeScaling,
+    target_context_length: int,
+    max_shard_bytes: int,
+    provenance: dict[str, Any],
+) -> Path:
+    """Export the model; every rank takes part, rank 0 writes.
+
+    Args:
+        chunks: this rank's model, without Megatron's wrappers.
+        destination: the directory to make; an export that this function made there before is replaced, anything else is refused.
+        base_hf_path: where config.json, tokenizer and generation config of the base come from.
+        architecture: of the whole model.
+        rope: the frequencies that the model was trained with.
+        target_context_length: L.
+        max_shard_bytes: size of one safetensors file.
+        provenance: how the model was made; written as endprompt.json.
+    Returns:
+        destination.
+    Raises:
+        CheckpointError: destination holds something that is not an export.
+    """
+    destination = Path(destination)
+    if destination.exists() and not (destination / PROVENANCE_FILE).is_file():
+        raise CheckpointError(f"{destination} exists and is no export of this tool: choose another output_dir, or move it away.")
+    partial = destination.with_name(destination.name + ".partial")
+    tensors = gather_hf_tensors(chunks, architecture)
+    if global_rank() != 0:
+        for _ in tensors:
+            pass
+        _barrier()
+        return destination
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    dtype = write_safetensors(tensors, partial, max_shard_bytes=max_shard_bytes)
+    config = extended_hf_config(
+        read_hf_config(base_hf_path), rope, target_context_length=target_context_length, dtype=str(dtype).removeprefix("torch.")
+    )
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    _copy_companions(Path(base_hf_path), partial, target_context_length)
+    (partial / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n")
+    _move_into_place(partial, destination)
+    _barrier()
+    return destination
+
+
+def gather_hf_tensors(chunks: list[EndPromptGPTModel], architecture: ModelArchitecture) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (HF name, whole tensor on the CPU) on rank 0, one Megatron parameter at a time; other ranks yield nothing but take part.
+
+    Args:
+        chunks: this rank's model.
+        architecture: of the whole model.
+    """
+    mine = dict(pair for chunk in chunks for pair in named_parameters_of_whole_model(chunk))
+    writes = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    owners = _owners(mine if writes else {})
+    for binding in bindings(architecture):
+        owner = owners[binding.megatron]
+        whole: list[torch.Tensor] | None = None
+        if writes and binding.megatron in mine and _stage_of_owner_is_mine(owner):
+            shards = _gather_shards(mine[binding.megatron].detach(), binding)
+            if global_rank() == owner:
+                whole = [tensor.contiguous().cpu() for tensor in binding.layout.join(architecture, shards)]
+        yield from _hand_to_rank_zero(binding, whole, owner)
+
+
+def _owners(held: dict[str, Any]) -> dict[str, int]:
+    """Global rank of the first tensor-parallel rank that holds each parameter (the first stage's copy of tied embeddings)."""
+    is_first = parallel_state.get_tensor_model_parallel_rank() == 0
+    names = list(held) if is_first else []
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, names)
+    owners: dict[str, int] = {}
+    for rank, theirs in enumerate(everyone):
+        for name in theirs:
+            owners.setdefault(name, rank)
+    return owners
+
+
+def _stage_of_owner_is_mine(owner: int) -> bool:
+    return owner in torch.distributed.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
+
+
+def _gather_shards(tensor: torch.Tensor, binding: Binding) -> list[torch.Tensor]:
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    if binding.layout.tensor_parallel_dim is None or size == 1:
+        return [tensor]
+    shards = [torch.empty_like(tensor) for _ in range(size)]
+    torch.distributed.all_gather(shards, tensor.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+    return shards
+
+
+def _hand_to_rank_zero(
+    binding: Binding, whole: list[torch.Tensor] | None, owner: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    rank = global_rank()
+    if owner == 0:
+        if rank == 0:
+            yield from zip(binding.hugging_face, whole, strict=True)
+        return
+    if rank not in (0, owner):
+        return
+    box: list[Any] = [whole]
+    if rank == owner:
+        torch.distributed.send_object_list(box, dst=0)
+    else:
+        torch.distributed.recv_object_list(box, src=owner)
+        yield from zip(binding.hugging_face, box[0], strict=True)
+
+
+def write_safetensors(
+    tensors: Iterator[tuple[str, torch.Tensor]], directory: Path, *, max_shard_bytes: int
+) -> torch.dtype:
+    """Write tensors as one model.safetensors, or as numbered shards with an index where they exceed `max_shard_bytes`.
+
+    Returns:
+        The dtype of the first tensor.
+    """
+    shards: list[tuple[Path, list[str]]] = []
+    pending: dict[str, torch.Tensor] = {}
+    pending_bytes = total_bytes = 0
+    dtype = torch.float32
+
+    def flush() -> None:
+        nonlocal pending, pending_bytes
+        path = directory / f"shard-{len(shards) + 1:05d}.safetensors"
+        save_file(pending, str(path), metadata={"format": "pt"})
+        shards.append((path, list(pending)))
+        pending, pending_bytes = {}, 0
+
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if pending and pending_bytes + size > max_shard_bytes:
+            flush()
+        if not pending and not shards:
+            dtype = tensor.dtype
+        pending[name] = tensor
+        pending_bytes += size
+        total_bytes += size
+    flush()
+    if len(shards) == 1:
+        shards[0][0].rename(directory / "model.safetensors")
+        return dtype
+    weight_map = {}
+    for number, (path, names) in enumerate(shards, start=1):
+        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        path.rename(directory / final)
+        weight_map.update(dict.fromkeys(names, final))
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return dtype
+
+
+def _copy_companions(base: Path, destination: Path, target_context_length: int) -> None:
+    """Tokenizer, generation config and licence of the base, unchanged but for the tokenizer's model_max_length."""
+    for path in sorted(base.iterdir()):
+        if not path.is_file() or path.suffix in _WEIGHT_SUFFIXES or path.name in _OWN_FILES:
+            continue
+        shutil.copyfile(path, destination / path.name)
+    tokenizer_config = destination / "tokenizer_config.json"
+    if tokenizer_config.is_file():
+        values = json.loads(tokenizer_config.read_text())
+        values["model_max_length"] = int(target_context_length)
+        tokenizer_config.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def _move_into_place(partial: Path, destination: Path) -> None:
+    old = destination.with_name(destination.name + ".replaced")
+    if old.exists():
+        shutil.rmtree(old)
+    if destination.exists():
+        get_logger().info(f"replacing the earlier export of this run in {destination}")
+        destination.rename(old)
+    partial.rename(destination)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _barrier() -> None:
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.barrier()

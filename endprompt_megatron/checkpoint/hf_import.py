@@ -1,0 +1,185 @@
+"""Load a Hugging Face model directory straight into Megatron model chunks: each rank reads only its slices, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from safetensors import SafetensorError, safe_open
+
+from endprompt_megatron.checkpoint.hf_mapping import Binding, bindings
+from endprompt_megatron.errors import CheckpointError
+from endprompt_megatron.log import track
+from endprompt_megatron.model.architecture import ModelArchitecture
+from endprompt_megatron.model.gpt import EndPromptGPTModel
+
+
+class SafetensorsReader:
+    """Random access to the tensors of a model directory, one file or several with an index. Use as a context manager.
+
+    Raises:
+        CheckpointError: no safetensors, a shard that is missing or cut short, an index that names what is not there.
+    """
+
+    def __init__(self, hf_path: Path):
+        self.hf_path = Path(hf_path)
+        self._stack = ExitStack()
+        self._file_of = _locate_tensors(self.hf_path)
+        self._open: dict[Path, Any] = {}
+
+    def __enter__(self) -> SafetensorsReader:
+        for path in sorted(set(self._file_of.values())):
+            self._open[path] = self._stack.enter_context(_open_safetensors(path))
+        for name, path in self._file_of.items():
+            if name not in self._open[path].keys():
+                raise CheckpointError(f"{path}: lacks {name}, which model.safetensors.index.json places there. Download it again.")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return sorted(self._file_of)
+
+    def shape(self, name: str) -> list[int]:
+        """Shape of one tensor, without reading it."""
+        return self._slice(name).get_shape()
+
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Rows first .. last-1 of a tensor."""
+        return self._slice(name)[first:last]
+
+    def columns(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Columns first .. last-1 of a matrix."""
+        return self._slice(name)[:, first:last]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor."""
+        self._slice(name)
+        return self._open[self._file_of[name]].get_tensor(name)
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._file_of:
+            raise CheckpointError(f"{self.hf_path}: no tensor {name} in its safetensors. Is it a complete Llama-type model?")
+        return self._open[self._file_of[name]].get_slice(name)
+
+
+def check_hf_weights(hf_path: Path, architecture: ModelArchitecture) -> None:
+    """Read every file's header and compare names with the architecture, without reading a weight.
+
+    Raises:
+        CheckpointError: a file is missing or cut short, or a tensor is missing or left over.
+    """
+    every = list(bindings(architecture))
+    with SafetensorsReader(hf_path) as reader:
+        _refuse_leftovers(reader, every, architecture)
+        for binding in every:
+            for name in binding.hugging_face:
+                reader.shape(name)
+
+
+def load_hf_weights(chunks: list[EndPromptGPTModel], hf_path: Path, architecture: ModelArchitecture) -> None:
+    """Fill every parameter of the chunks from a Hugging Face directory.
+
+    Args:
+        chunks: this rank's model, before Megatron's wrappers; parameters keep their dtype.
+        hf_path: model directory.
+        architecture: of the whole model.
+    Raises:
+        CheckpointError: a tensor is missing, has another shape, or is left over.
+    """
+    parameters = _parameters_by_whole_model_name(chunks)
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    every = list(bindings(architecture))
+    with SafetensorsReader(hf_path) as reader:
+        _refuse_leftovers(reader, every, architecture)
+        for binding in track(every, "loading weights"):
+            # a tied output layer on the last pipeline stage is a second copy of the embedding
+            names = [binding.megatron]
+            if architecture.tied_embeddings and binding.megatron == "embedding.word_embeddings.weight":
+                names.append("output_layer.weight")
+            for name in names:
+                for parameter in parameters.pop(name, []):
+                    _fill(parameter, binding, reader, architecture, rank, size)
+    if parameters:
+        raise AssertionError(f"parameters that no rule of hf_mapping fills: {sorted(parameters)}")
+
+
+def _fill(parameter, binding: Binding, reader: SafetensorsReader, architecture: ModelArchitecture, rank: int, size: int) -> None:
+    value = binding.layout.read(architecture, binding.hugging_face, reader.rows, reader.columns, rank, size)
+    if value.shape != parameter.shape:
+        shapes = ", ".join(f"{name} {reader.shape(name)}" for name in binding.hugging_face)
+        raise CheckpointError(
+            f"{reader.hf_path}: {shapes} make {tuple(value.shape)} where the model has {tuple(parameter.shape)} for "
+            f"{binding.megatron}: weights and config.json do not belong together."
+        )
+    with torch.no_grad():
+        parameter.copy_(value)
+
+
+def _parameters_by_whole_model_name(chunks: list[EndPromptGPTModel]) -> dict[str, list[torch.nn.Parameter]]:
+    """Parameters under their names in the whole model: layers numbered from the first stage on."""
+    found: dict[str, list[torch.nn.Parameter]] = {}
+    for chunk in chunks:
+        for name, parameter in named_parameters_of_whole_model(chunk):
+            found.setdefault(name, []).append(parameter)
+    return found
+
+
+def named_parameters_of_whole_model(chunk: EndPromptGPTModel) -> list[tuple[str, torch.nn.Parameter]]:
+    """(name, parameter) of a chunk, its layers numbered as in the whole model."""
+    offset = get_transformer_layer_offset(chunk.config, vp_stage=chunk.vp_stage)
+    named = []
+    for name, parameter in chunk.named_parameters():
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            parts[2] = str(int(parts[2]) + offset)
+        named.append((".".join(parts), parameter))
+    return named
+
+
+def _refuse_leftovers(reader: SafetensorsReader, every: list[Binding], architecture: ModelArchitecture) -> None:
+    used = {name for binding in every for name in binding.hugging_face}
+    ignorable = {"lm_head.weight"} if architecture.tied_embeddings else set()
+    leftovers = [
+        name for name in reader.names() if name not in used | ignorable and not name.endswith("rotary_emb.inv_freq")
+    ]
+    if leftovers:
+        raise CheckpointError(
+            f"{reader.hf_path}: {len(leftovers)} tensors have no place in a Llama-type model of {architecture.num_layers} layers, "
+            f"e.g. {leftovers[0]}. Weights and config.json do not belong together, or the architecture is another."
+        )
+
+
+def _locate_tensors(hf_path: Path) -> dict[str, Path]:
+    index = hf_path / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = json.loads(index.read_text())["weight_map"]
+        missing = sorted({file for file in weight_map.values() if not (hf_path / file).is_file()})
+        if missing:
+            raise CheckpointError(f"{hf_path}: {len(missing)} shards that the index names are missing, e.g. {missing[0]}.")
+        return {name: hf_path / file for name, file in weight_map.items()}
+    single = hf_path / "model.safetensors"
+    if not single.is_file():
+        raise CheckpointError(
+            f"{hf_path}: neither model.safetensors nor model.safetensors.index.json there. Only safetensors are read; convert "
+            f"pytorch_model.bin with transformers' save_pretrained."
+        )
+    with _open_safetensors(single) as opened:
+        return {name: single for name in opened.keys()}
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or cut short ({error}): it has {path.stat().st_size} bytes. Copy it again."
+        ) from error

@@ -1,0 +1,187 @@
+"""Megatron's GPTDataset with an end prompt in place of the last tokens of each sample, explicit positions and loss weights.
+
+Shapes: S physical tokens of a sample, a context tokens, b prompt tokens, S = a + b.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+from endprompt_megatron.data.prompts import EndPromptSet
+from endprompt_megatron.errors import DataError
+from endprompt_megatron.positions.scheme import SampleLayout, get_scheme
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """The little that Megatron's dataset code asks of a tokenizer.
+
+    Attributes:
+        vocab_size: tokens of the vocabulary.
+        eod: end-of-document token.
+        sha256: identity of the tokenizer; enters the names of cached indices.
+    """
+
+    vocab_size: int
+    eod: int
+    sha256: str
+
+    @property
+    def unique_identifiers(self) -> dict[str, str]:
+        """What Megatron hashes into the name of an index cache."""
+        return {"class": type(self).__name__, "sha256": self.sha256}
+
+
+@dataclass
+class EndPromptDatasetConfig(GPTDatasetConfig):
+    """GPTDatasetConfig plus the method.
+
+    Attributes:
+        position_scheme: name of the scheme.
+        target_context_length: L, in positions.
+        end_prompts: tokenised cue set; None for schemes without an end prompt.
+        end_prompt_loss_weight: loss weight of prompt tokens; context tokens weigh 1.
+        position_seed: seed of the draws of prompts and positions.
+    """
+
+    position_scheme: str = "endprompt"
+    target_context_length: int = 0
+    end_prompts: EndPromptSet | None = None
+    end_prompt_loss_weight: float = 0.1
+    position_seed: int = 0
+
+
+class EndPromptDataset(GPTDataset):
+    """Samples of exactly S tokens: a = S - b of running text, then the end prompt.
+
+    The text of a sample is the first a tokens of the S that GPTDataset draws for it, so at most b tokens a sample go unused and the
+    text of two samples never overlaps.
+    """
+
+    config: EndPromptDatasetConfig
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        """One sample.
+
+        Args:
+            idx: sample index; None is Megatron's padding sample, whose loss weighs nothing.
+        Returns:
+            tokens, labels, position_ids: int64 [S]; loss_weights: float32 [S], the weight of the token's *label*: 1 where the label
+            is text, `end_prompt_loss_weight` where it is a prompt token (token a-1 predicts the first of them), 0 where there is no
+            label (the last token of an end prompt); prompt_mask: bool [S], True where the label is a prompt token; sample_index: [].
+        Source: EndPrompt (arXiv 2605.14589), eq. 4, 5 and 11.
+        """
+        sample = super().__getitem__(idx)
+        index = 0 if idx is None else int(idx)
+        tokens, labels = sample["tokens"], sample["labels"]
+        weights = sample["loss_mask"].clone().float()
+        prompt_mask = torch.zeros(len(tokens), dtype=torch.bool)
+        scheme = get_scheme(self.config.position_scheme)
+        num_prompt = 0
+        if scheme.uses_end_prompt:
+            prompt = torch.from_numpy(self.config.end_prompts.draw(self.config.position_seed, index))
+            num_prompt = len(prompt)
+            num_context = len(tokens) - num_prompt
+            tokens = torch.cat([tokens[:num_context], prompt])
+            labels = torch.cat([labels[: num_context - 1], prompt, prompt.new_zeros(1)])
+            prompt_mask[num_context - 1 : -1] = True
+            weights[num_context - 1 : -1] = self.config.end_prompt_loss_weight * float(idx is not None)
+            weights[-1] = 0.0
+        layout = SampleLayout(len(tokens) - num_prompt, num_prompt, self.config.target_context_length)
+        positions = scheme.place(layout, self.config.position_seed, index)
+        return {
+            "tokens": tokens,
+            "labels": labels,
+            "position_ids": torch.from_numpy(positions),
+            "loss_weights": weights,
+            "prompt_mask": prompt_mask,
+            "sample_index": torch.tensor(index),
+        }
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Indexed datasets and their weights.
+
+    Attributes:
+        prefixes: path prefixes of .bin/.idx pairs.
+        weights: relative shares, one a prefix.
+    """
+
+    prefixes: list[str]
+    weights: list[float]
+
+    def as_megatron(self) -> tuple[list[str], list[float] | None]:
+        """The pair that Megatron's config takes."""
+        return self.prefixes, (self.weights if len(self.prefixes) > 1 else None)
+
+
+def build_datasets(
+    train: Blend,
+    validation: Blend | None,
+    *,
+    split: str,
+    seq_length: int,
+    num_train_samples: int,
+    num_validation_samples: int,
+    seed: int,
+    tokenizer: TokenizerFacts,
+    cache_dir: Path,
+    position_scheme: str,
+    target_context_length: int,
+    end_prompts: EndPromptSet | None,
+    end_prompt_loss_weight: float,
+) -> tuple[Any, Any]:
+    """Training and validation datasets through Megatron's blended builder.
+
+    Args:
+        train, validation: corpora; without `validation`, `split` cuts the training corpora by documents.
+        split: train,validation,test shares.
+        seq_length: S.
+        num_train_samples, num_validation_samples: samples to build; 0 validation samples build none.
+        seed: of document and sample order, and of the draws of prompts and positions.
+        cache_dir: where Megatron keeps its index caches.
+    Returns:
+        (training dataset, validation dataset or None).
+    Raises:
+        DataError: the text is too short for a single sample.
+    """
+    common: dict[str, Any] = dict(
+        random_seed=seed,
+        sequence_length=seq_length,
+        path_to_cache=str(cache_dir),
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        position_scheme=position_scheme,
+        target_context_length=target_context_length,
+        end_prompts=end_prompts,
+        end_prompt_loss_weight=end_prompt_loss_weight,
+        position_seed=seed,
+    )
+    wants_validation = num_validation_samples > 0
+    if validation is not None:
+        blends = [train.as_megatron(), validation.as_megatron() if wants_validation else None, None]
+        config = EndPromptDatasetConfig(blend_per_split=blends, **common)
+    else:
+        config = EndPromptDatasetConfig(blend=train.as_megatron(), split=split, **common)
+    sizes = [num_train_samples, num_validation_samples if wants_validation else None, None]
+    try:
+        built = BlendedMegatronDatasetBuilder(EndPromptDataset, sizes, lambda: True, config).build()
+    except (IndexError, ValueError, AssertionError, ZeroDivisionError) as error:
+        raise DataError(
+            f"Megatron could not cut samples of data.seq_length={seq_length} tokens from {train.prefixes} with data.split={split}: "
+            f"{error or type(error).__name__}. Use more text, a shorter seq_length, or a split that leaves documents for each part."
+        ) from error
+    train_dataset, validation_dataset = built[0], built[1]
+    if train_dataset is None or len(train_dataset) == 0:
+        raise DataError(f"no training sample in {train.prefixes}: data.split={split} leaves it no document.")
+    return train_dataset, validation_dataset if wants_validation else None

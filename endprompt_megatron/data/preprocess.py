@@ -1,0 +1,330 @@
+"""Text to tokens on disk: Hugging Face `datasets` reads the text, a tokenizer makes ids of it, and Megatron's indexed format
+(`.bin`, `.idx`) holds them, with a manifest beside it that says what they were made from. A dataset that is truncated or was
+made with another tokenizer trains without complaint and to no purpose, so the manifest is checked before every use."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+from endprompt_megatron.errors import DataError
+from endprompt_megatron.log import Progress, get_logger
+
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}  # suffix -> reader in `datasets`
+BATCH_DOCUMENTS = 64  # documents tokenised at once: enough to keep the tokenizer's threads busy, little memory for books
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an indexed dataset was made from and what it holds.
+
+    Attributes:
+        source: what was asked for: paths as given, or the hub dataset's name.
+        source_files: SHA-256 of each local file, in reading order; empty for a hub dataset.
+        config_name, split, text_key: which part of the source was read.
+        tokenizer_hash: as `checkpoint.hf_tokenizer.hash_tokenizer` gives it.
+        vocab_size: tokens the tokenizer knows.
+        eos_token_id: the end-of-text id, None where the tokenizer has none.
+        append_eod: whether each document ends with `eos_token_id`.
+        num_documents, num_tokens: in the .bin file; the end-of-text tokens are counted.
+        num_empty_documents: documents without text, left out.
+        dtype: numpy name of the ids on disk.
+        bin_bytes, idx_bytes: sizes of the two files.
+        versions: libraries that made it.
+        manifest_version: layout of this record.
+    """
+
+    source: list[str]
+    source_files: list[str]
+    config_name: str | None
+    split: str
+    text_key: str
+    tokenizer_hash: str
+    vocab_size: int
+    eos_token_id: int | None
+    append_eod: bool
+    num_documents: int
+    num_tokens: int
+    num_empty_documents: int
+    dtype: str
+    bin_bytes: int
+    idx_bytes: int
+    versions: dict[str, str]
+    manifest_version: int = MANIFEST_VERSION
+
+    def identity(self) -> str:
+        """SHA-256 (hex) of the manifest: equal for datasets made of the same text with the same tokenizer and settings."""
+        described = {key: value for key, value in asdict(self).items() if key not in ("versions", "source")}
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def prepare_dataset(
+    source: str | Path | Sequence[str | Path],
+    *,
+    tokenizer: Any,
+    tokenizer_hash: str,
+    output_prefix: Path,
+    text_key: str = "text",
+    append_eod: bool = True,
+    split: str = "train",
+    config_name: str | None = None,
+) -> Manifest:
+    """Tokenise `source` into `<output_prefix>.bin`, `.idx` and `.manifest.json`, or reuse them if they are there already.
+
+    A row is a document; of a .txt file, the whole file. No special tokens are added but the end of text.
+
+    Args:
+        source: a .jsonl, .json, .parquet or .txt file, a folder or glob of them, a list of any of these; or a hub dataset's name.
+        tokenizer: a transformers tokenizer.
+        tokenizer_hash: identifies it; see `checkpoint.hf_tokenizer.hash_tokenizer`.
+        output_prefix: path without suffix.
+        text_key: the column that holds the text.
+        append_eod: end each document with the tokenizer's eos token.
+        split: of a hub dataset.
+        config_name: of a hub dataset that has several.
+    Returns:
+        the manifest, also on disk.
+    Raises:
+        DataError: source missing or unreadable, no such column, no text at all, no eos token to append, or the output exists and
+            was made from something else or is damaged.
+    """
+    files = _local_files(source)
+    if append_eod and tokenizer.eos_token_id is None:
+        raise DataError("append_eod=True, but the tokenizer has no eos token. Set its eos_token in tokenizer_config.json.")
+    inputs = {
+        "source": [str(item) for item in _as_list(source)],
+        "source_files": [_sha256(path) for path in files],
+        "config_name": config_name,
+        "split": split,
+        "text_key": text_key,
+        "tokenizer_hash": tokenizer_hash,
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "append_eod": append_eod,
+    }
+    existing = [path for path in _paths(output_prefix).values() if path.exists()]
+    if existing:
+        return _reuse(output_prefix, inputs, existing)
+
+    dtype = DType.optimal_dtype(len(tokenizer))
+    eod = [tokenizer.eos_token_id] if append_eod else []
+    counts = {"num_documents": 0, "num_tokens": 0, "num_empty_documents": 0}
+    with _replacing(output_prefix) as paths, Progress(f"tokenising {Path(output_prefix).name}", None) as progress:
+        builder = IndexedDatasetBuilder(str(paths["bin"]), dtype=dtype)
+        with builder.data_file:
+            for texts in _text_batches(source, files, text_key=text_key, split=split, config_name=config_name):
+                kept = [text for text in texts if text is not None and text.strip()]
+                # verbose=False: documents longer than the model's maximum are what we are here for
+                encoded = tokenizer(kept, add_special_tokens=False, verbose=False)["input_ids"] if kept else []
+                for ids in filter(None, encoded):
+                    builder.add_document(np.asarray(ids + eod), [len(ids) + len(eod)])
+                    counts["num_documents"] += 1
+                    counts["num_tokens"] += len(ids) + len(eod)
+                counts["num_empty_documents"] += len(texts) - sum(map(bool, encoded))
+                progress.advance(len(texts), f"{counts['num_tokens'] / 1e6:.2f}M tokens")
+            if counts["num_documents"] == 0:
+                raise DataError(f"{_named(source)}: no text in column '{text_key}' ({counts['num_empty_documents']} empty rows).")
+            builder.finalize(str(paths["idx"]))
+        manifest = Manifest(
+            **inputs,
+            **counts,
+            dtype=np.dtype(dtype).name,
+            bin_bytes=paths["bin"].stat().st_size,
+            idx_bytes=paths["idx"].stat().st_size,
+            versions={name: metadata.version(name) for name in ("datasets", "megatron-core", "tokenizers", "transformers")},
+        )
+        paths["manifest"].write_text(json.dumps(asdict(manifest), indent=2) + "\n")
+    get_logger().info(f"wrote {output_prefix}: {manifest.num_documents} documents, {manifest.num_tokens} tokens")
+    return manifest
+
+
+def read_texts(source: str | Path | Sequence[str | Path], *, text_key: str = "text", split: str = "train") -> Iterator[str]:
+    """The documents of a source (as `prepare_dataset` takes it), in order, empty ones left out.
+
+    Raises:
+        DataError: as prepare_dataset.
+    """
+    for batch in _text_batches(source, _local_files(source), text_key=text_key, split=split, config_name=None):
+        yield from (text for text in batch if text is not None and text.strip())
+
+
+def load_manifest(prefix: Path) -> Manifest:
+    """The manifest of an indexed dataset.
+
+    Raises:
+        DataError: missing, not JSON, or of another layout.
+    """
+    path = _paths(prefix)["manifest"]
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: there is no prepared dataset under this prefix. Run recipes/prepare_data.py.")
+    try:
+        manifest = Manifest(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}). {_delete(prefix)}") from error
+    if manifest.manifest_version != MANIFEST_VERSION:
+        raise DataError(f"{path}: manifest_version={manifest.manifest_version}, this program reads {MANIFEST_VERSION}. {_delete(prefix)}")
+    return manifest
+
+
+def check_manifest(prefix: Path, *, tokenizer_hash: str) -> Manifest:
+    """Check that the indexed dataset is there, whole, and made with this tokenizer.
+
+    Returns:
+        its manifest.
+    Raises:
+        DataError: a file is missing or has another size than when it was written; another tokenizer made it.
+    """
+    manifest = load_manifest(prefix)
+    for suffix, expected in (("bin", manifest.bin_bytes), ("idx", manifest.idx_bytes)):
+        path = _paths(prefix)[suffix]
+        if not path.is_file():
+            raise DataError(f"{path} is missing. {_delete(prefix)}")
+        if path.stat().st_size != expected:
+            raise DataError(f"{path} has {path.stat().st_size} bytes, not {expected}: it is truncated or was changed. {_delete(prefix)}")
+    if manifest.tokenizer_hash != tokenizer_hash:
+        raise DataError(
+            f"{prefix} was made with another tokenizer (hash {manifest.tokenizer_hash[:12]}, vocabulary {manifest.vocab_size}; "
+            f"this model's is {tokenizer_hash[:12]}): its ids mean other tokens. Choose another prefix, or delete it and prepare again."
+        )
+    return manifest
+
+
+def _reuse(prefix: Path, inputs: dict[str, Any], existing: list[Path]) -> Manifest:
+    """The manifest of an output that is there already, if it is whole and was made from `inputs`."""
+    if not _paths(prefix)["manifest"].exists():
+        raise DataError(f"{existing[0]} exists without a manifest: it was not made here, or not to the end. {_delete(prefix)}")
+    manifest = load_manifest(prefix)
+    # a local file is known by its content, wherever it lies
+    compared = [name for name in inputs if not (name == "source" and inputs["source_files"])]
+    differing = [name for name in compared if getattr(manifest, name) != inputs[name]]
+    if differing:
+        changes = ", ".join(f"{name}: {_short(getattr(manifest, name))} there, {_short(inputs[name])} now" for name in differing)
+        raise DataError(f"{prefix} exists and was made from something else ({changes}). Choose another prefix or delete it.")
+    check_manifest(prefix, tokenizer_hash=inputs["tokenizer_hash"])
+    get_logger().info(f"reusing {prefix}: {manifest.num_documents} documents, {manifest.num_tokens} tokens")
+    return manifest
+
+
+def _local_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files that `source` names, in a fixed order; empty if it is a hub dataset's name.
+
+    Raises:
+        DataError: nothing there, files that cannot be read, or kinds that cannot be read together.
+    """
+    items = _as_list(source)
+    if not items:
+        raise DataError("source is an empty list: name a file, a folder, a glob or a hub dataset.")
+    if len(items) == 1 and _is_hub_name(str(items[0])):
+        return []
+    files: list[Path] = []
+    for item in items:
+        path = Path(item).expanduser()
+        if path.is_dir():
+            found = sorted(child for child in path.rglob("*") if child.is_file() and child.suffix in READERS)
+        elif path.is_file():
+            found = [path]
+        else:
+            found = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
+        if not found:
+            raise DataError(f"source {item} does not exist, or names no {', '.join(READERS)} file.")
+        files += found
+    unreadable = [path for path in files if path.suffix not in READERS]
+    if unreadable:
+        raise DataError(f"source {unreadable[0]}: cannot be read; the files must end in {', '.join(READERS)}.")
+    if len({READERS[path.suffix] for path in files}) > 1:
+        raise DataError(f"{_named(source)} mixes {', '.join(sorted({path.suffix for path in files}))}: prepare them one kind at a time.")
+    return files
+
+
+def _is_hub_name(source: str) -> bool:
+    """Whether `source` is a hub dataset ("name" or "owner/name") rather than a path that may be mistyped."""
+    looks_like_path = Path(source).suffix in READERS or source.startswith((".", "/", "~")) or Path(source).exists()
+    return not looks_like_path and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) is not None
+
+
+def _text_batches(
+    source: Any, files: list[Path], *, text_key: str, split: str, config_name: str | None
+) -> Iterator[list[str | None]]:
+    """Batches of texts, streamed: neither a copy on disk nor the whole text in memory."""
+    import datasets  # two seconds to import: not for those who only check a manifest
+
+    try:
+        if files:
+            options = {"sample_by": "document"} if READERS[files[0].suffix] == "text" else {}
+            paths = [str(path.resolve()) for path in files if path.stat().st_size]  # the reader stumbles over files of 0 bytes
+            if not paths:
+                return
+            rows = datasets.load_dataset(READERS[files[0].suffix], data_files={"rows": paths}, split="rows", streaming=True, **options)
+            text_key = "text" if options else text_key
+        else:
+            rows = datasets.load_dataset(str(_as_list(source)[0]), config_name, split=split, streaming=True)
+        yield from (_column(batch, text_key, source) for batch in rows.iter(batch_size=BATCH_DOCUMENTS))
+    except DataError:
+        raise
+    except Exception as error:  # datasets, pyarrow, the hub and the file system each raise their own
+        hint = "" if files else " If it was meant as a path, it does not exist here."
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise DataError(f"{_named(source)}: datasets cannot read it ({cause}).{hint}") from error
+
+
+def _column(batch: dict[str, list[Any]], text_key: str, source: Any) -> list[str | None]:
+    if text_key not in batch:
+        raise DataError(f"{_named(source)} has no column '{text_key}'; it has: {', '.join(batch)}. Set text_key to one of them.")
+    for value in batch[text_key]:
+        if value is not None and not isinstance(value, str):
+            raise DataError(f"{_named(source)}: column '{text_key}' holds {type(value).__name__}, not text. Set text_key.")
+    return batch[text_key]
+
+
+@contextmanager
+def _replacing(prefix: Path) -> Iterator[dict[str, Path]]:
+    """Temporary paths that take their final names when the block ends well, the manifest last, and vanish when it does not."""
+    Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+    temporary = _paths(Path(prefix).with_name(f".{Path(prefix).name}.{os.getpid()}.tmp"))
+    try:
+        yield temporary
+        for kind, path in _paths(prefix).items():
+            temporary[kind].replace(path)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+def _paths(prefix: Path) -> dict[str, Path]:
+    # not with_suffix: a prefix may hold dots
+    return {kind: Path(f"{prefix}.{ending}") for kind, ending in (("bin", "bin"), ("idx", "idx"), ("manifest", "manifest.json"))}
+
+
+def _as_list(source: str | Path | Sequence[str | Path]) -> list[str | Path]:
+    return [source] if isinstance(source, str | Path) else list(source)
+
+
+def _named(source: str | Path | Sequence[str | Path]) -> str:
+    return f"source {', '.join(str(item) for item in _as_list(source))}"
+
+
+def _delete(prefix: Path) -> str:
+    return f"Delete {prefix}.bin, .idx and .manifest.json and prepare again, or choose another prefix."
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,321 @@
+"""The main job: a Hugging Face model in, training on Megatron-Core, a longer-context Hugging Face model out, with probes before and
+after and a report. One call runs it on one process or as one rank of many."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from endprompt_megatron import preflight
+from endprompt_megatron.checkpoint.hf_export import export_hf
+from endprompt_megatron.checkpoint.hf_import import load_hf_weights
+from endprompt_megatron.checkpoint.hf_sources import ensure_base_model
+from endprompt_megatron.checkpoint.hf_verify import format_findings, verify_export
+from endprompt_megatron.config import RunConfig
+from endprompt_megatron.data.corpora import corpus_texts, prepare_corpora
+from endprompt_megatron.data.dataset import TokenizerFacts, build_datasets
+from endprompt_megatron.evaluation.needle import make_trials
+from endprompt_megatron.evaluation.perplexity import held_out_blocks
+from endprompt_megatron.evaluation.results import Probes, probe_system
+from endprompt_megatron.log import get_logger, global_rank
+from endprompt_megatron.mcore import runtime as mcore_runtime
+from endprompt_megatron.mcore import version
+from endprompt_megatron.model import backends
+from endprompt_megatron.model.build import build_model_chunks
+from endprompt_megatron.model.gpt import EndPromptGPTModel
+from endprompt_megatron.report.report import format_terminal_table, write_report
+from endprompt_megatron.rope.scaling import RopeScaling
+from endprompt_megatron.training.trainer import Trainer, TrainingResult
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the steps of one run share."""
+
+    config: RunConfig
+    base: preflight.Base
+    rope: RopeScaling
+    output_dir: Path
+    runtime: mcore_runtime.Runtime
+    backend: backends.Backend
+
+
+def extend(config: RunConfig) -> dict[str, Any]:
+    """Run the main job, or resume it where its output directory says it stood.
+
+    Args:
+        config: of the run; `precision.name` auto is resolved in place, so that config.yaml tells what was used.
+    Returns:
+        the summary, as in summary.json.
+    Raises:
+        ConfigError, DataError, CheckpointError, BackendUnavailableError: before anything is launched or written wherever it can be
+            known by then.
+    """
+    started = time.monotonic()
+    world_size = mcore_runtime.world_size_from_environment()
+    preflight.validate(config, world_size=world_size)
+    accelerator = mcore_runtime.resolve_accelerator(config.accelerator)
+    config.precision.name = mcore_runtime.resolve_precision(config.precision.name, accelerator)
+    backend = backends.resolve(config.backend)
+    ensure_base_model(config.model.source, Path(config.model.hf_path))
+    base = preflight.check_base(config, world_size=world_size)
+    output_dir = preflight.claim_output_dir(config, write=global_rank() == 0)
+    for note in base.end_prompts.notes if base.end_prompts else ():
+        get_logger().info(note)
+    if accelerator == "cpu" and config.cpu_threads:
+        torch.set_num_threads(config.cpu_threads)
+    runtime = mcore_runtime.initialize(config.parallel, accelerator=accelerator, seed=config.seed)
+    get_logger().info(f"backend {backend.name}: {backend.description}; precision {config.precision.name}")
+    try:
+        run = _Run(config, base, preflight.run_rope(config, base.architecture), output_dir, runtime, backend)
+        return _extend(run, started)
+    finally:
+        mcore_runtime.shut_down()
+
+
+def _extend(run: _Run, started: float) -> dict[str, Any]:
+    config = run.config
+    # one rank prepares, the others wait and find it done
+    if run.runtime.local_rank == 0:
+        _prepare_text(run)
+    if run.runtime.world_size > 1:
+        torch.distributed.barrier()
+    blends, data_hashes = _prepare_text(run)
+    probes = _make_probes(run) if config.evaluation.enabled and run.runtime.world_size == 1 else None
+    chunks = _base_chunks(run)
+    systems: dict[str, Any] = {}
+    if probes:
+        systems["base"] = _probe(run, probes, chunks, "base", "base model, untouched", rope=_native_rope(run))
+        systems["untrained"] = _probe(run, probes, chunks, "untrained", _rope_words(run) + ", no training", rope=run.rope)
+    result = _train(run, chunks, blends, run.output_dir, config)
+    export = _export(run, chunks, result, data_hashes)
+    if probes:
+        label = f"after {config.method.name}, {result.state.step} steps"
+        systems["trained"] = _probe(run, probes, chunks, "trained", label, rope=run.rope, step=result.state.step)
+    if config.control:
+        systems["control"] = _train_control(run, blends, probes)
+    summary = _summary(run, result, systems, export, time.monotonic() - started)
+    if global_rank() == 0:
+        if probes:
+            conditions = {**probes.conditions(), **_conditions(run)}
+            _write_json(run.output_dir / "evaluation.json", {"conditions": conditions, "systems": systems})
+        _write_json(run.output_dir / "summary.json", summary)
+        page = write_report(run.output_dir)
+        if probes:
+            get_logger().info("\n" + format_terminal_table(json.loads((run.output_dir / "evaluation.json").read_text())))
+        get_logger().info(f"model {export}\nreport {page}")
+    return summary
+
+
+def _prepare_text(run: _Run) -> tuple[tuple[Any, Any], dict[str, str]]:
+    data = run.config.data
+    options = dict(directory=Path(data.directory), tokenizer=run.base.tokenizer, tokenizer_hash=run.base.tokenizer_hash)
+    train, hashes = prepare_corpora(data.train, **options)
+    if not data.validation:
+        return (train, None), hashes
+    validation, more = prepare_corpora(data.validation, **options)
+    return (train, validation), {**hashes, **more}
+
+
+def _make_probes(run: _Run) -> Probes:
+    evaluation = run.config.evaluation
+
+    def encode(text: str) -> list[int]:
+        return run.base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    trials = make_trials(
+        encode,
+        lengths=evaluation.lengths,
+        depths=evaluation.needle_depths,
+        trials=evaluation.needle_trials,
+        digits=evaluation.needle_digits,
+        seed=run.config.seed,
+    )
+    blocks = held_out_blocks(
+        corpus_texts(evaluation.text, directory=Path(run.config.data.directory)),
+        encode,
+        block_length=max(evaluation.lengths),
+        num_tokens=evaluation.perplexity_tokens,
+    )
+    return Probes(trials, blocks, evaluation, run.config.seed)
+
+
+def _base_chunks(run: _Run) -> list[EndPromptGPTModel]:
+    chunks = build_model_chunks(
+        run.base.architecture,
+        rope=run.rope,
+        max_sequence_length=run.config.rope.target_context_length,
+        parallel=run.config.parallel,
+        precision=run.config.precision.name,
+        backend=run.backend,
+        device=run.runtime.device,
+    )
+    load_hf_weights(chunks, run.base.hf_path, run.base.architecture)
+    return chunks
+
+
+def _native_rope(run: _Run) -> RopeScaling:
+    return RopeScaling("none", run.base.architecture.rope_theta, run.base.architecture.head_dim)
+
+
+def _rope_words(run: _Run) -> str:
+    return f"base with {run.rope.type.upper()} x{run.rope.factor:g}"
+
+
+def _probe(
+    run: _Run, probes: Probes, chunks: list[EndPromptGPTModel], name: str, label: str, *, rope: RopeScaling, step: int | None = None
+) -> dict[str, Any]:
+    model = chunks[0]
+    model.rotary_pos_emb.set_scaling(rope)
+    cache = run.output_dir / "probes" / (f"{name}.json" if step is None else f"{name}_step_{step:07d}.json")
+    found = probe_system(name, label, model, probes, device=run.runtime.device, cache=cache)
+    model.rotary_pos_emb.set_scaling(run.rope)
+    return found
+
+
+def _train(
+    run: _Run, chunks: list[EndPromptGPTModel], blends: tuple[Any, Any], output_dir: Path, config: RunConfig
+) -> TrainingResult:
+    for chunk in chunks:
+        chunk.assert_rope(run.rope)
+    trainer_config = config.trainer
+    evaluations = 0 if trainer_config.eval_batches < 1 else trainer_config.eval_batches * trainer_config.global_batch_size
+    train_dataset, validation_dataset = build_datasets(
+        *blends,
+        split=config.data.split,
+        seq_length=config.data.seq_length,
+        num_train_samples=trainer_config.max_steps * trainer_config.global_batch_size,
+        num_validation_samples=evaluations,
+        seed=config.seed,
+        tokenizer=TokenizerFacts(run.base.architecture.vocab_size, run.base.tokenizer.eos_token_id, run.base.tokenizer_hash),
+        cache_dir=Path(config.data.directory) / "indices",
+        position_scheme=config.method.position_scheme,
+        target_context_length=config.rope.target_context_length,
+        end_prompts=run.base.end_prompts,
+        end_prompt_loss_weight=config.method.end_prompt_loss_weight,
+    )
+    trainer = Trainer(
+        config, run.runtime, chunks, train_dataset=train_dataset, validation_dataset=validation_dataset, output_dir=output_dir
+    )
+    return trainer.train()
+
+
+def _train_control(run: _Run, blends: tuple[Any, Any], probes: Probes | None) -> dict[str, Any] | None:
+    """The same training from the same base with contiguous positions and no anchor."""
+    get_logger().info("control: the same training with contiguous positions and no end prompt")
+    config = copy.deepcopy(run.config)
+    config.method.name, config.method.position_scheme = "control_short_pi", "contiguous"
+    chunks = _base_chunks(run)
+    directory = run.output_dir / "control"
+    directory.mkdir(exist_ok=True)
+    result = _train(run, chunks, blends, directory, config)
+    if probes is None:
+        return None
+    label = f"control without the anchor, {result.state.step} steps"
+    return _probe(run, probes, chunks, "control", label, rope=run.rope, step=result.state.step)
+
+
+def _export(run: _Run, chunks: list[EndPromptGPTModel], result: TrainingResult, data_hashes: dict[str, str]) -> Path:
+    config = run.config
+    export = export_hf(
+        chunks,
+        run.output_dir / "hf",
+        base_hf_path=run.base.hf_path,
+        architecture=run.base.architecture,
+        rope=run.rope,
+        target_context_length=config.rope.target_context_length,
+        max_shard_bytes=int(config.export.max_shard_gib * 2**30),
+        provenance={
+            "method": config.method.name,
+            "position_scheme": config.method.position_scheme,
+            "end_prompts": list(run.base.end_prompts.texts) if run.base.end_prompts else [],
+            "end_prompt_lengths": run.base.end_prompts.lengths if run.base.end_prompts else [],
+            "base": config.model.name,
+            "original_context_length": run.base.architecture.max_position_embeddings,
+            "target_context_length": config.rope.target_context_length,
+            "rope_type": run.rope.type,
+            "rope_factor": run.rope.factor,
+            "seq_length": config.data.seq_length,
+            "seed": config.seed,
+            "steps": result.state.step,
+            "tokens": result.state.tokens,
+            "tokenizer_sha256": run.base.tokenizer_hash,
+            "data_sha256": data_hashes,
+            "megatron_core": version.megatron_core_version(),
+            "torch": torch.__version__,
+            "exported_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        },
+    )
+    if config.export.verify:
+        findings = verify_export(
+            chunks,
+            export,
+            architecture=run.base.architecture,
+            rope=run.rope,
+            target_context_length=config.rope.target_context_length,
+        )
+        get_logger().info(f"{export} verified with transformers\n{format_findings(findings)}")
+    return export
+
+
+def _conditions(run: _Run) -> dict[str, Any]:
+    """The run's conditions that the report states beside the probes'."""
+    return {
+        "megatron_core": version.megatron_core_version(),
+        "torch": torch.__version__,
+        "device": mcore_runtime.device_name(run.runtime.device),
+        "precision": run.config.precision.name,
+        "learning_rate": run.config.optim.lr,
+        "global_batch_size": run.config.trainer.global_batch_size,
+        "training_text": ", ".join(f"{source.path} ({source.weight:g})" for source in run.config.data.train),
+        "end_prompt_tokens": max(run.base.end_prompts.lengths) if run.base.end_prompts else 0,
+    }
+
+
+def _summary(
+    run: _Run, result: TrainingResult, systems: dict[str, Any], export: Path, wall_seconds: float
+) -> dict[str, Any]:
+    def needle(system: str) -> dict[str, float]:
+        return {length: row["exact_match"] for length, row in systems.get(system, {}).get("needle", {}).items()}
+
+    def perplexity(system: str) -> dict[str, float]:
+        return systems.get(system, {}).get("perplexity", {})
+
+    config = run.config
+    return {
+        "experiment": config.name,
+        "method": config.method.name,
+        "seed": config.seed,
+        "steps": result.state.step,
+        "tokens": result.state.tokens,
+        "physical_length": config.data.seq_length,
+        "target_length": config.rope.target_context_length,
+        "rope_factor": config.rope.factor,
+        "loss_first": result.state.loss_first,
+        "loss_last": result.state.loss_last,
+        "tokens_per_second": result.tokens_per_second,
+        "peak_memory_gib": result.peak_memory_gib,
+        "wall_seconds": wall_seconds,
+        "backend": run.backend.name,
+        "world_size": run.runtime.world_size,
+        "hf_checkpoint": str(export),
+        "needle_before": needle("base"),
+        "needle_untrained": needle("untrained"),
+        "needle_after": needle("trained"),
+        "perplexity_before": perplexity("base"),
+        "perplexity_untrained": perplexity("untrained"),
+        "perplexity_after": perplexity("trained"),
+    }
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)

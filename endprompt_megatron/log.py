@@ -1,0 +1,165 @@
+"""What a run tells people: a logger that speaks on rank 0 only, a metrics.jsonl writer, and a progress display that is a live
+bar on a terminal and plain lines elsewhere (log files, CI)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def global_rank() -> int:
+    """This process's rank as its launcher numbered it (0 when nothing launched it)."""
+    return int(os.environ.get("RANK", "0"))
+
+
+class _RankZero(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return global_rank() == 0 or record.levelno >= logging.ERROR
+
+
+def get_logger() -> logging.Logger:
+    """The project's logger: messages to standard error, rank 0 only below ERROR."""
+    logger = logging.getLogger("endprompt_megatron")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.addFilter(_RankZero())
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    return logger
+
+
+class MetricsWriter:
+    """Appends one JSON object a line to `metrics.jsonl` and mirrors numbers to TensorBoard, on rank 0 only.
+
+    Args:
+        output_dir: the run's output directory; `metrics.jsonl` and `tensorboard/` go there.
+        resume_step: records of later steps that an interrupted run left behind are dropped, so that each step stands once.
+    """
+
+    def __init__(self, output_dir: Path, *, resume_step: int = 0):
+        self.path = Path(output_dir) / "metrics.jsonl"
+        self._file = None
+        self._tensorboard = None
+        if global_rank() != 0:
+            return
+        kept = [record for record in read_metrics(self.path) if record.get("step", 0) <= resume_step]
+        temporary = self.path.with_suffix(".jsonl.tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        temporary.replace(self.path)
+        self._file = self.path.open("a")
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import: only where it writes
+
+        self._tensorboard = SummaryWriter(str(Path(output_dir) / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Append `metrics` for `step`."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        for key, value in metrics.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                self._tensorboard.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        """Flush and close both files."""
+        if self._file is not None:
+            self._file.close()
+            self._tensorboard.close()
+            self._file = self._tensorboard = None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line cut short by a crash is left out."""
+    records = []
+    if Path(path).exists():
+        for line in Path(path).read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return records
+
+
+class Progress:
+    """Progress of a job with a known or unknown number of units: a live bar on a terminal, a line now and then elsewhere.
+
+    Use as a context manager and call `advance(n, "loss 2.31")`.
+
+    Args:
+        label: what is being done, e.g. "training".
+        total: number of units, or None when it is not known beforehand.
+        initial: units already done (a resumed job).
+        seconds_between_lines: how often plain lines are printed where there is no terminal.
+    """
+
+    def __init__(self, label: str, total: int | None, *, initial: int = 0, seconds_between_lines: float = 15.0):
+        self.label, self.total, self.done, self.initial = label, total, initial, initial
+        self._every = seconds_between_lines
+        self._started = self._last = time.monotonic()
+        self._bar = None
+        self._silent = global_rank() != 0
+
+    def __enter__(self) -> Progress:
+        if not self._silent and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as RichProgress
+
+            self._bar = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed:.0f}/{task.total}" if self.total else "{task.completed:.0f}"),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self.label, total=self.total, completed=self.done, note="")
+        return self
+
+    def advance(self, units: int = 1, note: str = "") -> None:
+        """Count `units` more as done and show `note` beside the bar."""
+        self.done += units
+        if self._silent:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, note=note)
+            return
+        now = time.monotonic()
+        if now - self._last >= self._every or (self.total is not None and self.done >= self.total):
+            self._last = now
+            rate = (self.done - self.initial) / max(now - self._started, 1e-9)
+            of_total = f"/{self.total}" if self.total else ""
+            left = f", {_clock((self.total - self.done) / rate)} left" if self.total and rate > 0 else ""
+            get_logger().info(f"{self.label}: {self.done}{of_total}{left}{'  ' + note if note else ''}")
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+    """Yield `items` under a `Progress`."""
+    with Progress(label, total) as progress:
+        for item in items:
+            yield item
+            progress.advance()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

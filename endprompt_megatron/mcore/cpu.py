@@ -1,0 +1,139 @@
+"""Megatron-Core on a host without a GPU. Its schedules, optimizer and random-number code name the device "cuda" outright; the shims
+below let the very same code run on the CPU over gloo. They are installed only when the run uses the CPU, and each says what it stands
+in for. megatron-core 0.16-0.19; they can go when upstream takes its device from the configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_installed: _CudaNamesMeanCpu | None = None
+
+
+def install_cpu_shims() -> None:
+    """Install every shim of this module, once. Only for processes that use no GPU."""
+    global _installed
+    if _installed is not None:
+        return
+    _replace_device_queries()
+    _replace_random_state()
+    _replace_streams_and_synchronization()
+    _installed = _CudaNamesMeanCpu()
+    _installed.__enter__()
+
+
+def cpu_shims_installed() -> bool:
+    """Whether this process runs Megatron-Core on the CPU through the shims."""
+    return _installed is not None
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks instead of handing them back to the kernel, as CUDA's caching allocator does on a GPU: touching
+    fresh pages for every activation costs a virtual machine more than the arithmetic. No effect on other C libraries."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
+class _CudaNamesMeanCpu(TorchFunctionMode):
+    """Stands in for a CUDA device where tensors are made with device="cuda" (pipeline_parallel/schedules.py,
+    optimizer/optimizer.py, optimizer/clip_grads.py), moved with .cuda() or pinned, and where optimizer/distrib_optimizer.py and
+    optimizer/optimizer.py compare `tensor.type()` with 'torch.cuda.FloatTensor' and its siblings."""
+
+    _TYPE_NAMES = {
+        "torch.FloatTensor": "torch.cuda.FloatTensor",
+        "torch.HalfTensor": "torch.cuda.HalfTensor",
+        "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
+    }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            name = func(*args)
+            return self._TYPE_NAMES.get(name, name)
+        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        if "device" in kwargs and _names_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": _CPU}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        return func(*args, **kwargs)
+
+
+def _names_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+def _replace_device_queries() -> None:
+    """Stands in for torch.cuda's device bookkeeping (tensor_parallel/layers.py, tensor_parallel/mappings.py,
+    pipeline_parallel/p2p_communication.py and distributed/param_and_grad_buffer.py allocate on `current_device()`)."""
+    torch.cuda.current_device = lambda: _CPU
+    torch.cuda.set_device = lambda device: None
+    torch.cuda.empty_cache = lambda: None
+
+
+def _replace_random_state() -> None:
+    """Stands in for the CUDA generator: Megatron's RNG tracker (tensor_parallel/random.py) saves, seeds and restores it."""
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    def get_state(device: Any = "cuda", *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(new_state: torch.Tensor, device: Any = -1, *args: Any, **kwargs: Any) -> None:
+        torch.set_rng_state(new_state)
+
+    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = get_state
+    torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = set_state
+    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    megatron_random._get_cuda_rng_state = get_state
+    megatron_random._set_cuda_rng_state = set_state
+
+
+class _NoStream:
+    """Stands in for torch.cuda.Stream and torch.cuda.Event: work on the CPU is done when the call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def _nothing(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    synchronize = wait_stream = wait_event = record_event = record = wait = _nothing
+
+    def query(self) -> bool:
+        """Whether the work is done: always."""
+        return True
+
+    def elapsed_time(self, other: _NoStream) -> float:
+        """Milliseconds between two events: CPU events carry no clock."""
+        return 0.0
+
+
+@contextlib.contextmanager
+def _no_stream_context(stream: Any) -> Iterator[None]:
+    yield
+
+
+def _replace_streams_and_synchronization() -> None:
+    """Stands in for streams, events and synchronize (timers.py, pipeline_parallel, distributed/distributed_data_parallel.py,
+    dist_checkpointing)."""
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.Stream = torch.cuda.Event = _NoStream
+    torch.cuda.stream = _no_stream_context
+    no_stream = _NoStream()
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: no_stream
+    torch.cuda.nvtx.range_push = lambda message: None
+    torch.cuda.nvtx.range_pop = lambda: None

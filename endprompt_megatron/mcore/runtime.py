@@ -1,0 +1,130 @@
+"""Process groups, devices and seeds: from what the launcher put into the environment to an initialised Megatron-Core."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+from megatron.core import parallel_state, tensor_parallel
+
+from endprompt_megatron.config import ParallelConfig
+from endprompt_megatron.errors import BackendUnavailableError, ConfigError
+from endprompt_megatron.log import get_logger
+from endprompt_megatron.mcore import cpu, version
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process stands.
+
+    Attributes:
+        device: torch device of the model and its batches.
+        rank, world_size: of this process among all.
+        local_rank: of this process on its host.
+    """
+
+    device: torch.device
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def resolve_accelerator(accelerator: str) -> str:
+    """"gpu" or "cpu" for `accelerator` = auto | gpu | cpu.
+
+    Raises:
+        ConfigError: another word.
+        BackendUnavailableError: gpu is asked for and there is none.
+    """
+    if accelerator not in ("auto", "gpu", "cpu"):
+        raise ConfigError(f"accelerator={accelerator}: choose auto, gpu or cpu.")
+    found = not cpu.cpu_shims_installed() and torch.cuda.is_available()
+    if accelerator == "gpu" and not found:
+        raise BackendUnavailableError(
+            "accelerator=gpu: this experiment needs an NVIDIA GPU with a CUDA build of PyTorch, and "
+            f"torch {torch.__version__} sees none here. Start it on a GPU node, check it with dry_run=true, or try the method on "
+            "this machine with the default experiment (no +experiment)."
+        )
+    return "gpu" if found and accelerator != "cpu" else "cpu"
+
+
+def resolve_precision(precision: str, accelerator: str) -> str:
+    """bf16 or fp32 for `precision` = auto | bf16 | fp32 on a resolved accelerator: a CPU computes bf16 fast only with AMX."""
+    if precision != "auto":
+        return precision
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return "bf16" if accelerator == "gpu" or has_amx else "fp32"
+
+
+def world_size_from_environment() -> int:
+    """Processes of this job as the launcher announced them; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def initialize(parallel: ParallelConfig, *, accelerator: str, seed: int, timeout_minutes: float = 30.0) -> Runtime:
+    """Start torch.distributed and Megatron's process groups, and seed every generator.
+
+    Args:
+        parallel: sizes of the groups.
+        accelerator: auto | gpu | cpu; without a GPU the shims of mcore.cpu are installed and the backend is gloo.
+        seed: of the run; Megatron derives the tensor-parallel streams from it.
+        timeout_minutes: after which a collective that some rank never joins fails.
+    """
+    version.assert_supported()
+    kind = resolve_accelerator(accelerator)
+    rank, world_size = int(os.environ.get("RANK", "0")), world_size_from_environment()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if kind == "gpu":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "nccl"
+    else:
+        cpu.install_cpu_shims()
+        cpu.keep_freed_memory()
+        device = torch.device("cpu")
+        backend = "gloo"
+    timeout = timedelta(minutes=timeout_minutes)
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        store = torch.distributed.HashStore()  # no port to collide on for a run of one process
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    else:
+        torch.distributed.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+    )
+    seed_everything(seed)
+    get_logger().info(
+        f"megatron-core {version.megatron_core_version()}, torch {torch.__version__}, {world_size} process(es) over {backend} on "
+        f"{device_name(device)}"
+    )
+    return Runtime(device=device, rank=rank, world_size=world_size, local_rank=local_rank)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or "CPU" with its number of torch threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({torch.get_num_threads()} threads)"
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy, torch and Megatron's tensor-parallel generators (which add the rank where streams must differ)."""
+    pipeline_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(pipeline_seed)
+    np.random.seed(pipeline_seed)
+    torch.manual_seed(pipeline_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(pipeline_seed)
+
+
+def shut_down() -> None:
+    """Destroy every process group, so that another run can start in this process."""
+    if torch.distributed.is_initialized():
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,35 @@
+"""Which megatron-core is installed, and whether it is one that this project supports."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+from endprompt_megatron.errors import BackendUnavailableError
+
+SUPPORTED = ((0, 16), (0, 19))
+
+
+def megatron_core_version() -> str:
+    """The installed version, e.g. "0.16.1".
+
+    Raises:
+        BackendUnavailableError: megatron-core is not installed.
+    """
+    try:
+        return metadata.version("megatron-core")
+    except metadata.PackageNotFoundError as error:
+        raise BackendUnavailableError("megatron-core is not installed: run `make venv`, or pip install this project.") from error
+
+
+def assert_supported() -> None:
+    """Refuse a megatron-core outside the tested range.
+
+    Raises:
+        BackendUnavailableError: it is older than 0.16 or newer than 0.19.
+    """
+    version = megatron_core_version()
+    major_minor = tuple(int(part) for part in version.split(".")[:2])
+    if not SUPPORTED[0] <= major_minor <= SUPPORTED[1]:
+        raise BackendUnavailableError(
+            f"megatron-core {version} is installed; 0.16 to 0.19 are supported. pip install 'megatron-core>=0.16,<0.20'."
+        )

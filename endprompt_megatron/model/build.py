@@ -1,0 +1,134 @@
+"""From the numbers of an architecture to Megatron model chunks on this rank."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from endprompt_megatron.config import ParallelConfig
+from endprompt_megatron.model.architecture import ModelArchitecture
+from endprompt_megatron.model.backends import Backend
+from endprompt_megatron.model.gpt import EndPromptGPTModel
+from endprompt_megatron.rope.scaling import RopeScaling
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def transformer_config(architecture: ModelArchitecture, *, parallel: ParallelConfig, precision: str) -> TransformerConfig:
+    """Megatron's configuration of an architecture.
+
+    Args:
+        architecture: numbers of the model.
+        parallel: layout and recomputation.
+        precision: bf16 | fp32.
+    """
+    dtype = _DTYPES[precision]
+    recompute = {}
+    if parallel.recompute_granularity == "full":
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif parallel.recompute_granularity == "selective":
+        recompute = {"recompute_granularity": "selective"}
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_epsilon,
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=architecture.initializer_range,
+        perform_initialization=False,  # every weight is loaded
+        bf16=precision == "bf16",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        autocast_dtype=dtype,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        # fusions need CUDA kernels or a C++ compiler at run time
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        **recompute,
+    )
+
+
+def build_model_chunks(
+    architecture: ModelArchitecture,
+    *,
+    rope: RopeScaling,
+    max_sequence_length: int,
+    parallel: ParallelConfig,
+    precision: str,
+    backend: Backend,
+    device: torch.device,
+) -> list[EndPromptGPTModel]:
+    """This rank's model chunks (one, or one a virtual pipeline stage), weights not yet loaded.
+
+    Args:
+        architecture: numbers of the model.
+        rope: frequencies.
+        max_sequence_length: L, for Megatron's bookkeeping.
+        parallel, precision, backend: how it is cut, in which numbers and with which kernels.
+        device: where the weights go.
+    """
+    config = transformer_config(architecture, parallel=parallel, precision=precision)
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    chunks = []
+    for stage in range(virtual or 1):
+        vp_stage = stage if virtual else None
+        chunk = EndPromptGPTModel(
+            config,
+            backend.block_spec(config, vp_stage=vp_stage),
+            architecture.padded_vocab_size(parallel.tensor_model_parallel_size),
+            max_sequence_length,
+            num_real_tokens=architecture.vocab_size,
+            rope=rope,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            share_embeddings_and_output_weights=architecture.tied_embeddings,
+            vp_stage=vp_stage,
+        )
+        chunks.append(chunk.to(device))
+    return chunks
+
+
+def wrap_for_training(chunks: list[EndPromptGPTModel], parallel: ParallelConfig) -> list[DistributedDataParallel]:
+    """Megatron's mixed-precision and data-parallel wrappers around loaded chunks (gradients accumulate in float32)."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    wrapped = []
+    for index, chunk in enumerate(chunks):
+        module = Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk
+        wrapped.append(
+            DistributedDataParallel(
+                config=chunk.config, ddp_config=ddp_config, module=module, disable_bucketing=index > 0
+            )
+        )
+    return wrapped
+
+
+def unwrap(model: torch.nn.Module) -> EndPromptGPTModel:
+    """The model inside Megatron's wrappers."""
+    while not isinstance(model, EndPromptGPTModel):
+        model = model.module
+    return model

@@ -1,0 +1,111 @@
+"""Megatron's GPTModel with rotary positions that are read from position_ids.
+
+Shapes: b micro-batch, s physical sequence, v vocabulary share of this rank; Megatron order [s, b, h].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from endprompt_megatron.rope.embedding import PositionRotaryEmbedding
+from endprompt_megatron.rope.scaling import RopeScaling
+
+
+class EndPromptGPTModel(GPTModel):
+    """A GPTModel whose rotary embedding obeys position_ids.
+
+    Args:
+        config, transformer_layer_spec: as GPTModel.
+        vocab_size: rows of the embedding, padding included.
+        num_real_tokens: tokens of the vocabulary; the padding rows after them never get probability.
+        rope: frequencies.
+        kwargs: further arguments of GPTModel.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        transformer_layer_spec: Any,
+        vocab_size: int,
+        max_sequence_length: int,
+        *,
+        num_real_tokens: int,
+        rope: RopeScaling,
+        **kwargs: Any,
+    ):
+        super().__init__(
+            config, transformer_layer_spec, vocab_size, max_sequence_length, position_embedding_type="rope", **kwargs
+        )
+        self.rotary_pos_emb = PositionRotaryEmbedding(rope)
+        self.num_real_tokens = num_real_tokens
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """As GPTModel.forward, with every token rotated to its entry of position_ids.
+
+        Args:
+            input_ids: [b, s] (None on pipeline stages without the embedding).
+            position_ids: [s], shared by the micro-batch, or [b, s]; needed on every pipeline stage.
+        Returns:
+            Loss of each token [b, s] where labels are given, else logits [b, s, v], else hidden states [s, b, h].
+        """
+        with self.rotary_pos_emb.at(position_ids):
+            return super().forward(input_ids, position_ids, attention_mask, **kwargs)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Cross-entropy of each token, float32.
+
+        Rows that pad the vocabulary get no probability, so that the loss is the same for every tensor-parallel size. Where the whole
+        vocabulary is on this rank, torch's fused cross-entropy takes the place of Megatron's chain of elementwise kernels.
+
+        Args:
+            labels: [b, s]; logits: [s, b, v].
+        Returns:
+            [b, s].
+        """
+        share = logits.shape[-1]
+        first_token = self.pg_collection.tp.rank() * share
+        real = min(max(self.num_real_tokens - first_token, 0), share)
+        if share == self.vocab_size:
+            flat = logits[..., :real].reshape(-1, real).float()
+            return F.cross_entropy(flat, labels.t().reshape(-1), reduction="none").view(labels.t().shape).t()
+        if real < share:
+            padding = torch.arange(share, device=logits.device) >= real
+            logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
+        return super().compute_language_model_loss(labels, logits)
+
+    @contextmanager
+    def last_logits_only(self, count: int) -> Iterator[None]:
+        """Inside the block the output layer sees only the last `count` tokens of the sequence: a probe of a long context needs a few
+        logits, not a table of s x v. Not for sequence parallelism, where a rank holds a part of the sequence."""
+        hook = self.output_layer.register_forward_pre_hook(lambda module, inputs: (inputs[0][-count:], *inputs[1:]))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def assert_rope(self, rope: RopeScaling) -> None:
+        """Refuse to train with frequencies other than the configured ones.
+
+        Raises:
+            AssertionError: another module has taken the rotary slot, or its frequencies differ (a bug, never a user's mistake).
+        """
+        live = self.rotary_pos_emb
+        if not isinstance(live, PositionRotaryEmbedding):
+            raise AssertionError(f"the live rotary module is {type(live).__name__}, which ignores position_ids")
+        expected = rope.inv_freq()
+        found = live.inv_freq.cpu().numpy()
+        if not np.array_equal(found, expected):
+            worst = int(np.argmax(np.abs(found - expected)))
+            raise AssertionError(
+                f"rotary frequency {worst} is {found[worst]:.9g}, the configuration ({rope.type}, theta {rope.rope_theta:g}, factor "
+                f"{rope.factor:g}) says {expected[worst]:.9g}"
+            )

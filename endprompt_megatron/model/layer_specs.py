@@ -1,0 +1,30 @@
+"""Layer specs by backend: which class fills which slot of a Megatron transformer layer."""
+
+from __future__ import annotations
+
+import warnings
+
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from endprompt_megatron.model.sdpa import RMSNorm, TorchSDPA
+
+
+def torch_block_spec(config: TransformerConfig, *, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Megatron's local layers with torch SDPA attention and our RMSNorm, for this pipeline stage's layers.
+
+    Args:
+        config: of the whole model.
+        vp_stage: virtual pipeline stage, or None.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Apex is not installed")
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = TorchSDPA
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=RMSNorm
+    )

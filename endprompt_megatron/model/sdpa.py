@@ -1,0 +1,85 @@
+"""Core attention through torch.nn.functional.scaled_dot_product_attention, and the RMSNorm that goes with it: the `torch` backend,
+which runs on a CPU and on a GPU without Transformer Engine and never materialises the s x s scores.
+
+Shapes: b micro-batch, s sequence on this rank, n query heads and g key/value heads on this rank, d head dim; Megatron order [s, b, n, d].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class TorchSDPA(MegatronModule):
+    """Causal grouped-query attention for Megatron's `core_attention` slot. The arguments are those of Megatron's own."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **unused: Any,
+    ):
+        super().__init__(config=config)
+        if config.context_parallel_size > 1:
+            raise AssertionError("RunConfig.validate lets no context parallelism through to this backend")
+        self.softmax_scale = softmax_scale
+        self.attention_dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        **unused: Any,
+    ) -> Tensor:
+        """Attention over the physical order of the tokens: each sees those before it, whatever their positions are.
+
+        Args:
+            query: [s, b, n, d]; key, value: [s, b, g, d].
+            attention_mask: unused: the mask is causal.
+        Returns:
+            [s, b, n * d].
+        """
+        sequence, batch, heads, dim = query.shape
+        context = F.scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            dropout_p=self.attention_dropout if self.training else 0.0,
+            is_causal=True,
+            scale=self.softmax_scale,
+            enable_gqa=key.shape[2] != heads,
+        )
+        return context.permute(2, 0, 1, 3).reshape(sequence, batch, heads * dim)
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm whose weight takes part in sequence parallelism (Megatron's torch fallback refuses it).
+
+    Args:
+        config: its `sequence_parallel` decides whether the weight's gradient is summed over the tensor-parallel group.
+        hidden_size: size of the last dimension.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any):
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalise the last dimension; statistics in float32."""
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)

@@ -1,0 +1,80 @@
+"""The registry of position schemes: a name in the config becomes a pure function of (scheme, seed, sample index, lengths), so that
+every rank computes the positions that it needs and a resumed run draws the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.positions.contiguous import contiguous_positions
+from endprompt_megatron.positions.endprompt import endprompt_positions
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SampleLayout:
+    """The lengths of one training sample.
+
+    Attributes:
+        num_context_tokens: a, physical tokens of text.
+        num_prompt_tokens: b, physical tokens of end prompt; 0 for schemes without one.
+        target_context_length: L, in positions.
+    """
+
+    num_context_tokens: int
+    num_prompt_tokens: int
+    target_context_length: int
+
+
+@dataclass(frozen=True)
+class PositionScheme:
+    """How the tokens of a sample are placed.
+
+    Attributes:
+        name: as written in `method.position_scheme`.
+        uses_end_prompt: whether an end prompt takes the last tokens of the sample.
+        varies_by_sample: whether two samples of the same lengths can differ (then fused RoPE kernels cannot be shared by a
+            micro-batch).
+        place: (layout, seed, sample_index) -> int64 [a + b].
+    """
+
+    name: str
+    uses_end_prompt: bool
+    varies_by_sample: bool
+    place: Callable[[SampleLayout, int, int], IntArray]
+
+
+def _contiguous(layout: SampleLayout, seed: int, sample_index: int) -> IntArray:
+    total = layout.num_context_tokens + layout.num_prompt_tokens
+    return contiguous_positions(total, target_context_length=layout.target_context_length)
+
+
+def _endprompt(layout: SampleLayout, seed: int, sample_index: int) -> IntArray:
+    return endprompt_positions(
+        layout.num_context_tokens, layout.num_prompt_tokens, target_context_length=layout.target_context_length
+    )
+
+
+SCHEMES: dict[str, PositionScheme] = {
+    scheme.name: scheme
+    for scheme in (
+        PositionScheme("contiguous", uses_end_prompt=False, varies_by_sample=False, place=_contiguous),
+        PositionScheme("endprompt", uses_end_prompt=True, varies_by_sample=False, place=_endprompt),
+    )
+}
+
+
+def get_scheme(name: str) -> PositionScheme:
+    """The scheme registered under `name`.
+
+    Raises:
+        ConfigError: no such scheme; the message lists those there are.
+    """
+    if name not in SCHEMES:
+        raise ConfigError(f"method.position_scheme={name}: no such scheme. Choose one of {', '.join(sorted(SCHEMES))}.")
+    return SCHEMES[name]

@@ -1,0 +1,236 @@
+"""Everything that can be found wrong before a process group, a file or a GPU is touched: the config's rules, the base model's files, the
+tokenizer, the output directory. Also the plan that `dry_run=true` prints."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config
+from endprompt_megatron.checkpoint.hf_tokenizer import hash_tokenizer, load_tokenizer
+from endprompt_megatron.config import RunConfig
+from endprompt_megatron.data.prompts import EndPromptSet, tokenize_end_prompts
+from endprompt_megatron.errors import CheckpointError, ConfigError
+from endprompt_megatron.model.architecture import ModelArchitecture
+from endprompt_megatron.planning.flops import ModelShape
+from endprompt_megatron.planning.planner import PlanRequest, describe_plan
+from endprompt_megatron.positions.scheme import SCHEMES
+from endprompt_megatron.rope.scaling import RopeScaling
+
+# Keys that may differ between the sittings of one run: how long, how often it reports, how it is probed; never what is trained.
+_FREE_KEYS = (
+    "dry_run",
+    "control",
+    "output_dir",
+    "cpu_threads",
+    "trainer.max_steps",
+    "trainer.eval_interval",
+    "trainer.eval_batches",
+    "trainer.save_interval",
+    "trainer.keep_last",
+    "trainer.log_interval",
+    "data.num_workers",
+    "evaluation",
+    "export",
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model, checked.
+
+    Attributes:
+        hf_path: its directory.
+        architecture: its numbers.
+        tokenizer: of transformers.
+        tokenizer_hash: identity of the tokenizer.
+        end_prompts: tokenised cue set; None for schemes without one.
+    """
+
+    hf_path: Path
+    architecture: ModelArchitecture
+    tokenizer: Any
+    tokenizer_hash: str
+    end_prompts: EndPromptSet | None
+
+
+def known_architecture(config: RunConfig) -> ModelArchitecture:
+    """The base's numbers: from its directory where that is there, else from the config's model.hf_config (a dry run before the
+    download, or a model that is fetched on first use).
+
+    Raises:
+        CheckpointError: neither says enough, or the two contradict each other.
+    """
+    hf_path = Path(config.model.hf_path)
+    if not hf_path.exists() and config.model.hf_config:
+        return architecture_from_hf(config.model.hf_config)
+    stored = read_hf_config(hf_path)
+    architecture = architecture_from_hf(stored)
+    if config.model.hf_config:
+        expected = architecture_from_hf(config.model.hf_config)
+        differing = [name for name, value in vars(expected).items() if getattr(architecture, name) != value]
+        if differing:
+            name = differing[0]
+            raise CheckpointError(
+                f"model.hf_path={hf_path} is not the model that model={config.model.name} describes: {name} is "
+                f"{getattr(architecture, name)} there and {getattr(expected, name)} in model.hf_config. Point model.hf_path at the right "
+                f"directory, or choose another model."
+            )
+    return architecture
+
+
+def validate(config: RunConfig, *, world_size: int, prompt_lengths: list[int] | None = None) -> ModelArchitecture:
+    """Every rule of the config against the base model's numbers.
+
+    Raises:
+        ConfigError: with all problems at once.
+    """
+    architecture = known_architecture(config)
+    config.validate(
+        world_size=world_size, architecture=architecture, schemes=tuple(SCHEMES), prompt_lengths=prompt_lengths
+    )
+    return architecture
+
+
+def check_base(config: RunConfig, *, world_size: int) -> Base:
+    """The base model's files: config, tokenizer, end prompts, and the header of every safetensors file.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: what is wrong with them.
+    """
+    from endprompt_megatron.checkpoint.hf_import import check_hf_weights
+
+    hf_path = Path(config.model.hf_path)
+    architecture = known_architecture(config)
+    tokenizer = load_tokenizer(hf_path)
+    end_prompts = None
+    if SCHEMES[config.method.position_scheme].uses_end_prompt:
+        end_prompts = tokenize_end_prompts(
+            config.method.end_prompts,
+            lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
+            fixed_length=config.method.end_prompt_length,
+        )
+    validate(config, world_size=world_size, prompt_lengths=end_prompts.lengths if end_prompts else None)
+    check_hf_weights(hf_path, architecture)
+    return Base(hf_path, architecture, tokenizer, hash_tokenizer(hf_path), end_prompts)
+
+
+def run_rope(config: RunConfig, architecture: ModelArchitecture) -> RopeScaling:
+    """The frequencies that the run trains with."""
+    return RopeScaling(config.rope.type, architecture.rope_theta, architecture.head_dim, factor=config.rope.factor)
+
+
+def claim_output_dir(config: RunConfig, *, write: bool) -> Path:
+    """The run's output directory, made if it is not there.
+
+    Args:
+        config: of this run.
+        write: whether this rank writes config.yaml.
+    Returns:
+        the directory.
+    Raises:
+        ConfigError: it holds a run with another config, or files that are no run.
+    """
+    output_dir = Path(config.output_dir)
+    stored_path = output_dir / "config.yaml"
+    if stored_path.is_file():
+        differing = _differences(yaml.safe_load(stored_path.read_text()), config.to_dict())
+        if differing:
+            shown = "; ".join(f"{key}: {was!r} there, {now!r} now" for key, was, now in differing[:5])
+            raise ConfigError(
+                f"output_dir={output_dir} holds another run ({shown}). A run is resumed by the same config only "
+                f"(trainer.max_steps and intervals may change). Set output_dir to another directory, or undo the change."
+            )
+    elif output_dir.is_dir() and any(output_dir.iterdir()):
+        raise ConfigError(f"output_dir={output_dir} holds files but no config.yaml of a run. Set output_dir to another directory.")
+    if write:
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            temporary = stored_path.with_suffix(".yaml.tmp")
+            temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+            temporary.replace(stored_path)
+        except OSError as error:
+            raise ConfigError(f"output_dir={output_dir} cannot be written ({error}). Set output_dir to a writable directory.") from error
+    return output_dir
+
+
+def plan(config: RunConfig, *, world_size: int, gpu_name: str = "H100-80GB") -> list[str]:
+    """The plan of a run in words.
+
+    Args:
+        config: validated.
+        world_size: ranks planned for.
+        gpu_name: of planning.throughput's table, for runs on GPUs.
+    """
+    architecture = validate(config, world_size=world_size)
+    prompt_tokens = config.method.end_prompt_length
+    if SCHEMES[config.method.position_scheme].uses_end_prompt and prompt_tokens is None and Path(config.model.hf_path).exists():
+        prompt_tokens = max(check_base(config, world_size=world_size).end_prompts.lengths)
+    elif not SCHEMES[config.method.position_scheme].uses_end_prompt:
+        prompt_tokens = 0
+    on_gpu = config.accelerator == "gpu"
+    parallel = config.parallel
+    request = PlanRequest(
+        experiment=config.name,
+        shape=model_shape(architecture),
+        world_size=world_size,
+        micro_batch_size=config.trainer.micro_batch_size,
+        global_batch_size=config.trainer.global_batch_size,
+        max_steps=config.trainer.max_steps,
+        seq_length=config.data.seq_length,
+        num_prompt_tokens=prompt_tokens,
+        target_context_length=config.rope.target_context_length,
+        original_context_length=architecture.max_position_embeddings,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        recompute_granularity=parallel.recompute_granularity,
+        precision="bf16" if config.precision.name == "auto" and on_gpu else config.precision.name.replace("auto", "fp32"),
+        position_scheme=config.method.position_scheme,
+        rope_type=config.rope.type,
+        rope_factor=config.rope.factor,
+        hardware=gpu_name if on_gpu else None,
+        device_memory_gib=None if on_gpu else _host_memory_gib(),
+    )
+    return describe_plan(request)
+
+
+def model_shape(architecture: ModelArchitecture) -> ModelShape:
+    """The planner's view of an architecture."""
+    return ModelShape(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        head_dim=architecture.head_dim,
+        vocab_size=architecture.vocab_size,
+        tied_embeddings=architecture.tied_embeddings,
+    )
+
+
+def _host_memory_gib() -> float:
+    import psutil
+
+    return psutil.virtual_memory().total / 2**30
+
+
+def _differences(stored: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    found = []
+    for key in sorted(stored.keys() | current.keys()):
+        dotted = f"{prefix}{key}"
+        if dotted in _FREE_KEYS:
+            continue
+        was, now = stored.get(key), current.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            found += _differences(was, now, prefix=f"{dotted}.")
+        elif json.dumps(was, default=str) != json.dumps(now, default=str):
+            found.append((dotted, was, now))
+    return found

@@ -1,0 +1,290 @@
+"""The page that a run leaves behind: what was done, the numbers before and after, the conditions they hold under, pictures, and what
+to do next. It states numbers and leaves the verdict to the reader."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from endprompt_megatron.errors import DataError
+from endprompt_megatron.log import read_metrics
+from endprompt_megatron.report.plots import length_label, plot_loss, plot_needle, plot_perplexity, plot_positions
+
+SYSTEM_ORDER = ("base", "untrained", "control", "trained")
+_MISSING = "–"
+# Only for the picture, where the run did not record b: too few to see beside a whole window, and the text says so.
+_DRAWN_PROMPT_TOKENS = 16
+
+
+def write_report(output_dir: Path) -> Path:
+    """Write `report.md` and its pictures from what a run left in its output directory.
+
+    Args:
+        output_dir: holds summary.json, and metrics.jsonl and evaluation.json where there are any. A record `end_prompt_tokens` (b) in
+            summary.json or among the conditions of evaluation.json places the end prompt in the picture.
+    Returns:
+        Path of report.md.
+    Raises:
+        DataError: summary.json is missing or is not JSON.
+    """
+    output_dir = Path(output_dir)
+    summary = _read_json(output_dir / "summary.json")
+    if summary is None:
+        raise DataError(
+            f"{output_dir}/summary.json: not there. A report is written from a finished run; run recipes/extend.py first."
+        )
+    evaluation = _read_json(output_dir / "evaluation.json") or {}
+    sections = [
+        f"# {summary['experiment']}: {summary['target_length']:,} positions from samples of {summary['physical_length']:,} tokens",
+        _what_was_done(summary, evaluation),
+        "## Before and after",
+        format_table(evaluation) if evaluation.get("systems") else "No evaluation was run (`evaluation.enabled=false`).",
+        _reading_note(evaluation),
+        "## Conditions",
+        _conditions(summary, evaluation),
+        "## Pictures",
+        _pictures(output_dir, summary, evaluation),
+        "## What next",
+        _what_next(output_dir, summary),
+    ]
+    path = output_dir / "report.md"
+    path.write_text("\n\n".join(section for section in sections if section) + "\n")
+    return path
+
+
+def format_table(evaluation: Mapping[str, Any]) -> str:
+    """A markdown table: one row a system and measure, one column a length.
+
+    Args:
+        evaluation: content of evaluation.json. Systems and lengths may be missing.
+    Returns:
+        The table, without a line end. Retrieval reads `exact (digits right, log-probability of the key in nats)`.
+    """
+    header, rows = _table_cells(evaluation)
+    aligned = ["---", "---", *["---:"] * (len(header) - 2)]
+    # "|" in a label would end the cell.
+    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in (header, aligned, *rows))
+
+
+def format_terminal_table(evaluation: Mapping[str, Any]) -> str:
+    """The same table as plain text in aligned columns.
+
+    Args:
+        evaluation: content of evaluation.json. Systems and lengths may be missing.
+    Returns:
+        Lines joined by line ends, the last without one.
+    """
+    header, rows = _table_cells(evaluation)
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+
+    def line(row: list[str]) -> str:
+        cells = [
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(cells).rstrip()
+
+    lines = [line(header), "  ".join("-" * width for width in widths)]
+    previous = rows[0][0] if rows else ""
+    for row in rows:
+        if row[0] != previous:
+            lines.append("")
+        lines.append(line(row))
+        previous = row[0]
+    if any(row[0] == "key retrieval" for row in rows):
+        lines += ["", "key retrieval: keys exact (digits right, mean log-probability of the key in nats)"]
+    return "\n".join(lines)
+
+
+def _table_cells(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    systems = _ordered_systems(evaluation)
+    lengths = sorted(
+        {int(length) for system in systems.values() for key in ("perplexity", "needle") for length in (system.get(key) or {})}
+    )
+    header = ["measure", "system", *[length_label(length) for length in lengths]]
+    rows = []
+    for key, measure, cell in (("perplexity", "perplexity", _perplexity), ("needle", "key retrieval", _retrieval)):
+        for name, system in systems.items():
+            scores = {int(length): score for length, score in (system.get(key) or {}).items()}
+            if scores:
+                label = str(system.get("label") or name)
+                rows.append([measure, label, *[cell(scores.get(length)) for length in lengths]])
+    return header, rows
+
+
+def _ordered_systems(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    systems = evaluation.get("systems") or {}
+    names = [name for name in SYSTEM_ORDER if name in systems] + [name for name in systems if name not in SYSTEM_ORDER]
+    return {name: systems[name] for name in names}
+
+
+def _perplexity(value: Any) -> str:
+    number = _number(value)
+    if number is None:
+        return _MISSING
+    return f"{number:.1f}" if number < 1000 else f"{number:,.0f}"
+
+
+def _retrieval(score: Any) -> str:
+    if not score or _number(score.get("exact_match")) is None:
+        return _MISSING
+    digits, log_probability = _number(score.get("digit_accuracy")), _number(score.get("key_log_probability"))
+    graded = [
+        _MISSING if digits is None else f"{digits:.0%}",
+        _MISSING if log_probability is None else f"{log_probability:.2f}".replace("-", "−"),
+    ]
+    return f"{score['exact_match']:.0%} ({', '.join(graded)})"
+
+
+def _what_was_done(summary: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+    factor = summary["rope_factor"]
+    sentences = [
+        f"The base model's window of {_native(summary):,} positions was stretched to {summary['target_length']:,} (RoPE factor "
+        f"{factor:g}) with the method `{summary['method']}`, seed {summary['seed']}: {summary['steps']:,} optimizer steps, "
+        f"{summary['tokens']:,} tokens, in samples of {summary['physical_length']:,} physical tokens.",
+        _optional(summary, "loss_first", "loss_last", text="The training loss went from {:.3f} to {:.3f} nats a token."),
+        _optional(summary, "tokens_per_second", text="Training ran at {:,.0f} tokens a second")
+        + _optional(summary, "wall_seconds", text=", the whole run took {:,.0f} seconds")
+        + _optional(summary, "peak_memory_gib", text=" and at most {:.2f} GiB on one rank")
+        + f", on {summary['world_size']} process{'' if summary['world_size'] == 1 else 'es'} (backend {summary['backend']}).",
+        *_measured_sentences(evaluation),
+    ]
+    return " ".join(sentence.removeprefix(", ") for sentence in sentences if sentence)
+
+
+def _measured_sentences(evaluation: Mapping[str, Any]) -> list[str]:
+    systems = _ordered_systems(evaluation)
+    sentences = []
+    for key, cell, opening in (
+        ("perplexity", _perplexity, "Perplexity at {}: "),
+        ("needle", _retrieval, "Keys retrieved at {}, exactly (digits right, log-probability): "),
+    ):
+        measured = {
+            name: {int(length) for length in system.get(key) or {}} for name, system in systems.items() if system.get(key)
+        }
+        common = set.intersection(*measured.values()) if measured else set()
+        if common:
+            length = max(common)
+            parts = [f"{cell(systems[name][key][str(length)])} {systems[name].get('label') or name}" for name in measured]
+            sentences.append(opening.format(f"{length:,} tokens") + "; ".join(parts) + ".")
+    return sentences
+
+
+def _reading_note(evaluation: Mapping[str, Any]) -> str:
+    systems = _ordered_systems(evaluation)
+    if not systems:
+        return ""
+    trials = sorted(
+        {
+            int(score["trials"])
+            for system in systems.values()
+            for score in (system.get("needle") or {}).values()
+            if score and score.get("trials")
+        }
+    )
+    counted = f" Trials a length: {', '.join(map(str, trials))}." if trials else ""
+    return (
+        "Perplexity: lower is better. Key retrieval: share of planted keys reproduced exactly; in brackets the share of single digits "
+        "right and the mean log-probability of the whole key in nats (0 is certainty), which also move while no whole key comes out right."
+        f"{counted} {_MISSING} was not measured."
+    )
+
+
+def _conditions(summary: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+    rows = {key.replace("_", " "): value for key, value in (evaluation.get("conditions") or {}).items()}
+    rows |= {key: summary[key] for key in ("backend", "seed") if key in summary}
+    rows["processes"] = summary["world_size"]
+    return "\n".join(
+        f"- {key}: {f'{value:,}' if isinstance(value, int) and key != 'seed' else value}" for key, value in rows.items()
+    )
+
+
+def _pictures(output_dir: Path, summary: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+    pictures = [_positions_picture(output_dir, summary, evaluation)]
+    records = read_metrics(output_dir / "metrics.jsonl")
+    if any(_number(record.get("loss")) is not None for record in records):
+        pictures.append(_picture(plot_loss(output_dir / "loss.png", records), "Loss by step."))
+    systems = _ordered_systems(evaluation)
+    if any(system.get("needle") for system in systems.values()):
+        path = plot_needle(output_dir / "needle.png", systems, original_context_length=_native(summary))
+        pictures.append(
+            _picture(path, "Key retrieval by context length. Points are moved sideways a little where they would coincide.")
+        )
+    if any(system.get("perplexity") for system in systems.values()):
+        path = plot_perplexity(output_dir / "perplexity.png", systems, original_context_length=_native(summary))
+        pictures.append(_picture(path, "Perplexity by window."))
+    return "\n\n".join(pictures)
+
+
+def _positions_picture(output_dir: Path, summary: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+    method = str(summary["method"])
+    if "pose" in method or "random" in method:
+        return f"Positions: `{method}` draws them anew for each sample, so no single picture shows them."
+    physical = summary["physical_length"]
+    recorded = summary.get("end_prompt_tokens", (evaluation.get("conditions") or {}).get("end_prompt_tokens"))
+    prompt = recorded if isinstance(recorded, int) else (_DRAWN_PROMPT_TOKENS if "endprompt" in method else 0)
+    prompt = min(prompt, physical - 1)
+    path = plot_positions(
+        output_dir / "positions.png",
+        num_context_tokens=physical - prompt,
+        num_prompt_tokens=prompt,
+        target_context_length=summary["target_length"],
+        original_context_length=_native(summary),
+    )
+    caption = "Where the tokens of a training sample sit, and which relative distances training shows the model."
+    if prompt and recorded is None:
+        caption += f" The run did not record the end prompt's length; it is drawn with {prompt} tokens."
+    return _picture(path, caption)
+
+
+def _picture(path: Path, caption: str) -> str:
+    return f"![{caption}]({path.name})\n\n{caption}"
+
+
+def _what_next(output_dir: Path, summary: Mapping[str, Any]) -> str:
+    longer = (
+        "Train longer; the run goes on from its last checkpoint (`trainer.max_steps` counts all steps, those of this run included):\n\n"
+        "```bash\n"
+        f"python recipes/extend.py +experiment={summary['experiment']} output_dir={output_dir} trainer.max_steps={2 * summary['steps']}\n"
+        "```"
+    )
+    checkpoint = summary.get("hf_checkpoint")
+    if not checkpoint:
+        return f"{longer}\n\nNo Hugging Face checkpoint was exported."
+    load = (
+        "Load the result with transformers (its config.json holds the new window and the RoPE scaling):\n\n"
+        "```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{checkpoint}")\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{checkpoint}", dtype="auto")\n'
+        "```\n\n"
+        f"vLLM multiplies the window by the RoPE factor on its own: give it `max_model_len={summary['target_length']}`."
+    )
+    return f"{longer}\n\n{load}"
+
+
+def _native(summary: Mapping[str, Any]) -> int:
+    return round(summary["target_length"] / summary["rope_factor"])
+
+
+def _optional(summary: Mapping[str, Any], *keys: str, text: str) -> str:
+    values = [_number(summary.get(key)) for key in keys]
+    return "" if any(value is None for value in values) else text.format(*values)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}: is not JSON ({error}). Remove it and run again; the run resumes from its checkpoint."
+        ) from error

@@ -1,0 +1,76 @@
+"""A rotary embedding that reads explicit position_ids. Megatron-Core's own builds its table from the sequence length alone and
+caches it, so position_ids have no effect on it.
+
+Shapes: b micro-batch, s sequence on this rank, d head dim; Megatron order [s, b, n, d].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from torch import Tensor
+
+from endprompt_megatron.rope.scaling import RopeScaling
+
+
+class PositionRotaryEmbedding(RotaryEmbedding):
+    """Rotary angles of the positions that `at(position_ids)` announced, in float32.
+
+    Args:
+        scaling: makes the frequencies; can be replaced by `set_scaling` (evaluation of the base with its own RoPE).
+    """
+
+    def __init__(self, scaling: RopeScaling):
+        super().__init__(
+            kv_channels=scaling.head_dim, rotary_percent=1.0, rotary_base=int(scaling.rope_theta), use_cpu_initialization=True
+        )
+        self._position_ids: Tensor | None = None
+        self.set_scaling(scaling)
+
+    def set_scaling(self, scaling: RopeScaling) -> None:
+        """Use the frequencies of `scaling` from the next forward pass on."""
+        if scaling.attention_factor != 1.0:
+            raise AssertionError("attention_factor other than 1 is not applied by this module yet")
+        self.scaling = scaling
+        self.inv_freq = torch.from_numpy(scaling.inv_freq())
+
+    @contextmanager
+    def at(self, position_ids: Tensor) -> Iterator[None]:
+        """Let forward passes inside the block use these positions.
+
+        Args:
+            position_ids: int64 [s], shared by the micro-batch, or [b, s], for this rank's part of the sequence (sliced already where
+                context parallelism slices).
+        """
+        if position_ids.dim() not in (1, 2):
+            raise ValueError(f"position_ids of shape {tuple(position_ids.shape)}: [s] or [b, s] is needed")
+        self._position_ids = position_ids
+        try:
+            yield
+        finally:
+            self._position_ids = None
+
+    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: object = None) -> Tensor:
+        """Angles, float32: [s, 1, 1, d] for positions [s], [s, b, 1, d] for positions [b, s].
+
+        The arguments are Megatron's; the length is only compared with the positions (it counts the whole sequence, of which
+        context parallelism leaves a share here). There is no cache: the table of one micro-batch costs far less than one layer.
+        """
+        if self._position_ids is None:
+            raise RuntimeError("the rotary embedding was called outside EndPromptGPTModel.forward: it has no positions")
+        context_parallel_size = self.cp_group.size() if self.cp_group is not None else 1
+        if self._position_ids.shape[-1] * context_parallel_size != max_seq_len:
+            raise RuntimeError(
+                f"{self._position_ids.shape[-1]} position_ids for {max_seq_len} tokens over {context_parallel_size} context-parallel "
+                f"ranks: every token needs its position"
+            )
+        if self.inv_freq.device != self._position_ids.device:
+            self.inv_freq = self.inv_freq.to(self._position_ids.device)
+        angles = self._position_ids.to(torch.float32).unsqueeze(-1) * self.inv_freq
+        angles = torch.cat((angles, angles), dim=-1)
+        if angles.dim() == 2:
+            return angles[:, None, None, :]
+        return angles.transpose(0, 1).unsqueeze(2).contiguous()

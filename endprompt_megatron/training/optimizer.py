@@ -1,0 +1,61 @@
+"""Megatron's AdamW with its learning-rate schedule, from the config's numbers."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from endprompt_megatron.config import OptimConfig
+
+
+def build_optimizer(
+    model: list[DistributedDataParallel], optim: OptimConfig, *, bf16: bool, use_distributed_optimizer: bool, overlap_param_gather: bool
+) -> MegatronOptimizer:
+    """AdamW over the wrapped chunks; with bf16, float32 master weights and moments."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.adam_beta1,
+        adam_beta2=optim.adam_beta2,
+        adam_eps=optim.adam_eps,
+        clip_grad=optim.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=use_distributed_optimizer,
+        overlap_param_gather=overlap_param_gather,
+    )
+    return get_megatron_optimizer(config, model)
+
+
+def build_scheduler(
+    optimizer: MegatronOptimizer, optim: OptimConfig, *, max_steps: int, global_batch_size: int, consumed_samples: int
+) -> OptimizerParamScheduler:
+    """Learning rate and weight decay as a pure function of consumed samples, so that a resumed run needs no scheduler state.
+
+    Step k (from 1) of the warm-up trains at k / warmup_steps of the peak: no step trains at a rate of zero.
+
+    Args:
+        max_steps: where cosine and linear reach min_lr.
+        global_batch_size: samples a step; Megatron counts its schedule in samples.
+        consumed_samples: already trained.
+    """
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=optim.min_lr,
+        lr_warmup_steps=optim.warmup_steps * global_batch_size,
+        lr_decay_steps=max(max_steps, optim.warmup_steps + 1) * global_batch_size,
+        lr_decay_style=optim.lr_schedule,
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=max_steps * global_batch_size,
+        wd_incr_style="constant",
+    )
+    scheduler.step(increment=consumed_samples + global_batch_size)
+    return scheduler

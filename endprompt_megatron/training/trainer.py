@@ -1,0 +1,213 @@
+"""The training loop on Megatron-Core: its schedules, data-parallel wrapper, optimizer and checkpoints, and nothing of
+`megatron.training`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from endprompt_megatron.checkpoint.distributed import RunState, load_latest_checkpoint, save_checkpoint
+from endprompt_megatron.config import RunConfig
+from endprompt_megatron.data.loader import MicroBatchSampler, micro_batches
+from endprompt_megatron.log import MetricsWriter, Progress, get_logger
+from endprompt_megatron.mcore.runtime import Runtime
+from endprompt_megatron.model.build import wrap_for_training
+from endprompt_megatron.model.gpt import EndPromptGPTModel
+from endprompt_megatron.training.metrics import Stopwatch, peak_memory_gib, reduce_loss_figures
+from endprompt_megatron.training.optimizer import build_optimizer, build_scheduler
+from endprompt_megatron.training.step import make_forward_step
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What training leaves behind.
+
+    Attributes:
+        state: where the run ended.
+        tokens_per_second: physical tokens a second over all ranks, training steps only, all sittings.
+        peak_memory_gib: largest over ranks.
+    """
+
+    state: RunState
+    tokens_per_second: float
+    peak_memory_gib: float
+
+
+class Trainer:
+    """Trains model chunks in place.
+
+    Args:
+        config: the run, validated.
+        runtime: this process.
+        chunks: loaded model chunks of this rank, not wrapped.
+        train_dataset, validation_dataset: of EndPromptDataset samples; validation may be None.
+        output_dir: where checkpoints and metrics go.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        runtime: Runtime,
+        chunks: list[EndPromptGPTModel],
+        *,
+        train_dataset: Any,
+        validation_dataset: Any | None,
+        output_dir: Path,
+    ):
+        self.config, self.runtime, self.chunks = config, runtime, chunks
+        self.train_dataset, self.validation_dataset = train_dataset, validation_dataset
+        self.output_dir = Path(output_dir)
+        self.checkpoints = self.output_dir / "checkpoints"
+        parallel, optim = config.parallel, config.optim
+        self.model = wrap_for_training(chunks, parallel)
+        self.optimizer = build_optimizer(
+            self.model,
+            optim,
+            bf16=config.precision.name == "bf16",
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+            overlap_param_gather=parallel.overlap_param_gather,
+        )
+        for chunk in chunks:
+            chunk.config.finalize_model_grads_func = finalize_model_grads
+            chunk.config.grad_scale_func = self.optimizer.scale_loss
+        self.num_micro_batches = config.num_micro_batches(runtime.world_size)
+        self.forward_step = make_forward_step(runtime.device)
+        self.schedule = get_forward_backward_func()
+        self.state = load_latest_checkpoint(self.checkpoints, chunks=chunks, optimizer=self.optimizer) or RunState()
+        self.scheduler = build_scheduler(
+            self.optimizer,
+            optim,
+            max_steps=config.trainer.max_steps,
+            global_batch_size=config.trainer.global_batch_size,
+            consumed_samples=self.state.consumed_samples,
+        )
+
+    def train(self) -> TrainingResult:
+        """Run from where the last checkpoint stood to `max_steps`."""
+        trainer = self.config.trainer
+        writer = MetricsWriter(self.output_dir, resume_step=self.state.step)
+        batches = self._batches(self.train_dataset, self.state.consumed_samples)
+        stopwatch = Stopwatch(self.runtime.device)
+        tokens_per_step = trainer.global_batch_size * self.config.data.seq_length
+        seconds_before = self.state.train_seconds
+        self._evaluate_if_due(writer)
+        with Progress("training", trainer.max_steps, initial=self.state.step) as progress:
+            while self.state.step < trainer.max_steps:
+                learning_rate = self.optimizer.param_groups[0]["lr"]
+                with stopwatch:
+                    figures, grad_norm = self._step(batches)
+                self.state.step += 1
+                self.state.consumed_samples += trainer.global_batch_size
+                self.state.tokens += tokens_per_step
+                self.state.train_seconds = seconds_before + stopwatch.seconds
+                if self.state.loss_first is None:
+                    self.state.loss_first = figures["loss"]
+                self.state.loss_last = figures["loss"]
+                rate = tokens_per_step / stopwatch.last
+                if self.state.step % trainer.log_interval == 0 or self.state.step == trainer.max_steps:
+                    record = {
+                        **figures,
+                        "learning_rate": learning_rate,
+                        "grad_norm": grad_norm,
+                        "tokens_per_second": rate,
+                        "step_seconds": stopwatch.last,
+                        "peak_memory_gib": peak_memory_gib(self.runtime.device),
+                        "consumed_samples": self.state.consumed_samples,
+                        "tokens": self.state.tokens,
+                    }
+                    writer.write(self.state.step, record)
+                note = f"loss {figures['loss']:.3f} (context {figures['context_loss']:.3f}, prompt {figures['prompt_loss']:.3f})"
+                progress.advance(1, f"{note}, {rate:,.0f} tokens/s, {peak_memory_gib(self.runtime.device):.1f} GiB")
+                if self._due(trainer.save_interval):
+                    self._save()
+                self._evaluate_if_due(writer)
+        writer.close()
+        return self._result()
+
+    def _step(self, batches: list[Iterator[dict]]) -> tuple[dict[str, float], float]:
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        forward_data = self._run_schedule(batches, forward_only=False)
+        _, grad_norm, _ = self.optimizer.step()
+        self.scheduler.step(increment=self.config.trainer.global_batch_size)
+        return reduce_loss_figures(forward_data, self.num_micro_batches, self.runtime.device), float(grad_norm or 0.0)
+
+    def _run_schedule(self, batches: list[Iterator[dict]], *, forward_only: bool) -> list[dict]:
+        return self.schedule(
+            forward_step_func=self.forward_step,
+            data_iterator=batches if len(batches) > 1 else batches[0],
+            model=self.model if len(self.model) > 1 else self.model[0],
+            num_microbatches=self.num_micro_batches,
+            seq_length=self.config.data.seq_length,
+            micro_batch_size=self.config.trainer.micro_batch_size,
+            forward_only=forward_only,
+        )
+
+    def _batches(self, dataset: Any, consumed_samples: int) -> list[Iterator[dict]]:
+        """One iterator a model chunk, all over the same samples."""
+        sampler = MicroBatchSampler(
+            len(dataset),
+            consumed_samples=consumed_samples,
+            micro_batch_size=self.config.trainer.micro_batch_size,
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        )
+        return [micro_batches(dataset, sampler, num_workers=self.config.data.num_workers) for _ in self.model]
+
+    @torch.no_grad()
+    def validation_figures(self) -> dict[str, float]:
+        """Losses on the first `eval_batches` global batches of held-out samples."""
+        for chunk in self.model:
+            chunk.eval()
+        batches = self._batches(self.validation_dataset, 0)
+        sums: dict[str, float] = {}
+        count = self.config.trainer.eval_batches
+        for _ in range(count):
+            forward_data = self._run_schedule(batches, forward_only=True)
+            for name, value in reduce_loss_figures(forward_data, self.num_micro_batches, self.runtime.device).items():
+                sums[name] = sums.get(name, 0.0) + value / count
+        for chunk in self.model:
+            chunk.train()
+        return {f"validation_{name}": value for name, value in sums.items()}
+
+    def _evaluate_if_due(self, writer: MetricsWriter) -> None:
+        if self.validation_dataset is None:
+            return
+        if self.state.step == 0 or self._due(self.config.trainer.eval_interval):
+            figures = self.validation_figures()
+            writer.write(self.state.step, figures)
+            get_logger().info(
+                f"step {self.state.step}: held-out loss {figures['validation_loss']:.3f} "
+                f"(context {figures['validation_context_loss']:.3f}, prompt {figures['validation_prompt_loss']:.3f})"
+            )
+
+    def _due(self, interval: int) -> bool:
+        last = self.state.step == self.config.trainer.max_steps
+        return last or (interval > 0 and self.state.step % interval == 0)
+
+    def _save(self) -> None:
+        save_checkpoint(
+            self.checkpoints,
+            self.state,
+            chunks=self.chunks,
+            optimizer=self.optimizer,
+            config=self.config.to_dict(),
+            keep_last=self.config.trainer.keep_last,
+        )
+
+    def _result(self) -> TrainingResult:
+        memory = torch.tensor([peak_memory_gib(self.runtime.device)], device=self.runtime.device)
+        torch.distributed.all_reduce(memory, op=torch.distributed.ReduceOp.MAX)
+        return TrainingResult(
+            state=self.state,
+            tokens_per_second=self.state.tokens / self.state.train_seconds if self.state.train_seconds else 0.0,
+            peak_memory_gib=float(memory),
+        )

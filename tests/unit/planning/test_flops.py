@@ -1,0 +1,46 @@
+"""Parameter counts against the published checkpoints, FLOPs against hand-worked values and published throughputs."""
+
+import pytest
+
+from endprompt_megatron.planning.flops import ModelShape, count_parameters, forward_flops_per_token, training_flops_per_token
+
+LLAMA3_8B = ModelShape(32, 4096, 14336, 32, 8, 128, 128256, tied_embeddings=False)
+LLAMA3_70B = ModelShape(80, 8192, 28672, 64, 8, 128, 128256, tied_embeddings=False)
+SMOLLM2_135M = ModelShape(30, 576, 1536, 9, 3, 64, 49152, tied_embeddings=True)
+TINY = ModelShape(2, 8, 16, 4, 2, 2, 32, tied_embeddings=False)
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"), [(LLAMA3_8B, 8_030_261_248), (LLAMA3_70B, 70_553_706_496), (SMOLLM2_135M, 134_515_008)]
+)
+def test_parameters_of_published_checkpoints(shape, parameters):
+    assert count_parameters(shape) == parameters
+
+
+def test_parameters_by_hand():
+    # Layer: q 8*8 + kv 8*8 + o 8*8 + MLP 3*8*16 + norms 16 = 592; embeddings 2 * 32*8; final norm 8.
+    assert count_parameters(TINY) == 2 * 592 + 2 * 256 + 8
+
+
+def test_two_matrices_without_a_gate():
+    ungated = ModelShape(2, 8, 16, 4, 2, 2, 32, tied_embeddings=False, gated=False)
+    assert count_parameters(TINY) - count_parameters(ungated) == 2 * 8 * 16
+
+
+@pytest.mark.parametrize(
+    ("shape", "seq_length", "gflops"),
+    [(LLAMA3_8B, 8192, 51.5), (LLAMA3_8B, 65536, 96.6), (LLAMA3_70B, 8192, 449), (LLAMA3_70B, 65536, 675)],
+)
+def test_training_flops_of_the_published_pairs(shape, seq_length, gflops):
+    assert training_flops_per_token(shape, seq_length) == pytest.approx(gflops * 1e9, rel=0.01)
+
+
+def test_published_speed_times_flops_is_the_published_rate():
+    # NVIDIA, Llama-3 8B at 8K, FP8 on H100: 14,451 tokens/s/GPU and 744 TFLOP/s/GPU.
+    assert 14_451 * training_flops_per_token(LLAMA3_8B, 8192) == pytest.approx(744e12, rel=0.01)
+
+
+def test_forward_flops_by_hand():
+    # Two layers of 576 matrix parameters and the 32 x 8 output layer, 2 FLOPs each; causal attention 2 * 10 * 8 a layer.
+    assert forward_flops_per_token(TINY, 10) == 2 * (2 * 576 + 256) + 2 * 160
+    assert training_flops_per_token(TINY, 10) == 3 * forward_flops_per_token(TINY, 10)

@@ -41,8 +41,11 @@ class MicroBatchSampler:
 
 
 def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stack samples to [b, S]; positions that all samples share become one row [S], so that rotary tables are made once."""
-    batch = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+    """Stack samples to [b, S]; positions that all samples share become one row [S], so that rotary tables are made once.
+
+    What Megatron's BlendedDataset adds to a sample (the number of its corpus) is left out.
+    """
+    batch = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0] if torch.is_tensor(samples[0][key])}
     positions = batch["position_ids"]
     if bool((positions == positions[:1]).all()):
         batch["position_ids"] = positions[0]

@@ -160,6 +160,7 @@ def write_safetensors(
         nonlocal pending, pending_bytes
         path = directory / f"shard-{len(shards) + 1:05d}.safetensors"
         save_file(pending, str(path), metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors writes files that only their owner can read
         shards.append((path, list(pending)))
         pending, pending_bytes = {}, 0
 

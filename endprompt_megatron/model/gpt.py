@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from endprompt_megatron.model.cross_entropy import sliced_cross_entropy
 from endprompt_megatron.rope.embedding import PositionRotaryEmbedding
 from endprompt_megatron.rope.scaling import RopeScaling
 
@@ -64,7 +64,7 @@ class EndPromptGPTModel(GPTModel):
         """Cross-entropy of each token, float32.
 
         Rows that pad the vocabulary get no probability, so that the loss is the same for every tensor-parallel size. Where the whole
-        vocabulary is on this rank, torch's fused cross-entropy takes the place of Megatron's chain of elementwise kernels.
+        vocabulary is on this rank, the loss is taken in slices of rows and never copies the logits.
 
         Args:
             labels: [b, s]; logits: [s, b, v].
@@ -75,8 +75,9 @@ class EndPromptGPTModel(GPTModel):
         first_token = self.pg_collection.tp.rank() * share
         real = min(max(self.num_real_tokens - first_token, 0), share)
         if share == self.vocab_size:
-            flat = logits[..., :real].reshape(-1, real).float()
-            return F.cross_entropy(flat, labels.t().reshape(-1), reduction="none").view(labels.t().shape).t()
+            by_token = labels.t()
+            flat = sliced_cross_entropy(logits.flatten(0, 1), by_token.reshape(-1), num_real_tokens=real)
+            return flat.view(by_token.shape).t()
         if real < share:
             padding = torch.arange(share, device=logits.device) >= real
             logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)

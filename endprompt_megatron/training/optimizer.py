@@ -29,7 +29,17 @@ def build_optimizer(
         use_distributed_optimizer=use_distributed_optimizer,
         overlap_param_gather=overlap_param_gather,
     )
-    return get_megatron_optimizer(config, model)
+    optimizer = get_megatron_optimizer(config, model)
+    _use_fused_kernel(optimizer)
+    return optimizer
+
+
+def _use_fused_kernel(optimizer: MegatronOptimizer) -> None:
+    """One pass over the moments instead of a dozen where Megatron fell back to torch's AdamW (no Transformer Engine, no Apex)."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                group["fused"] = True
 
 
 def build_scheduler(

@@ -219,6 +219,19 @@ class ExportConfig:
 
 
 @dataclass
+class LaunchConfig:
+    """How many processes a plain `python recipes/extend.py` starts, and a dry run plans for.
+
+    Attributes:
+        nproc_per_node: processes on this host; null means one a GPU, or one on a CPU.
+        num_nodes: hosts; more than one needs srun or torchrun to start them.
+    """
+
+    nproc_per_node: Optional[int] = None
+    num_nodes: int = 1
+
+
+@dataclass
 class RunConfig:
     """One run of recipes/extend.py.
 
@@ -251,6 +264,7 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict of every value, as config.yaml stores it."""
@@ -371,7 +385,7 @@ class RunConfig:
                 f"2*context_parallel_size={2 * context}. Set data.seq_length={-(-self.data.seq_length // (2 * context)) * 2 * context}."
             )
         if parallel.sequence_parallel and tensor == 1:
-            problems.append("parallel.sequence_parallel=true with tensor_model_parallel_size=1: there is nothing to split. Set it to false.")
+            problems.append("parallel.sequence_parallel=true with tensor_model_parallel_size=1: nothing to split. Set it to false.")
         if parallel.sequence_parallel and self.data.seq_length % (tensor * context):
             problems.append(f"data.seq_length={self.data.seq_length}: sequence_parallel needs a multiple of {tensor * context}.")
         if parallel.recompute_granularity not in (None, "selective", "full"):
@@ -412,7 +426,7 @@ class RunConfig:
         if not self.data.validation:
             shares = _numbers(self.data.split)
             if shares is None or len(shares) != 3 or shares[0] <= 0 or min(shares) < 0:
-                problems.append(f"data.split={self.data.split}: three shares train,validation,test are needed, e.g. 98,2,0.")
+                problems.append(f"data.split={self.data.split}: needs three shares train,validation,test, e.g. 98,2,0.")
         evaluation = self.evaluation
         if evaluation.enabled:
             if not evaluation.lengths or min(evaluation.lengths) < 128:

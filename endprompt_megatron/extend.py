@@ -24,6 +24,7 @@ from endprompt_megatron.data.dataset import TokenizerFacts, build_datasets
 from endprompt_megatron.evaluation.needle import make_trials
 from endprompt_megatron.evaluation.perplexity import held_out_blocks
 from endprompt_megatron.evaluation.results import Probes, probe_system
+from endprompt_megatron.launch import planned_world_size
 from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore import runtime as mcore_runtime
 from endprompt_megatron.mcore import version
@@ -59,14 +60,10 @@ def extend(config: RunConfig) -> dict[str, Any]:
             known by then.
     """
     started = time.monotonic()
-    world_size = mcore_runtime.world_size_from_environment()
-    preflight.validate(config, world_size=world_size)
+    base = prepare(config)
     accelerator = mcore_runtime.resolve_accelerator(config.accelerator)
-    config.precision.name = mcore_runtime.resolve_precision(config.precision.name, accelerator)
     backend = backends.resolve(config.backend)
-    ensure_base_model(config.model.source, Path(config.model.hf_path))
-    base = preflight.check_base(config, world_size=world_size)
-    output_dir = preflight.claim_output_dir(config, write=global_rank() == 0)
+    output_dir = Path(config.output_dir)
     for note in base.end_prompts.notes if base.end_prompts else ():
         get_logger().info(note)
     if accelerator == "cpu" and config.cpu_threads:
@@ -78,6 +75,27 @@ def extend(config: RunConfig) -> dict[str, Any]:
         return _extend(run, started)
     finally:
         mcore_runtime.shut_down()
+
+
+def prepare(config: RunConfig) -> preflight.Base:
+    """Everything that can be checked before a process group exists; then makes the base model where the config says how, and takes
+    the output directory.
+
+    Args:
+        config: of the run; `precision.name` auto is resolved in place.
+    Raises:
+        ConfigError, DataError, CheckpointError, BackendUnavailableError: what is wrong.
+    """
+    world_size = planned_world_size(config)
+    preflight.validate(config, world_size=world_size)
+    accelerator = mcore_runtime.resolve_accelerator(config.accelerator)
+    config.precision.name = mcore_runtime.resolve_precision(config.precision.name, accelerator)
+    backends.resolve(config.backend)
+    ensure_base_model(config.model.source, Path(config.model.hf_path))
+    base = preflight.check_base(config, world_size=world_size)
+    if global_rank() == 0:
+        preflight.claim_output_dir(config)
+    return base
 
 
 def _extend(run: _Run, started: float) -> dict[str, Any]:

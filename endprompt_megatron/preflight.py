@@ -36,6 +36,7 @@ _FREE_KEYS = (
     "data.num_workers",
     "evaluation",
     "export",
+    "launch",
 )
 
 
@@ -124,16 +125,11 @@ def run_rope(config: RunConfig, architecture: ModelArchitecture) -> RopeScaling:
     return RopeScaling(config.rope.type, architecture.rope_theta, architecture.head_dim, factor=config.rope.factor)
 
 
-def claim_output_dir(config: RunConfig, *, write: bool) -> Path:
-    """The run's output directory, made if it is not there.
+def claim_output_dir(config: RunConfig) -> None:
+    """Make the run's output directory, with config.yaml in it, or recognise it as this run's. For one process of the job.
 
-    Args:
-        config: of this run.
-        write: whether this rank writes config.yaml.
-    Returns:
-        the directory.
     Raises:
-        ConfigError: it holds a run with another config, or files that are no run.
+        ConfigError: it holds a run with another config, or files that are no run, or cannot be written.
     """
     output_dir = Path(config.output_dir)
     stored_path = output_dir / "config.yaml"
@@ -147,15 +143,13 @@ def claim_output_dir(config: RunConfig, *, write: bool) -> Path:
             )
     elif output_dir.is_dir() and any(output_dir.iterdir()):
         raise ConfigError(f"output_dir={output_dir} holds files but no config.yaml of a run. Set output_dir to another directory.")
-    if write:
-        try:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            temporary = stored_path.with_suffix(".yaml.tmp")
-            temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
-            temporary.replace(stored_path)
-        except OSError as error:
-            raise ConfigError(f"output_dir={output_dir} cannot be written ({error}). Set output_dir to a writable directory.") from error
-    return output_dir
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        temporary = stored_path.with_suffix(".yaml.tmp")
+        temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        temporary.replace(stored_path)
+    except OSError as error:
+        raise ConfigError(f"output_dir={output_dir} cannot be written ({error}). Set output_dir to a writable directory.") from error
 
 
 def plan(config: RunConfig, *, world_size: int, gpu_name: str = "H100-80GB") -> list[str]:

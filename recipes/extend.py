@@ -6,7 +6,6 @@ default on a CPU. `--help` lists the groups, `--cfg job` prints the composed val
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from endprompt_megatron import launch  # noqa: E402
 from endprompt_megatron.config import RunConfig  # noqa: E402
 from endprompt_megatron.errors import USER_ERRORS, ConfigError  # noqa: E402
 
@@ -28,7 +28,8 @@ def to_run_config(composed: DictConfig) -> RunConfig:
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), composed))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or 'config'}: {error.msg or error}. The keys are explained in endprompt_megatron/config.py.") from error
+        message = f"{error.full_key or 'config'}: {error.msg or error}. endprompt_megatron/config.py explains the keys."
+        raise ConfigError(message) from error
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="extend")
@@ -36,14 +37,17 @@ def run(composed: DictConfig) -> None:
     """One run, or its plan."""
     try:
         config = to_run_config(composed)
+        launch.adopt_srun_environment()
         if config.dry_run:
             from endprompt_megatron.preflight import plan
 
-            world_size = int(os.environ.get("WORLD_SIZE", config.parallel.model_parallel_size))
-            print("\n".join(plan(config, world_size=world_size)))
+            print("\n".join(plan(config, world_size=launch.planned_world_size(config))))
             return
-        from endprompt_megatron.extend import extend
+        from endprompt_megatron.extend import extend, prepare
 
+        if launch.starts_workers(config):
+            prepare(config)  # one clear error here instead of one a worker
+            sys.exit(launch.run_workers(config, sys.argv))
         extend(config)
     except USER_ERRORS as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

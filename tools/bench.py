@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -84,7 +85,7 @@ def megatron_steps(arguments: argparse.Namespace, batches: list[torch.Tensor]) -
         )
         optimizer.step()
 
-    return {name: lambda ids=torch.from_numpy(ids): step(ids) for name, ids in positions.items()}
+    return {name: partial(step, torch.from_numpy(ids)) for name, ids in positions.items()}
 
 
 def transformers_step(arguments: argparse.Namespace, batches: list[torch.Tensor]) -> Callable[[], None]:

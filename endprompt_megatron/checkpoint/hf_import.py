@@ -31,12 +31,14 @@ class SafetensorsReader:
         self._stack = ExitStack()
         self._file_of = _locate_tensors(self.hf_path)
         self._open: dict[Path, Any] = {}
+        self._names: dict[Path, set[str]] = {}
 
     def __enter__(self) -> SafetensorsReader:
         for path in sorted(set(self._file_of.values())):
             self._open[path] = self._stack.enter_context(_open_safetensors(path))
+            self._names[path] = set(self._open[path].keys())
         for name, path in self._file_of.items():
-            if name not in self._open[path].keys():
+            if name not in self._names[path]:
                 raise CheckpointError(f"{path}: lacks {name}, which model.safetensors.index.json places there. Download it again.")
         return self
 
@@ -173,7 +175,7 @@ def _locate_tensors(hf_path: Path) -> dict[str, Path]:
             f"pytorch_model.bin with transformers' save_pretrained."
         )
     with _open_safetensors(single) as opened:
-        return {name: single for name in opened.keys()}
+        return dict.fromkeys(opened.keys(), single)
 
 
 def _open_safetensors(path: Path) -> Any:

@@ -60,11 +60,6 @@ def resolve_precision(precision: str, accelerator: str) -> str:
     return "bf16" if accelerator == "gpu" or has_amx else "fp32"
 
 
-def world_size_from_environment() -> int:
-    """Processes of this job as the launcher announced them; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def initialize(parallel: ParallelConfig, *, accelerator: str, seed: int, timeout_minutes: float = 30.0) -> Runtime:
     """Start torch.distributed and Megatron's process groups, and seed every generator.
 
@@ -76,7 +71,7 @@ def initialize(parallel: ParallelConfig, *, accelerator: str, seed: int, timeout
     """
     version.assert_supported()
     kind = resolve_accelerator(accelerator)
-    rank, world_size = int(os.environ.get("RANK", "0")), world_size_from_environment()
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if kind == "gpu":
         device = torch.device("cuda", local_rank)

@@ -1,0 +1,48 @@
+# Two commands do everything on a fresh machine: `make extend` and `make test`. Both make their own virtual environment first.
+PYTHON ?= python3
+TAG := $(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])')
+VENV := .venv$(TAG)
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TRANSFORMERS4 := $(VENV)/transformers4
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv extend test test-fast lint bench model clean
+
+help: ## list the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@echo 'PYTHON=python3.12 chooses the interpreter (megatron-core 0.19 instead of 0.16), ARGS="key=value ..." goes to recipes/extend.py.'
+
+venv: $(READY) ## make the virtual environment
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+extend: $(READY) ## the main job on the embedded default: SmolLM2-135M, 8K -> 16K, on a CPU
+	$(BIN)/python -W ignore recipes/extend.py $(ARGS)
+
+# an older transformers beside the installed one: exports must open in both
+$(TRANSFORMERS4)/.ready: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TRANSFORMERS4) \
+		transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
+	touch $@
+
+test: $(READY) $(TRANSFORMERS4)/.ready ## every test that this machine can run
+	TRANSFORMERS4=$(TRANSFORMERS4) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
+
+test-fast: $(READY) ## unit tests alone
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/conf
+
+lint: $(READY) ## ruff
+	$(BIN)/ruff check .
+
+bench: $(READY) ## a training step against contiguous positions and against transformers
+	$(BIN)/python tools/fetch_smollm2.py models/smollm2_135m
+	$(BIN)/python -W ignore tools/bench.py step
+
+clean: ## remove environments and caches; outputs, models and datasets stay
+	rm -rf .venv3* build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,136 @@
+"""The three ways a run starts: under torchrun, under srun with one task a GPU, or plainly, when it starts its own local workers through
+torch's elastic launcher. Each ends with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in the environment."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from endprompt_megatron.config import RunConfig
+from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.log import get_logger
+
+_DEFAULT_PORT = 29501
+
+
+def adopt_srun_environment() -> None:
+    """Under srun (and no other launcher) translate Slurm's variables into torch's.
+
+    Raises:
+        ConfigError: the job's hosts cannot be told.
+    """
+    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) < 2:
+        return
+    if "SLURM_STEP_ID" not in os.environ and "SLURM_STEPID" not in os.environ:
+        return  # the batch script itself, not a task of srun
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+    os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
+    os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
+    # one port a job step: two jobs on one node must not meet
+    os.environ.setdefault("MASTER_PORT", str(_DEFAULT_PORT + int(os.environ.get("SLURM_JOB_ID", "0")) % 10000))
+
+
+def _first_slurm_host() -> str:
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+    if not nodes:
+        raise ConfigError("SLURM_PROCID is set but neither SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST: export MASTER_ADDR yourself.")
+    if "[" not in nodes:
+        return nodes.split(",")[0]
+    try:
+        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True).stdout
+        return listed.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        match = re.match(r"([^\[,]+)\[(\d+)", nodes)  # node[03-07,12] -> node03; containers often lack scontrol
+        if match is None:
+            raise ConfigError(f"the first host of SLURM_STEP_NODELIST={nodes} cannot be told: export MASTER_ADDR yourself.") from None
+        return match.group(1) + match.group(2)
+
+
+def planned_world_size(config: RunConfig) -> int:
+    """Ranks of the run: what a launcher announced, else what the config will start."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return config.launch.num_nodes * local_processes(config)
+
+
+def local_processes(config: RunConfig) -> int:
+    """Processes of one host: `launch.nproc_per_node`, else one a GPU, else one."""
+    if config.launch.nproc_per_node is not None:
+        return config.launch.nproc_per_node
+    if config.accelerator == "cpu":
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def starts_workers(config: RunConfig) -> bool:
+    """Whether this process is a plain start that has to launch several workers.
+
+    Raises:
+        ConfigError: more than one node without a launcher.
+    """
+    if "RANK" in os.environ:
+        return False
+    if config.launch.num_nodes > 1:
+        raise ConfigError(
+            f"launch.num_nodes={config.launch.num_nodes}: a plain start reaches this host only. Start the same command with srun (one "
+            f"task a GPU) or torchrun on every node."
+        )
+    return local_processes(config) > 1
+
+
+def run_workers(config: RunConfig, arguments: list[str]) -> int:
+    """Run this very command in `local_processes` workers; rank 0 writes to the terminal, the others to `<output_dir>/logs/`.
+
+    Args:
+        config: of the run.
+        arguments: script and its arguments, as in sys.argv.
+    Returns:
+        Exit status: 0, or the first failed worker's (its last lines are shown once).
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    count = local_processes(config)
+    logs = Path(config.output_dir) / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    quiet = {rank: Std.ALL for rank in range(1, count)}
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id="endprompt",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="spawn",
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=quiet),
+    )
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    get_logger().info(f"starting {count} local workers; logs of ranks 1 to {count - 1} in {logs}")
+    try:
+        elastic_launch(config=launch, entrypoint=sys.executable)("-u", "-W", "ignore", *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        get_logger().error(f"rank {rank} failed with exit status {failure.exitcode}{_last_lines(logs, rank)}")
+        return failure.exitcode if failure.exitcode > 0 else 1
+    except SignalException as error:
+        get_logger().error(f"stopped by {error.sigval.name}; every worker was ended")
+        return 128 + error.sigval.value
+    return 0
+
+
+def _last_lines(logs: Path, rank: int, lines: int = 30) -> str:
+    """The end of a quiet worker's error output; rank 0's is on the terminal already."""
+    if rank == 0:
+        return ""
+    files = sorted(logs.glob(f"*/attempt_0/{rank}/stderr.log"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        return ""
+    return f"; the end of {files[-1]}:\n" + "\n".join(files[-1].read_text(errors="replace").splitlines()[-lines:])

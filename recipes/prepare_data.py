@@ -1,0 +1,44 @@
+"""Fetch and index a run's training text ahead of it: `python recipes/prepare_data.py [+experiment=NAME] [key=value ...]`.
+
+extend.py does this by itself; here it runs alone, for example on a login node with a network. Prints the prefix of each indexed
+dataset, which another run can name as `indexed:PREFIX`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import hydra
+from extend import DEFAULT_EXPERIMENT, ROOT, to_run_config
+from omegaconf import DictConfig
+
+from endprompt_megatron.checkpoint.hf_sources import ensure_base_model
+from endprompt_megatron.checkpoint.hf_tokenizer import hash_tokenizer, load_tokenizer
+from endprompt_megatron.data.corpora import prepare_corpora
+from endprompt_megatron.errors import USER_ERRORS
+
+
+@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="extend")
+def run(composed: DictConfig) -> None:
+    """Prepare the training and validation corpora of one run."""
+    try:
+        config = to_run_config(composed)
+        hf_path = Path(config.model.hf_path)
+        ensure_base_model(config.model.source, hf_path)
+        options = dict(
+            directory=Path(config.data.directory), tokenizer=load_tokenizer(hf_path), tokenizer_hash=hash_tokenizer(hf_path)
+        )
+        for sources in (config.data.train, config.data.validation):
+            blend, _ = prepare_corpora(sources, **options)
+            for prefix, weight in zip(blend.prefixes, blend.weights, strict=True):
+                print(f"indexed:{prefix}  weight {weight:g}")
+    except USER_ERRORS as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    if not any("experiment=" in argument for argument in sys.argv[1:]):
+        sys.argv.append(f"+experiment={DEFAULT_EXPERIMENT}")
+    run()

@@ -1,0 +1,45 @@
+"""Fixtures that several test folders share: tiny models on disk, a one-process Megatron, and one torch thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+from endprompt_megatron.checkpoint.hf_sources import build_tiny_random
+from endprompt_megatron.config import ParallelConfig
+from endprompt_megatron.mcore import runtime
+from endprompt_megatron.mcore.runtime import Runtime
+
+torch.set_num_threads(1)
+# no deadline: other jobs share the machine; derandomised: a red run is red again
+hypothesis.settings.register_profile("endprompt", deadline=None, derandomize=True, max_examples=100)
+hypothesis.settings.load_profile("endprompt")
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers, grouped-query attention, tied embeddings, 512 tokens, window 128. Read only: copy it to change it."""
+    return build_tiny_random(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def untied_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As tiny_model_dir, with an output layer of its own and 300 tokens: no multiple of 128, so that the vocabulary is padded."""
+    return build_tiny_random(tmp_path_factory.mktemp("untied") / "model", seed=7, vocab_size=300, tie=False)
+
+
+@pytest.fixture(scope="session")
+def multi_head_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As tiny_model_dir, with as many KV heads as query heads: q, k, v and o have one shape and can be mistaken for each other."""
+    return build_tiny_random(tmp_path_factory.mktemp("mha") / "model", seed=3, num_key_value_heads=4)
+
+
+@pytest.fixture(scope="module")
+def single_process() -> Iterator[Runtime]:
+    """Megatron-Core on this process alone, on the CPU. The process groups end with the module; the CPU shims stay for the process."""
+    yield runtime.initialize(ParallelConfig(), accelerator="cpu", seed=1)
+    runtime.shut_down()

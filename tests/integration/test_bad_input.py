@@ -1,0 +1,138 @@
+"""Every wrong input ends in one clear error, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+
+from endprompt_megatron.checkpoint.hf_sources import build_tiny_random
+from endprompt_megatron.errors import USER_ERRORS
+from tests.support.run_recipe import ROOT, run_recipe, tiny_overrides
+
+_CASES = {
+    "L within the native window": (["rope.target_context_length=128", "rope.factor=1"], "must be larger than the native window of 128"),
+    "context of no token": (["data.seq_length=4"], "the context segment a = S - b"),
+    "S beyond L": (["data.seq_length=512"], "must fit into rope.target_context_length=256"),
+    "s contradicts L": (["rope.factor=4"], "Set rope.factor=2"),
+    "unknown scheme": (["method.position_scheme=endprompts"], "Choose one of contiguous, endprompt"),
+    "batch that does not divide": (["trainer.global_batch_size=7"], "must be a positive multiple of micro_batch_size"),
+    "tensor parallelism over 3 heads": (["parallel.tensor_model_parallel_size=3"], "must divide the model's 4 attention heads"),
+    "unknown text package": (["data.train=[{path: 'package:nowhere/train'}]"], "nowhere"),
+    "missing text file": (["data.train=[{path: 'no_such.jsonl'}]"], "no_such.jsonl"),
+}
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    build_tiny_random(tmp_path / "model")
+    return tmp_path
+
+
+def _extend(workplace: Path, *more: str) -> None:
+    from extend import to_run_config  # recipes/extend.py
+
+    from endprompt_megatron.extend import extend
+
+    threads = torch.get_num_threads()
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = hydra.compose("extend", overrides=tiny_overrides(workplace, "run", *more))
+    try:
+        extend(to_run_config(composed))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("case", _CASES)
+def test_bad_setting(workplace, case):
+    overrides, message = _CASES[case]
+    with pytest.raises(USER_ERRORS) as caught:
+        _extend(workplace, *overrides)
+    assert message in str(caught.value)
+    assert not (workplace / "run" / "checkpoints").exists() and not (workplace / "run" / "hf").exists()
+
+
+def test_all_problems_are_told_at_once(workplace):
+    with pytest.raises(USER_ERRORS) as caught:
+        _extend(workplace, "rope.factor=4", "optim.lr=-1", "trainer.global_batch_size=7")
+    assert all(key in str(caught.value) for key in ("rope.factor", "optim.lr", "trainer.global_batch_size"))
+    assert not (workplace / "run").exists()
+
+
+def test_missing_tokenizer(workplace):
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (workplace / "model" / name).unlink(missing_ok=True)
+    with pytest.raises(USER_ERRORS, match="holds no tokenizer"):
+        _extend(workplace)
+    assert not (workplace / "run").exists()
+
+
+def test_foreign_tokenizer_against_the_manifest(workplace):
+    from endprompt_megatron.checkpoint.hf_tokenizer import hash_tokenizer, load_tokenizer
+    from endprompt_megatron.data.preprocess import prepare_dataset
+
+    other = build_tiny_random(workplace / "other", vocab_size=300)
+    text = workplace / "text.jsonl"
+    text.write_text(json.dumps({"text": "One two three. " * 200}) + "\n")
+    prefix = workplace / "prepared"
+    prepare_dataset(str(text), tokenizer=load_tokenizer(other), tokenizer_hash=hash_tokenizer(other), output_prefix=prefix)
+    with pytest.raises(USER_ERRORS, match="made with another tokenizer"):
+        _extend(workplace, f"data.train=[{{path: 'indexed:{prefix}'}}]")
+
+
+def test_truncated_safetensors(workplace):
+    path = workplace / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(USER_ERRORS, match="damaged or cut short"):
+        _extend(workplace)
+    assert not (workplace / "run").exists()
+
+
+def test_empty_text(workplace):
+    (workplace / "empty.jsonl").write_text(json.dumps({"text": "  "}) + "\n")
+    with pytest.raises(USER_ERRORS, match="no text"):
+        _extend(workplace, "data.train=[{path: 'empty.jsonl'}]")
+    assert not (workplace / "run" / "checkpoints").exists()
+
+
+def test_directory_that_is_no_run(workplace):
+    (workplace / "run").mkdir()
+    (workplace / "run" / "thesis.tex").write_text("mine")
+    with pytest.raises(USER_ERRORS, match="no config.yaml of a run"):
+        _extend(workplace)
+    assert [path.name for path in (workplace / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_model_directory_of_another_model(workplace):
+    shutil.rmtree(workplace / "model")
+    build_tiny_random(workplace / "model", num_layers=4)
+    with pytest.raises(USER_ERRORS, match="num_layers is 4 there and 2 in model.hf_config"):
+        _extend(workplace)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+experiment=no_such_experiment"], "no_such_experiment"),
+        (["+experiment=tiny_random", "trainer.max_stepz=3"], "max_stepz"),
+        (["+experiment=tiny_random", "trainer.max_steps=many"], "trainer.max_steps"),
+    ],
+)
+def test_command_line_errors(tmp_path, overrides, message):
+    done = run_recipe(*overrides, cwd=tmp_path)
+    assert done.returncode != 0 and message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that the experiment asks for")
+def test_gpu_experiment_without_a_gpu(tmp_path):
+    done = run_recipe("+experiment=smollm2_135m_64k", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "needs an NVIDIA GPU" in done.stderr and "dry_run=true" in done.stderr
+    assert list(tmp_path.iterdir()) == []

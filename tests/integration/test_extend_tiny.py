@@ -1,0 +1,142 @@
+"""The main job in small: the real recipe in real processes on the tiny model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from endprompt_megatron.log import read_metrics
+from tests.support.run_recipe import recipe_command, run_recipe, tiny_overrides
+
+SUMMARY_KEYS = {
+    "experiment", "method", "seed", "steps", "tokens", "physical_length", "target_length", "rope_factor", "loss_first", "loss_last",
+    "tokens_per_second", "peak_memory_gib", "wall_seconds", "backend", "world_size", "hf_checkpoint", "needle_before",
+    "needle_untrained", "needle_after", "perplexity_before", "perplexity_untrained", "perplexity_after",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    done = run_recipe(*tiny_overrides(directory, "run", "control=true"), cwd=directory)
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+def _losses(output_dir: Path) -> list[tuple[int, float, float]]:
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in read_metrics(output_dir / "metrics.jsonl") if "loss" in r]
+
+
+def _weights_digest(output_dir: Path) -> str:
+    return hashlib.sha256((output_dir / "hf" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_output_directory_holds_what_the_design_lists(finished):
+    output = finished / "run"
+    for name in ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints/step_0000020", "checkpoints/latest", "hf", "report.md"):
+        assert (output / name).exists(), name
+    assert len(list(output.glob("*.png"))) >= 3
+    summary = json.loads((output / "summary.json").read_text())
+    assert set(summary) == SUMMARY_KEYS
+    assert summary["steps"] == 20 and summary["tokens"] == 20 * 8 * 64
+    assert summary["loss_last"] < summary["loss_first"] - 0.5
+    assert set(summary["needle_before"]) == set(summary["perplexity_after"]) == {"256"}
+    assert summary["perplexity_after"]["256"] < summary["perplexity_untrained"]["256"]
+
+
+def test_control_is_trained_and_tabled(finished):
+    systems = json.loads((finished / "run" / "evaluation.json").read_text())["systems"]
+    assert set(systems) == {"base", "untrained", "trained", "control"}
+    assert systems["control"]["perplexity"] != systems["trained"]["perplexity"]
+    assert "control without the anchor" in (finished / "run" / "report.md").read_text()
+
+
+def test_export_opens_in_plain_transformers(finished):
+    export = finished / "run" / "hf"
+    config = json.loads((export / "config.json").read_text())
+    assert config["max_position_embeddings"] == 256
+    assert config["rope_scaling"] == {"rope_type": "linear", "type": "linear", "factor": 2.0}
+    assert "rope_parameters" not in config
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    assert tokenizer.model_max_length == 256
+    model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)
+    ids = tokenizer("The cat", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] == ids.shape[1] + 4
+
+
+def test_export_means_the_same_to_transformers_4(finished):
+    """Logits at far positions from transformers 4.57 (installed beside) against the installed one."""
+    beside = os.environ.get("TRANSFORMERS4")
+    if not beside:
+        pytest.skip("TRANSFORMERS4 names no second transformers; `make test` installs one")
+    export = finished / "run" / "hf"
+    program = (
+        "import sys, torch, transformers; from transformers import AutoModelForCausalLM\n"
+        "m = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)\n"
+        "ids = torch.arange(10)[None] + 40; pos = torch.arange(246, 256)[None]\n"
+        "mask = torch.full((1, 1, 10, 10), torch.finfo(torch.float32).min).triu(1)\n"
+        "out = m(input_ids=ids, position_ids=pos, attention_mask=mask, use_cache=False).logits\n"
+        "torch.save((transformers.__version__, out.detach()), sys.argv[2])\n"
+    )
+    results = []
+    for number, path in enumerate((str(Path(beside).resolve()), "")):
+        output = finished / f"logits{number}.pt"
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, "-W", "ignore", "-c", program, str(export), str(output)], env=environment, check=True, cwd=finished)
+        results.append(torch.load(output))
+    (old, old_logits), (new, new_logits) = results
+    assert old.startswith("4.57") and old != new
+    assert torch.allclose(old_logits, new_logits, atol=1e-5)
+
+
+def test_a_killed_run_resumes_bit_for_bit(finished):
+    """SIGKILL between two checkpoints; the next start ends with the losses and the weights of the undisturbed run."""
+    command = recipe_command(*tiny_overrides(finished, "killed", "trainer.save_interval=4", "evaluation.enabled=false"))
+    output = finished / "killed"
+    process = subprocess.Popen(
+        command, cwd=finished, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (output / "checkpoints" / "latest").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (output / "summary.json").exists()
+    resumed = run_recipe(*command[4:], cwd=finished)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming from" in resumed.stderr
+    assert _losses(output) == _losses(finished / "run")
+    assert _weights_digest(output) == _weights_digest(finished / "run")
+
+
+def test_more_steps_resume_the_same_run(finished):
+    first = run_recipe(*tiny_overrides(finished, "longer", "trainer.max_steps=8", "evaluation.enabled=false"), cwd=finished)
+    assert first.returncode == 0, first.stderr
+    second = run_recipe(*tiny_overrides(finished, "longer", "evaluation.enabled=false"), cwd=finished)
+    assert second.returncode == 0 and "step_0000008" in second.stderr, second.stderr
+    assert _losses(finished / "longer") == _losses(finished / "run")
+
+
+def test_another_config_is_refused_the_directory(finished):
+    before = _weights_digest(finished / "run")
+    refused = run_recipe(*tiny_overrides(finished, "run", "optim.lr=0.002"), cwd=finished)
+    assert refused.returncode == 2
+    assert "optim.lr: 0.001 there, 0.002 now" in refused.stderr and "another directory" in refused.stderr
+    assert _weights_digest(finished / "run") == before
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
+    done = run_recipe("+experiment=llama3_8b_64k", "dry_run=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "8,030,261,248" in done.stdout and "65,536" in done.stdout and "1,907" in done.stdout
+    assert list(tmp_path.iterdir()) == []

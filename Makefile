@@ -41,7 +41,7 @@ lint: $(READY) ## ruff
 	$(BIN)/ruff check .
 
 bench: $(READY) ## a training step against contiguous positions and against transformers
-	$(BIN)/python tools/fetch_smollm2.py models/smollm2_135m
+	$(BIN)/python tools/fetch_smollm2.py --destination models/smollm2_135m
 	$(BIN)/python -W ignore tools/bench.py step
 
 clean: ## remove environments and caches; outputs, models and datasets stay

@@ -36,6 +36,7 @@ class RunState:
         tokens: physical tokens trained on.
         train_seconds: spent in training steps, all sittings together.
         loss_first, loss_last: weighted loss of the first and of the newest step.
+        sample_order: identity of the order of samples (data.dataset.sample_order).
     """
 
     step: int = 0
@@ -44,6 +45,7 @@ class RunState:
     train_seconds: float = 0.0
     loss_first: float | None = None
     loss_last: float | None = None
+    sample_order: str | None = None
 
 
 def save_checkpoint(

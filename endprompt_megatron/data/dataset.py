@@ -5,10 +5,12 @@ Shapes: S physical tokens of a sample, a context tokens, b prompt tokens, S = a 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -185,3 +187,13 @@ def build_datasets(
     if train_dataset is None or len(train_dataset) == 0:
         raise DataError(f"no training sample in {train.prefixes}: data.split={split} leaves it no document.")
     return train_dataset, validation_dataset if wants_validation else None
+
+
+def sample_order(dataset: Any) -> str:
+    """SHA-256 (hex) over the order of documents and samples of a built dataset: two datasets with the same order yield the same
+    sample for every index that both have. Megatron shuffles all epochs together, so asking for more epochs changes the order."""
+    digest = hashlib.sha256()
+    for part in getattr(dataset, "datasets", [dataset]):
+        digest.update(np.ascontiguousarray(part.document_index).tobytes())
+        digest.update(np.ascontiguousarray(part.shuffle_index).tobytes())
+    return digest.hexdigest()

@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from endprompt_megatron.checkpoint.distributed import RunState, load_latest_checkpoint, save_checkpoint
 from endprompt_megatron.config import RunConfig
+from endprompt_megatron.data.dataset import sample_order
 from endprompt_megatron.data.loader import MicroBatchSampler, micro_batches
 from endprompt_megatron.log import MetricsWriter, Progress, get_logger
 from endprompt_megatron.mcore.runtime import Runtime
@@ -81,6 +82,7 @@ class Trainer:
         self.forward_step = make_forward_step(runtime.device)
         self.schedule = get_forward_backward_func()
         self.state = load_latest_checkpoint(self.checkpoints, chunks=chunks, optimizer=self.optimizer) or RunState()
+        self._check_sample_order()
         self.scheduler = build_scheduler(
             self.optimizer,
             optim,
@@ -130,6 +132,15 @@ class Trainer:
                 self._evaluate_if_due(writer)
         writer.close()
         return self._result()
+
+    def _check_sample_order(self) -> None:
+        order = sample_order(self.train_dataset)
+        if self.state.sample_order not in (None, order):
+            get_logger().warning(
+                f"trainer.max_steps={self.config.trainer.max_steps} needs more epochs of the text than this run was started with, which "
+                f"shuffles it anew: samples of the first {self.state.step} steps may come again, and others later than they would have."
+            )
+        self.state.sample_order = order
 
     def _step(self, batches: list[Iterator[dict]]) -> tuple[dict[str, float], float]:
         for chunk in self.model:

@@ -92,7 +92,7 @@ def transformers_step(arguments: argparse.Namespace, batches: list[torch.Tensor]
     """One training step of transformers' Llama with SDPA: accumulation, clipping and AdamW as above."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.precision]
     model = load_transformers_model(arguments.model, dtype=dtype).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_OPTIM.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_OPTIM.lr, weight_decay=0.0, fused=True)
 
     def step() -> None:
         optimizer.zero_grad()

@@ -1,0 +1,94 @@
+"""Every experiment composes onto the typed schema, validates and gives a plan, without weights and without a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra
+import pytest
+from extend import ROOT, to_run_config  # recipes/extend.py
+from hydra.errors import ConfigCompositionException, MissingConfigException
+
+from endprompt_megatron import launch
+from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.preflight import plan
+
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+
+
+def _compose(*overrides: str):
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return hydra.compose("extend", overrides=list(overrides))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_composes_validates_and_plans(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # no models/ here: the plan needs none
+    config = to_run_config(_compose(f"+experiment={name}"))
+    assert config.name == name and config.output_dir == f"outputs/{name}"
+    lines = plan(config, world_size=launch.planned_world_size(config))
+    assert f"{config.rope.target_context_length:,}" in "\n".join(lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_opens_with_its_command(name):
+    text = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
+    assert text.startswith("# @package _global_\n# ") and "python recipes/extend.py" in text
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml")))
+def test_model_numbers_are_the_published_ones(name):
+    from endprompt_megatron.planning.flops import count_parameters
+    from endprompt_megatron.preflight import known_architecture, model_shape
+
+    published = {"smollm2_135m": 134_515_008, "llama3_8b": 8_030_261_248}
+    config = to_run_config(_compose("+experiment=tiny_random", f"model={name}", f"model.hf_path=/nonexistent/{name}"))
+    if name in published:
+        assert count_parameters(model_shape(known_architecture(config))) == published[name]
+    else:
+        assert known_architecture(config).num_layers == 2
+
+
+def test_every_key_of_the_schema_is_read_somewhere():
+    """A key that only config.py names would be a promise that nothing keeps."""
+    import dataclasses
+
+    from endprompt_megatron.config import RunConfig
+
+    sources = [path for folder in ("endprompt_megatron", "recipes") for path in (ROOT / folder).rglob("*.py")]
+    text = "\n".join(path.read_text() for path in sources if path.name != "config.py")
+    config_text = (ROOT / "endprompt_megatron" / "config.py").read_text()
+
+    def keys(cls: type) -> list[str]:
+        found = []
+        for field in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(field.default_factory):
+                found += keys(field.default_factory)
+            else:
+                found.append(field.name)
+        return found
+
+    rules_only = {"original_context_length"}  # compared with the base's own window, nothing else
+    unread = [key for key in keys(RunConfig) if f".{key}" not in text and key not in rules_only]
+    assert unread == []
+    assert all(f".{key}" in config_text for key in rules_only)
+
+
+def test_unknown_experiment_key_and_type():
+    with pytest.raises(MissingConfigException, match="no_such"):
+        _compose("+experiment=no_such")
+    with pytest.raises(ConfigCompositionException, match="trainer.max_stepz"):
+        _compose("+experiment=tiny_random", "trainer.max_stepz=3")
+    with pytest.raises(ConfigError, match="trainer.max_stepz"):
+        to_run_config(_compose("+experiment=tiny_random", "+trainer.max_stepz=3"))
+    with pytest.raises(ConfigError, match="trainer.max_steps"):
+        to_run_config(_compose("+experiment=tiny_random", "trainer.max_steps=many"))
+
+
+def test_paths_in_conf_are_relative():
+    for path in (ROOT / "conf").rglob("*.yaml"):
+        for line in path.read_text().splitlines():
+            if not line.lstrip().startswith("#"):
+                assert ": /" not in line, f"{path.name}: {line}"
+    assert Path(to_run_config(_compose("+experiment=tiny_random")).data.directory) == Path("datasets")

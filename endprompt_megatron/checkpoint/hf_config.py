@@ -74,7 +74,6 @@ def architecture_from_hf(config: dict[str, Any]) -> ModelArchitecture:
             rope_theta=0.0,
             norm_epsilon=float(config["rms_norm_eps"]),
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            initializer_range=float(config.get("initializer_range", 0.02)),
         )
     except KeyError as error:
         raise CheckpointError(f"config.json lacks {error}: copy it again from the model.") from error

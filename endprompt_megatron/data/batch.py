@@ -1,6 +1,6 @@
 """A micro-batch on this rank: moved to its device, with the loss weights normalised so that every layout optimises the same loss.
 
-Shapes: b micro-batch, S physical sequence.
+Shapes: b micro-batch, S physical sequence, s = S / context-parallel size on this rank.
 """
 
 from __future__ import annotations
@@ -8,7 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
+
+from endprompt_megatron.mcore.context_parallel import token_indices
 
 
 @dataclass(frozen=True)
@@ -16,12 +19,12 @@ class MicroBatch:
     """What one forward step needs.
 
     Attributes:
-        tokens, labels: int64 [b, S].
-        position_ids: int64 [S] or [b, S].
-        loss_weights: float32 [b, S]; each sample's weights sum to 1 / b, so that the loss of a micro-batch is the mean over samples
-            of the weighted mean over tokens (eq. 11), whatever the micro-batch size.
-        prompt_mask: bool [b, S], True where the label is a token of the end prompt.
-        counted: bool [b, S], True where the loss counts.
+        tokens, labels: int64 [b, s].
+        position_ids: int64 [s] or [b, s].
+        loss_weights: float32 [b, s]; each sample's weights sum to 1 / b over its S tokens, so that the loss of a micro-batch is the
+            mean over samples of the weighted mean over tokens (eq. 11), whatever the layout.
+        prompt_mask: bool [b, s], True where the label is a token of the end prompt.
+        counted: bool [b, s], True where the loss counts.
         sample_indices: int64 [b].
     """
 
@@ -35,15 +38,21 @@ class MicroBatch:
 
 
 def to_micro_batch(batch: dict[str, Tensor], device: torch.device) -> MicroBatch:
-    """Move a collated batch to `device` and normalise its loss weights."""
-    weights = batch["loss_weights"].to(device, non_blocking=True)
+    """Normalise the loss weights of a collated batch, take this context-parallel rank's tokens and move them to `device`."""
+    weights = batch["loss_weights"]
     totals = weights.sum(dim=1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    size = parallel_state.get_context_parallel_world_size()
+    mine = token_indices(weights.shape[1], parallel_state.get_context_parallel_rank(), size) if size > 1 else slice(None)
+
+    def local(tensor: Tensor) -> Tensor:
+        return tensor[..., mine].to(device, non_blocking=True)
+
     return MicroBatch(
-        tokens=batch["tokens"].to(device, non_blocking=True),
-        labels=batch["labels"].to(device, non_blocking=True),
-        position_ids=batch["position_ids"].to(device, non_blocking=True),
-        loss_weights=weights / totals / weights.shape[0],
-        prompt_mask=batch["prompt_mask"].to(device, non_blocking=True),
-        counted=weights > 0,
+        tokens=local(batch["tokens"]),
+        labels=local(batch["labels"]),
+        position_ids=local(batch["position_ids"]),
+        loss_weights=local(weights / totals / weights.shape[0]),
+        prompt_mask=local(batch["prompt_mask"]),
+        counted=local(weights > 0),
         sample_indices=batch["sample_index"],
     )

@@ -18,7 +18,6 @@ class ModelArchitecture:
         rope_theta: base of the rotary frequencies.
         norm_epsilon: of RMSNorm.
         tied_embeddings: whether the output layer is the embedding.
-        initializer_range: standard deviation of newly drawn weights.
     """
 
     num_layers: int
@@ -32,7 +31,6 @@ class ModelArchitecture:
     rope_theta: float
     norm_epsilon: float
     tied_embeddings: bool
-    initializer_range: float = 0.02
 
     def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
         """Rows of the embedding: the vocabulary rounded up so that each rank's share is a multiple of 128."""

@@ -18,6 +18,10 @@ from endprompt_megatron.rope.scaling import RopeScaling
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+def _leave_as_it_is(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
 def transformer_config(architecture: ModelArchitecture, *, parallel: ParallelConfig, precision: str) -> TransformerConfig:
     """Megatron's configuration of an architecture.
 
@@ -46,8 +50,11 @@ def transformer_config(architecture: ModelArchitecture, *, parallel: ParallelCon
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        init_method_std=architecture.initializer_range,
-        perform_initialization=False,  # every weight is loaded
+        # every weight is loaded; Megatron's initialisation still runs, because it marks which parameters are tensor-parallel, and the
+        # gradient norm counts by those marks
+        init_method=_leave_as_it_is,
+        output_layer_init_method=_leave_as_it_is,
+        embedding_init_method=_leave_as_it_is,
         bf16=precision == "bf16",
         params_dtype=dtype,
         pipeline_dtype=dtype,

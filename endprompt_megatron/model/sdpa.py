@@ -1,7 +1,10 @@
 """Core attention through torch.nn.functional.scaled_dot_product_attention, and the RMSNorm that goes with it: the `torch` backend,
 which runs on a CPU and on a GPU without Transformer Engine and never materialises the s x s scores.
 
-Shapes: b micro-batch, s sequence on this rank, n query heads and g key/value heads on this rank, d head dim; Megatron order [s, b, n, d].
+Under context parallelism key and value are gathered over the group and each rank attends from its own two chunks: simple, and right on any
+device; Transformer Engine's ring saves the memory.
+
+Shapes: b micro-batch, S whole sequence, s sequence on this rank, n query heads and g key/value heads on this rank, d head dim; Megatron order [s, b, n, d].
 """
 
 from __future__ import annotations
@@ -10,10 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from endprompt_megatron.mcore.context_parallel import chunks_of_rank, gather_sequence
 
 
 class TorchSDPA(MegatronModule):
@@ -30,8 +36,6 @@ class TorchSDPA(MegatronModule):
         **unused: Any,
     ):
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise AssertionError("RunConfig.validate lets no context parallelism through to this backend")
         self.softmax_scale = softmax_scale
         self.attention_dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
@@ -52,13 +56,33 @@ class TorchSDPA(MegatronModule):
         Returns:
             [s, b, n * d].
         """
+        if self.config.context_parallel_size > 1:
+            return self._over_context_parallel_group(query, key, value)
+        return self._attend(query, key, value, first_row=0)
+
+    def _over_context_parallel_group(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        group = parallel_state.get_context_parallel_group()
+        key, value = gather_sequence(key, group), gather_sequence(value, group)
+        outputs = []
+        for number, chunk in zip(chunks_of_rank(group.rank(), group.size()), query.chunk(2), strict=True):
+            first_row, seen = number * chunk.shape[0], (number + 1) * chunk.shape[0]
+            outputs.append(self._attend(chunk, key[:seen], value[:seen], first_row=first_row))
+        return torch.cat(outputs)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, first_row: int) -> Tensor:
+        """Causal attention of query rows first_row, first_row + 1, ... over keys 0, 1, ...: [s, b, n * d]."""
         sequence, batch, heads, dim = query.shape
+        mask = None
+        if first_row:
+            rows = torch.arange(first_row, first_row + sequence, device=query.device)
+            mask = rows[:, None] >= torch.arange(key.shape[0], device=query.device)[None, :]
         context = F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
+            attn_mask=mask,
             dropout_p=self.attention_dropout if self.training else 0.0,
-            is_causal=True,
+            is_causal=mask is None,
             scale=self.softmax_scale,
             enable_gqa=key.shape[2] != heads,
         )

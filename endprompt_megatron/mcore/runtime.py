@@ -83,7 +83,9 @@ def initialize(parallel: ParallelConfig, *, accelerator: str, seed: int, timeout
         device = torch.device("cpu")
         backend = "gloo"
     timeout = timedelta(minutes=timeout_minutes)
-    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+    if torch.distributed.is_initialized():
+        get_logger().debug("the process group of an earlier run in this process is used again")
+    elif world_size == 1 and "MASTER_ADDR" not in os.environ:
         store = torch.distributed.HashStore()  # no port to collide on for a run of one process
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
@@ -118,8 +120,13 @@ def seed_everything(seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(pipeline_seed)
 
 
-def shut_down() -> None:
-    """Destroy every process group, so that another run can start in this process."""
+def shut_down(*, keep_process_group: bool = False) -> None:
+    """Destroy Megatron's groups, so that another run can start in this process.
+
+    Args:
+        keep_process_group: leave torch.distributed itself up, for a next run with another layout over the same ranks.
+    """
     if torch.distributed.is_initialized():
         parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
+        if not keep_process_group:
+            torch.distributed.destroy_process_group()

@@ -64,6 +64,9 @@ def transformer_config(architecture: ModelArchitecture, *, parallel: ParallelCon
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        # with two stages both neighbours are the same rank, and batched sends of the interleaved schedule would reach the wrong receive
+        overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
+        batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
         # fusions need CUDA kernels or a C++ compiler at run time
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

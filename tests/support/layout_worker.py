@@ -1,0 +1,122 @@
+"""One rank of tests/distributed: trains a list of jobs, each in its own layout, over one torch.distributed start.
+
+    torchrun --nproc-per-node N tests/support/layout_worker.py JOBS.json
+
+A job: {"output": dir, "model": dir, "data": dir, "scheme": name, "steps": n, "parallel": {...}, "save_interval": n}. What it trained is in
+its metrics.jsonl; a job whose output holds a checkpoint resumes it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config  # noqa: E402
+from endprompt_megatron.checkpoint.hf_import import load_hf_weights  # noqa: E402
+from endprompt_megatron.checkpoint.hf_tokenizer import hash_tokenizer, load_tokenizer  # noqa: E402
+from endprompt_megatron.config import (  # noqa: E402
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RopeConfig,
+    RunConfig,
+    TextSource,
+    TrainerConfig,
+)
+from endprompt_megatron.data.corpora import prepare_corpora  # noqa: E402
+from endprompt_megatron.data.dataset import TokenizerFacts, build_datasets  # noqa: E402
+from endprompt_megatron.data.prompts import tokenize_end_prompts  # noqa: E402
+from endprompt_megatron.mcore import runtime as mcore_runtime  # noqa: E402
+from endprompt_megatron.model.backends import resolve  # noqa: E402
+from endprompt_megatron.model.build import build_model_chunks  # noqa: E402
+from endprompt_megatron.positions import scheme as position_schemes  # noqa: E402
+from endprompt_megatron.rope.scaling import RopeScaling  # noqa: E402
+from endprompt_megatron.training.trainer import Trainer  # noqa: E402
+
+
+def _scattered(layout: position_schemes.SampleLayout, seed: int, sample_index: int) -> np.ndarray:
+    """Test-only positions that differ by sample: a sorted random subset of the window, the last position included."""
+    total = layout.num_context_tokens + layout.num_prompt_tokens
+    random = np.random.default_rng([seed, 99, sample_index])
+    inner = random.choice(layout.target_context_length - 1, size=total - 1, replace=False)
+    return np.append(np.sort(inner), layout.target_context_length - 1).astype(np.int64)
+
+
+position_schemes.SCHEMES["scattered"] = position_schemes.PositionScheme(
+    "scattered", uses_end_prompt=True, varies_by_sample=True, place=_scattered
+)
+
+
+def run_job(job: dict) -> None:
+    """Train one job on this rank."""
+    parallel = ParallelConfig(**job["parallel"])
+    architecture = architecture_from_hf(read_hf_config(Path(job["model"])))
+    target = 2 * architecture.max_position_embeddings
+    source = TextSource(path="package:tiny/train")
+    config = RunConfig(
+        name="layouts",
+        output_dir=job["output"],
+        model=ModelConfig("tiny", job["model"]),
+        method=MethodConfig(position_scheme=job["scheme"], end_prompts=["EP_1", "EP_3"] if job["scheme"] == "scattered" else ["EP_1"]),
+        rope=RopeConfig("pi", 2.0, target),
+        parallel=parallel,
+        precision=PrecisionConfig(job.get("precision", "fp32")),
+        data=DataConfig(job["data"], 64, [source]),
+        optim=OptimConfig(lr=1e-3, warmup_steps=2),
+        trainer=TrainerConfig(job["steps"], 2, 8, eval_batches=0, save_interval=job.get("save_interval", 0), keep_last=0),
+    )
+    runtime = mcore_runtime.initialize(parallel, accelerator="cpu", seed=config.seed)
+    try:
+        tokenizer, tokenizer_hash = load_tokenizer(Path(job["model"])), hash_tokenizer(Path(job["model"]))
+        blend, _ = prepare_corpora([source], directory=Path(job["data"]), tokenizer=tokenizer, tokenizer_hash=tokenizer_hash)
+        rope = RopeScaling("pi", architecture.rope_theta, architecture.head_dim, factor=2.0)
+        chunks = build_model_chunks(
+            architecture,
+            rope=rope,
+            max_sequence_length=target,
+            parallel=parallel,
+            precision=config.precision.name,
+            backend=resolve("torch"),
+            device=runtime.device,
+        )
+        load_hf_weights(chunks, Path(job["model"]), architecture)
+        train_dataset, _ = build_datasets(
+            blend,
+            None,
+            split="1,0,0",
+            seq_length=64,
+            num_train_samples=400,
+            num_validation_samples=0,
+            seed=config.seed,
+            tokenizer=TokenizerFacts(architecture.vocab_size, tokenizer.eos_token_id, tokenizer_hash),
+            cache_dir=Path(job["data"]) / "indices",
+            position_scheme=config.method.position_scheme,
+            target_context_length=target,
+            end_prompts=tokenize_end_prompts(
+                config.method.end_prompts, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+            ),
+            end_prompt_loss_weight=0.1,
+        )
+        Path(job["output"]).mkdir(parents=True, exist_ok=True)
+        trainer = Trainer(
+            config, runtime, chunks, train_dataset=train_dataset, validation_dataset=None, output_dir=Path(job["output"])
+        )
+        trainer.train()
+    finally:
+        mcore_runtime.shut_down(keep_process_group=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for described in json.loads(Path(sys.argv[1]).read_text()):
+        run_job(described)
+    torch.distributed.destroy_process_group()

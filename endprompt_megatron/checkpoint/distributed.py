@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from endprompt_megatron.errors import CheckpointError
@@ -73,10 +73,11 @@ def save_checkpoint(
                 shutil.rmtree(partial)
             partial.mkdir(parents=True)
         _barrier()
-        dist_checkpointing.save(_sharded_state(chunks, optimizer, is_loading=False), str(partial))
+        dist_checkpointing.save(_sharded_state(chunks, optimizer, is_loading=False, with_random_state=True), str(partial))
         _barrier()
         if global_rank() == 0:
-            (partial / _RUN_FILE).write_text(json.dumps({"state": asdict(state), "config": config}, indent=2))
+            record = {"state": asdict(state), "layout": _layout(), "config": config}
+            (partial / _RUN_FILE).write_text(json.dumps(record, indent=2))
             if final.exists():
                 shutil.rmtree(final)
             partial.rename(final)
@@ -105,7 +106,9 @@ def load_latest_checkpoint(directory: Path, *, chunks: list[torch.nn.Module], op
     path = directory / pointer.read_text().strip()
     try:
         record = json.loads((path / _RUN_FILE).read_text())
-        loaded = dist_checkpointing.load(_sharded_state(chunks, optimizer, is_loading=True), str(path))
+        same_layout = record["layout"] == _layout()
+        wanted = _sharded_state(chunks, optimizer, is_loading=True, with_random_state=same_layout)
+        loaded = dist_checkpointing.load(wanted, str(path))
     except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
         raise CheckpointError(
             f"{path}, which {pointer} names, cannot be read ({type(error).__name__}: {error}). Write the name of an earlier checkpoint "
@@ -114,20 +117,38 @@ def load_latest_checkpoint(directory: Path, *, chunks: list[torch.nn.Module], op
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"model{index}"], strict=True)
     optimizer.load_state_dict(loaded["optimizer"])
-    _set_random_state(loaded["random_state"])
+    if same_layout:
+        _set_random_state(loaded["random_state"])
+    else:
+        get_logger().info(
+            f"{path} was saved in another layout ({record['layout']}; now {_layout()}): weights, optimizer and data position carry over, "
+            f"random states start anew from the seed (nothing in training draws from them while dropout is 0)"
+        )
     get_logger().info(f"resuming from {path}")
     return RunState(**record["state"])
 
 
-def _sharded_state(chunks: list[torch.nn.Module], optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
+def _layout() -> dict[str, int]:
+    return {
+        "world_size": torch.distributed.get_world_size(),
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+    }
+
+
+def _sharded_state(
+    chunks: list[torch.nn.Module], optimizer: Any, *, is_loading: bool, with_random_state: bool
+) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for index, chunk in enumerate(chunks):
         state[f"model{index}"] = chunk.sharded_state_dict()
     model_state = {key: value for key, value in state.items()} if len(chunks) > 1 else state["model0"]
     state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=_OPTIMIZER_METADATA)
-    state["random_state"] = ShardedObject(
-        "random_state", None if is_loading else _random_state(), (torch.distributed.get_world_size(),), (global_rank(),)
-    )
+    if with_random_state:
+        state["random_state"] = ShardedObject(
+            "random_state", None if is_loading else _random_state(), (torch.distributed.get_world_size(),), (global_rank(),)
+        )
     return state
 
 

@@ -4,6 +4,7 @@ crosses groups. conf/ holds only values."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -169,7 +170,7 @@ class TrainerConfig:
         eval_interval, eval_batches: how often, and on how many global batches, the held-out loss is taken.
         save_interval: how often a checkpoint is written; the last step always is.
         keep_last: newest checkpoints kept; 0 keeps all.
-        log_interval: how often metrics.jsonl gets a record.
+        log_interval: how often metrics.jsonl gets a record, >= 1.
     """
 
     max_steps: int = "???"  # type: ignore[assignment]
@@ -302,6 +303,10 @@ class RunConfig:
 
     def _window_problems(self, architecture: ModelArchitecture) -> list[str]:
         problems = []
+        if self.rope.type not in ("none", "pi"):
+            problems.append(f"rope.type={self.rope.type}: choose none or pi.")
+        if not math.isfinite(self.rope.factor):
+            problems.append(f"rope.factor={self.rope.factor}: must be a finite number.")
         native = architecture.max_position_embeddings
         original = self.rope.original_context_length or native
         target, seq_length = self.rope.target_context_length, self.data.seq_length
@@ -374,7 +379,13 @@ class RunConfig:
                 problems.append(
                     f"parallel.tensor_model_parallel_size={tensor}: must divide the model's {count} {what}. Choose one of {fitting}."
                 )
-        if architecture.num_layers % (pipeline * (parallel.virtual_pipeline_model_parallel_size or 1)):
+        virtual = parallel.virtual_pipeline_model_parallel_size
+        if virtual is not None and (virtual < 1 or pipeline == 1):
+            problems.append(
+                f"parallel.virtual_pipeline_model_parallel_size={virtual}: must be >= 1 and needs pipeline_model_parallel_size > 1. "
+                f"Set it to null."
+            )
+        elif architecture.num_layers % (pipeline * (virtual or 1)):
             problems.append(
                 f"parallel.pipeline_model_parallel_size={pipeline} x virtual_pipeline_model_parallel_size="
                 f"{parallel.virtual_pipeline_model_parallel_size}: must divide the model's {architecture.num_layers} layers."
@@ -388,6 +399,8 @@ class RunConfig:
             problems.append("parallel.sequence_parallel=true with tensor_model_parallel_size=1: nothing to split. Set it to false.")
         if parallel.sequence_parallel and self.data.seq_length % (tensor * context):
             problems.append(f"data.seq_length={self.data.seq_length}: sequence_parallel needs a multiple of {tensor * context}.")
+        if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
+            problems.append("parallel.overlap_param_gather=true: needs use_distributed_optimizer=true. Set both, or neither.")
         if parallel.recompute_granularity not in (None, "selective", "full"):
             problems.append(f"parallel.recompute_granularity={parallel.recompute_granularity}: choose null, selective or full.")
         if world_size % parallel.model_parallel_size:
@@ -402,13 +415,34 @@ class RunConfig:
                     f"trainer.global_batch_size={trainer.global_batch_size}: must be a positive multiple of micro_batch_size x "
                     f"data-parallel size = {trainer.micro_batch_size} x {self.data_parallel_size(world_size)} = {step}."
                 )
+            elif virtual is not None and self.num_micro_batches(world_size) % pipeline:
+                problems.append(
+                    f"parallel.virtual_pipeline_model_parallel_size={virtual}: the interleaved schedule needs a number of micro-batches "
+                    f"that is a multiple of pipeline_model_parallel_size={pipeline}, not {self.num_micro_batches(world_size)}. Change "
+                    f"trainer.global_batch_size or trainer.micro_batch_size."
+                )
         return problems
 
     def _number_problems(self) -> list[str]:
         problems = []
-        if self.trainer.max_steps < 1:
-            problems.append(f"trainer.max_steps={self.trainer.max_steps}: must be >= 1.")
-        if self.optim.lr <= 0 or self.optim.min_lr < 0 or self.optim.min_lr > self.optim.lr:
+        if self.accelerator not in ("auto", "gpu", "cpu"):
+            problems.append(f"accelerator={self.accelerator}: choose auto, gpu or cpu.")
+        if self.backend not in ("auto", "torch"):
+            problems.append(f"backend={self.backend}: choose auto or torch.")
+        if self.model.source not in (None, "smollm2_135m", "tiny_random"):
+            problems.append(f"model.source={self.model.source}: choose smollm2_135m, tiny_random or null.")
+        least_of = {"max_steps": 1, "log_interval": 1, "eval_interval": 0, "eval_batches": 0, "save_interval": 0, "keep_last": 0}
+        for key, least in least_of.items():
+            if getattr(self.trainer, key) < least:
+                problems.append(f"trainer.{key}={getattr(self.trainer, key)}: must be >= {least}.")
+        for key in ("warmup_steps", "clip_grad", "weight_decay"):
+            if not getattr(self.optim, key) >= 0:
+                problems.append(f"optim.{key}={getattr(self.optim, key)}: must be >= 0.")
+        if self.data.num_workers < 0:
+            problems.append(f"data.num_workers={self.data.num_workers}: must be >= 0.")
+        if not self.export.max_shard_gib > 0:
+            problems.append(f"export.max_shard_gib={self.export.max_shard_gib}: must be > 0. The default is 4.5.")
+        if not (self.optim.lr > 0 and 0 <= self.optim.min_lr <= self.optim.lr < math.inf):
             problems.append(f"optim.lr={self.optim.lr}, optim.min_lr={self.optim.min_lr}: needs 0 <= min_lr <= lr and lr > 0.")
         if self.optim.lr_schedule not in ("constant", "cosine", "linear"):
             problems.append(f"optim.lr_schedule={self.optim.lr_schedule}: choose constant, cosine or linear.")
@@ -421,11 +455,15 @@ class RunConfig:
             problems.append(f"precision.name={self.precision.name}: choose auto, bf16 or fp32.")
         if not self.data.train:
             problems.append("data.train is empty: name at least one corpus, e.g. data.train='[{path: my_texts.jsonl}]'.")
-        if any(source.weight <= 0 for source in self.data.train):
-            problems.append("data.train: every weight must be > 0. Drop a corpus rather than weigh it 0.")
+        for key, sources in (("train", self.data.train), ("validation", self.data.validation)):
+            problems += [
+                f"data.{key}: weight={source.weight:g} of {source.path} must be > 0. Drop a corpus rather than weigh it 0."
+                for source in sources
+                if not source.weight > 0
+            ]
         if not self.data.validation:
             shares = _numbers(self.data.split)
-            if shares is None or len(shares) != 3 or shares[0] <= 0 or min(shares) < 0:
+            if shares is None or len(shares) != 3 or not shares[0] > 0 or not all(0 <= share < math.inf for share in shares):
                 problems.append(f"data.split={self.data.split}: needs three shares train,validation,test, e.g. 98,2,0.")
         evaluation = self.evaluation
         if evaluation.enabled:
@@ -435,8 +473,9 @@ class RunConfig:
                 problems.append("evaluation.text is empty: name a held-out corpus, or set evaluation.enabled=false.")
             if not evaluation.needle_depths or any(not 0 <= depth <= 1 for depth in evaluation.needle_depths):
                 problems.append(f"evaluation.needle_depths={evaluation.needle_depths}: depths are between 0 (start) and 1 (end).")
-            if evaluation.needle_trials < 1 or evaluation.needle_digits < 1 or evaluation.perplexity_tokens < 1:
-                problems.append("evaluation.needle_trials, needle_digits and perplexity_tokens must be >= 1.")
+            for key in ("needle_trials", "needle_digits", "perplexity_tokens"):
+                if getattr(evaluation, key) < 1:
+                    problems.append(f"evaluation.{key}={getattr(evaluation, key)}: must be >= 1.")
         return problems
 
 

@@ -71,6 +71,12 @@ def known_architecture(config: RunConfig) -> ModelArchitecture:
         return architecture_from_hf(config.model.hf_config)
     stored = read_hf_config(hf_path)
     architecture = architecture_from_hf(stored)
+    existing = RopeScaling.from_hf(stored, head_dim=architecture.head_dim)
+    if existing.type != "none":
+        raise CheckpointError(
+            f"model.hf_path={hf_path}: the rope_scaling of its config.json already stretches the window ({existing.type}, "
+            f"factor {existing.factor:g}), which would be lost. Start from the model it was made of."
+        )
     if config.model.hf_config:
         expected = architecture_from_hf(config.model.hf_config)
         differing = [name for name, value in vars(expected).items() if getattr(architecture, name) != value]

@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint.api import CheckpointException
 
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import get_logger, global_rank
+from endprompt_megatron.mcore.torch_adam import make_loadable, separate_steps
 
 _LATEST = "latest"
 _RUN_FILE = "run.json"
@@ -82,7 +84,7 @@ def save_checkpoint(
                 shutil.rmtree(final)
             partial.rename(final)
             _point_latest_at(directory, final.name)
-            _retire(directory, keep_last)
+            _retire(directory, final, keep_last)
         _barrier()
     except OSError as error:
         raise CheckpointError(
@@ -109,7 +111,8 @@ def load_latest_checkpoint(directory: Path, *, chunks: list[torch.nn.Module], op
         same_layout = record["layout"] == _layout()
         wanted = _sharded_state(chunks, optimizer, is_loading=True, with_random_state=same_layout)
         loaded = dist_checkpointing.load(wanted, str(path))
-    except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
+        state = RunState(**record["state"])
+    except (Exception, CheckpointException) as error:  # torch's derives from BaseException; megatron, pickle, zip and json raise their own
         raise CheckpointError(
             f"{path}, which {pointer} names, cannot be read ({type(error).__name__}: {error}). Write the name of an earlier checkpoint "
             f"into {pointer}, or choose another output_dir."
@@ -117,6 +120,7 @@ def load_latest_checkpoint(directory: Path, *, chunks: list[torch.nn.Module], op
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"model{index}"], strict=True)
     optimizer.load_state_dict(loaded["optimizer"])
+    separate_steps(optimizer)
     if same_layout:
         _set_random_state(loaded["random_state"])
     else:
@@ -125,7 +129,7 @@ def load_latest_checkpoint(directory: Path, *, chunks: list[torch.nn.Module], op
             f"random states start anew from the seed (nothing in training draws from them while dropout is 0)"
         )
     get_logger().info(f"resuming from {path}")
-    return RunState(**record["state"])
+    return state
 
 
 def _layout() -> dict[str, int]:
@@ -141,6 +145,8 @@ def _sharded_state(
     chunks: list[torch.nn.Module], optimizer: Any, *, is_loading: bool, with_random_state: bool
 ) -> dict[str, Any]:
     state: dict[str, Any] = {}
+    if is_loading:
+        make_loadable(optimizer)
     for index, chunk in enumerate(chunks):
         state[f"model{index}"] = chunk.sharded_state_dict()
     model_state = {key: value for key, value in state.items()} if len(chunks) > 1 else state["model0"]
@@ -176,11 +182,13 @@ def _point_latest_at(directory: Path, name: str) -> None:
     temporary.replace(directory / _LATEST)
 
 
-def _retire(directory: Path, keep_last: int) -> None:
+def _retire(directory: Path, newest: Path, keep_last: int) -> None:
     if keep_last < 1:
         return
-    finished = sorted(path for path in directory.glob("step_*") if path.is_dir() and path.suffix != ".partial")
-    for path in finished[:-keep_last]:
+    others = [path for path in directory.glob("step_*") if path.is_dir() and path.suffix != ".partial" and path != newest]
+    # by age and not by number: who pointed `latest` at an earlier step goes on from there
+    others.sort(key=lambda path: (path.stat().st_mtime, path.name))
+    for path in others[: len(others) - (keep_last - 1)]:
         shutil.rmtree(path)
 
 

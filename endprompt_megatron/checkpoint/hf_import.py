@@ -73,17 +73,13 @@ class SafetensorsReader:
 
 
 def check_hf_weights(hf_path: Path, architecture: ModelArchitecture) -> None:
-    """Read every file's header and compare names with the architecture, without reading a weight.
+    """Read every file's header and compare names and shapes with the architecture, without reading a weight.
 
     Raises:
-        CheckpointError: a file is missing or cut short, or a tensor is missing or left over.
+        CheckpointError: a file is missing or cut short, or a tensor is missing, left over or of another shape.
     """
-    every = list(bindings(architecture))
     with SafetensorsReader(hf_path) as reader:
-        _refuse_leftovers(reader, every, architecture)
-        for binding in every:
-            for name in binding.hugging_face:
-                reader.shape(name)
+        _check_tensors(reader, list(bindings(architecture)), architecture)
 
 
 def load_hf_weights(chunks: list[EndPromptGPTModel], hf_path: Path, architecture: ModelArchitecture) -> None:
@@ -101,7 +97,7 @@ def load_hf_weights(chunks: list[EndPromptGPTModel], hf_path: Path, architecture
     size = parallel_state.get_tensor_model_parallel_world_size()
     every = list(bindings(architecture))
     with SafetensorsReader(hf_path) as reader:
-        _refuse_leftovers(reader, every, architecture)
+        _check_tensors(reader, every, architecture)
         for binding in track(every, "loading weights"):
             # a tied output layer on the last pipeline stage is a second copy of the embedding
             names = [binding.megatron]
@@ -117,11 +113,7 @@ def load_hf_weights(chunks: list[EndPromptGPTModel], hf_path: Path, architecture
 def _fill(parameter, binding: Binding, reader: SafetensorsReader, architecture: ModelArchitecture, rank: int, size: int) -> None:
     value = binding.layout.read(architecture, binding.hugging_face, reader.rows, reader.columns, rank, size)
     if value.shape != parameter.shape:
-        shapes = ", ".join(f"{name} {reader.shape(name)}" for name in binding.hugging_face)
-        raise CheckpointError(
-            f"{reader.hf_path}: {shapes} make {tuple(value.shape)} where the model has {tuple(parameter.shape)} for "
-            f"{binding.megatron}: weights and config.json do not belong together."
-        )
+        raise AssertionError(f"{binding.megatron}: read {tuple(value.shape)}, the model has {tuple(parameter.shape)}")
     with torch.no_grad():
         parameter.copy_(value)
 
@@ -147,6 +139,18 @@ def named_parameters_of_whole_model(chunk: EndPromptGPTModel) -> list[tuple[str,
     return named
 
 
+def _check_tensors(reader: SafetensorsReader, every: list[Binding], architecture: ModelArchitecture) -> None:
+    _refuse_leftovers(reader, every, architecture)
+    for binding in every:
+        for name, expected in zip(binding.hugging_face, binding.layout.shapes(architecture), strict=True):
+            found = tuple(reader.shape(name))
+            if found != expected:
+                raise CheckpointError(
+                    f"{reader.hf_path}: {name} has shape {list(found)}, config.json makes it {list(expected)}: weights and config.json do "
+                    f"not belong together."
+                )
+
+
 def _refuse_leftovers(reader: SafetensorsReader, every: list[Binding], architecture: ModelArchitecture) -> None:
     used = {name for binding in every for name in binding.hugging_face}
     ignorable = {"lm_head.weight"} if architecture.tied_embeddings else set()
@@ -163,7 +167,10 @@ def _refuse_leftovers(reader: SafetensorsReader, every: list[Binding], architect
 def _locate_tensors(hf_path: Path) -> dict[str, Path]:
     index = hf_path / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = json.loads(index.read_text())["weight_map"]
+        try:
+            weight_map = dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{index} is damaged ({type(error).__name__}: {error}). Copy it again from the model.") from error
         missing = sorted({file for file in weight_map.values() if not (hf_path / file).is_file()})
         if missing:
             raise CheckpointError(f"{hf_path}: {len(missing)} shards that the index names are missing, e.g. {missing[0]}.")

@@ -27,11 +27,13 @@ class Layout:
         tensor_parallel_dim: dimension of the Megatron parameter that is split; None where every rank holds all of it.
         read: (architecture, HF names, rows, columns, rank, t) -> this rank's Megatron tensor.
         join: (architecture, one Megatron tensor a rank) -> HF tensors in the order of the names.
+        shapes: (architecture) -> shapes of the HF tensors in the order of the names.
     """
 
     tensor_parallel_dim: int | None
     read: Callable[[ModelArchitecture, tuple[str, ...], ReadRows, ReadColumns, int, int], Tensor]
     join: Callable[[ModelArchitecture, list[Tensor]], list[Tensor]]
+    shapes: Callable[[ModelArchitecture], list[tuple[int, ...]]]
 
 
 def _share(total: int, rank: int, size: int) -> tuple[int, int]:
@@ -103,12 +105,21 @@ def _join_columns(arch, shards):
     return [torch.cat(shards, dim=1)]
 
 
-_WHOLE = Layout(None, _read_whole, _join_whole)
-_VOCABULARY = Layout(0, _read_vocabulary, _join_vocabulary)
-_QKV = Layout(0, _read_qkv, _join_qkv)
-_GATE_UP = Layout(0, _read_gate_up, _join_gate_up)
-_ATTENTION_OUTPUT = Layout(1, _read_attention_output, _join_columns)
-_DOWN = Layout(1, _read_down, _join_columns)
+_WHOLE = Layout(None, _read_whole, _join_whole, lambda arch: [(arch.hidden_size,)])
+_VOCABULARY = Layout(0, _read_vocabulary, _join_vocabulary, lambda arch: [(arch.vocab_size, arch.hidden_size)])
+_QKV = Layout(
+    0,
+    _read_qkv,
+    _join_qkv,
+    lambda arch: [
+        (heads * arch.head_dim, arch.hidden_size) for heads in (arch.num_attention_heads, arch.num_query_groups, arch.num_query_groups)
+    ],
+)
+_GATE_UP = Layout(0, _read_gate_up, _join_gate_up, lambda arch: [(arch.ffn_hidden_size, arch.hidden_size)] * 2)
+_ATTENTION_OUTPUT = Layout(
+    1, _read_attention_output, _join_columns, lambda arch: [(arch.hidden_size, arch.num_attention_heads * arch.head_dim)]
+)
+_DOWN = Layout(1, _read_down, _join_columns, lambda arch: [(arch.hidden_size, arch.ffn_hidden_size)])
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ Shapes: s tokens of a probe, v vocabulary.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from megatron.core import parallel_state
 
-from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config
+from endprompt_megatron.checkpoint.hf_config import architecture_from_hf
 from endprompt_megatron.checkpoint.hf_import import SafetensorsReader, load_hf_weights, named_parameters_of_whole_model
 from endprompt_megatron.checkpoint.hf_mapping import bindings
 from endprompt_megatron.config import ParallelConfig
@@ -67,8 +67,9 @@ def verify_export(
         CheckpointError: with the table, if a check fails.
     """
     findings = [_verify_tensors(chunks, export, architecture), *_verify_config(export, architecture, rope, target_context_length)]
-    if torch.distributed.get_world_size() == 1:
-        findings += verify_logits(export, rope, target_context_length=target_context_length)
+    # a config of other sizes would end in transformers' own error before this table could name the fields
+    if torch.distributed.get_world_size() == 1 and all(finding.passed for finding in findings):
+        findings += verify_logits(export, architecture, rope, target_context_length=target_context_length)
     if not all(finding.passed for finding in findings):
         raise CheckpointError(f"{export} is not the trained model:\n{format_findings(findings)}")
     return findings
@@ -101,8 +102,8 @@ def _verify_tensors(chunks: list[EndPromptGPTModel], export: Path, architecture:
             parameter = live[binding.megatron].detach().cpu()
             if stored.dtype != parameter.dtype or not torch.equal(stored, parameter):
                 difference = float((stored.double() - parameter.double()).abs().max()) if stored.shape == parameter.shape else np.inf
-                if difference >= worst:
-                    worst, where = max(difference, float(np.finfo(np.float64).tiny)), binding.megatron
+                if not difference < worst:  # a NaN counts as the worst
+                    worst, where = (difference or float(np.finfo(np.float64).tiny)), binding.megatron
     return Finding(f"tensors ({count} parameters, bit for bit)", worst, 0.0, where)
 
 
@@ -112,12 +113,15 @@ def _verify_config(export: Path, architecture: ModelArchitecture, rope: RopeScal
     config = AutoConfig.from_pretrained(export)
     stored = json.loads((export / "config.json").read_text())
     window = abs(config.max_position_embeddings - target_context_length)
-    same = architecture_from_hf(read_hf_config(export)).num_layers == architecture.num_layers
+    expected = replace(architecture, max_position_embeddings=target_context_length)
+    exported = architecture_from_hf(stored)
+    differing = [name for name, value in vars(expected).items() if getattr(exported, name) != value]
     frequencies, factor = _transformers_rope(config)
     difference = np.abs(frequencies - rope.inv_freq()) / rope.inv_freq()
     worst = int(np.argmax(difference))
     return [
-        Finding("window (max_position_embeddings)", float(window) if same else np.inf, 0.0, str(stored["max_position_embeddings"])),
+        Finding("window (max_position_embeddings)", float(window), 0.0, str(stored["max_position_embeddings"])),
+        Finding("fields of config.json that differ", float(len(differing)), 0.0, ", ".join(differing)),
         Finding("rotary frequencies (relative)", float(difference[worst]), FREQUENCY_TOLERANCE, f"frequency {worst}"),
         Finding("attention factor", abs(factor - rope.attention_factor), FREQUENCY_TOLERANCE, f"{factor:g}"),
     ]
@@ -131,15 +135,17 @@ def _transformers_rope(config) -> tuple[np.ndarray, float]:
     return rotary.inv_freq.float().numpy(), float(rotary.attention_scaling)
 
 
-def verify_logits(export: Path, rope: RopeScaling, *, target_context_length: int) -> list[Finding]:
-    """Logits of transformers and of Megatron, both loaded from the export in float32 in this process.
+def verify_logits(
+    export: Path, architecture: ModelArchitecture, rope: RopeScaling, *, target_context_length: int
+) -> list[Finding]:
+    """Logits of transformers, which believes the export's config.json, and of Megatron, which believes what was trained; both with the
+    export's weights in float32 in this process.
 
     Args:
         export: model directory.
-        rope: frequencies that Megatron uses.
+        architecture, rope: what was trained.
         target_context_length: L; positions reach L - 1.
     """
-    architecture = architecture_from_hf(read_hf_config(export))
     chunk = build_model_chunks(
         architecture,
         rope=rope,

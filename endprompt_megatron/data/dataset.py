@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from endprompt_megatron.data.prompts import EndPromptSet
 from endprompt_megatron.errors import DataError
@@ -175,18 +176,38 @@ def build_datasets(
         config = EndPromptDatasetConfig(blend_per_split=blends, **common)
     else:
         config = EndPromptDatasetConfig(blend=train.as_megatron(), split=split, **common)
-    sizes = [num_train_samples, num_validation_samples if wants_validation else None, None]
+    if validation is None:
+        _check_split(train, split, wants_validation=wants_validation)
+    # beside weights Megatron wants 0 for a split that is not wanted, without weights None
+    unwanted = 0 if len(train.prefixes) > 1 else None
+    sizes = [num_train_samples, num_validation_samples if wants_validation else unwanted, unwanted]
     try:
         built = BlendedMegatronDatasetBuilder(EndPromptDataset, sizes, lambda: True, config).build()
-    except (IndexError, ValueError, AssertionError, ZeroDivisionError) as error:
+    except Exception as error:  # Megatron raises bare Exception too
         raise DataError(
-            f"Megatron could not cut samples of data.seq_length={seq_length} tokens from {train.prefixes} with data.split={split}: "
-            f"{error or type(error).__name__}. Use more text, a shorter seq_length, or a split that leaves documents for each part."
+            f"Megatron could not cut samples of data.seq_length={seq_length} tokens from {train.prefixes}, with its index cache in "
+            f"{cache_dir}: {type(error).__name__}: {error}. Use more text or a shorter seq_length, and see that data.directory can be "
+            f"written."
         ) from error
     train_dataset, validation_dataset = built[0], built[1]
     if train_dataset is None or len(train_dataset) == 0:
         raise DataError(f"no training sample in {train.prefixes}: data.split={split} leaves it no document.")
     return train_dataset, validation_dataset if wants_validation else None
+
+
+def _check_split(blend: Blend, split: str, *, wants_validation: bool) -> None:
+    """Refuse a split that leaves a wanted part of a corpus no document: Megatron would count its epochs for ever."""
+    shares = np.array([float(share) for share in split.split(",")])
+    ends = np.cumsum(np.concatenate([[0.0], shares / shares.sum()]))
+    for prefix in blend.prefixes:
+        documents = len(IndexedDataset(prefix).document_indices) - 1
+        counts = np.diff([round(end * documents) for end in ends])
+        for part, count in (("training", counts[0]), *([("validation", counts[1])] if wants_validation else [])):
+            if count < 1:
+                raise DataError(
+                    f"{prefix} has {documents} documents, of which data.split={split} leaves {part} none. Use more documents, a larger "
+                    f"share, data.validation with a corpus of its own, or trainer.eval_batches=0 for no validation."
+                )
 
 
 def sample_order(dataset: Any) -> str:

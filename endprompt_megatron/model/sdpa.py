@@ -1,10 +1,10 @@
 """Core attention through torch.nn.functional.scaled_dot_product_attention, and the RMSNorm that goes with it: the `torch` backend,
 which runs on a CPU and on a GPU without Transformer Engine and never materialises the s x s scores.
 
-Under context parallelism key and value are gathered over the group and each rank attends from its own two chunks: simple, and right on any
-device; Transformer Engine's ring saves the memory.
+Under context parallelism key and value are gathered over the group and each rank attends from its own two chunks: simple, and right
+on any device; Transformer Engine's ring saves the memory.
 
-Shapes: b micro-batch, S whole sequence, s sequence on this rank, n query heads and g key/value heads on this rank, d head dim; Megatron order [s, b, n, d].
+Shapes: b micro-batch, s sequence on this rank, n query heads and g key/value heads on this rank, d head dim; Megatron order [s, b, n, d].
 """
 
 from __future__ import annotations

@@ -89,6 +89,8 @@ class RopeScaling:
         hf_type = scaling.get("rope_type", scaling.get("type", "default"))
         if hf_type == "default":
             return RopeScaling("none", theta, head_dim)
+        if hf_type == "linear" and "factor" not in scaling:
+            raise CheckpointError("config.json has linear RoPE scaling without a factor: copy it again from the model.")
         if hf_type == "linear":
             return RopeScaling("pi", theta, head_dim, factor=float(scaling["factor"]))
         raise CheckpointError(

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "mcore": {"config"},
     "data": {"positions", "config", "mcore"},
     "model": {"rope", "config", "mcore"},
-    "checkpoint": {"model", "rope", "config"},
+    "checkpoint": {"model", "rope", "config", "mcore"},
     "training": {"data", "model", "checkpoint", "config", "mcore", "planning"},
     "evaluation": {"model", "checkpoint", "config"},
     "report": {"evaluation"},

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +19,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from endprompt_megatron.checkpoint.hf_tokenizer import hash_tokenizer, load_tokenizer
-from endprompt_megatron.data.dataset import Blend, TokenizerFacts, build_datasets
+from endprompt_megatron.data.dataset import Blend, TokenizerFacts, build_datasets, sample_order
 from endprompt_megatron.data.preprocess import prepare_dataset
 from endprompt_megatron.data.prompts import EndPromptSet
 from endprompt_megatron.errors import DataError
@@ -24,6 +27,8 @@ from endprompt_megatron.errors import DataError
 S, L, WEIGHT = 32, 256, 0.25
 PROMPT = (7, 8, 9, 10, 11)  # b = 5
 ONE_PROMPT = EndPromptSet(("prompt",), (PROMPT,))
+
+pytestmark = pytest.mark.usefixtures("single_process")  # megatron-core 0.16 builds blends between barriers
 
 
 @pytest.fixture(scope="module")
@@ -227,12 +232,6 @@ def test_blends_keep_their_shares(corpora):
         assert dataset[count - 1]["position_ids"][-1] == L - 1
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=DataError,
-    reason="BUG data/dataset.py build_datasets: several training corpora with data.split (no data.validation) are always refused, "
-    "because the size of the test split is None where Megatron wants 0 beside weights",
-)
 @pytest.mark.parametrize(("split", "num_validation"), [("90,10,0", 8), ("100,0,0", 0)])
 def test_blends_can_be_split(corpora, split, num_validation):
     both = Blend([corpora.lower, corpora.upper], [3.0, 1.0])
@@ -263,3 +262,52 @@ def test_more_samples_than_text_repeat_it(corpora):
 def test_a_split_without_training_documents_is_an_error(corpora):
     with pytest.raises(DataError, match="lower.*data.split=0,100,0"):
         build(corpora, split="0,100,0", num_validation_samples=4)
+
+
+class StillRunningError(Exception):
+    """Not a TimeoutError: megatron turns every OSError into another exception."""
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Break an endless loop."""
+
+    def ring(number: int, frame: Any) -> None:
+        raise StillRunningError(f"after {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def test_a_split_that_leaves_validation_no_document_is_an_error(corpora):
+    with at_most(1.5), pytest.raises(DataError, match="data.split=99,1,0"):
+        build(corpora, split="99,1,0", num_validation_samples=8)  # 1 % of 20 documents
+
+
+def test_sample_order_tells_whether_more_steps_reshuffle(corpora):
+    """Megatron shuffles all epochs together. Within one epoch a longer run goes on with the same samples; beyond it does not."""
+    indexed = IndexedDataset(corpora.lower)
+    epoch = int(indexed.sequence_lengths.sum()) // S
+
+    def first(dataset: Any) -> list[list[int]]:
+        return [dataset[index]["tokens"].tolist() for index in range(60)]
+
+    short, same, longer = (build(corpora, num_train_samples=count)[0] for count in (60, epoch - 1, epoch + 60))
+    assert sample_order(short) == sample_order(same) and first(short) == first(same)
+    assert sample_order(short) != sample_order(longer) and first(short) != first(longer)
+    assert sample_order(short) != sample_order(build(corpora, seed=4)[0])
+    both = Blend([corpora.lower, corpora.upper], [3.0, 1.0])
+    blends = [build(corpora, train=both, validation=both, num_train_samples=count)[0] for count in (60, 80, 2 * epoch)]
+    assert first(blends[0]) == first(blends[1]) and sample_order(blends[0]) == sample_order(blends[1])
+    assert first(blends[0]) != first(blends[2]) and sample_order(blends[0]) != sample_order(blends[2])
+
+
+def test_an_index_cache_that_cannot_be_written_is_an_error(corpora, tmp_path):
+    (tmp_path / "indices").write_text("a file where the folder should be")
+    with pytest.raises(DataError, match="indices"):
+        build(corpora, cache_dir=tmp_path / "indices")

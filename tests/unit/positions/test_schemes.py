@@ -64,7 +64,7 @@ class TestEveryScheme:
         assert positions.dtype == np.int64
         assert positions.shape == (layout.num_context_tokens + layout.num_prompt_tokens,)
         assert (np.diff(positions) >= 1).all()
-        assert 0 <= positions[0] and positions[-1] <= layout.target_context_length - 1
+        assert positions[0] >= 0 and positions[-1] <= layout.target_context_length - 1
 
     @given(layout=layouts(), seed=st.integers(0, 2**31), index=st.integers(0, 2**40))
     def test_pure_function_of_its_arguments(self, name, layout, seed, index):

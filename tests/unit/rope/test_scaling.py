@@ -121,7 +121,6 @@ def test_impossible_scalings_are_refused(arguments, words):
         assert word in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="BUG rope/scaling.py from_hf: linear scaling without a factor is a bare KeyError")
 def test_linear_scaling_without_a_factor_is_refused():
     with pytest.raises(CheckpointError, match="factor"):
         RopeScaling.from_hf({"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear"}}, head_dim=8)

@@ -1,0 +1,310 @@
+"""Training checkpoints: what is saved comes back bit for bit, and whatever is wrong with one is said in words."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.distributed import finalize_model_grads
+
+from endprompt_megatron.checkpoint.distributed import RunState, load_latest_checkpoint, save_checkpoint
+from endprompt_megatron.config import OptimConfig, ParallelConfig
+from endprompt_megatron.errors import CheckpointError
+from endprompt_megatron.model.build import wrap_for_training
+from endprompt_megatron.model.gpt import EndPromptGPTModel
+from endprompt_megatron.training.optimizer import build_optimizer
+from tests.support.tiny import load_model, tokens_of
+
+pytestmark = pytest.mark.usefixtures("single_process")
+
+STATE = RunState(step=2, consumed_samples=16, tokens=640, train_seconds=1.5, loss_first=6.25, loss_last=0.1, sample_order="ab")
+
+
+@dataclass
+class Training:
+    """A tiny model with its wrappers and optimizer."""
+
+    model: EndPromptGPTModel
+    wrapped: Any
+    optimizer: Any
+
+    def step(self, seed: int) -> None:
+        tokens = tokens_of(20, batch=2, seed=seed)
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self.wrapped(tokens, torch.arange(20), None, labels=tokens.roll(-1, 1)).mean().backward()
+        finalize_model_grads([self.wrapped])
+        self.optimizer.step()
+
+    def snapshot(self) -> dict[str, Any]:
+        """Copies of weights and optimizer state."""
+        weights = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+        return {"weights": weights, "optimizer": _copied(self.optimizer.state_dict())}
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    return [_copied(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def differing(one: Any, other: Any, path: str = "") -> list[str]:
+    """Where two nested states are not bit-identical."""
+    if isinstance(one, torch.Tensor):
+        same = isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+        return [] if same else [path]
+    if isinstance(one, dict):
+        if set(one) != set(other):
+            return [f"{path}: keys {set(one) ^ set(other)}"]
+        return [found for key in one for found in differing(one[key], other[key], f"{path}/{key}")]
+    if isinstance(one, list):
+        if len(one) != len(other):
+            return [f"{path}: length"]
+        return [found for index in range(len(one)) for found in differing(one[index], other[index], f"{path}/{index}")]
+    return [] if one == other else [path]
+
+
+def training(hf_path: Path, *, precision: str = "bf16", distributed: bool = False) -> Training:
+    parallel = ParallelConfig(use_distributed_optimizer=distributed)
+    model = load_model(hf_path, precision=precision).train()
+    wrapped = wrap_for_training([model], parallel)
+    optimizer = build_optimizer(
+        wrapped,
+        OptimConfig(lr=1e-2),
+        bf16=precision == "bf16",
+        use_distributed_optimizer=distributed,
+        overlap_param_gather=False,
+    )
+    return Training(model, wrapped[0], optimizer)
+
+
+def save(directory: Path, state: RunState, run: Training, **options: Any) -> Path:
+    return save_checkpoint(
+        directory, state, **({"chunks": [run.model], "optimizer": run.optimizer, "config": {"seed": 3}, "keep_last": 0} | options)
+    )
+
+
+def load(directory: Path, run: Training) -> RunState | None:
+    return load_latest_checkpoint(directory, chunks=[run.model], optimizer=run.optimizer)
+
+
+@pytest.fixture(scope="module")
+def saved(single_process, tiny_model_dir, tmp_path_factory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """(checkpoints directory with step 2, what was saved, what two more steps made of it)"""
+    directory = tmp_path_factory.mktemp("run") / "checkpoints"
+    run = training(tiny_model_dir)
+    run.step(0)
+    run.step(1)
+    before = run.snapshot()
+    random.seed(5)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    assert save(directory, STATE, run) == directory / "step_0000002"
+    assert differing(before, run.snapshot()) == [], "saving changes nothing"
+    drawn = {"python": random.random(), "numpy": float(np.random.rand()), "torch": torch.rand(4)}
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        drawn["tracker"] = torch.rand(4)
+    run.step(2)
+    run.step(3)
+    return directory, before, run.snapshot() | {"drawn": drawn}
+
+
+@pytest.fixture()
+def fresh(tiny_model_dir) -> Training:
+    return training(tiny_model_dir)
+
+
+def test_everything_comes_back_bit_for_bit(saved, fresh):
+    directory, before, after = saved
+    assert differing(before, fresh.snapshot()) != [], "else the test says nothing"
+    assert load(directory, fresh) == STATE
+    drawn = {"python": random.random(), "numpy": float(np.random.rand()), "torch": torch.rand(4)}
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        drawn["tracker"] = torch.rand(4)
+    assert differing(after["drawn"], drawn) == [], "random numbers go on where they stopped"
+    assert differing(before, fresh.snapshot()) == []
+    fresh.step(2)
+    fresh.step(3)
+    assert differing({key: after[key] for key in ("weights", "optimizer")}, fresh.snapshot()) == [], "the run goes on as if never stopped"
+
+
+def test_master_weights_and_moments_are_among_what_came_back(saved):
+    names = str(saved[1]["optimizer"].keys()) + str(saved[1]["optimizer"]["optimizer"]["state"][0].keys())
+    assert all(word in names for word in ("fp32_from_fp16", "exp_avg", "exp_avg_sq"))
+
+
+@pytest.mark.parametrize(
+    ("precision", "distributed"),
+    [
+        ("fp32", False),
+        ("bf16", True),
+    ],
+)
+def test_other_optimizers_come_back_too(tiny_model_dir, tmp_path, precision, distributed):
+    one, other = (training(tiny_model_dir, precision=precision, distributed=distributed) for _ in range(2))
+    one.step(0)
+    save(tmp_path, RunState(step=1), one)
+    assert load(tmp_path, other) == RunState(step=1)
+    one.step(1)
+    other.step(1)
+    assert differing(one.snapshot()["weights"], other.snapshot()["weights"]) == []
+
+
+def test_directory_and_record(saved):
+    directory = saved[0]
+    assert (directory / "latest").read_text().strip() == "step_0000002"
+    assert sorted(path.name for path in directory.iterdir()) == ["latest", "step_0000002"], "nothing half-written is left"
+    record = json.loads((directory / "step_0000002" / "run.json").read_text())
+    assert record["state"]["tokens"] == 640 and record["config"] == {"seed": 3}
+
+
+def test_no_checkpoint_is_no_error(fresh, tmp_path):
+    assert load(tmp_path, fresh) is None and load(tmp_path / "nowhere", fresh) is None
+
+
+def test_latest_names_what_is_read_not_the_highest_number(saved, fresh, tmp_path):
+    directory = copied(saved, tmp_path)
+    shutil.copytree(directory / "step_0000002", directory / "step_0000009")
+    (directory / "step_0000007.partial").mkdir()
+    assert load(directory, fresh).step == 2
+
+
+def test_saving_replaces_leftovers_and_keeps_the_newest(saved, fresh, tmp_path):
+    """A crash between two saves, the same step saved again, and retention."""
+    directory = copied(saved, tmp_path)
+    for step in (3, 4, 5):
+        shutil.copytree(directory / "step_0000002", directory / f"step_000000{step}")
+    (directory / "step_0000005.partial").mkdir()
+    (directory / "step_0000005.partial" / "half").write_text("of a crash")
+    (directory / "step_0000005" / "old").write_text("of an earlier save")
+    fresh.step(0)
+    save(directory, RunState(step=5), fresh, keep_last=2)
+    assert sorted(path.name for path in directory.iterdir()) == ["latest", "step_0000004", "step_0000005"]
+    assert (directory / "latest").read_text().strip() == "step_0000005"
+    assert not (directory / "step_0000005" / "old").exists() and not (directory / "step_0000005" / "half").exists()
+    assert load(directory, fresh).step == 5
+
+
+def test_the_newest_checkpoint_survives_an_abandoned_later_one(saved, fresh, tmp_path):
+    directory = copied(saved, tmp_path)
+    for step in (8, 9):  # later than the point where the run goes on
+        shutil.copytree(directory / "step_0000002", directory / f"step_000000{step}")
+    assert load(directory, fresh).step == 2
+    fresh.step(2)
+    save(directory, RunState(step=3), fresh, keep_last=2)
+    assert load(directory, fresh).step == 3
+
+
+def copied(saved: tuple[Path, Any, Any], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved[0], tmp_path / "checkpoints"))
+
+
+def _truncate(pattern: str) -> Callable[[Path], None]:
+    def damage(step: Path) -> None:
+        for path in step.glob(pattern):
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    return damage
+
+
+def _delete(pattern: str) -> Callable[[Path], None]:
+    def damage(step: Path) -> None:
+        for path in step.glob(pattern):
+            path.unlink()
+
+    return damage
+
+
+def _edit_record(step: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    record = json.loads((step / "run.json").read_text())
+    change(record)
+    (step / "run.json").write_text(json.dumps(record))
+
+
+_DAMAGES = {
+    "no directory": shutil.rmtree,
+    "run.json deleted": _delete("run.json"),
+    "run.json truncated": _truncate("run.json"),
+    "run.json empty": lambda step: (step / "run.json").write_text("{}"),
+    "metadata.json truncated": _truncate("metadata.json"),
+}
+_UNCAUGHT_DAMAGES = {
+    "tensors deleted": _delete("*.distcp"),
+    "tensors truncated": _truncate("*.distcp"),
+    ".metadata deleted": _delete(".metadata"),
+    ".metadata truncated": _truncate(".metadata"),
+    "metadata.json deleted": _delete("metadata.json"),
+    "run.json without a state": lambda step: _edit_record(step, lambda record: record.pop("state")),
+    "run.json with an unknown field": lambda step: _edit_record(step, lambda record: record["state"].update(steps=2)),
+}
+
+
+def load_damaged(directory: Path, run: Training) -> None:
+    try:
+        load(directory, run)
+    except CheckpointError as error:
+        message = str(error)
+    except BaseException as error:  # pytest would take torch's BaseException for a broken session
+        pytest.fail(f"{type(error).__module__}.{type(error).__name__} is no CheckpointError: {str(error)[:200]}")
+    else:
+        pytest.fail("the damage went unnoticed")
+    assert "step_0000002" in message and "cannot be read" in message
+    assert f"Write the name of an earlier checkpoint into {directory / 'latest'}" in message
+
+
+@pytest.mark.parametrize("name", _DAMAGES)
+def test_a_damaged_checkpoint_is_refused_with_a_way_out(saved, fresh, tmp_path, name):
+    directory = copied(saved, tmp_path)
+    _DAMAGES[name](directory / "step_0000002")
+    load_damaged(directory, fresh)
+
+
+
+
+@pytest.mark.parametrize("name", _UNCAUGHT_DAMAGES)
+def test_a_damaged_checkpoint_is_refused_with_a_way_out_too(saved, fresh, tmp_path, name):
+    directory = copied(saved, tmp_path)
+    _UNCAUGHT_DAMAGES[name](directory / "step_0000002")
+    load_damaged(directory, fresh)
+
+
+def test_a_checkpoint_of_another_model_is_refused(saved, untied_model_dir):
+    load_damaged(saved[0], training(untied_model_dir))
+
+
+def test_latest_may_name_nothing_that_is_there(saved, fresh, tmp_path):
+    directory = copied(saved, tmp_path)
+    (directory / "latest").write_text("step_0000099\n")
+    with pytest.raises(CheckpointError, match="step_0000099"):
+        load(directory, fresh)
+
+
+def test_a_place_that_cannot_be_written_leaves_the_earlier_ones_alone(saved, fresh, tmp_path):
+    blocked = tmp_path / "checkpoints"
+    blocked.write_text("a file where the directory should be")
+    with pytest.raises(CheckpointError, match="could not be written.*earlier checkpoints are intact"):
+        save(blocked, RunState(step=3), fresh)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_directory_without_permission_leaves_the_earlier_ones_alone(saved, fresh, tmp_path):
+    directory = copied(saved, tmp_path)
+    directory.chmod(0o555)
+    try:
+        with pytest.raises(CheckpointError, match="could not be written.*fix the permissions"):
+            save(directory, RunState(step=3), fresh)
+    finally:
+        directory.chmod(0o755)
+    assert load(directory, fresh).step == 2

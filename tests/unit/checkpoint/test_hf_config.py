@@ -1,0 +1,167 @@
+"""config.json: read into numbers, refused where it means other maths, and written so that transformers 4 and 5 read it alike."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, extended_hf_config, read_hf_config
+from endprompt_megatron.errors import CheckpointError
+from endprompt_megatron.model.architecture import ModelArchitecture
+from endprompt_megatron.rope.scaling import RopeScaling
+
+# the published config.json of Meta-Llama-3-8B
+LLAMA_3_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 8192,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.0.dev0",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+ROPE = RopeScaling("pi", 500000.0, 128, factor=8.0)
+
+
+def without(config: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in names}
+
+
+def test_numbers_of_llama_3_8b():
+    assert architecture_from_hf(LLAMA_3_8B) == ModelArchitecture(
+        num_layers=32,
+        hidden_size=4096,
+        ffn_hidden_size=14336,
+        num_attention_heads=32,
+        num_query_groups=8,
+        head_dim=128,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+        rope_theta=500000.0,
+        norm_epsilon=1e-5,
+        tied_embeddings=False,
+    )
+
+
+def test_absent_fields_mean_what_transformers_means():
+    plain = architecture_from_hf(without(LLAMA_3_8B, "num_key_value_heads", "tie_word_embeddings", "rope_theta", "attention_bias"))
+    assert plain.num_query_groups == 32 and plain.tied_embeddings is False and plain.rope_theta == 10000.0
+    assert architecture_from_hf(LLAMA_3_8B | {"head_dim": 64}).head_dim == 64
+    assert architecture_from_hf(LLAMA_3_8B | {"head_dim": None}).head_dim == 128
+
+
+def test_theta_in_the_form_of_transformers_5():
+    config = without(LLAMA_3_8B, "rope_theta", "rope_scaling") | {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}
+    assert architecture_from_hf(config).rope_theta == 5e5
+
+
+def test_mistral_without_a_window_is_the_same_maths():
+    assert architecture_from_hf(LLAMA_3_8B | {"architectures": ["MistralForCausalLM"], "sliding_window": None}).num_layers == 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architectures": ["GemmaForCausalLM"]}, ["GemmaForCausalLM", "LlamaForCausalLM, MistralForCausalLM"]),
+        ({"architectures": []}, ["none named", "LlamaForCausalLM"]),
+        ({"architectures": None}, ["none named", "LlamaForCausalLM"]),
+        ({"attention_bias": True}, ["attention_bias=True", "only False"]),
+        ({"mlp_bias": True}, ["mlp_bias=True", "only False"]),
+        ({"sliding_window": 4096}, ["sliding_window=4096", "only None"]),
+        ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "only 'silu'"]),
+        ({"pretraining_tp": 2}, ["pretraining_tp=2", "only 1"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5", "only 1.0"]),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["'llama3'", "default and linear", "rope_scaling"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, ["'dynamic'", "default and linear"]),
+    ],
+)
+def test_other_maths_is_refused(changes, words):
+    with pytest.raises(CheckpointError) as caught:
+        architecture_from_hf(LLAMA_3_8B | changes)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("num_attention_heads", "hidden_size", "num_hidden_layers", "intermediate_size"),
+        *("vocab_size", "max_position_embeddings", "rms_norm_eps"),
+    ],
+)
+def test_a_missing_field_is_named(name):
+    with pytest.raises(CheckpointError, match=f"lacks '{name}'"):
+        architecture_from_hf(without(LLAMA_3_8B, name))
+
+
+def test_read_hf_config(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere: no config.json there.*model.hf_path.*huggingface-cli"):
+        read_hf_config(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text('{"a": ')
+    with pytest.raises(CheckpointError, match="config.json is not JSON"):
+        read_hf_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    assert read_hf_config(tmp_path) == {"a": 1}
+
+
+class TestExtended:
+    def test_fields(self):
+        base = dict(LLAMA_3_8B)
+        config = extended_hf_config(base, ROPE, target_context_length=65536, dtype="bfloat16")
+        assert config["max_position_embeddings"] == 65536 and type(config["max_position_embeddings"]) is int
+        assert config["rope_theta"] == 500000
+        assert config["rope_scaling"] == {"rope_type": "linear", "type": "linear", "factor": 8.0}
+        assert config["torch_dtype"] == "bfloat16"
+        changed = ("max_position_embeddings", "rope_theta", "rope_scaling", "torch_dtype")
+        assert without(config, *changed) == without(LLAMA_3_8B, *changed), "everything else stays the base's"
+        assert base == LLAMA_3_8B, "the base's own is not written into"
+
+    def test_window_is_an_integer_whatever_comes_in(self):
+        config = extended_hf_config(LLAMA_3_8B, ROPE, target_context_length=np.int64(65536), dtype="bfloat16")
+        assert json.loads(json.dumps(config))["max_position_embeddings"] == 65536
+
+    def test_nothing_of_transformers_5_is_left_to_contradict_it(self):
+        saved_by_5 = without(LLAMA_3_8B, "rope_theta", "rope_scaling", "torch_dtype") | {
+            "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
+            "dtype": "float32",
+            "_name_or_path": "/home/somebody/llama",
+        }
+        config = extended_hf_config(saved_by_5, ROPE, target_context_length=65536, dtype="bfloat16")
+        assert not {"rope_parameters", "dtype", "_name_or_path"} & set(config)
+        assert config["rope_theta"] == 500000 and config["rope_scaling"]["factor"] == 8.0
+
+    @pytest.mark.parametrize("rope", [ROPE, RopeScaling("none", 500000.0, 128)])
+    def test_the_installed_transformers_reads_it_as_meant(self, tmp_path, rope):
+        config = extended_hf_config(LLAMA_3_8B, rope, target_context_length=65536, dtype="bfloat16")
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        read = AutoConfig.from_pretrained(tmp_path)
+        assert read.max_position_embeddings == 65536 and str(read.dtype) == "torch.bfloat16"
+        rotary = LlamaRotaryEmbedding(config=read)
+        np.testing.assert_array_equal(rotary.inv_freq.numpy(), rope.inv_freq())
+        assert rotary.attention_scaling == 1.0
+
+    def test_comes_back_as_the_same_scaling(self):
+        config = extended_hf_config(LLAMA_3_8B, ROPE, target_context_length=65536, dtype="bfloat16")
+        assert RopeScaling.from_hf(config, head_dim=128) == ROPE
+        assert architecture_from_hf(config).max_position_embeddings == 65536

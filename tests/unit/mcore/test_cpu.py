@@ -1,0 +1,66 @@
+"""The shims that let Megatron-Core run without a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from megatron.core import tensor_parallel
+
+from endprompt_megatron.errors import BackendUnavailableError, ConfigError
+from endprompt_megatron.mcore import cpu, runtime, version
+from tests.support.run_recipe import ROOT
+
+pytestmark = pytest.mark.skipif(
+    not cpu.cpu_shims_installed() and torch.cuda.is_available(), reason="a GPU is here: the shims are for machines without one"
+)
+
+
+def test_cuda_names_mean_cpu(single_process):
+    assert torch.zeros(2, device="cuda").device.type == "cpu"
+    assert torch.empty(2, device=torch.cuda.current_device()).device.type == "cpu"
+    tensor = torch.ones(3)
+    assert tensor.cuda() is tensor and tensor.to("cuda").device.type == "cpu" and tensor.pin_memory() is tensor
+    assert tensor.type() == "torch.cuda.FloatTensor" and tensor.bfloat16().type() == "torch.cuda.BFloat16Tensor"
+    assert tensor.type(torch.int32).dtype == torch.int32
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.synchronize()
+
+
+def test_random_tracker_forks_and_restores(single_process):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        inside = torch.rand(3)
+    assert torch.equal(torch.rand(3), expected) and not torch.equal(inside, expected)
+
+
+def test_importing_installs_nothing():
+    program = (
+        "import torch; before = torch.cuda.current_device, torch.cuda.Stream\n"
+        "import endprompt_megatron.extend, endprompt_megatron.mcore.cpu as cpu\n"
+        "assert before == (torch.cuda.current_device, torch.cuda.Stream) and not cpu.cpu_shims_installed()\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_accelerator_and_precision_words(single_process):
+    with pytest.raises(BackendUnavailableError, match="needs an NVIDIA GPU"):
+        runtime.resolve_accelerator("gpu")
+    with pytest.raises(ConfigError, match="accelerator=tpu"):
+        runtime.resolve_accelerator("tpu")
+    assert runtime.resolve_accelerator("auto") == "cpu"
+    assert runtime.resolve_precision("bf16", "cpu") == "bf16" and runtime.resolve_precision("auto", "gpu") == "bf16"
+    assert runtime.resolve_precision("auto", "cpu") in ("bf16", "fp32")
+
+
+def test_unsupported_megatron_core_is_refused(monkeypatch):
+    version.assert_supported()
+    for wrong in ("0.15.2", "0.20.0"):
+        monkeypatch.setattr(version, "megatron_core_version", lambda wrong=wrong: wrong)
+        with pytest.raises(BackendUnavailableError, match=f"megatron-core {wrong} is installed"):
+            version.assert_supported()

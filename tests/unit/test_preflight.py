@@ -1,0 +1,127 @@
+"""What is checked before a run is launched: the base model against the config, and the output directory against the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from endprompt_megatron import preflight
+from endprompt_megatron.config import (
+    DataConfig,
+    EvaluationConfig,
+    MethodConfig,
+    ModelConfig,
+    RopeConfig,
+    RunConfig,
+    TextSource,
+    TrainerConfig,
+)
+from endprompt_megatron.errors import CheckpointError, ConfigError, DataError
+from tests.support.tiny import copy_model, edit_config
+
+
+def config_of(hf_path: Path, output_dir: Path | str = "out", **groups: object) -> RunConfig:
+    return RunConfig(
+        name="test",
+        output_dir=str(output_dir),
+        **{
+            "model": ModelConfig("tiny", str(hf_path)),
+            "rope": RopeConfig("pi", 2.0, 256),
+            "data": DataConfig(seq_length=64, train=[TextSource("package:tiny/train")]),
+            "trainer": TrainerConfig(max_steps=4),
+            "evaluation": EvaluationConfig(enabled=False),
+            **groups,
+        },
+    )
+
+
+def test_a_good_base_passes_and_brings_its_prompts(tiny_model_dir):
+    base = preflight.check_base(config_of(tiny_model_dir), world_size=1)
+    assert base.architecture.max_position_embeddings == 128 and base.tokenizer.decode(base.end_prompts.token_ids[0]).startswith("This is the end")
+    control = preflight.check_base(config_of(tiny_model_dir, method=MethodConfig(position_scheme="contiguous")), world_size=1)
+    assert control.end_prompts is None and control.tokenizer_hash == base.tokenizer_hash
+
+
+def test_prompt_lengths_are_checked_with_the_real_tokenizer(tiny_model_dir):
+    config = config_of(tiny_model_dir, method=MethodConfig(end_prompts=["EP_1 " * 30]))
+    with pytest.raises(ConfigError, match=r"data.seq_length=64 with an end prompt of \d+ tokens"):
+        preflight.check_base(config, world_size=1)
+
+
+def test_numbers_come_from_the_config_until_the_model_is_there(tmp_path, tiny_model_dir):
+    numbers = {"architectures": ["LlamaForCausalLM"], **yaml.safe_load((tiny_model_dir / "config.json").read_text())}
+    config = config_of(tmp_path / "later", model=ModelConfig("tiny", str(tmp_path / "later"), hf_config=numbers))
+    assert preflight.known_architecture(config) == preflight.known_architecture(config_of(tiny_model_dir))
+    with pytest.raises(CheckpointError, match="later: no config.json there"):
+        preflight.known_architecture(config_of(tmp_path / "later"))
+
+
+def test_a_directory_of_another_model_is_refused(tiny_model_dir):
+    numbers = yaml.safe_load((tiny_model_dir / "config.json").read_text()) | {"num_hidden_layers": 30}
+    config = config_of(tiny_model_dir, model=ModelConfig("big", str(tiny_model_dir), hf_config=numbers))
+    with pytest.raises(CheckpointError, match="num_layers is 2 there and 30 in model.hf_config"):
+        preflight.known_architecture(config)
+
+
+def test_a_base_without_a_tokenizer_is_refused(tiny_model_dir, tmp_path):
+    broken = copy_model(tiny_model_dir, tmp_path / "broken")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (broken / name).unlink()
+    with pytest.raises(DataError, match="holds no tokenizer"):
+        preflight.check_base(config_of(broken), world_size=1)
+
+
+def test_a_base_that_is_stretched_already_is_refused(tiny_model_dir, tmp_path):
+    stretched = copy_model(tiny_model_dir, tmp_path / "stretched")
+    edit_config(stretched, max_position_embeddings=256, rope_scaling={"rope_type": "linear", "type": "linear", "factor": 2.0})
+    with pytest.raises((CheckpointError, ConfigError), match="rope_scaling"):
+        preflight.check_base(config_of(stretched, rope=RopeConfig("pi", 2.0, 512)), world_size=1)
+
+
+class TestOutputDirectory:
+    def claim(self, config: RunConfig) -> None:
+        preflight.claim_output_dir(config)
+
+    def test_is_made_with_the_resolved_config(self, tiny_model_dir, tmp_path):
+        config = config_of(tiny_model_dir, tmp_path / "runs" / "one")
+        self.claim(config)
+        assert yaml.safe_load((tmp_path / "runs" / "one" / "config.yaml").read_text()) == config.to_dict()
+
+    def test_takes_the_same_run_again_with_other_free_keys(self, tiny_model_dir, tmp_path):
+        self.claim(config_of(tiny_model_dir, tmp_path / "one"))
+        longer = config_of(tiny_model_dir, tmp_path / "one", trainer=TrainerConfig(max_steps=400, save_interval=5, keep_last=0))
+        longer.evaluation.needle_trials, longer.control, longer.cpu_threads = 3, True, 1
+        self.claim(longer)
+        assert yaml.safe_load((tmp_path / "one" / "config.yaml").read_text())["trainer"]["max_steps"] == 400
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda config: setattr(config, "seed", 9), ["seed: 1234 there, 9 now"]),
+            (lambda config: setattr(config.optim, "lr", 1e-3), ["optim.lr: 2e-05 there, 0.001 now"]),
+            (lambda config: setattr(config.trainer, "global_batch_size", 16), ["trainer.global_batch_size: 8 there, 16 now"]),
+            (lambda config: setattr(config.method, "end_prompts", ["EP_3"]), ["method.end_prompts"]),
+        ],
+    )
+    def test_refuses_another_run(self, tiny_model_dir, tmp_path, change, words):
+        self.claim(config_of(tiny_model_dir, tmp_path / "one"))
+        before = (tmp_path / "one" / "config.yaml").read_text()
+        other = config_of(tiny_model_dir, tmp_path / "one")
+        change(other)
+        with pytest.raises(ConfigError, match="holds another run") as caught:
+            self.claim(other)
+        assert all(word in str(caught.value) for word in words)
+        assert (tmp_path / "one" / "config.yaml").read_text() == before
+
+    def test_refuses_files_that_are_no_run(self, tiny_model_dir, tmp_path):
+        (tmp_path / "thesis.tex").write_text("mine")
+        with pytest.raises(ConfigError, match="no config.yaml of a run"):
+            self.claim(config_of(tiny_model_dir, tmp_path))
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+    def test_refuses_a_place_that_cannot_be_written(self, tiny_model_dir, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ConfigError, match="cannot be written.*writable directory"):
+            self.claim(config_of(tiny_model_dir, tmp_path / "file" / "one"))

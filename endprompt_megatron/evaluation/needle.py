@@ -33,12 +33,14 @@ class NeedleTrial:
         length: context length it was made for, in tokens; prompt and key together fill it to within one noise sentence.
         depth: where the fact stands, 0 = start, 1 = end.
         prompt, key: token ids.
+        num_digit_tokens: tokens at the end of the key that carry its digits; some tokenizers put a space of its own before them.
     """
 
     length: int
     depth: float
     prompt: tuple[int, ...]
     key: tuple[int, ...]
+    num_digit_tokens: int
 
 
 def make_trials(
@@ -57,6 +59,7 @@ def make_trials(
         DataError: a length too short for the question itself.
     """
     introduction, noise, question = encode(_INTRODUCTION), encode(_NOISE), encode(_QUESTION)
+    has_own_space = encode(" 1")[0] == encode(" 2")[0]
     made = []
     for length in lengths:
         for trial in range(trials):
@@ -73,7 +76,7 @@ def make_trials(
             depth = depths[trial % len(depths)]
             before = round(depth * sentences)
             prompt = introduction + noise * before + fact + noise * (sentences - before) + question
-            made.append(NeedleTrial(length, depth, tuple(prompt), tuple(key)))
+            made.append(NeedleTrial(length, depth, tuple(prompt), tuple(key), len(key) - has_own_space))
     return made
 
 
@@ -99,7 +102,7 @@ def score_trials(model: EndPromptGPTModel, trials: list[NeedleTrial], *, device:
         key = torch.tensor(trial.key, device=device)
         hits = (logits.argmax(dim=-1) == key).float()
         log_probability = torch.log_softmax(logits, dim=-1).gather(1, key[:, None]).sum()
-        row = (trial.depth, float(hits.all()), float(hits.mean()), float(log_probability))
+        row = (trial.depth, float(hits.all()), float(hits[-trial.num_digit_tokens :].mean()), float(log_probability))
         scored.setdefault(trial.length, []).append(row)
     return {str(length): {**_summary(rows), "by_depth": _by_depth(rows)} for length, rows in scored.items()}
 

@@ -123,12 +123,14 @@ def test_weights_are_those_of_the_labels(corpora):
 
 
 def test_reading_one_sample_changes_no_other(corpora):
-    """GPTDataset hands out its cached loss mask: writing into it would weigh every later sample like this one."""
-    dataset, _ = build(corpora)
-    before = dataset[1]["loss_weights"].clone()
-    dataset[0]["loss_weights"].fill_(9.0)
+    """The first sample read gets the loss mask that GPTDataset keeps for all: writing a long prompt's weights into it would weigh the
+    text of every sample with a shorter prompt like a prompt."""
+    cues = EndPromptSet(("long", "short"), ((31, 32, 33, 34, 35, 36, 37), (11,)))
+    lengths = [len(cues.draw(3, index)) for index in range(20)]
+    dataset, _ = build(corpora, end_prompts=cues)
+    dataset[lengths.index(7)]["loss_weights"].fill_(9.0)
     dataset[None]
-    assert torch.equal(dataset[1]["loss_weights"], before)
+    assert dataset[lengths.index(1)]["loss_weights"].tolist() == [1.0] * (S - 2) + [WEIGHT, 0.0]
 
 
 def test_weight_zero_trains_the_text_alone(corpora):

@@ -50,6 +50,7 @@ def test_trials_are_the_same_for_every_model_and_fill_their_length(encode):
         used = len(trial.prompt) + len(trial.key)
         assert trial.length - noise < used <= trial.length
     assert len({trial.key for trial in trials}) == len(trials)
+    assert all(trial.num_digit_tokens in (len(trial.key), len(trial.key) - 1) for trial in trials)
     assert [trial.depth for trial in trials[:6]] == [0.0, 0.5, 1.0, 0.0, 0.5, 1.0]
 
 
@@ -73,7 +74,7 @@ def test_exact_match_is_what_greedy_generation_does(both):
     key = tuple(continued.tolist())
     wrong = (*key[:-1], (key[-1] + 1) % 512)
     for answer, exact, digits in ((key, 1.0, 1.0), (wrong, 0.0, 0.8)):
-        trial = NeedleTrial(65, 0.5, tuple(prompt[0].tolist()), answer)
+        trial = NeedleTrial(65, 0.5, tuple(prompt[0].tolist()), answer, 5)
         scored = score_trials(chunk, [trial], device=torch.device("cpu"), label="test")["65"]
         assert (scored["exact_match"], scored["trials"]) == (exact, 1)
         assert scored["digit_accuracy"] == pytest.approx(digits)

@@ -100,10 +100,9 @@ def prepare(config: RunConfig) -> preflight.Base:
 
 def _extend(run: _Run, started: float) -> dict[str, Any]:
     config = run.config
-    # one rank prepares, the others wait and find it done
-    if run.runtime.local_rank == 0:
-        _prepare_text(run)
-    if run.runtime.world_size > 1:
+    if run.runtime.world_size > 1:  # one rank a host prepares, the others wait and find it done
+        if run.runtime.local_rank == 0:
+            _prepare_text(run)
         torch.distributed.barrier()
     blends, data_hashes = _prepare_text(run)
     probes = _make_probes(run) if config.evaluation.enabled and run.runtime.world_size == 1 else None

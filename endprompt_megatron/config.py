@@ -167,7 +167,8 @@ class TrainerConfig:
         max_steps: optimizer steps in all, those of earlier sittings included.
         micro_batch_size: samples a rank holds at once.
         global_batch_size: samples a step over all ranks.
-        eval_interval, eval_batches: how often, and on how many global batches, the held-out loss is taken.
+        eval_interval, eval_batches: how often, and on how many global batches, the held-out loss is taken; also before the first and
+            after the last step, unless one of them is 0.
         save_interval: how often a checkpoint is written; the last step always is.
         keep_last: newest checkpoints kept; 0 keeps all.
         log_interval: how often metrics.jsonl gets a record, >= 1.

@@ -203,7 +203,7 @@ def _train(
     for chunk in chunks:
         chunk.assert_rope(run.rope)
     trainer_config = config.trainer
-    evaluations = 0 if trainer_config.eval_batches < 1 else trainer_config.eval_batches * trainer_config.global_batch_size
+    evaluations = trainer_config.eval_batches * trainer_config.global_batch_size if trainer_config.eval_interval else 0
     train_dataset, validation_dataset = build_datasets(
         *blends,
         split=config.data.split,

@@ -190,7 +190,7 @@ class Trainer:
         return {f"validation_{name}": value for name, value in sums.items()}
 
     def _evaluate_if_due(self, writer: MetricsWriter) -> None:
-        if self.validation_dataset is None:
+        if self.validation_dataset is None or self.config.trainer.eval_interval == 0:
             return
         if self.state.step == 0 or self._due(self.config.trainer.eval_interval):
             figures = self.validation_figures()

@@ -13,18 +13,17 @@ from typing import Any
 
 import torch
 
-from endprompt_megatron import preflight
+from endprompt_megatron import launch, preflight
 from endprompt_megatron.checkpoint.hf_export import export_hf
 from endprompt_megatron.checkpoint.hf_import import load_hf_weights
 from endprompt_megatron.checkpoint.hf_sources import ensure_base_model
 from endprompt_megatron.checkpoint.hf_verify import format_findings, verify_export
 from endprompt_megatron.config import RunConfig
-from endprompt_megatron.data.corpora import corpus_texts, prepare_corpora
+from endprompt_megatron.data.corpora import check_corpora, corpus_texts, prepare_corpora
 from endprompt_megatron.data.dataset import TokenizerFacts, build_datasets
 from endprompt_megatron.evaluation.needle import make_trials
 from endprompt_megatron.evaluation.perplexity import held_out_blocks
 from endprompt_megatron.evaluation.results import Probes, probe_system
-from endprompt_megatron.launch import planned_world_size
 from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore import runtime as mcore_runtime
 from endprompt_megatron.mcore import version
@@ -78,15 +77,15 @@ def extend(config: RunConfig) -> dict[str, Any]:
 
 
 def prepare(config: RunConfig) -> preflight.Base:
-    """Everything that can be checked before a process group exists; then makes the base model where the config says how, and takes
-    the output directory.
+    """Everything that can be checked before a process group exists; then makes the base model where the config says how, prepares the
+    text (unless other ranks of a launcher are waiting: they meet first) and takes the output directory.
 
     Args:
         config: of the run; `precision.name` auto is resolved in place.
     Raises:
         ConfigError, DataError, CheckpointError, BackendUnavailableError: what is wrong.
     """
-    world_size = planned_world_size(config)
+    world_size = launch.planned_world_size(config)
     preflight.validate(config, world_size=world_size)
     accelerator = mcore_runtime.resolve_accelerator(config.accelerator)
     config.precision.name = mcore_runtime.resolve_precision(config.precision.name, accelerator)
@@ -94,6 +93,11 @@ def prepare(config: RunConfig) -> preflight.Base:
     ensure_base_model(config.model.source, Path(config.model.hf_path))
     base = preflight.check_base(config, world_size=world_size)
     if global_rank() == 0:
+        preflight.check_output_dir(config)
+        if not launch.is_worker():
+            _prepare_text(config, base)
+            if config.evaluation.enabled:
+                check_corpora(config.evaluation.text, directory=Path(config.data.directory))
         preflight.claim_output_dir(config)
     return base
 
@@ -102,9 +106,9 @@ def _extend(run: _Run, started: float) -> dict[str, Any]:
     config = run.config
     if run.runtime.world_size > 1:  # one rank a host prepares, the others wait and find it done
         if run.runtime.local_rank == 0:
-            _prepare_text(run)
+            _prepare_text(config, run.base)
         torch.distributed.barrier()
-    blends, data_hashes = _prepare_text(run)
+    blends, data_hashes = _prepare_text(config, run.base)
     probes = _make_probes(run) if config.evaluation.enabled and run.runtime.world_size == 1 else None
     chunks = _base_chunks(run)
     systems: dict[str, Any] = {}
@@ -131,9 +135,9 @@ def _extend(run: _Run, started: float) -> dict[str, Any]:
     return summary
 
 
-def _prepare_text(run: _Run) -> tuple[tuple[Any, Any], dict[str, str]]:
-    data = run.config.data
-    options = dict(directory=Path(data.directory), tokenizer=run.base.tokenizer, tokenizer_hash=run.base.tokenizer_hash)
+def _prepare_text(config: RunConfig, base: preflight.Base) -> tuple[tuple[Any, Any], dict[str, str]]:
+    data = config.data
+    options = dict(directory=Path(data.directory), tokenizer=base.tokenizer, tokenizer_hash=base.tokenizer_hash)
     train, hashes = prepare_corpora(data.train, **options)
     if not data.validation:
         return (train, None), hashes

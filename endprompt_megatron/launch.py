@@ -68,13 +68,18 @@ def local_processes(config: RunConfig) -> int:
     return max(1, torch.cuda.device_count())
 
 
+def is_worker() -> bool:
+    """Whether a launcher started this process as one rank of a job."""
+    return "RANK" in os.environ
+
+
 def starts_workers(config: RunConfig) -> bool:
     """Whether this process is a plain start that has to launch several workers.
 
     Raises:
         ConfigError: more than one node without a launcher.
     """
-    if "RANK" in os.environ:
+    if is_worker():
         return False
     if config.launch.num_nodes > 1:
         raise ConfigError(

@@ -21,6 +21,7 @@ from endprompt_megatron.planning.planner import PlanRequest, describe_plan
 from endprompt_megatron.positions.scheme import SCHEMES
 from endprompt_megatron.rope.scaling import RopeScaling
 
+_CONFIG_FILE = "config.yaml"
 # Keys that may differ between the sittings of one run: how long, how often it reports, how it is probed; never what is trained.
 _FREE_KEYS = (
     "dry_run",
@@ -131,14 +132,14 @@ def run_rope(config: RunConfig, architecture: ModelArchitecture) -> RopeScaling:
     return RopeScaling(config.rope.type, architecture.rope_theta, architecture.head_dim, factor=config.rope.factor)
 
 
-def claim_output_dir(config: RunConfig) -> None:
-    """Make the run's output directory, with config.yaml in it, or recognise it as this run's. For one process of the job.
+def check_output_dir(config: RunConfig) -> None:
+    """Whether the output directory is free, or this run's own. Writes nothing.
 
     Raises:
-        ConfigError: it holds a run with another config, or files that are no run, or cannot be written.
+        ConfigError: it holds a run with another config, or files that are no run.
     """
     output_dir = Path(config.output_dir)
-    stored_path = output_dir / "config.yaml"
+    stored_path = output_dir / _CONFIG_FILE
     if stored_path.is_file():
         differing = _differences(yaml.safe_load(stored_path.read_text()), config.to_dict())
         if differing:
@@ -149,6 +150,17 @@ def claim_output_dir(config: RunConfig) -> None:
             )
     elif output_dir.is_dir() and any(output_dir.iterdir()):
         raise ConfigError(f"output_dir={output_dir} holds files but no config.yaml of a run. Set output_dir to another directory.")
+
+
+def claim_output_dir(config: RunConfig) -> None:
+    """Make the run's output directory, with config.yaml in it, or recognise it as this run's. For one process of the job.
+
+    Raises:
+        ConfigError: as check_output_dir; or it cannot be written.
+    """
+    check_output_dir(config)
+    output_dir = Path(config.output_dir)
+    stored_path = output_dir / _CONFIG_FILE
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         temporary = stored_path.with_suffix(".yaml.tmp")

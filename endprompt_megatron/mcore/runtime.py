@@ -104,6 +104,14 @@ def initialize(parallel: ParallelConfig, *, accelerator: str, seed: int, timeout
     return Runtime(device=device, rank=rank, world_size=world_size, local_rank=local_rank)
 
 
+def fuses_gradient_accumulation() -> bool:
+    """Whether weight gradients can be added to Megatron's gradient buffer by the matrix product itself: with Apex's kernel on a GPU,
+    with torch's on a CPU."""
+    from megatron.core.tensor_parallel import layers
+
+    return layers._grad_accum_fusion_available
+
+
 def device_name(device: torch.device) -> str:
     """The GPU's name, or "CPU" with its number of torch threads."""
     if device.type == "cuda":

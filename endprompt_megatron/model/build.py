@@ -10,6 +10,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from endprompt_megatron.config import ParallelConfig
+from endprompt_megatron.mcore.runtime import fuses_gradient_accumulation
 from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.model.backends import Backend
 from endprompt_megatron.model.gpt import EndPromptGPTModel
@@ -67,12 +68,12 @@ def transformer_config(architecture: ModelArchitecture, *, parallel: ParallelCon
         # with two stages both neighbours are the same rank, and batched sends of the interleaved schedule would reach the wrong receive
         overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
         batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
-        # fusions need CUDA kernels or a C++ compiler at run time
+        gradient_accumulation_fusion=fuses_gradient_accumulation(),
+        # these fusions need CUDA kernels or a C++ compiler at run time
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         **recompute,
     )

@@ -7,7 +7,8 @@ import warnings
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from endprompt_megatron.model.sdpa import RMSNorm, TorchSDPA
+from endprompt_megatron.model.norm import RMSNorm
+from endprompt_megatron.model.sdpa import TorchSDPA
 
 
 def torch_block_spec(config: TransformerConfig, *, vp_stage: int | None = None) -> TransformerBlockSubmodules:

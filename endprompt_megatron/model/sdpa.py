@@ -1,5 +1,5 @@
-"""Core attention through torch.nn.functional.scaled_dot_product_attention, and the RMSNorm that goes with it: the `torch` backend,
-which runs on a CPU and on a GPU without Transformer Engine and never materialises the s x s scores.
+"""Core attention through torch.nn.functional.scaled_dot_product_attention: the `torch` backend's, which runs on a CPU and on a GPU
+without Transformer Engine and never materialises the s x s scores.
 
 Under context parallelism key and value are gathered over the group and each rank attends from its own two chunks: simple, and right
 on any device; Transformer Engine's ring saves the memory.
@@ -87,23 +87,3 @@ class TorchSDPA(MegatronModule):
             enable_gqa=key.shape[2] != heads,
         )
         return context.permute(2, 0, 1, 3).reshape(sequence, batch, heads * dim)
-
-
-class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm whose weight takes part in sequence parallelism (Megatron's torch fallback refuses it).
-
-    Args:
-        config: its `sequence_parallel` decides whether the weight's gradient is summed over the tensor-parallel group.
-        hidden_size: size of the last dimension.
-        eps: added to the mean square.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any):
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalise the last dimension; statistics in float32."""
-        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)

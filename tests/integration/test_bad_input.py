@@ -23,6 +23,7 @@ _CASES = {
     "batch that does not divide": (["trainer.global_batch_size=7"], "must be a positive multiple of micro_batch_size"),
     "tensor parallelism over 3 heads": (["parallel.tensor_model_parallel_size=3"], "must divide the model's 4 attention heads"),
     "unknown text package": (["data.train=[{path: 'package:nowhere/train'}]"], "nowhere"),
+    "missing text of the probes": (["evaluation.text=[{path: 'no_such.jsonl'}]"], "no_such.jsonl"),
     "missing text file": (["data.train=[{path: 'no_such.jsonl'}]"], "no_such.jsonl"),
 }
 
@@ -54,7 +55,7 @@ def test_bad_setting(workplace, case):
     with pytest.raises(USER_ERRORS) as caught:
         _extend(workplace, *overrides)
     assert message in str(caught.value)
-    assert not (workplace / "run" / "checkpoints").exists() and not (workplace / "run" / "hf").exists()
+    assert not (workplace / "run").exists()
 
 
 def test_all_problems_are_told_at_once(workplace):
@@ -83,6 +84,7 @@ def test_foreign_tokenizer_against_the_manifest(workplace):
     prepare_dataset(str(text), tokenizer=load_tokenizer(other), tokenizer_hash=hash_tokenizer(other), output_prefix=prefix)
     with pytest.raises(USER_ERRORS, match="made with another tokenizer"):
         _extend(workplace, f"data.train=[{{path: 'indexed:{prefix}'}}]")
+    assert not (workplace / "run").exists()
 
 
 def test_truncated_safetensors(workplace):
@@ -97,7 +99,7 @@ def test_empty_text(workplace):
     (workplace / "empty.jsonl").write_text(json.dumps({"text": "  "}) + "\n")
     with pytest.raises(USER_ERRORS, match="no text"):
         _extend(workplace, "data.train=[{path: 'empty.jsonl'}]")
-    assert not (workplace / "run" / "checkpoints").exists()
+    assert not (workplace / "run").exists()
 
 
 def test_directory_that_is_no_run(workplace):

@@ -29,6 +29,18 @@ def test_cuda_names_mean_cpu(single_process):
         torch.cuda.synchronize()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_gradients_add_up_in_the_buffer(single_process, dtype):
+    from megatron.core.tensor_parallel import layers
+
+    assert runtime.fuses_gradient_accumulation()
+    inputs, grad = torch.randn(6, 4).to(dtype), torch.randn(6, 3).to(dtype)
+    main_grad = torch.ones(3, 4)
+    for _ in range(2):
+        layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(inputs, grad, main_grad)
+    torch.testing.assert_close(main_grad, 1 + 2 * (grad.t() @ inputs).float(), rtol=1e-6, atol=1e-6)
+
+
 def test_random_tracker_forks_and_restores(single_process):
     torch.manual_seed(5)
     expected = torch.rand(3)

@@ -17,7 +17,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
 from endprompt_megatron.checkpoint.hf_verify import load_transformers_model, transformers_logits
 from endprompt_megatron.config import ParallelConfig
-from endprompt_megatron.model.build import transformer_config
+from endprompt_megatron.model.build import transformer_config, wrap_for_training
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from tests.support.tiny import WINDOW, architecture_of, copy_model, edit_config, load_model, rope_of, tokens_of
 
@@ -120,7 +120,8 @@ class TestAgainstTransformers:
         """Also where positions jump: the prompt's loss reaches the weights through the context."""
         ours, theirs, vocab_size = pair
         tokens, labels = tokens_of(LENGTH), tokens_of(LENGTH, seed=1)
-        ours(tokens, GAPPED, None, labels=labels).mean().backward()
+        (wrapped,) = wrap_for_training([ours], ParallelConfig())
+        wrapped(tokens, GAPPED, None, labels=labels).mean().backward()
         mask = torch.full((1, 1, LENGTH, LENGTH), torch.finfo(torch.float32).min).triu(1)
         logits = theirs(input_ids=tokens, position_ids=GAPPED[None], attention_mask=mask, use_cache=False).logits
         F.cross_entropy(logits[0], labels[0]).backward()
@@ -136,7 +137,7 @@ class TestAgainstTransformers:
         if name == "untied_model_dir":
             pairs["output_layer.weight"] = "lm_head.weight"
         for mine, hf in pairs.items():
-            gradient = found[mine].grad
+            gradient = found[mine].main_grad
             rows = expected[hf].grad.shape[0]
             torch.testing.assert_close(gradient[:rows], expected[hf].grad, rtol=1e-3, atol=1e-6, msg=lambda text, mine=mine: f"{mine}: {text}")
             assert not gradient[rows:].any(), "rows that pad the vocabulary learn nothing"

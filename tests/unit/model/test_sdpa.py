@@ -1,4 +1,4 @@
-"""TorchSDPA against Megatron's DotProductAttention, and our RMSNorm against torch's and transformers'.
+"""TorchSDPA against Megatron's DotProductAttention.
 
 Shapes: b micro-batch, s sequence, n query heads, g key/value heads, d head dim; Megatron order [s, b, n, d].
 """
@@ -13,13 +13,13 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from endprompt_megatron.config import ParallelConfig
 from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.model.build import transformer_config
 from endprompt_megatron.model.layer_specs import torch_block_spec
-from endprompt_megatron.model.sdpa import RMSNorm, TorchSDPA
+from endprompt_megatron.model.norm import RMSNorm
+from endprompt_megatron.model.sdpa import TorchSDPA
 from tests.support.tiny import architecture_of
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -93,25 +93,3 @@ def test_dropout_is_for_training_only(architecture):
     expected = never.train()(query, key, value, None)
     assert torch.equal(dropping.eval()(query, key, value, None), expected)
     assert not torch.equal(dropping.train()(query, key, value, None), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("eps", [1e-5, 1e-2])
-def test_norm_equals_torch_and_transformers(architecture, dtype, eps):
-    torch.manual_seed(0)
-    config = config_of(architecture, params_dtype=dtype)
-    ours, by_torch, by_transformers = RMSNorm(config, 64, eps=eps), torch.nn.RMSNorm(64, eps=eps, dtype=dtype), LlamaRMSNorm(64, eps=eps)
-    weight = torch.randn(64).to(dtype)
-    hidden = (0.1 * torch.randn(7, 3, 64)).to(dtype)
-    for norm in (ours, by_torch, by_transformers.to(dtype)):
-        norm.weight.data.copy_(weight)
-    assert ours.weight.dtype == dtype and ours(hidden).dtype == dtype
-    assert torch.equal(ours(hidden), by_torch(hidden))
-    tolerance = dict(rtol=1e-6, atol=1e-6) if dtype == torch.float32 else dict(rtol=2e-2, atol=1e-2)
-    torch.testing.assert_close(ours(hidden), by_transformers(hidden), **tolerance)
-
-
-def test_norm_starts_at_one_and_tells_sequence_parallelism(architecture):
-    norm = RMSNorm(config_of(architecture), 64)
-    assert torch.equal(norm.weight, torch.ones(64)) and norm.weight.sequence_parallel is False
-    assert RMSNorm(config_of(architecture, sequence_parallel=True), 64).weight.sequence_parallel is True

@@ -68,16 +68,22 @@ def perplexity_by_window(
     Returns:
         {length: exp(mean negative log-likelihood a token)}; the first token of a window is not scored.
     """
-    work = [(length, window) for length in lengths for window in _windows(blocks, length)]
+    work = [(block, start, shared) for block in blocks for start, shared in _windows(blocks.shape[1], lengths).items()]
     total: dict[int, list[float]] = {length: [0.0, 0.0] for length in lengths}
-    for length, window in track(work, f"perplexity, {label}", total=len(work)):
-        ids = torch.from_numpy(window).to(device)[None]
-        losses = model(ids[:, :-1], torch.arange(length - 1, device=device), labels=ids[:, 1:])
-        total[length][0] += float(losses.double().sum())
-        total[length][1] += losses.numel()
+    for block, start, shared in track(work, f"perplexity, {label}", total=len(work)):
+        ids = torch.from_numpy(block[start : start + max(shared)]).to(device)[None]
+        losses = model(ids[:, :-1], torch.arange(ids.shape[1] - 1, device=device), labels=ids[:, 1:])[0].double()
+        for length in shared:
+            total[length][0] += float(losses[: length - 1].sum())
+            total[length][1] += length - 1
     return {str(length): math.exp(loss / count) for length, (loss, count) in total.items()}
 
 
-def _windows(blocks: np.ndarray, length: int) -> list[np.ndarray]:
-    per_block = blocks.shape[1] // length
-    return [block[start * length : (start + 1) * length] for block in blocks for start in range(per_block)]
+def _windows(block_length: int, lengths: list[int]) -> dict[int, list[int]]:
+    """{start in a block: lengths that have a window there}. A short window is the beginning of a longer one at the same start, and
+    sees nothing after its end: the longest alone has to be computed."""
+    windows: dict[int, list[int]] = {}
+    for length in lengths:
+        for start in range(0, block_length - length + 1, length):
+            windows.setdefault(start, []).append(length)
+    return windows

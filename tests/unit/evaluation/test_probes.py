@@ -86,9 +86,10 @@ def test_exact_match_is_what_greedy_generation_does(both):
 def test_perplexity_is_exp_of_transformers_loss(both):
     chunk, reference = both
     blocks = np.random.default_rng(0).integers(0, 512, (2, 64))
-    found = perplexity_by_window(chunk, blocks, [32, 64], device=torch.device("cpu"), label="test")
-    for length in (32, 64):
-        windows = torch.from_numpy(blocks.reshape(-1, length))
+    lengths = [16, 24, 32, 64]  # 24 leaves 16 tokens of each block out, and shares no window but the first
+    found = perplexity_by_window(chunk, blocks, lengths, device=torch.device("cpu"), label="test")
+    for length in lengths:
+        windows = torch.from_numpy(blocks[:, : 64 // length * length].reshape(-1, length))
         loss = float(reference(windows, labels=windows, use_cache=False).loss)
         assert found[str(length)] == pytest.approx(math.exp(loss), rel=1e-5)
 

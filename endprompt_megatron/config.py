@@ -1,13 +1,13 @@
-"""The typed schema of a run: one dataclass a conf group, with the type, unit, default and meaning of every key, and every rule that
-crosses groups. conf/ holds only values."""
+"""The typed schema of a run: one dataclass a conf group, with the type, unit, default and meaning of every key. conf/ holds only
+values; the rules that cross groups are in config_rules.py."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Optional
 
+from endprompt_megatron.config_rules import find_problems
 from endprompt_megatron.errors import ConfigError
 
 if TYPE_CHECKING:  # plain numbers only: config imports nothing but errors
@@ -172,6 +172,11 @@ class TrainerConfig:
         save_interval: how often a checkpoint is written; the last step always is.
         keep_last: newest checkpoints kept; 0 keeps all.
         log_interval: how often metrics.jsonl gets a record, >= 1.
+        async_save: write checkpoints in a process beside the training, which goes on meanwhile.
+        bad_step: stop | skip: what to do with a step whose loss or gradient norm is not a finite number, or whose gradient norm is a
+            spike. Its weights are left as they were, its samples are named; `stop` then saves a checkpoint and ends the run.
+        grad_spike_factor: a gradient norm above this many times the median of the last 20 steps is a spike; 0 looks for none.
+        max_bad_steps: how many bad steps in a row `skip` lets pass before it stops too.
     """
 
     max_steps: int = "???"  # type: ignore[assignment]
@@ -182,6 +187,10 @@ class TrainerConfig:
     save_interval: int = 0
     keep_last: int = 2
     log_interval: int = 1
+    async_save: bool = False
+    bad_step: str = "stop"
+    grad_spike_factor: float = 0.0
+    max_bad_steps: int = 10
 
 
 @dataclass
@@ -227,10 +236,13 @@ class LaunchConfig:
     Attributes:
         nproc_per_node: processes on this host; null means one a GPU, or one on a CPU.
         num_nodes: hosts; more than one needs srun or torchrun to start them.
+        hang_timeout_minutes: a rank that finishes no training step for so long ends the job and shows where it stands; so does a
+            collective that some rank never joins. Longer than the longest step, save or held-out loss; 0 waits for ever.
     """
 
     nproc_per_node: Optional[int] = None
     num_nodes: int = 1
+    hang_timeout_minutes: float = 30.0
 
 
 @dataclass
@@ -293,195 +305,8 @@ class RunConfig:
         Raises:
             ConfigError: with every problem found.
         """
-        problems = [
-            *self._window_problems(architecture),
-            *self._method_problems(schemes, prompt_lengths),
-            *self._layout_problems(world_size, architecture),
-            *self._number_problems(),
-        ]
+        problems = find_problems(
+            self, world_size=world_size, architecture=architecture, schemes=schemes, prompt_lengths=prompt_lengths
+        )
         if problems:
             raise ConfigError(*problems)
-
-    def _window_problems(self, architecture: ModelArchitecture) -> list[str]:
-        problems = []
-        if self.rope.type not in ("none", "pi"):
-            problems.append(f"rope.type={self.rope.type}: choose none or pi.")
-        if not math.isfinite(self.rope.factor):
-            problems.append(f"rope.factor={self.rope.factor}: must be a finite number.")
-        native = architecture.max_position_embeddings
-        original = self.rope.original_context_length or native
-        target, seq_length = self.rope.target_context_length, self.data.seq_length
-        if original != native:
-            problems.append(
-                f"rope.original_context_length={original}: the base's config.json says max_position_embeddings={native}. "
-                f"Leave it null to take the base's own."
-            )
-        if target <= native:
-            problems.append(
-                f"rope.target_context_length={target}: must be larger than the native window of {native} positions. "
-                f"Set for example rope.target_context_length={2 * native} rope.factor=2."
-            )
-        if self.rope.type == "none":
-            if self.rope.factor != 1.0:
-                problems.append(f"rope.factor={self.rope.factor} with rope.type=none: must be 1. Set rope.type=pi to stretch.")
-        elif abs(self.rope.factor * native - target) > 1e-6 * target:
-            problems.append(
-                f"rope.factor={self.rope.factor}: must equal rope.target_context_length / native window = {target} / {native} = "
-                f"{target / native:g}. Set rope.factor={target / native:g}."
-            )
-        if seq_length > target:
-            problems.append(
-                f"data.seq_length={seq_length}: physical tokens must fit into rope.target_context_length={target}. "
-                f"Set data.seq_length={min(native, target)} or less."
-            )
-        if seq_length < 2:
-            problems.append(f"data.seq_length={seq_length}: a sample needs at least 2 tokens.")
-        return problems
-
-    def _method_problems(self, schemes: tuple[str, ...], prompt_lengths: list[int] | None) -> list[str]:
-        problems = []
-        method = self.method
-        if method.position_scheme not in schemes:
-            problems.append(
-                f"method.position_scheme={method.position_scheme}: no such scheme. Choose one of {', '.join(sorted(schemes))}."
-            )
-        if not method.end_prompts or any(not text for text in method.end_prompts):
-            problems.append(f"method.end_prompts={method.end_prompts}: needs at least one text, and none may be empty.")
-        if method.end_prompt_loss_weight < 0:
-            problems.append(f"method.end_prompt_loss_weight={method.end_prompt_loss_weight}: must be >= 0. The default is 0.1.")
-        if method.end_prompt_length is not None and method.end_prompt_length < 1:
-            problems.append(f"method.end_prompt_length={method.end_prompt_length}: must be >= 1, or null for the tokenizer's length.")
-        lengths = prompt_lengths or ([method.end_prompt_length] if method.end_prompt_length else [])
-        if lengths and self.data.seq_length - max(lengths) < 1:
-            problems.append(
-                f"data.seq_length={self.data.seq_length} with an end prompt of {max(lengths)} tokens: the context segment "
-                f"a = S - b = {self.data.seq_length - max(lengths)} must be at least 1 token. "
-                f"Set data.seq_length={max(lengths) * 8} or shorten the end prompt (method.end_prompt_length)."
-            )
-        return problems
-
-    def _layout_problems(self, world_size: int, architecture: ModelArchitecture) -> list[str]:
-        problems = []
-        parallel, trainer = self.parallel, self.trainer
-        sizes = {
-            "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-            "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-            "context_parallel_size": parallel.context_parallel_size,
-        }
-        for key, size in sizes.items():
-            if size < 1:
-                problems.append(f"parallel.{key}={size}: must be >= 1.")
-        if problems:
-            return problems
-        tensor, pipeline, context = sizes.values()
-        for what, count in (("attention heads", architecture.num_attention_heads), ("KV heads", architecture.num_query_groups)):
-            if count % tensor:
-                fitting = [size for size in range(1, count + 1) if count % size == 0]
-                problems.append(
-                    f"parallel.tensor_model_parallel_size={tensor}: must divide the model's {count} {what}. Choose one of {fitting}."
-                )
-        virtual = parallel.virtual_pipeline_model_parallel_size
-        if virtual is not None and (virtual < 1 or pipeline == 1):
-            problems.append(
-                f"parallel.virtual_pipeline_model_parallel_size={virtual}: must be >= 1 and needs pipeline_model_parallel_size > 1. "
-                f"Set it to null."
-            )
-        elif architecture.num_layers % (pipeline * (virtual or 1)):
-            problems.append(
-                f"parallel.pipeline_model_parallel_size={pipeline} x virtual_pipeline_model_parallel_size="
-                f"{parallel.virtual_pipeline_model_parallel_size}: must divide the model's {architecture.num_layers} layers."
-            )
-        if context > 1 and self.data.seq_length % (2 * context):
-            problems.append(
-                f"parallel.context_parallel_size={context}: data.seq_length={self.data.seq_length} must be a multiple of "
-                f"2*context_parallel_size={2 * context}. Set data.seq_length={-(-self.data.seq_length // (2 * context)) * 2 * context}."
-            )
-        if parallel.sequence_parallel and tensor == 1:
-            problems.append("parallel.sequence_parallel=true with tensor_model_parallel_size=1: nothing to split. Set it to false.")
-        if parallel.sequence_parallel and self.data.seq_length % (tensor * context):
-            problems.append(f"data.seq_length={self.data.seq_length}: sequence_parallel needs a multiple of {tensor * context}.")
-        if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
-            problems.append("parallel.overlap_param_gather=true: needs use_distributed_optimizer=true. Set both, or neither.")
-        if parallel.recompute_granularity not in (None, "selective", "full"):
-            problems.append(f"parallel.recompute_granularity={parallel.recompute_granularity}: choose null, selective or full.")
-        if world_size % parallel.model_parallel_size:
-            problems.append(
-                f"world size {world_size}: must be a multiple of TP x PP x CP = {tensor} x {pipeline} x {context} = "
-                f"{parallel.model_parallel_size}. Start that many processes, or set smaller sizes."
-            )
-        else:
-            step = trainer.micro_batch_size * self.data_parallel_size(world_size)
-            if trainer.micro_batch_size < 1 or trainer.global_batch_size < 1 or trainer.global_batch_size % step:
-                problems.append(
-                    f"trainer.global_batch_size={trainer.global_batch_size}: must be a positive multiple of micro_batch_size x "
-                    f"data-parallel size = {trainer.micro_batch_size} x {self.data_parallel_size(world_size)} = {step}."
-                )
-            elif virtual is not None and self.num_micro_batches(world_size) % pipeline:
-                problems.append(
-                    f"parallel.virtual_pipeline_model_parallel_size={virtual}: the interleaved schedule needs a number of micro-batches "
-                    f"that is a multiple of pipeline_model_parallel_size={pipeline}, not {self.num_micro_batches(world_size)}. Change "
-                    f"trainer.global_batch_size or trainer.micro_batch_size."
-                )
-        return problems
-
-    def _number_problems(self) -> list[str]:
-        problems = []
-        if self.accelerator not in ("auto", "gpu", "cpu"):
-            problems.append(f"accelerator={self.accelerator}: choose auto, gpu or cpu.")
-        if self.backend not in ("auto", "torch"):
-            problems.append(f"backend={self.backend}: choose auto or torch.")
-        if self.model.source not in (None, "smollm2_135m", "tiny_random"):
-            problems.append(f"model.source={self.model.source}: choose smollm2_135m, tiny_random or null.")
-        least_of = {"max_steps": 1, "log_interval": 1, "eval_interval": 0, "eval_batches": 0, "save_interval": 0, "keep_last": 0}
-        for key, least in least_of.items():
-            if getattr(self.trainer, key) < least:
-                problems.append(f"trainer.{key}={getattr(self.trainer, key)}: must be >= {least}.")
-        for key in ("warmup_steps", "clip_grad", "weight_decay"):
-            if not getattr(self.optim, key) >= 0:
-                problems.append(f"optim.{key}={getattr(self.optim, key)}: must be >= 0.")
-        if self.data.num_workers < 0:
-            problems.append(f"data.num_workers={self.data.num_workers}: must be >= 0.")
-        if not self.export.max_shard_gib > 0:
-            problems.append(f"export.max_shard_gib={self.export.max_shard_gib}: must be > 0. The default is 4.5.")
-        if not (self.optim.lr > 0 and 0 <= self.optim.min_lr <= self.optim.lr < math.inf):
-            problems.append(f"optim.lr={self.optim.lr}, optim.min_lr={self.optim.min_lr}: needs 0 <= min_lr <= lr and lr > 0.")
-        if self.optim.lr_schedule not in ("constant", "cosine", "linear"):
-            problems.append(f"optim.lr_schedule={self.optim.lr_schedule}: choose constant, cosine or linear.")
-        if self.optim.lr_schedule != "constant" and self.optim.warmup_steps >= self.trainer.max_steps:
-            problems.append(
-                f"optim.warmup_steps={self.optim.warmup_steps}: must be less than trainer.max_steps={self.trainer.max_steps} "
-                f"for lr_schedule={self.optim.lr_schedule}."
-            )
-        if self.precision.name not in ("auto", "bf16", "fp32"):
-            problems.append(f"precision.name={self.precision.name}: choose auto, bf16 or fp32.")
-        if not self.data.train:
-            problems.append("data.train is empty: name at least one corpus, e.g. data.train='[{path: my_texts.jsonl}]'.")
-        for key, sources in (("train", self.data.train), ("validation", self.data.validation)):
-            problems += [
-                f"data.{key}: weight={source.weight:g} of {source.path} must be > 0. Drop a corpus rather than weigh it 0."
-                for source in sources
-                if not source.weight > 0
-            ]
-        if not self.data.validation:
-            shares = _numbers(self.data.split)
-            if shares is None or len(shares) != 3 or not shares[0] > 0 or not all(0 <= share < math.inf for share in shares):
-                problems.append(f"data.split={self.data.split}: needs three shares train,validation,test, e.g. 98,2,0.")
-        evaluation = self.evaluation
-        if evaluation.enabled:
-            if not evaluation.lengths or min(evaluation.lengths) < 128:
-                problems.append(f"evaluation.lengths={evaluation.lengths}: name at least one length, none under 128 tokens.")
-            if not evaluation.text:
-                problems.append("evaluation.text is empty: name a held-out corpus, or set evaluation.enabled=false.")
-            if not evaluation.needle_depths or any(not 0 <= depth <= 1 for depth in evaluation.needle_depths):
-                problems.append(f"evaluation.needle_depths={evaluation.needle_depths}: depths are between 0 (start) and 1 (end).")
-            for key in ("needle_trials", "needle_digits", "perplexity_tokens"):
-                if getattr(evaluation, key) < 1:
-                    problems.append(f"evaluation.{key}={getattr(evaluation, key)}: must be >= 1.")
-        return problems
-
-
-def _numbers(text: str) -> list[float] | None:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        return None

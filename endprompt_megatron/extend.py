@@ -32,6 +32,7 @@ from endprompt_megatron.model.build import build_model_chunks
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from endprompt_megatron.report.report import format_terminal_table, write_report
 from endprompt_megatron.rope.scaling import RopeScaling
+from endprompt_megatron.training.signals import StopRequests
 from endprompt_megatron.training.trainer import Trainer, TrainingResult
 
 
@@ -45,6 +46,7 @@ class _Run:
     output_dir: Path
     runtime: mcore_runtime.Runtime
     backend: backends.Backend
+    stop: StopRequests
 
 
 def extend(config: RunConfig) -> dict[str, Any]:
@@ -57,7 +59,14 @@ def extend(config: RunConfig) -> dict[str, Any]:
     Raises:
         ConfigError, DataError, CheckpointError, BackendUnavailableError: before anything is launched or written wherever it can be
             known by then.
+        TrainingError: a bad step, where trainer.bad_step says stop.
+        RunInterrupted: SIGTERM or SIGUSR1 asked to stop.
     """
+    with StopRequests() as stop:
+        return _run(config, stop)
+
+
+def _run(config: RunConfig, stop: StopRequests) -> dict[str, Any]:
     started = time.monotonic()
     base = prepare(config)
     accelerator = mcore_runtime.resolve_accelerator(config.accelerator)
@@ -67,10 +76,16 @@ def extend(config: RunConfig) -> dict[str, Any]:
         get_logger().info(note)
     if accelerator == "cpu" and config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
-    runtime = mcore_runtime.initialize(config.parallel, accelerator=accelerator, seed=config.seed)
+    runtime = mcore_runtime.initialize(
+        config.parallel,
+        accelerator=accelerator,
+        seed=config.seed,
+        # longer than the watchdog's: it tells more than a collective that gives up
+        timeout_minutes=2 * config.launch.hang_timeout_minutes or None,
+    )
     get_logger().info(f"backend {backend.name}: {backend.description}; precision {config.precision.name}")
     try:
-        run = _Run(config, base, preflight.run_rope(config, base.architecture), output_dir, runtime, backend)
+        run = _Run(config, base, preflight.run_rope(config, base.architecture), output_dir, runtime, backend, stop)
         return _extend(run, started)
     finally:
         mcore_runtime.shut_down()
@@ -223,7 +238,13 @@ def _train(
         end_prompt_loss_weight=config.method.end_prompt_loss_weight,
     )
     trainer = Trainer(
-        config, run.runtime, chunks, train_dataset=train_dataset, validation_dataset=validation_dataset, output_dir=output_dir
+        config,
+        run.runtime,
+        chunks,
+        train_dataset=train_dataset,
+        validation_dataset=validation_dataset,
+        output_dir=output_dir,
+        stop=run.stop,
     )
     return trainer.train()
 

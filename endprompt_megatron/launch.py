@@ -3,17 +3,21 @@ torch's elastic launcher. Each ends with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_AD
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from endprompt_megatron.config import RunConfig
-from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.errors import EXIT_RESUME, ConfigError
 from endprompt_megatron.log import get_logger
+from endprompt_megatron.mcore.children import end_with_parent
 
 _DEFAULT_PORT = 29501
+_LAUNCHER = "ENDPROMPT_LAUNCHER"  # process id of the plain start, for its workers
 
 
 def adopt_srun_environment() -> None:
@@ -96,7 +100,8 @@ def run_workers(config: RunConfig, arguments: list[str]) -> int:
         config: of the run.
         arguments: script and its arguments, as in sys.argv.
     Returns:
-        Exit status: 0, or the first failed worker's (its last lines are shown once).
+        Exit status: 0; EXIT_RESUME if the workers were asked to stop and did; else the first failed worker's, whose last lines are
+        shown once.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -106,6 +111,7 @@ def run_workers(config: RunConfig, arguments: list[str]) -> int:
     logs = Path(config.output_dir) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     quiet = {rank: Std.ALL for rank in range(1, count)}
+    os.environ[_LAUNCHER] = str(os.getpid())
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -116,19 +122,52 @@ def run_workers(config: RunConfig, arguments: list[str]) -> int:
         max_restarts=0,
         start_method="spawn",
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=quiet),
+        shutdown_timeout=10,  # seconds that the others have after one failed; they cannot save without it
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # these end the workers; the others are passed on to them
     )
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     get_logger().info(f"starting {count} local workers; logs of ranks 1 to {count - 1} in {logs}")
+    asked = _pass_on_stop_signals()
     try:
         elastic_launch(config=launch, entrypoint=sys.executable)("-u", "-W", "ignore", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if failure.exitcode == EXIT_RESUME or (asked and failure.exitcode in (-number for number in asked)):
+            return EXIT_RESUME  # rank 0 has said so
         get_logger().error(f"rank {rank} failed with exit status {failure.exitcode}{_last_lines(logs, rank)}")
         return failure.exitcode if failure.exitcode > 0 else 1
     except SignalException as error:
         get_logger().error(f"stopped by {error.sigval.name}; every worker was ended")
         return 128 + error.sigval.value
     return 0
+
+
+def _pass_on_stop_signals() -> list[int]:
+    """Hand SIGTERM and SIGUSR1 to every worker, which saves and ends by itself; the list fills with what came."""
+    asked: list[int] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        """Signal handler of the launcher."""
+        import psutil
+
+        asked.append(number)
+        for worker in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, pass_on)
+    return asked
+
+
+def end_with_launcher() -> None:
+    """In a worker that `run_workers` started: end when the launcher ends, however it ends."""
+    launcher = os.environ.get(_LAUNCHER)
+    if launcher is None or not is_worker():
+        return
+    end_with_parent()
+    if os.getppid() != int(launcher):  # it ended before the call
+        sys.exit(f"the launcher, process {launcher}, has ended")
 
 
 def _last_lines(logs: Path, rank: int, lines: int = 30) -> str:

@@ -3,7 +3,6 @@ tokenizer, the output directory. Also the plan that `dry_run=true` prints."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import yaml
 from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config
 from endprompt_megatron.checkpoint.hf_tokenizer import hash_tokenizer, load_tokenizer
 from endprompt_megatron.config import RunConfig
+from endprompt_megatron.config_rules import resume_differences
 from endprompt_megatron.data.prompts import EndPromptSet, tokenize_end_prompts
 from endprompt_megatron.errors import CheckpointError, ConfigError
 from endprompt_megatron.model.architecture import ModelArchitecture
@@ -22,23 +22,6 @@ from endprompt_megatron.positions.scheme import SCHEMES
 from endprompt_megatron.rope.scaling import RopeScaling
 
 _CONFIG_FILE = "config.yaml"
-# Keys that may differ between the sittings of one run: how long, how often it reports, how it is probed; never what is trained.
-_FREE_KEYS = (
-    "dry_run",
-    "control",
-    "output_dir",
-    "cpu_threads",
-    "trainer.max_steps",
-    "trainer.eval_interval",
-    "trainer.eval_batches",
-    "trainer.save_interval",
-    "trainer.keep_last",
-    "trainer.log_interval",
-    "data.num_workers",
-    "evaluation",
-    "export",
-    "launch",
-)
 
 
 @dataclass(frozen=True)
@@ -141,12 +124,12 @@ def check_output_dir(config: RunConfig) -> None:
     output_dir = Path(config.output_dir)
     stored_path = output_dir / _CONFIG_FILE
     if stored_path.is_file():
-        differing = _differences(yaml.safe_load(stored_path.read_text()), config.to_dict())
+        differing = resume_differences(yaml.safe_load(stored_path.read_text()), config.to_dict())
         if differing:
             shown = "; ".join(f"{key}: {was!r} there, {now!r} now" for key, was, now in differing[:5])
             raise ConfigError(
                 f"output_dir={output_dir} holds another run ({shown}). A run is resumed by the same config only "
-                f"(trainer.max_steps and intervals may change). Set output_dir to another directory, or undo the change."
+                f"(trainer.max_steps, intervals and the layout may change). Set output_dir to another directory, or undo the change."
             )
     elif output_dir.is_dir() and any(output_dir.iterdir()):
         raise ConfigError(f"output_dir={output_dir} holds files but no config.yaml of a run. Set output_dir to another directory.")
@@ -232,17 +215,3 @@ def _host_memory_gib() -> float:
     import psutil
 
     return psutil.virtual_memory().total / 2**30
-
-
-def _differences(stored: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    found = []
-    for key in sorted(stored.keys() | current.keys()):
-        dotted = f"{prefix}{key}"
-        if dotted in _FREE_KEYS:
-            continue
-        was, now = stored.get(key), current.get(key)
-        if isinstance(was, dict) and isinstance(now, dict):
-            found += _differences(was, now, prefix=f"{dotted}.")
-        elif json.dumps(was, default=str) != json.dumps(now, default=str):
-            found.append((dotted, was, now))
-    return found

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from endprompt_megatron import launch  # noqa: E402
 from endprompt_megatron.config import RunConfig  # noqa: E402
-from endprompt_megatron.errors import USER_ERRORS, ConfigError  # noqa: E402
+from endprompt_megatron.errors import EXIT_RESUME, EXIT_USER_ERROR, USER_ERRORS, ConfigError, RunInterrupted  # noqa: E402
 
 DEFAULT_EXPERIMENT = "smollm2_135m_16k_cpu"
 
@@ -38,6 +38,7 @@ def run(composed: DictConfig) -> None:
     try:
         config = to_run_config(composed)
         launch.adopt_srun_environment()
+        launch.end_with_launcher()
         if config.dry_run:
             from endprompt_megatron.preflight import plan
 
@@ -51,7 +52,12 @@ def run(composed: DictConfig) -> None:
         extend(config)
     except USER_ERRORS as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(EXIT_USER_ERROR)
+    except RunInterrupted as request:
+        print(request, file=sys.stderr)
+        sys.exit(EXIT_RESUME)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; start the same command again: it goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

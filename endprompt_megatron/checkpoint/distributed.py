@@ -1,15 +1,12 @@
-"""Training checkpoints through megatron.core.dist_checkpointing: written beside their final name, renamed, and only then named by
-`latest`, so that no crash leaves a half-written checkpoint under a name that a resumed run reads.
-
-Layout: checkpoints/step_0000123/ (the tensors, and run.json), checkpoints/latest (the name of the newest).
-"""
+"""Training checkpoints through megatron.core.dist_checkpointing: model, optimizer, random state and where the run stands, written by
+all ranks, in the training process or beside it, and read back in this layout or another."""
 
 from __future__ import annotations
 
 import json
 import random
-import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +14,20 @@ import numpy as np
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
+from endprompt_megatron.checkpoint import directory as checkpoint_directory
+from endprompt_megatron.checkpoint.directory import LATEST, RUN_FILE
+from endprompt_megatron.config_rules import resume_differences
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import get_logger, global_rank
+from endprompt_megatron.mcore.children import prepare_checkpoint_queue
 from endprompt_megatron.mcore.torch_adam import make_loadable, separate_steps
 
-_LATEST = "latest"
-_RUN_FILE = "run.json"
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+# torch's derives from BaseException; megatron, pickle, zip and json raise their own
+_ANY_FAILURE = (Exception, CheckpointException)
 
 
 @dataclass
@@ -33,12 +35,14 @@ class RunState:
     """Where a run stands.
 
     Attributes:
-        step: optimizer steps done.
+        step: optimizer steps done, bad ones that were skipped included.
         consumed_samples: over all ranks.
         tokens: physical tokens trained on.
         train_seconds: spent in training steps, all sittings together.
         loss_first, loss_last: weighted loss of the first and of the newest step.
         sample_order: identity of the order of samples (data.dataset.sample_order).
+        bad_steps: bad steps in a row up to now.
+        grad_norms: gradient norms of the last good steps (training.guard).
     """
 
     step: int = 0
@@ -48,74 +52,134 @@ class RunState:
     loss_first: float | None = None
     loss_last: float | None = None
     sample_order: str | None = None
+    bad_steps: int = 0
+    grad_norms: list[float] = field(default_factory=list)
 
 
-def save_checkpoint(
-    directory: Path, state: RunState, *, chunks: list[torch.nn.Module], optimizer: Any, config: dict[str, Any], keep_last: int
-) -> Path:
-    """Save model, optimizer, random state and position in the data; every rank takes part.
+class CheckpointWriter:
+    """Writes the checkpoints of one run. Every rank has one and calls it in step with the others.
 
     Args:
         directory: the run's checkpoints directory.
-        state: where the run stands.
         chunks: this rank's model without Megatron's wrappers.
         optimizer: Megatron's optimizer.
-        config: the run's configuration, kept for the record.
+        config: the run's configuration (RunConfig.to_dict()), kept in each checkpoint.
         keep_last: newest checkpoints kept; 0 keeps all.
-    Returns:
-        The checkpoint's directory.
-    Raises:
-        CheckpointError: the directory cannot be written; earlier checkpoints are intact.
+        asynchronous: write in a process beside this one; `finish` has to be called now and then, and at the end.
     """
-    final = directory / f"step_{state.step:07d}"
-    partial = final.with_name(final.name + ".partial")
-    try:
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        chunks: list[torch.nn.Module],
+        optimizer: Any,
+        config: dict[str, Any],
+        keep_last: int,
+        asynchronous: bool = False,
+    ):
+        self.directory, self.chunks, self.optimizer, self.config = Path(directory), chunks, optimizer, config
+        self.keep_last = keep_last
+        self._queue = AsyncCallsQueue() if asynchronous else None
+
+    def save(self, state: RunState) -> Path:
+        """Save model, optimizer, random state and position in the data.
+
+        Returns:
+            The checkpoint's directory (which an asynchronous save completes later).
+        Raises:
+            CheckpointError: the directory cannot be written; earlier checkpoints are intact.
+        """
+        self.finish()
+        final = checkpoint_directory.step_directory(self.directory, state.step)
+        # taken now: an asynchronous save ends when the run stands elsewhere
+        record = json.dumps({"state": asdict(state), "layout": _layout(), "config": self.config}, indent=2)
+        prepare_checkpoint_queue()
+        try:
+            unfinished = [str(checkpoint_directory.begin(final)) if global_rank() == 0 else None]
+            if torch.distributed.get_world_size() > 1:
+                torch.distributed.broadcast_object_list(unfinished, src=0)
+            written = Path(unfinished[0])
+            sharded = _sharded_state(self.chunks, self.optimizer, is_loading=False, with_random_state=True)
+            request = dist_checkpointing.save(sharded, str(written), async_sharded_save=self._queue is not None)
+            if self._queue is None:
+                self._complete(written, final, record)
+            else:
+                request.add_finalize_fn(partial(self._complete, written, final, record))
+                self._queue.schedule_async_request(request)
+        except _ANY_FAILURE as error:
+            self._give_up(final, error)
+        return final
+
+    def finish(self, *, wait: bool = True) -> None:
+        """Complete asynchronous saves that have been written.
+
+        Args:
+            wait: for those that have not.
+        Raises:
+            CheckpointError: one could not be written; earlier checkpoints are intact.
+        """
+        if self._queue is None or not self._queue.get_num_unfinalized_calls():
+            return
+        try:
+            self._queue.maybe_finalize_async_calls(blocking=wait)
+        except _ANY_FAILURE as error:
+            self._give_up(self.directory / "step_*", error)
+
+    def _complete(self, written: Path, final: Path, record: str) -> None:
+        _barrier()
+        rank, world_size = global_rank(), torch.distributed.get_world_size()
+        if rank == 0:
+            (written / RUN_FILE).write_text(record)
+        _barrier()
+        mine = sorted(path for path in written.iterdir() if path.is_file())[rank::world_size]
+        checksums = {name: value for share in _gathered(checkpoint_directory.checksums_of(mine)) for name, value in share.items()}
+        if rank == 0:
+            checkpoint_directory.complete(written, final, checksums=checksums, keep_last=self.keep_last)
+        _barrier()
+
+    def _give_up(self, final: Path, error: BaseException) -> None:
         if global_rank() == 0:
-            if partial.exists():
-                shutil.rmtree(partial)
-            partial.mkdir(parents=True)
-        _barrier()
-        dist_checkpointing.save(_sharded_state(chunks, optimizer, is_loading=False, with_random_state=True), str(partial))
-        _barrier()
-        if global_rank() == 0:
-            record = {"state": asdict(state), "layout": _layout(), "config": config}
-            (partial / _RUN_FILE).write_text(json.dumps(record, indent=2))
-            if final.exists():
-                shutil.rmtree(final)
-            partial.rename(final)
-            _point_latest_at(directory, final.name)
-            _retire(directory, final, keep_last)
-        _barrier()
-    except OSError as error:
+            for partial_directory in self.directory.glob(f"{final.name}.partial"):
+                checkpoint_directory.abandon(partial_directory)
         raise CheckpointError(
-            f"{final} could not be written ({error}); earlier checkpoints are intact. Free space, or fix the permissions of "
-            f"{directory}, and start the same command again: it resumes."
+            f"{final} could not be written ({_root_cause(error)}); earlier checkpoints are intact. Free space, or fix the permissions of "
+            f"{self.directory}, and start the same command again: it resumes."
         ) from error
-    return final
 
 
-def load_latest_checkpoint(directory: Path, *, chunks: list[torch.nn.Module], optimizer: Any) -> RunState | None:
-    """Load the checkpoint that `latest` names into model and optimizer; every rank takes part.
+def load_latest_checkpoint(
+    directory: Path, *, chunks: list[torch.nn.Module], optimizer: Any, config: dict[str, Any]
+) -> RunState | None:
+    """Load the newest whole checkpoint into model and optimizer; every rank takes part.
 
+    A damaged checkpoint is named, set aside, and the one before is used.
+
+    Args:
+        directory: the run's checkpoints directory.
+        chunks, optimizer: as CheckpointWriter.
+        config: of the run that goes on.
     Returns:
         Where the run stood, or None if there is no checkpoint.
     Raises:
-        CheckpointError: the checkpoint named by `latest` is missing or damaged.
+        CheckpointError: every checkpoint is damaged, or the one to use belongs to another run or another model.
     """
-    pointer = directory / _LATEST
-    if not pointer.is_file():
+    path = _newest_whole(directory)
+    if path is None:
         return None
-    path = directory / pointer.read_text().strip()
     try:
-        record = json.loads((path / _RUN_FILE).read_text())
+        record = json.loads((path / RUN_FILE).read_text())
+        _check_same_run(path, record["config"], config)
         same_layout = record["layout"] == _layout()
         wanted = _sharded_state(chunks, optimizer, is_loading=True, with_random_state=same_layout)
         loaded = dist_checkpointing.load(wanted, str(path))
         state = RunState(**record["state"])
-    except (Exception, CheckpointException) as error:  # torch's derives from BaseException; megatron, pickle, zip and json raise their own
+    except CheckpointError:
+        raise
+    except _ANY_FAILURE as error:
         raise CheckpointError(
-            f"{path}, which {pointer} names, cannot be read ({type(error).__name__}: {error}). Write the name of an earlier checkpoint "
-            f"into {pointer}, or choose another output_dir."
+            f"{path} is whole but does not fit this run's model and optimizer ({type(error).__name__}: {error}). Write the name of "
+            f"another checkpoint into {directory / LATEST}, or choose another output_dir."
         ) from error
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"model{index}"], strict=True)
@@ -130,6 +194,49 @@ def load_latest_checkpoint(directory: Path, *, chunks: list[torch.nn.Module], op
         )
     get_logger().info(f"resuming from {path}")
     return state
+
+
+def _newest_whole(directory: Path) -> Path | None:
+    """The checkpoint to resume from, the same on every rank."""
+    listed = _gathered(checkpoint_directory.candidates(directory) if global_rank() == 0 else None)[0]
+    rank, world_size = global_rank(), torch.distributed.get_world_size()
+    damages = []
+    for position, path in enumerate(listed):
+        found = [text for text in _gathered(checkpoint_directory.damage(path, share=rank, shares=world_size)) if text]
+        if not found:
+            if position and rank == 0:
+                for damaged in listed[:position]:
+                    checkpoint_directory.set_aside(damaged)
+                checkpoint_directory.point_latest_at(path)
+            for text in damages:
+                get_logger().warning(f"{text}. It was set aside; going on from {path}.")
+            _barrier()
+            return path
+        damages.append(f"{path} is damaged: {found[0]}")
+    if damages:
+        raise CheckpointError(
+            *damages,
+            f"no whole checkpoint is left in {directory}. Put one back, or remove the directory to start this run anew.",
+        )
+    return None
+
+
+def _check_same_run(path: Path, stored: dict[str, Any], current: dict[str, Any]) -> None:
+    differing = resume_differences(stored, current)
+    if differing:
+        shown = "; ".join(f"{key}: {was!r} there, {now!r} now" for key, was, now in differing[:5])
+        raise CheckpointError(
+            f"{path} belongs to a run that trains something else ({shown}). Undo the change, or choose another output_dir."
+        )
+
+
+def _root_cause(error: BaseException) -> str:
+    """The operating system's own words, if they are somewhere below what Megatron and torch made of them."""
+    failures = getattr(error, "failures", None)  # torch: {rank: (exception, traceback)}
+    if failures:
+        return _root_cause(next(iter(failures.values()))[0])
+    inner = error.__cause__ or error.__context__
+    return _root_cause(inner) if inner is not None and not isinstance(error, OSError) else f"{type(error).__name__}: {error}"
 
 
 def _layout() -> dict[str, int]:
@@ -176,22 +283,13 @@ def _set_random_state(state: dict[str, Any]) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
 
 
-def _point_latest_at(directory: Path, name: str) -> None:
-    temporary = directory / (_LATEST + ".tmp")
-    temporary.write_text(name + "\n")
-    temporary.replace(directory / _LATEST)
-
-
-def _retire(directory: Path, newest: Path, keep_last: int) -> None:
-    if keep_last < 1:
-        return
-    others = [path for path in directory.glob("step_*") if path.is_dir() and path.suffix != ".partial" and path != newest]
-    # by age and not by number: who pointed `latest` at an earlier step goes on from there
-    others.sort(key=lambda path: (path.stat().st_mtime, path.name))
-    for path in others[: len(others) - (keep_last - 1)]:
-        shutil.rmtree(path)
-
-
 def _barrier() -> None:
     if torch.distributed.get_world_size() > 1:
         torch.distributed.barrier()
+
+
+def _gathered(value: Any) -> list[Any]:
+    """`value` of every rank, in rank order."""
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, value)
+    return everyone

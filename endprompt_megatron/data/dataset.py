@@ -6,6 +6,7 @@ Shapes: S physical tokens of a sample, a context tokens, b prompt tokens, S = a 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -218,3 +219,20 @@ def sample_order(dataset: Any) -> str:
         digest.update(np.ascontiguousarray(part.document_index).tobytes())
         digest.update(np.ascontiguousarray(part.shuffle_index).tobytes())
     return digest.hexdigest()
+
+
+def name_samples(dataset: Any, indices: Iterable[int]) -> list[str]:
+    """"corpus:index" of samples of a built dataset: the name of the indexed dataset and the sample's number in it.
+
+    Args:
+        dataset: of build_datasets.
+        indices: numbers in the order of training; they wrap at the dataset's length.
+    """
+    names = []
+    for wrapped in indices:
+        index = wrapped % len(dataset)
+        part = dataset
+        if hasattr(dataset, "datasets"):
+            part, index = dataset.datasets[dataset.dataset_index[index]], int(dataset.dataset_sample_index[index])
+        names.append(f"{Path(part.dataset.path_prefix).name}:{index}")
+    return names

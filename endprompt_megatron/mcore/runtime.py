@@ -60,14 +60,14 @@ def resolve_precision(precision: str, accelerator: str) -> str:
     return "bf16" if accelerator == "gpu" or has_amx else "fp32"
 
 
-def initialize(parallel: ParallelConfig, *, accelerator: str, seed: int, timeout_minutes: float = 30.0) -> Runtime:
+def initialize(parallel: ParallelConfig, *, accelerator: str, seed: int, timeout_minutes: float | None = 60.0) -> Runtime:
     """Start torch.distributed and Megatron's process groups, and seed every generator.
 
     Args:
         parallel: sizes of the groups.
         accelerator: auto | gpu | cpu; without a GPU the shims of mcore.cpu are installed and the backend is gloo.
         seed: of the run; Megatron derives the tensor-parallel streams from it.
-        timeout_minutes: after which a collective that some rank never joins fails.
+        timeout_minutes: after which a collective that some rank never joins fails; None waits a year.
     """
     version.assert_supported()
     kind = resolve_accelerator(accelerator)
@@ -82,7 +82,7 @@ def initialize(parallel: ParallelConfig, *, accelerator: str, seed: int, timeout
         cpu.keep_freed_memory()
         device = torch.device("cpu")
         backend = "gloo"
-    timeout = timedelta(minutes=timeout_minutes)
+    timeout = timedelta(minutes=timeout_minutes) if timeout_minutes else timedelta(days=365)
     if torch.distributed.is_initialized():
         get_logger().debug("the process group of an earlier run in this process is used again")
     elif world_size == 1 and "MASTER_ADDR" not in os.environ:
@@ -117,6 +117,15 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({torch.get_num_threads()} threads)"
+
+
+def agree_on_any(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is true on some rank; every rank takes part and gets the same answer."""
+    if torch.distributed.get_world_size() == 1:
+        return flag
+    found = torch.tensor([int(flag)], device=device)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return bool(found.item())
 
 
 def seed_everything(seed: int) -> None:

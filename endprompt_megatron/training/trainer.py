@@ -13,17 +13,22 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from endprompt_megatron.checkpoint.distributed import RunState, load_latest_checkpoint, save_checkpoint
+from endprompt_megatron.checkpoint.distributed import CheckpointWriter, RunState, load_latest_checkpoint
 from endprompt_megatron.config import RunConfig
-from endprompt_megatron.data.dataset import sample_order
+from endprompt_megatron.data.dataset import name_samples, sample_order
 from endprompt_megatron.data.loader import MicroBatchSampler, micro_batches
+from endprompt_megatron.errors import RunInterrupted, TrainingError
 from endprompt_megatron.log import MetricsWriter, Progress, get_logger
+from endprompt_megatron.mcore.checked_step import checked_step
 from endprompt_megatron.mcore.runtime import Runtime
 from endprompt_megatron.model.build import wrap_for_training
 from endprompt_megatron.model.gpt import EndPromptGPTModel
+from endprompt_megatron.training.guard import StepGuard
 from endprompt_megatron.training.metrics import Stopwatch, peak_memory_gib, reduce_loss_figures
 from endprompt_megatron.training.optimizer import build_optimizer, build_scheduler
+from endprompt_megatron.training.signals import StopRequests
 from endprompt_megatron.training.step import make_forward_step
+from endprompt_megatron.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Trainer:
         chunks: loaded model chunks of this rank, not wrapped.
         train_dataset, validation_dataset: of EndPromptDataset samples; validation may be None.
         output_dir: where checkpoints and metrics go.
+        stop: requests to stop, if the process listens to signals.
     """
 
     def __init__(
@@ -61,11 +67,12 @@ class Trainer:
         train_dataset: Any,
         validation_dataset: Any | None,
         output_dir: Path,
+        stop: StopRequests | None = None,
     ):
         self.config, self.runtime, self.chunks = config, runtime, chunks
         self.train_dataset, self.validation_dataset = train_dataset, validation_dataset
         self.output_dir = Path(output_dir)
-        self.checkpoints = self.output_dir / "checkpoints"
+        self.stop = stop or StopRequests()
         parallel, optim = config.parallel, config.optim
         self.model = wrap_for_training(chunks, parallel)
         self.optimizer = build_optimizer(
@@ -81,7 +88,20 @@ class Trainer:
         self.num_micro_batches = config.num_micro_batches(runtime.world_size)
         self.forward_step = make_forward_step(runtime.device)
         self.schedule = get_forward_backward_func()
-        self.state = load_latest_checkpoint(self.checkpoints, chunks=chunks, optimizer=self.optimizer) or RunState()
+        checkpoints, described = self.output_dir / "checkpoints", config.to_dict()
+        self.state = (
+            load_latest_checkpoint(checkpoints, chunks=chunks, optimizer=self.optimizer, config=described) or RunState()
+        )
+        self.writer = CheckpointWriter(
+            checkpoints,
+            chunks=chunks,
+            optimizer=self.optimizer,
+            config=described,
+            keep_last=config.trainer.keep_last,
+            asynchronous=config.trainer.async_save,
+        )
+        self.guard = StepGuard(config.trainer.grad_spike_factor, self.state.grad_norms)
+        self.watchdog = Watchdog(60 * config.launch.hang_timeout_minutes)
         self._check_sample_order()
         self.scheduler = build_scheduler(
             self.optimizer,
@@ -92,46 +112,104 @@ class Trainer:
         )
 
     def train(self) -> TrainingResult:
-        """Run from where the last checkpoint stood to `max_steps`."""
-        trainer = self.config.trainer
-        writer = MetricsWriter(self.output_dir, resume_step=self.state.step)
-        batches = self._batches(self.train_dataset, self.state.consumed_samples)
+        """Run from where the last checkpoint stood to `max_steps`.
+
+        Raises:
+            RunInterrupted: a signal asked to stop; the step was finished and a checkpoint written.
+            TrainingError: a bad step, where the policy says stop; the weights are those before it, and so is the checkpoint.
+        """
+        metrics = MetricsWriter(self.output_dir, resume_step=self.state.step)
+        try:
+            with self.stop.at_a_good_moment(), self.watchdog:
+                self._train(metrics)
+        finally:
+            metrics.close()
+        return self._result()
+
+    def _train(self, metrics: MetricsWriter) -> None:
+        trainer, state = self.config.trainer, self.state
+        batches = self._batches(self.train_dataset, state.consumed_samples)
         stopwatch = Stopwatch(self.runtime.device)
         tokens_per_step = trainer.global_batch_size * self.config.data.seq_length
-        seconds_before = self.state.train_seconds
-        self._evaluate_if_due(writer)
-        with Progress("training", trainer.max_steps, initial=self.state.step) as progress:
-            while self.state.step < trainer.max_steps:
+        seconds_before = state.train_seconds
+        self._evaluate_if_due(metrics)
+        with Progress("training", trainer.max_steps, initial=state.step) as progress:
+            while state.step < trainer.max_steps:
+                self.watchdog.beat(f"step {state.step + 1}")
                 learning_rate = self.optimizer.param_groups[0]["lr"]
                 with stopwatch:
-                    figures, grad_norm = self._step(batches)
-                self.state.step += 1
-                self.state.consumed_samples += trainer.global_batch_size
-                self.state.tokens += tokens_per_step
-                self.state.train_seconds = seconds_before + stopwatch.seconds
-                if self.state.loss_first is None:
-                    self.state.loss_first = figures["loss"]
-                self.state.loss_last = figures["loss"]
+                    figures, grad_norm, fault = self._step(batches)
+                if fault:
+                    self._bad_step(fault, metrics)
+                state.step += 1
+                state.consumed_samples += trainer.global_batch_size
+                state.tokens += tokens_per_step
+                state.train_seconds = seconds_before + stopwatch.seconds
                 rate = tokens_per_step / stopwatch.last
-                if self.state.step % trainer.log_interval == 0 or self.state.step == trainer.max_steps:
-                    record = {
-                        **figures,
-                        "learning_rate": learning_rate,
-                        "grad_norm": grad_norm,
-                        "tokens_per_second": rate,
-                        "step_seconds": stopwatch.last,
-                        "peak_memory_gib": peak_memory_gib(self.runtime.device),
-                        "consumed_samples": self.state.consumed_samples,
-                        "tokens": self.state.tokens,
-                    }
-                    writer.write(self.state.step, record)
+                if not fault:
+                    state.bad_steps = 0
+                    if state.loss_first is None:
+                        state.loss_first = figures["loss"]
+                    state.loss_last = figures["loss"]
+                    if state.step % trainer.log_interval == 0 or state.step == trainer.max_steps:
+                        record = {
+                            **figures,
+                            "learning_rate": learning_rate,
+                            "grad_norm": grad_norm,
+                            "tokens_per_second": rate,
+                            "step_seconds": stopwatch.last,
+                            "peak_memory_gib": peak_memory_gib(self.runtime.device),
+                            "consumed_samples": state.consumed_samples,
+                            "tokens": state.tokens,
+                        }
+                        metrics.write(state.step, record)
                 note = f"loss {figures['loss']:.3f} (context {figures['context_loss']:.3f}, prompt {figures['prompt_loss']:.3f})"
                 progress.advance(1, f"{note}, {rate:,.0f} tokens/s, {peak_memory_gib(self.runtime.device):.1f} GiB")
-                if self._due(trainer.save_interval):
+                saved = self._due(trainer.save_interval)
+                if saved:
                     self._save()
-                self._evaluate_if_due(writer)
-        writer.close()
-        return self._result()
+                else:
+                    self.writer.finish(wait=False)
+                self._evaluate_if_due(metrics)
+                if self.stop.anyone_asked(self.runtime.device):
+                    self._stop_as_asked(saved)
+        self.writer.finish()
+
+    def _stop_as_asked(self, saved: bool) -> None:
+        if not saved:
+            self._save()
+        self.writer.finish()
+        asked = f"stopped by {self.stop.received.name}" if self.stop.received else "another rank was asked to stop"
+        raise RunInterrupted(f"{asked} after step {self.state.step}, which is saved; start the same command again: it goes on from there")
+
+    def _bad_step(self, fault: str, metrics: MetricsWriter) -> None:
+        """Name the step's samples, and stop or let the run pass over it; the weights are those before it.
+
+        Raises:
+            TrainingError: the policy says stop, or too many bad steps came in a row.
+        """
+        trainer, state = self.config.trainer, self.state
+        first = state.consumed_samples
+        samples = name_samples(self.train_dataset, range(first, first + trainer.global_batch_size))
+        state.bad_steps += 1
+        metrics.write(state.step + 1, {"bad_step": fault, "samples": samples})
+        told = f"step {state.step + 1} is bad: {fault}. Its samples (corpus:index): {', '.join(samples)}."
+        if trainer.bad_step == "skip" and state.bad_steps <= trainer.max_bad_steps:
+            get_logger().warning(f"{told} Its update is skipped (trainer.bad_step=skip).")
+            return
+        state.bad_steps = 0
+        if state.step:
+            self._save()
+            self.writer.finish()
+        rule = (
+            "trainer.bad_step=stop"
+            if trainer.bad_step == "stop"
+            else f"{trainer.max_bad_steps + 1} bad steps in a row are more than trainer.max_bad_steps={trainer.max_bad_steps}"
+        )
+        raise TrainingError(
+            f"{told} {rule}: the run ends with the weights of step {state.step}. Start it again with trainer.bad_step=skip to pass over "
+            f"such steps, or with a smaller optim.lr in another output_dir."
+        )
 
     def _check_sample_order(self) -> None:
         order = sample_order(self.train_dataset)
@@ -142,14 +220,23 @@ class Trainer:
             )
         self.state.sample_order = order
 
-    def _step(self, batches: list[Iterator[dict]]) -> tuple[dict[str, float], float]:
+    def _step(self, batches: list[Iterator[dict]]) -> tuple[dict[str, float], float, str | None]:
+        """One optimizer step: its losses, its gradient norm, and what is wrong with it (then the weights were left alone)."""
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         forward_data = self._run_schedule(batches, forward_only=False)
-        _, grad_norm, _ = self.optimizer.step()
+        figures = reduce_loss_figures(forward_data, self.num_micro_batches, self.runtime.device)
+        faults: list[str | None] = []
+
+        def accept(grad_norm: float) -> bool:
+            """Judge the step by its figures."""
+            faults.append(self.guard.fault(figures["loss"], grad_norm))
+            return faults[-1] is None
+
+        grad_norm = checked_step(self.optimizer, accept)
         self.scheduler.step(increment=self.config.trainer.global_batch_size)
-        return reduce_loss_figures(forward_data, self.num_micro_batches, self.runtime.device), float(grad_norm or 0.0)
+        return figures, grad_norm, faults[-1]
 
     def _run_schedule(self, batches: list[Iterator[dict]], *, forward_only: bool) -> list[dict]:
         return self.schedule(
@@ -189,12 +276,13 @@ class Trainer:
             chunk.train()
         return {f"validation_{name}": value for name, value in sums.items()}
 
-    def _evaluate_if_due(self, writer: MetricsWriter) -> None:
+    def _evaluate_if_due(self, metrics: MetricsWriter) -> None:
         if self.validation_dataset is None or self.config.trainer.eval_interval == 0:
             return
         if self.state.step == 0 or self._due(self.config.trainer.eval_interval):
+            self.watchdog.beat(f"the held-out loss after step {self.state.step}")
             figures = self.validation_figures()
-            writer.write(self.state.step, figures)
+            metrics.write(self.state.step, figures)
             get_logger().info(
                 f"step {self.state.step}: held-out loss {figures['validation_loss']:.3f} "
                 f"(context {figures['validation_context_loss']:.3f}, prompt {figures['validation_prompt_loss']:.3f})"
@@ -205,14 +293,8 @@ class Trainer:
         return last or (interval > 0 and self.state.step % interval == 0)
 
     def _save(self) -> None:
-        save_checkpoint(
-            self.checkpoints,
-            self.state,
-            chunks=self.chunks,
-            optimizer=self.optimizer,
-            config=self.config.to_dict(),
-            keep_last=self.config.trainer.keep_last,
-        )
+        self.watchdog.beat(f"the checkpoint of step {self.state.step}")
+        self.writer.save(self.state)
 
     def _result(self) -> TrainingResult:
         memory = torch.tensor([peak_memory_gib(self.runtime.device)], device=self.runtime.device)

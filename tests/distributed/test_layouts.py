@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
 
 from endprompt_megatron.checkpoint.hf_sources import build_tiny_random
 from endprompt_megatron.log import read_metrics
-from tests.support.run_recipe import ROOT
+from tests.support.ranks import run_ranks
 
 STEPS = 20
 LAYOUTS = {
@@ -31,17 +28,6 @@ LAYOUTS = {
 }
 # scheme -> tied embeddings: both kinds are trained in every layout
 SCHEMES = {"endprompt": True, "scattered": False}
-
-
-def _launch(world_size: int, jobs: list[dict], directory: Path) -> None:
-    described = directory / f"jobs_{world_size}_{len(list(directory.iterdir()))}.json"
-    described.write_text(json.dumps(jobs))
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}",
-         str(ROOT / "tests" / "support" / "layout_worker.py"), str(described)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400, cwd=directory,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def _figures(output: str) -> list[tuple[float, float]]:
@@ -64,23 +50,22 @@ def place(tmp_path_factory) -> Path:
 def _job(place: Path, scheme: str, output: str, parallel: dict, **more) -> dict:
     return {
         "output": str(place / output), "model": str(place / f"model_{scheme}"), "data": str(place / "datasets"), "scheme": scheme,
-        "steps": STEPS, "parallel": parallel, **more,
+        "steps": STEPS, "parallel": parallel, "global_batch_size": 4, **more,
     }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def trained(place) -> dict[tuple[str, str], list[tuple[float, float]]]:
     for world_size in (1, 2, 4):
-        _launch(
-            world_size,
-            [
-                _job(place, scheme, f"{scheme}/{layout}", parallel)
-                for layout, (ranks, parallel) in LAYOUTS.items()
-                if ranks == world_size
-                for scheme in SCHEMES
-            ],
-            place,
-        )
+        jobs = [
+            _job(place, scheme, f"{scheme}/{layout}", parallel)
+            for layout, (ranks, parallel) in LAYOUTS.items()
+            if ranks == world_size
+            for scheme in SCHEMES
+        ]
+        if world_size == 4:
+            jobs.append(_job(place, "endprompt", "again/TP2xPP2", LAYOUTS["TP2xPP2"][1]))
+        run_ranks(world_size, jobs)
     return {(scheme, layout): _figures(str(place / scheme / layout)) for scheme in SCHEMES for layout in LAYOUTS}
 
 
@@ -104,7 +89,11 @@ def test_every_layout_trains_the_same_model(trained):
     assert trained["endprompt", "TP1"][0] != trained["scattered", "TP1"][0]
 
 
-_SAVED = {"TP1": LAYOUTS["TP1"], "TP2xPP2": LAYOUTS["TP2xPP2"], "DP2+DistributedOptimizer": LAYOUTS["DP2+DistributedOptimizer"]}
+def test_two_runs_of_one_layout_are_bit_identical(place, trained):
+    assert _figures(str(place / "again" / "TP2xPP2")) == trained["endprompt", "TP2xPP2"]
+
+
+_SAVED = {name: LAYOUTS[name] for name in ("TP1", "PP2xVPP2", "TP2xPP2", "DP2+DistributedOptimizer")}
 _RESUMED = {"TP1": LAYOUTS["TP1"], "TP2": LAYOUTS["TP2"], "PP2": LAYOUTS["PP2"], "DP2": LAYOUTS["DP2"]}
 
 
@@ -117,10 +106,8 @@ def test_a_checkpoint_goes_on_in_another_layout(place, trained):
 
     The kind of optimizer stays what it was: Megatron's distributed and plain optimizers store different things.
     """
-    import shutil
-
     for name, (ranks, parallel) in _SAVED.items():
-        _launch(ranks, [_job(place, "endprompt", f"saved/{name}", parallel, steps=5)], place)
+        run_ranks(ranks, [_job(place, "endprompt", f"saved/{name}", parallel, steps=5)])
     targets = {(saved, resumed): _RESUMED[resumed] for saved in _SAVED for resumed in _RESUMED}
     targets |= {(saved, saved): _SAVED[saved] for saved in _SAVED}
     for saved, resumed in targets:
@@ -132,7 +119,7 @@ def test_a_checkpoint_goes_on_in_another_layout(place, trained):
             if ranks == world_size
         ]
         if jobs:
-            _launch(world_size, jobs, place)
+            run_ranks(world_size, jobs)
     print("\nlargest relative difference of losses 6 to 10 to the uninterrupted run")
     worst = 0.0
     for saved, resumed in targets:

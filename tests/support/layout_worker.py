@@ -1,26 +1,20 @@
-"""One rank of tests/distributed: trains a list of jobs, each in its own layout, over one torch.distributed start.
+"""Trains one described job on this rank, from a Hugging Face directory to metrics and checkpoints, through the library's own parts.
 
-    torchrun --nproc-per-node N tests/support/layout_worker.py JOBS.json
-
-A job: {"output": dir, "model": dir, "data": dir, "scheme": name, "steps": n, "parallel": {...}, "save_interval": n}. What it trained is in
-its metrics.jsonl; a job whose output holds a checkpoint resumes it.
+A job: {"output": dir, "model": dir, "data": dir, "scheme": name, "steps": n, "parallel": {...}, "trainer": {...}}. What it trained is in its
+metrics.jsonl; a job whose output holds a checkpoint resumes it.
 """
 
 from __future__ import annotations
 
-import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config  # noqa: E402
-from endprompt_megatron.checkpoint.hf_import import load_hf_weights  # noqa: E402
-from endprompt_megatron.checkpoint.hf_tokenizer import hash_tokenizer, load_tokenizer  # noqa: E402
-from endprompt_megatron.config import (  # noqa: E402
+from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config
+from endprompt_megatron.checkpoint.hf_import import load_hf_weights
+from endprompt_megatron.checkpoint.hf_tokenizer import hash_tokenizer, load_tokenizer
+from endprompt_megatron.config import (
     DataConfig,
     MethodConfig,
     ModelConfig,
@@ -32,15 +26,16 @@ from endprompt_megatron.config import (  # noqa: E402
     TextSource,
     TrainerConfig,
 )
-from endprompt_megatron.data.corpora import prepare_corpora  # noqa: E402
-from endprompt_megatron.data.dataset import TokenizerFacts, build_datasets  # noqa: E402
-from endprompt_megatron.data.prompts import tokenize_end_prompts  # noqa: E402
-from endprompt_megatron.mcore import runtime as mcore_runtime  # noqa: E402
-from endprompt_megatron.model.backends import resolve  # noqa: E402
-from endprompt_megatron.model.build import build_model_chunks  # noqa: E402
-from endprompt_megatron.positions import scheme as position_schemes  # noqa: E402
-from endprompt_megatron.rope.scaling import RopeScaling  # noqa: E402
-from endprompt_megatron.training.trainer import Trainer  # noqa: E402
+from endprompt_megatron.data.corpora import prepare_corpora
+from endprompt_megatron.data.dataset import TokenizerFacts, build_datasets
+from endprompt_megatron.data.prompts import tokenize_end_prompts
+from endprompt_megatron.mcore import runtime as mcore_runtime
+from endprompt_megatron.model.backends import resolve
+from endprompt_megatron.model.build import build_model_chunks
+from endprompt_megatron.positions import scheme as position_schemes
+from endprompt_megatron.rope.scaling import RopeScaling
+from endprompt_megatron.training.signals import StopRequests
+from endprompt_megatron.training.trainer import Trainer
 
 
 def _scattered(layout: position_schemes.SampleLayout, seed: int, sample_index: int) -> np.ndarray:
@@ -56,8 +51,13 @@ position_schemes.SCHEMES["scattered"] = position_schemes.PositionScheme(
 )
 
 
-def run_job(job: dict) -> None:
-    """Train one job on this rank."""
+def run_job(job: dict, prepare: Callable[[Trainer], None] = lambda trainer: None) -> Trainer:
+    """Train one job on this rank.
+
+    Args:
+        job: as above.
+        prepare: called with the trainer before it trains, e.g. to inject a fault.
+    """
     parallel = ParallelConfig(**job["parallel"])
     architecture = architecture_from_hf(read_hf_config(Path(job["model"])))
     target = 2 * architecture.max_position_embeddings
@@ -72,7 +72,7 @@ def run_job(job: dict) -> None:
         precision=PrecisionConfig(job.get("precision", "fp32")),
         data=DataConfig(job["data"], 64, [source]),
         optim=OptimConfig(lr=1e-3, warmup_steps=2),
-        trainer=TrainerConfig(job["steps"], 2, 8, eval_batches=0, save_interval=job.get("save_interval", 0), keep_last=0),
+        trainer=TrainerConfig(job["steps"], 2, job.get("global_batch_size", 8), eval_batches=0, **({"keep_last": 0} | job.get("trainer", {}))),
     )
     runtime = mcore_runtime.initialize(parallel, accelerator="cpu", seed=config.seed)
     try:
@@ -107,16 +107,19 @@ def run_job(job: dict) -> None:
             end_prompt_loss_weight=0.1,
         )
         Path(job["output"]).mkdir(parents=True, exist_ok=True)
-        trainer = Trainer(
-            config, runtime, chunks, train_dataset=train_dataset, validation_dataset=None, output_dir=Path(job["output"])
-        )
-        trainer.train()
+        with StopRequests() as stop:
+            trainer = Trainer(
+                config,
+                runtime,
+                chunks,
+                train_dataset=train_dataset,
+                validation_dataset=None,
+                output_dir=Path(job["output"]),
+                stop=stop,
+            )
+            prepare(trainer)
+            trainer.train()
+            return trainer
     finally:
         mcore_runtime.shut_down(keep_process_group=True)
 
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for described in json.loads(Path(sys.argv[1]).read_text()):
-        run_job(described)
-    torch.distributed.destroy_process_group()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
+import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.distributed import finalize_model_grads
 
-from endprompt_megatron.checkpoint.distributed import RunState, load_latest_checkpoint, save_checkpoint
+from endprompt_megatron.checkpoint.distributed import CheckpointWriter, RunState, load_latest_checkpoint
 from endprompt_megatron.config import OptimConfig, ParallelConfig
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.model.build import wrap_for_training
@@ -27,7 +29,7 @@ from tests.support.tiny import load_model, tokens_of
 
 pytestmark = pytest.mark.usefixtures("single_process")
 
-STATE = RunState(step=2, consumed_samples=16, tokens=640, train_seconds=1.5, loss_first=6.25, loss_last=0.1, sample_order="ab")
+STATE = RunState(step=2, consumed_samples=16, tokens=640, train_seconds=1.5, loss_first=6.25, loss_last=0.1, sample_order="ab", bad_steps=1, grad_norms=[0.5])
 
 
 @dataclass
@@ -90,14 +92,17 @@ def training(hf_path: Path, *, precision: str = "bf16", distributed: bool = Fals
     return Training(model, wrapped[0], optimizer)
 
 
+def writer(directory: Path, run: Training, **options: Any) -> CheckpointWriter:
+    options = {"config": {"seed": 3}, "keep_last": 0} | options
+    return CheckpointWriter(directory, chunks=[run.model], optimizer=run.optimizer, **options)
+
+
 def save(directory: Path, state: RunState, run: Training, **options: Any) -> Path:
-    return save_checkpoint(
-        directory, state, **({"chunks": [run.model], "optimizer": run.optimizer, "config": {"seed": 3}, "keep_last": 0} | options)
-    )
+    return writer(directory, run, **options).save(state)
 
 
-def load(directory: Path, run: Training) -> RunState | None:
-    return load_latest_checkpoint(directory, chunks=[run.model], optimizer=run.optimizer)
+def load(directory: Path, run: Training, **config: Any) -> RunState | None:
+    return load_latest_checkpoint(directory, chunks=[run.model], optimizer=run.optimizer, config={"seed": 3} | config)
 
 
 @pytest.fixture(scope="module")
@@ -250,35 +255,103 @@ _DAMAGES = {
 }
 
 
-def load_damaged(directory: Path, run: Training) -> None:
-    try:
-        load(directory, run)
-    except CheckpointError as error:
-        message = str(error)
-    except BaseException as error:  # pytest would take torch's BaseException for a broken session
-        pytest.fail(f"{type(error).__module__}.{type(error).__name__} is no CheckpointError: {str(error)[:200]}")
-    else:
-        pytest.fail("the damage went unnoticed")
-    assert "step_0000002" in message and "cannot be read" in message
-    assert f"Write the name of an earlier checkpoint into {directory / 'latest'}" in message
+def _flip_a_bit(step: Path) -> None:
+    path = max(step.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+_DAMAGES |= {"one bit flipped": _flip_a_bit, "checksums deleted": _delete("checksums.json")}
 
 
 @pytest.mark.parametrize("name", _DAMAGES)
-def test_a_damaged_checkpoint_is_refused_with_a_way_out(saved, fresh, tmp_path, name):
+def test_the_checkpoint_before_a_damaged_one_is_used(saved, fresh, tmp_path, name, caplog):
+    directory = copied(saved, tmp_path)
+    shutil.copytree(directory / "step_0000002", directory / "step_0000005")
+    (directory / "latest").write_text("step_0000005\n")
+    _DAMAGES[name](directory / "step_0000005")
+    logger = logging.getLogger("endprompt_megatron")
+    logger.addHandler(caplog.handler)
+    try:
+        assert load(directory, fresh) == STATE
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "step_0000005 is damaged" in caplog.text and f"going on from {directory / 'step_0000002'}" in caplog.text
+    assert (directory / "latest").read_text().strip() == "step_0000002"
+    assert not (directory / "step_0000005").exists()
+    assert (directory / "step_0000005.damaged").exists() == (name != "no directory"), "a damaged one is left for people to look at"
+    assert differing(saved[1], fresh.snapshot()) == []
+
+
+@pytest.mark.parametrize("name", _DAMAGES)
+def test_the_only_checkpoint_being_damaged_is_an_error(saved, fresh, tmp_path, name):
     directory = copied(saved, tmp_path)
     _DAMAGES[name](directory / "step_0000002")
-    load_damaged(directory, fresh)
+    with pytest.raises(CheckpointError, match="step_0000002 is damaged(.|\n)*no whole checkpoint is left"):
+        load(directory, fresh)
+
+
+def test_damaged_checkpoints_count_for_nothing_when_old_ones_are_retired(saved, fresh, tmp_path):
+    directory = copied(saved, tmp_path)
+    shutil.copytree(directory / "step_0000002", directory / "step_0000005")
+    _flip_a_bit(directory / "step_0000005")
+    (directory / "latest").write_text("step_0000005\n")
+    load(directory, fresh)
+    save(directory, RunState(step=5), fresh, keep_last=2)
+    assert {path.name for path in directory.iterdir()} == {"latest", "step_0000002", "step_0000005", "step_0000005.damaged"}
 
 
 def test_a_checkpoint_of_another_model_is_refused(saved, untied_model_dir):
-    load_damaged(saved[0], training(untied_model_dir))
+    with pytest.raises(CheckpointError, match="does not fit this run's model"):
+        load(saved[0], training(untied_model_dir))
+    assert (saved[0] / "step_0000002").is_dir(), "it is no damage"
+
+
+def test_a_run_that_contradicts_the_checkpoint_is_refused(saved, fresh):
+    with pytest.raises(CheckpointError, match="trains something else .seed: 3 there, 4 now"):
+        load(saved[0], fresh, seed=4)
 
 
 def test_latest_may_name_nothing_that_is_there(saved, fresh, tmp_path):
     directory = copied(saved, tmp_path)
     (directory / "latest").write_text("step_0000099\n")
-    with pytest.raises(CheckpointError, match="step_0000099"):
-        load(directory, fresh)
+    assert load(directory, fresh) == STATE
+    (directory / "latest").unlink()
+    assert load(directory, fresh) == STATE, "a crash between the checkpoint's name and `latest`"
+
+
+def test_an_asynchronous_save_holds_the_moment_it_was_asked_for(saved, fresh, tmp_path):
+    """Training goes on while it is written; only `finish` gives the checkpoint its name."""
+    load(copied(saved, tmp_path), fresh)
+    before = fresh.snapshot()
+    beside = writer(tmp_path / "beside", fresh, asynchronous=True)
+    beside.save(RunState(step=2))
+    assert not (tmp_path / "beside" / "latest").exists()
+    fresh.step(2)
+    fresh.step(3)
+    assert differing(before, fresh.snapshot()) != []
+    beside.finish()
+    assert load(tmp_path / "beside", fresh).step == 2
+    assert differing(before, fresh.snapshot()) == []
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_full_disk_leaves_the_earlier_ones_alone(saved, fresh, tmp_path, asynchronous):
+    """The kernel refuses to let files grow, as it does on a full disk."""
+    directory = copied(saved, tmp_path)
+    fresh.step(0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="could not be written.*earlier checkpoints are intact"):
+            one = writer(directory, fresh, asynchronous=asynchronous)
+            one.save(RunState(step=3))
+            one.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in directory.iterdir()) == ["latest", "step_0000002"], "the space is given back"
+    assert load(directory, fresh) == STATE
 
 
 def test_a_place_that_cannot_be_written_leaves_the_earlier_ones_alone(saved, fresh, tmp_path):

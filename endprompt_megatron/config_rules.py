@@ -1,0 +1,280 @@
+"""What makes a run's configuration wrong, in words, and what two sittings of one run may not differ in."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # plain numbers only: the schema imports nothing but errors and these rules
+    from endprompt_megatron.config import RunConfig
+    from endprompt_megatron.model.architecture import ModelArchitecture
+
+# Keys that may differ between the sittings of one run: how long, how often it reports, how it is cut over processes, what it does about
+# faults, how it is probed; never what is trained.
+_FREE_KEYS = (
+    "dry_run",
+    "control",
+    "output_dir",
+    "cpu_threads",
+    "parallel",
+    "trainer.max_steps",
+    "trainer.micro_batch_size",
+    "trainer.eval_interval",
+    "trainer.eval_batches",
+    "trainer.save_interval",
+    "trainer.keep_last",
+    "trainer.async_save",
+    "trainer.log_interval",
+    "trainer.bad_step",
+    "trainer.max_bad_steps",
+    "trainer.grad_spike_factor",
+    "data.num_workers",
+    "evaluation",
+    "export",
+    "launch",
+)
+# Megatron's distributed and plain optimizers store different things
+_BOUND_KEYS = ("parallel.use_distributed_optimizer",)
+
+
+def find_problems(
+    config: RunConfig, *, world_size: int, architecture: ModelArchitecture, schemes: tuple[str, ...], prompt_lengths: list[int] | None
+) -> list[str]:
+    """Every broken rule, one sentence each: the value, the rule, the way out. Arguments as RunConfig.validate."""
+    return [
+        *_window_problems(config, architecture),
+        *_method_problems(config, schemes, prompt_lengths),
+        *_layout_problems(config, world_size, architecture),
+        *_number_problems(config),
+    ]
+
+
+def resume_differences(stored: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Where two configurations train different things.
+
+    Args:
+        stored, current: of RunConfig.to_dict().
+    Returns:
+        (dotted key, stored value, current value) of each key that one run must keep.
+    """
+    return _differences(stored, current, "")
+
+
+def _differences(stored: dict[str, Any], current: dict[str, Any], prefix: str) -> list[tuple[str, Any, Any]]:
+    found = []
+    for key in sorted(stored.keys() | current.keys()):
+        dotted = f"{prefix}{key}"
+        was, now = stored.get(key), current.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            found += _differences(was, now, f"{dotted}.")
+        elif not _is_free(dotted) and json.dumps(was, default=str) != json.dumps(now, default=str):
+            found.append((dotted, was, now))
+    return found
+
+
+def _is_free(dotted: str) -> bool:
+    return dotted not in _BOUND_KEYS and any(dotted == key or dotted.startswith(key + ".") for key in _FREE_KEYS)
+
+
+def _window_problems(config: RunConfig, architecture: ModelArchitecture) -> list[str]:
+    problems = []
+    if config.rope.type not in ("none", "pi"):
+        problems.append(f"rope.type={config.rope.type}: choose none or pi.")
+    if not math.isfinite(config.rope.factor):
+        problems.append(f"rope.factor={config.rope.factor}: must be a finite number.")
+    native = architecture.max_position_embeddings
+    original = config.rope.original_context_length or native
+    target, seq_length = config.rope.target_context_length, config.data.seq_length
+    if original != native:
+        problems.append(
+            f"rope.original_context_length={original}: the base's config.json says max_position_embeddings={native}. "
+            f"Leave it null to take the base's own."
+        )
+    if target <= native:
+        problems.append(
+            f"rope.target_context_length={target}: must be larger than the native window of {native} positions. "
+            f"Set for example rope.target_context_length={2 * native} rope.factor=2."
+        )
+    if config.rope.type == "none":
+        if config.rope.factor != 1.0:
+            problems.append(f"rope.factor={config.rope.factor} with rope.type=none: must be 1. Set rope.type=pi to stretch.")
+    elif abs(config.rope.factor * native - target) > 1e-6 * target:
+        problems.append(
+            f"rope.factor={config.rope.factor}: must equal rope.target_context_length / native window = {target} / {native} = "
+            f"{target / native:g}. Set rope.factor={target / native:g}."
+        )
+    if seq_length > target:
+        problems.append(
+            f"data.seq_length={seq_length}: physical tokens must fit into rope.target_context_length={target}. "
+            f"Set data.seq_length={min(native, target)} or less."
+        )
+    if seq_length < 2:
+        problems.append(f"data.seq_length={seq_length}: a sample needs at least 2 tokens.")
+    return problems
+
+
+def _method_problems(config: RunConfig, schemes: tuple[str, ...], prompt_lengths: list[int] | None) -> list[str]:
+    problems = []
+    method = config.method
+    if method.position_scheme not in schemes:
+        problems.append(
+            f"method.position_scheme={method.position_scheme}: no such scheme. Choose one of {', '.join(sorted(schemes))}."
+        )
+    if not method.end_prompts or any(not text for text in method.end_prompts):
+        problems.append(f"method.end_prompts={method.end_prompts}: needs at least one text, and none may be empty.")
+    if method.end_prompt_loss_weight < 0:
+        problems.append(f"method.end_prompt_loss_weight={method.end_prompt_loss_weight}: must be >= 0. The default is 0.1.")
+    if method.end_prompt_length is not None and method.end_prompt_length < 1:
+        problems.append(f"method.end_prompt_length={method.end_prompt_length}: must be >= 1, or null for the tokenizer's length.")
+    lengths = prompt_lengths or ([method.end_prompt_length] if method.end_prompt_length else [])
+    if lengths and config.data.seq_length - max(lengths) < 1:
+        problems.append(
+            f"data.seq_length={config.data.seq_length} with an end prompt of {max(lengths)} tokens: the context segment "
+            f"a = S - b = {config.data.seq_length - max(lengths)} must be at least 1 token. "
+            f"Set data.seq_length={max(lengths) * 8} or shorten the end prompt (method.end_prompt_length)."
+        )
+    return problems
+
+
+def _layout_problems(config: RunConfig, world_size: int, architecture: ModelArchitecture) -> list[str]:
+    problems = []
+    parallel, trainer = config.parallel, config.trainer
+    sizes = {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+    }
+    for key, size in sizes.items():
+        if size < 1:
+            problems.append(f"parallel.{key}={size}: must be >= 1.")
+    if problems:
+        return problems
+    tensor, pipeline, context = sizes.values()
+    for what, count in (("attention heads", architecture.num_attention_heads), ("KV heads", architecture.num_query_groups)):
+        if count % tensor:
+            fitting = [size for size in range(1, count + 1) if count % size == 0]
+            problems.append(
+                f"parallel.tensor_model_parallel_size={tensor}: must divide the model's {count} {what}. Choose one of {fitting}."
+            )
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    if virtual is not None and (virtual < 1 or pipeline == 1):
+        problems.append(
+            f"parallel.virtual_pipeline_model_parallel_size={virtual}: must be >= 1 and needs pipeline_model_parallel_size > 1. "
+            f"Set it to null."
+        )
+    elif architecture.num_layers % (pipeline * (virtual or 1)):
+        problems.append(
+            f"parallel.pipeline_model_parallel_size={pipeline} x virtual_pipeline_model_parallel_size="
+            f"{parallel.virtual_pipeline_model_parallel_size}: must divide the model's {architecture.num_layers} layers."
+        )
+    if context > 1 and config.data.seq_length % (2 * context):
+        problems.append(
+            f"parallel.context_parallel_size={context}: data.seq_length={config.data.seq_length} must be a multiple of "
+            f"2*context_parallel_size={2 * context}. Set data.seq_length={-(-config.data.seq_length // (2 * context)) * 2 * context}."
+        )
+    if parallel.sequence_parallel and tensor == 1:
+        problems.append("parallel.sequence_parallel=true with tensor_model_parallel_size=1: nothing to split. Set it to false.")
+    if parallel.sequence_parallel and config.data.seq_length % (tensor * context):
+        problems.append(f"data.seq_length={config.data.seq_length}: sequence_parallel needs a multiple of {tensor * context}.")
+    if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
+        problems.append("parallel.overlap_param_gather=true: needs use_distributed_optimizer=true. Set both, or neither.")
+    if parallel.recompute_granularity not in (None, "selective", "full"):
+        problems.append(f"parallel.recompute_granularity={parallel.recompute_granularity}: choose null, selective or full.")
+    if world_size % parallel.model_parallel_size:
+        problems.append(
+            f"world size {world_size}: must be a multiple of TP x PP x CP = {tensor} x {pipeline} x {context} = "
+            f"{parallel.model_parallel_size}. Start that many processes, or set smaller sizes."
+        )
+    else:
+        step = trainer.micro_batch_size * config.data_parallel_size(world_size)
+        if trainer.micro_batch_size < 1 or trainer.global_batch_size < 1 or trainer.global_batch_size % step:
+            problems.append(
+                f"trainer.global_batch_size={trainer.global_batch_size}: must be a positive multiple of micro_batch_size x "
+                f"data-parallel size = {trainer.micro_batch_size} x {config.data_parallel_size(world_size)} = {step}."
+            )
+        elif virtual is not None and config.num_micro_batches(world_size) % pipeline:
+            problems.append(
+                f"parallel.virtual_pipeline_model_parallel_size={virtual}: the interleaved schedule needs a number of micro-batches "
+                f"that is a multiple of pipeline_model_parallel_size={pipeline}, not {config.num_micro_batches(world_size)}. Change "
+                f"trainer.global_batch_size or trainer.micro_batch_size."
+            )
+    return problems
+
+
+def _number_problems(config: RunConfig) -> list[str]:
+    problems = []
+    if config.accelerator not in ("auto", "gpu", "cpu"):
+        problems.append(f"accelerator={config.accelerator}: choose auto, gpu or cpu.")
+    if config.backend not in ("auto", "torch"):
+        problems.append(f"backend={config.backend}: choose auto or torch.")
+    if config.model.source not in (None, "smollm2_135m", "tiny_random"):
+        problems.append(f"model.source={config.model.source}: choose smollm2_135m, tiny_random or null.")
+    least_of = {
+        "max_steps": 1,
+        "log_interval": 1,
+        "eval_interval": 0,
+        "eval_batches": 0,
+        "save_interval": 0,
+        "keep_last": 0,
+        "max_bad_steps": 0,
+    }
+    for key, least in least_of.items():
+        if getattr(config.trainer, key) < least:
+            problems.append(f"trainer.{key}={getattr(config.trainer, key)}: must be >= {least}.")
+    spike = config.trainer.grad_spike_factor
+    if not (spike == 0 or 1 < spike < math.inf):
+        problems.append(f"trainer.grad_spike_factor={spike}: must be greater than 1, or 0 to look for no spikes.")
+    if not config.launch.hang_timeout_minutes >= 0:
+        problems.append(f"launch.hang_timeout_minutes={config.launch.hang_timeout_minutes}: must be >= 0; 0 waits for ever.")
+    for key in ("warmup_steps", "clip_grad", "weight_decay"):
+        if not getattr(config.optim, key) >= 0:
+            problems.append(f"optim.{key}={getattr(config.optim, key)}: must be >= 0.")
+    if config.trainer.bad_step not in ("stop", "skip"):
+        problems.append(f"trainer.bad_step={config.trainer.bad_step}: choose stop or skip.")
+    if config.data.num_workers < 0:
+        problems.append(f"data.num_workers={config.data.num_workers}: must be >= 0.")
+    if not config.export.max_shard_gib > 0:
+        problems.append(f"export.max_shard_gib={config.export.max_shard_gib}: must be > 0. The default is 4.5.")
+    if not (config.optim.lr > 0 and 0 <= config.optim.min_lr <= config.optim.lr < math.inf):
+        problems.append(f"optim.lr={config.optim.lr}, optim.min_lr={config.optim.min_lr}: needs 0 <= min_lr <= lr and lr > 0.")
+    if config.optim.lr_schedule not in ("constant", "cosine", "linear"):
+        problems.append(f"optim.lr_schedule={config.optim.lr_schedule}: choose constant, cosine or linear.")
+    if config.optim.lr_schedule != "constant" and config.optim.warmup_steps >= config.trainer.max_steps:
+        problems.append(
+            f"optim.warmup_steps={config.optim.warmup_steps}: must be less than trainer.max_steps={config.trainer.max_steps} "
+            f"for lr_schedule={config.optim.lr_schedule}."
+        )
+    if config.precision.name not in ("auto", "bf16", "fp32"):
+        problems.append(f"precision.name={config.precision.name}: choose auto, bf16 or fp32.")
+    if not config.data.train:
+        problems.append("data.train is empty: name at least one corpus, e.g. data.train='[{path: my_texts.jsonl}]'.")
+    for key, sources in (("train", config.data.train), ("validation", config.data.validation)):
+        problems += [
+            f"data.{key}: weight={source.weight:g} of {source.path} must be > 0. Drop a corpus rather than weigh it 0."
+            for source in sources
+            if not source.weight > 0
+        ]
+    if not config.data.validation:
+        shares = _numbers(config.data.split)
+        if shares is None or len(shares) != 3 or not shares[0] > 0 or not all(0 <= share < math.inf for share in shares):
+            problems.append(f"data.split={config.data.split}: needs three shares train,validation,test, e.g. 98,2,0.")
+    evaluation = config.evaluation
+    if evaluation.enabled:
+        if not evaluation.lengths or min(evaluation.lengths) < 128:
+            problems.append(f"evaluation.lengths={evaluation.lengths}: name at least one length, none under 128 tokens.")
+        if not evaluation.text:
+            problems.append("evaluation.text is empty: name a held-out corpus, or set evaluation.enabled=false.")
+        if not evaluation.needle_depths or any(not 0 <= depth <= 1 for depth in evaluation.needle_depths):
+            problems.append(f"evaluation.needle_depths={evaluation.needle_depths}: depths are between 0 (start) and 1 (end).")
+        for key in ("needle_trials", "needle_digits", "perplexity_tokens"):
+            if getattr(evaluation, key) < 1:
+                problems.append(f"evaluation.{key}={getattr(evaluation, key)}: must be >= 1.")
+    return problems
+
+
+def _numbers(text: str) -> list[float] | None:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        return None

@@ -1,0 +1,37 @@
+"""An optimizer step that can still be refused when the gradient norm is known. Megatron's optimizers compute the norm and update the
+weights in one call (optimizer/optimizer.py of megatron-core 0.16-0.19: ChainedOptimizer.step). Can go when upstream takes a predicate;
+0.19 has a fixed threshold (OptimizerConfig.grad_norm_skip_threshold), which lets NaN through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def checked_step(optimizer: Any, accept: Callable[[float], bool]) -> float:
+    """One optimizer step, if `accept` says so.
+
+    Args:
+        optimizer: from get_megatron_optimizer.
+        accept: gradient norm before clipping -> whether to update the weights; asked once, with the same norm on every rank.
+    Returns:
+        The gradient norm.
+    """
+    norm_of, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
+    norms: list[float] = []
+
+    def get_grad_norm(*args: Any, **kwargs: Any) -> Any:
+        norm = norm_of(*args, **kwargs)
+        norms.append(float(norm or 0.0))
+        return norm
+
+    def step_with_ready_grads() -> bool:
+        return update() if accept(norms[-1]) else False
+
+    optimizer.get_grad_norm, optimizer.step_with_ready_grads = get_grad_norm, step_with_ready_grads
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.get_grad_norm, optimizer.step_with_ready_grads  # the class's own show again
+    return norms[-1]

@@ -1,0 +1,71 @@
+"""Ranks of a job as srun starts them: real processes that meet over TCP and that no launcher watches. They are forked from a server that
+has imported everything, so that a start costs a second and not ten."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Iterable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from tests.support.run_recipe import ROOT
+
+
+def start_ranks(world_size: int, jobs: Iterable[dict]) -> list[BaseProcess]:
+    """Start `world_size` processes that train the jobs one after the other (layout_worker.py)."""
+    os.environ["PYTHONPATH"] = str(ROOT)  # for the server, which starts with the first process
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.layout_worker"])
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    log = tempfile.mkdtemp(prefix="ranks")
+    ranks = [
+        context.Process(target=_rank, name=f"rank {rank}", args=(rank, world_size, port, json.dumps(list(jobs)), log))
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.log = Path(log) / f"{process.name}.log"  # type: ignore[attr-defined]
+        process.start()
+    return ranks
+
+
+def end_of(ranks: list[BaseProcess], seconds: float = 300) -> list[int]:
+    """Exit statuses, once all have ended."""
+    for process in ranks:
+        process.join(seconds)
+        assert process.exitcode is not None, f"{process.name} outlives its job"
+    return [process.exitcode for process in ranks]
+
+
+def run_ranks(world_size: int, jobs: Iterable[dict]) -> None:
+    """Train the jobs; a failed rank fails the test with the end of what it said."""
+    ranks = start_ranks(world_size, jobs)
+    statuses = end_of(ranks)
+    for process, status in zip(ranks, statuses, strict=True):
+        assert status == 0, f"{process.name} of {world_size}: exit status {status}\n{process.log.read_text()[-4000:]}"
+
+
+def _rank(rank: int, world_size: int, port: int, jobs: str, log: str) -> None:
+    descriptor = os.open(Path(log) / f"rank {rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    import torch
+
+    from endprompt_megatron.errors import EXIT_RESUME, RunInterrupted
+    from tests.support.layout_worker import run_job
+
+    torch.set_num_threads(1)
+    try:
+        for job in json.loads(jobs):
+            run_job(job)
+    except RunInterrupted:
+        sys.exit(EXIT_RESUME)
+    torch.distributed.destroy_process_group()

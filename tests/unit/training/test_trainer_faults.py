@@ -1,0 +1,112 @@
+"""Bad steps in real training of a tiny model: the weights stay those before them, and the samples are named."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from endprompt_megatron.data.dataset import name_samples
+from endprompt_megatron.errors import TrainingError
+from endprompt_megatron.log import read_metrics
+from tests.support.layout_worker import run_job
+
+BAD_STEP = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process() -> Iterator[None]:
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_model_dir) -> dict:
+    directory = tmp_path_factory.mktemp("faults")
+    return {"model": str(tiny_model_dir), "data": str(directory / "datasets"), "scheme": "endprompt", "steps": 8, "parallel": {}}
+
+
+def job(place: dict, output: Path, **trainer: object) -> dict:
+    return place | {"output": str(output), "trainer": {"keep_last": 2, **trainer}}
+
+
+def spoil(kind: str, *, last: int = BAD_STEP):
+    """Spoils the loss or the gradients of steps BAD_STEP to `last`."""
+
+    def prepare(trainer):
+        forward_step = trainer.forward_step
+
+        def spoilt(batches, model):
+            output, loss = forward_step(batches, model)
+            if BAD_STEP <= trainer.state.step + 1 <= last:
+                if kind == "gradient":
+                    output.register_hook(lambda grad: grad * math.nan)
+                else:
+                    output = output * {"nan": math.nan, "inf": math.inf, "spike": 50.0}[kind]
+            return output, loss
+
+        trainer.forward_step = spoilt
+
+    return prepare
+
+
+def figures(output: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in read_metrics(output / "metrics.jsonl") if "loss" in record}
+
+
+def weights(trainer) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in trainer.chunks[0].parameters()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place, tmp_path_factory) -> dict[int, float]:
+    output = tmp_path_factory.mktemp("undisturbed")
+    run_job(job(place, output))
+    return figures(output)
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf", "gradient"])
+def test_stop_keeps_the_weights_and_resumes(place, tmp_path, undisturbed, kind):
+    with pytest.raises(TrainingError, match=f"step {BAD_STEP} is bad: its (loss|gradient norm) is (nan|inf)") as caught:
+        run_job(job(place, tmp_path), spoil(kind))
+    assert "trainer.bad_step=skip" in str(caught.value)
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == f"step_{BAD_STEP - 1:07d}"
+    (bad,) = [record for record in read_metrics(tmp_path / "metrics.jsonl") if "bad_step" in record]
+    assert bad["step"] == BAD_STEP and len(bad["samples"]) == 8
+    assert all(name in str(caught.value) for name in bad["samples"])
+    trainer = run_job(job(place, tmp_path))  # the fault was the machine's, and is gone
+    assert figures(tmp_path) == undisturbed
+    assert bad["samples"] == name_samples(trainer.train_dataset, range((BAD_STEP - 1) * 8, BAD_STEP * 8))
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("nan", 0.0), ("gradient", 0.0), ("spike", 10.0)])
+def test_skip_passes_over_the_update_and_goes_on(place, tmp_path, undisturbed, kind, factor):
+    seen = []
+
+    def watch(trainer):
+        spoil(kind)(trainer)
+        step = trainer._step
+
+        def watched(batches):
+            before = weights(trainer)
+            result = step(batches)
+            seen.append(all(torch.equal(a, b) for a, b in zip(before, weights(trainer), strict=True)))
+            return result
+
+        trainer._step = watched
+        trainer.guard.recent_norms[:] = [1.0] * 5 if kind == "spike" else []
+
+    run_job(job(place, tmp_path, bad_step="skip", grad_spike_factor=factor), watch)
+    assert seen == [step == BAD_STEP for step in range(1, 9)], "that step alone changed nothing"
+    found = figures(tmp_path)
+    assert list(found) == [step for step in range(1, 9) if step != BAD_STEP]
+    assert all(found[step] == undisturbed[step] for step in range(1, BAD_STEP)) and found[8] < found[1]
+
+
+def test_too_many_in_a_row_stop_after_all(place, tmp_path):
+    with pytest.raises(TrainingError, match="3 bad steps in a row are more than trainer.max_bad_steps=2"):
+        run_job(job(place, tmp_path, bad_step="skip", max_bad_steps=2), spoil("nan", last=100))
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == f"step_{BAD_STEP + 1:07d}"

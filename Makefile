@@ -32,7 +32,7 @@ $(TRANSFORMERS4)/.ready: $(READY)
 	touch $@
 
 test: $(READY) $(TRANSFORMERS4)/.ready ## every test that this machine can run
-	TRANSFORMERS4=$(TRANSFORMERS4) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
+	TRANSFORMERS4=$(TRANSFORMERS4) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(TESTS)
 
 test-fast: $(READY) ## unit tests alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/conf

@@ -14,7 +14,7 @@ import pytest
 
 from endprompt_megatron.checkpoint.directory import damage
 from endprompt_megatron.checkpoint.hf_sources import build_tiny_random
-from endprompt_megatron.errors import EXIT_RESUME
+from endprompt_megatron.errors import EXIT_HUNG, EXIT_RESUME
 from endprompt_megatron.log import read_metrics
 from tests.support.ranks import end_of, start_ranks
 
@@ -120,3 +120,22 @@ def test_one_rank_is_asked_and_all_save_and_stop(place, undisturbed):
     assert (place / name / "checkpoints" / "latest").read_text().strip() == f"step_{stopped:07d}", "nothing is lost"
     assert end_of(_start(_job(place, name, save_interval=0))) == [0, 0]
     assert _losses(place, name) == undisturbed
+
+
+def test_a_hung_rank_ends_the_job_with_the_reason(place):
+    """A rank that the kernel has stopped answers nobody: the other one says so, shows where it waits, and ends."""
+    job = _job(place, "hung", save_interval=0) | {"hang_timeout_minutes": 0.05}
+    ranks = _start(job)
+    metrics = place / "hung" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while len(read_metrics(metrics)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.kill(ranks[1].pid, signal.SIGSTOP)
+    stopped = time.monotonic()
+    ranks[0].join(60)
+    waited = time.monotonic() - stopped
+    ranks[1].kill()
+    assert ranks[0].exitcode == EXIT_HUNG and waited < 20
+    told = ranks[0].log.read_text()
+    assert "rank 0 has not finished step" in told and "launch.hang_timeout_minutes=0.05" in told
+    assert "trainer.py" in told.split("Where it stands follows")[1], "the stack of the waiting rank"

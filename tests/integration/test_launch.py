@@ -1,4 +1,4 @@
-"""Local workers of a plain start: what happens to them when somebody stops, kills or hangs the job."""
+"""Local workers of a plain start: what happens to them when somebody stops, or kills the job."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from endprompt_megatron.checkpoint.hf_sources import build_tiny_random
-from endprompt_megatron.errors import EXIT_HUNG, EXIT_RESUME
+from endprompt_megatron.errors import EXIT_RESUME
 from endprompt_megatron.log import read_metrics
 from tests.support.run_recipe import recipe_command, tiny_overrides
 
@@ -33,7 +33,7 @@ class Job:
         command = recipe_command(
             *tiny_overrides(
                 place, name, "launch.nproc_per_node=2", "evaluation.enabled=false", "export.verify=false", "trainer.eval_interval=0",
-                "trainer.micro_batch_size=1", "trainer.global_batch_size=64", "trainer.max_steps=12", "trainer.save_interval=0", *more,
+                "trainer.micro_batch_size=1", "trainer.global_batch_size=48", "trainer.max_steps=6", "trainer.save_interval=0", *more,
             )
         )  # fmt: skip
         with self.log.open("w") as log:
@@ -71,12 +71,12 @@ def undisturbed(place) -> list[float]:
 def test_sigterm_in_the_middle_of_an_accumulation(place, undisturbed):
     """Within one step the run is saved and ends with the status that says: start me again. Nothing is lost."""
     job = Job(place, "terminated")
-    job.wait_for_steps(3)
+    job.wait_for_steps(2)
     time.sleep(0.1)
     job.process.send_signal(signal.SIGTERM)
     assert job.end() == EXIT_RESUME, job.log.read_text()
     done = len(job.losses())
-    assert done <= 5 and "which is saved; start the same command again" in job.log.read_text()
+    assert done <= 4 and "which is saved; start the same command again" in job.log.read_text()
     assert (job.output / "checkpoints" / "latest").read_text().strip() == f"step_{done:07d}"
     again = Job(place, "terminated")
     assert again.end() == 0, again.log.read_text()
@@ -87,28 +87,15 @@ def test_sigterm_in_the_middle_of_an_accumulation(place, undisturbed):
 def test_no_process_is_left_behind(place, number):
     """Ctrl-C, and the launcher's own death."""
     job = Job(place, f"ended_{number.name}")
-    job.wait_for_steps(2)
+    job.wait_for_steps(1)
     job.process.send_signal(number)
     assert job.end() not in (0, EXIT_RESUME)
     assert "Traceback" not in job.log.read_text()
 
 
-def test_a_hung_rank_ends_the_job_with_the_reason(place):
-    job = Job(place, "hung", "launch.hang_timeout_minutes=0.1")
-    job.wait_for_steps(2)
-    stopped = max(job.workers, key=lambda process: process.pid)
-    stopped.suspend()
-    started = time.monotonic()
-    assert job.end() == EXIT_HUNG, job.log.read_text()
-    assert time.monotonic() - started < 40
-    text = job.log.read_text() + "".join(path.read_text() for path in (job.output / "logs").rglob("stderr.log"))
-    assert "launch.hang_timeout_minutes=0.1" in text and "Current thread" not in text.split("has not finished")[0]
-    assert "trainer.py" in text, "where it stands is shown"
-
-
 def test_a_failed_ranks_traceback_is_shown_once(place):
     job = Job(place, "failed")
-    job.wait_for_steps(2)
+    job.wait_for_steps(1)
     ranks = sorted(process.pid for process in job.workers if "extend.py" in " ".join(process.cmdline()))
     os.kill(ranks[-1], signal.SIGKILL)
     assert job.end() not in (0, EXIT_RESUME)

@@ -16,6 +16,7 @@ from endprompt_megatron.checkpoint.hf_import import load_hf_weights
 from endprompt_megatron.checkpoint.hf_tokenizer import hash_tokenizer, load_tokenizer
 from endprompt_megatron.config import (
     DataConfig,
+    LaunchConfig,
     MethodConfig,
     ModelConfig,
     OptimConfig,
@@ -72,6 +73,7 @@ def run_job(job: dict, prepare: Callable[[Trainer], None] = lambda trainer: None
         precision=PrecisionConfig(job.get("precision", "fp32")),
         data=DataConfig(job["data"], 64, [source]),
         optim=OptimConfig(lr=1e-3, warmup_steps=2),
+        launch=LaunchConfig(hang_timeout_minutes=job.get("hang_timeout_minutes", 5.0)),
         trainer=TrainerConfig(job["steps"], 2, job.get("global_batch_size", 8), eval_batches=0, **({"keep_last": 0} | job.get("trainer", {}))),
     )
     runtime = mcore_runtime.initialize(parallel, accelerator="cpu", seed=config.seed)

@@ -10,6 +10,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterable
+from multiprocessing.managers import SyncManager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def start_ranks(world_size: int, jobs: Iterable[dict]) -> list[BaseProcess]:
     os.environ["PYTHONPATH"] = str(ROOT)  # for the server, which starts with the first process
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.layout_worker"])
+    context.set_forkserver_preload(["tests.support.layout_worker", "torch.utils.tensorboard"])
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -58,11 +59,17 @@ def _rank(rank: int, world_size: int, port: int, jobs: str, log: str) -> None:
         os.dup2(descriptor, stream)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     import torch
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     from endprompt_megatron.errors import EXIT_RESUME, RunInterrupted
+    from endprompt_megatron.mcore.children import end_with_parent
     from tests.support.layout_worker import run_job
 
     torch.set_num_threads(1)
+    # forked like everything here: the spawned one of mcore.children imports torch anew, two seconds a rank
+    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    manager.start(initializer=end_with_parent)
+    filesystem_async._results_queue = manager.Queue()
     try:
         for job in json.loads(jobs):
             run_job(job)

@@ -124,7 +124,14 @@ def _extend(run: _Run, started: float) -> dict[str, Any]:
             _prepare_text(config, run.base)
         torch.distributed.barrier()
     blends, data_hashes = _prepare_text(config, run.base)
-    probes = _make_probes(run) if config.evaluation.enabled and run.runtime.world_size == 1 else None
+    probes = None
+    if config.evaluation.enabled and run.runtime.world_size == 1:
+        probes = _make_probes(run)
+    elif config.evaluation.enabled:
+        get_logger().info(
+            f"no probes: they run in one process and this run has {run.runtime.world_size}. Start the same command with "
+            f"launch.nproc_per_node=1 and no parallel sizes afterwards: it resumes the finished training and probes it."
+        )
     chunks = _base_chunks(run)
     systems: dict[str, Any] = {}
     if probes:

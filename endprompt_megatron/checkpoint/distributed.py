@@ -22,7 +22,7 @@ from endprompt_megatron.checkpoint.directory import LATEST, RUN_FILE
 from endprompt_megatron.config_rules import resume_differences
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import get_logger, global_rank
-from endprompt_megatron.mcore.children import prepare_checkpoint_queue
+from endprompt_megatron.mcore.checkpointing import begin_save
 from endprompt_megatron.mcore.torch_adam import make_loadable, separate_steps
 
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -94,14 +94,13 @@ class CheckpointWriter:
         final = checkpoint_directory.step_directory(self.directory, state.step)
         # taken now: an asynchronous save ends when the run stands elsewhere
         record = json.dumps({"state": asdict(state), "layout": _layout(), "config": self.config}, indent=2)
-        prepare_checkpoint_queue()
         try:
             unfinished = [str(checkpoint_directory.begin(final)) if global_rank() == 0 else None]
             if torch.distributed.get_world_size() > 1:
                 torch.distributed.broadcast_object_list(unfinished, src=0)
             written = Path(unfinished[0])
             sharded = _sharded_state(self.chunks, self.optimizer, is_loading=False, with_random_state=True)
-            request = dist_checkpointing.save(sharded, str(written), async_sharded_save=self._queue is not None)
+            request = begin_save(sharded, str(written), asynchronous=self._queue is not None)
             if self._queue is None:
                 self._complete(written, final, record)
             else:

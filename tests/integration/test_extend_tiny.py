@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from endprompt_megatron.checkpoint.directory import damage
 from endprompt_megatron.log import read_metrics
 from tests.support.run_recipe import recipe_command, run_recipe, tiny_overrides
 
@@ -125,6 +127,20 @@ def test_more_steps_resume_the_same_run(finished):
     second = run_recipe(*tiny_overrides(finished, "longer", "evaluation.enabled=false"), cwd=finished)
     assert second.returncode == 0 and "step_0000008" in second.stderr, second.stderr
     assert _losses(finished / "longer") == _losses(finished / "run")
+
+
+def test_a_full_disk_costs_nothing_but_the_new_checkpoint(finished):
+    """The kernel refuses to let files grow, as it does on a full disk, in a plain and in an asynchronous save."""
+    checkpoints = shutil.copytree(finished / "run", finished / "full") / "checkpoints"
+    for asynchronous in ("false", "true"):
+        overrides = tiny_overrides(finished, "full", "evaluation.enabled=false", "trainer.max_steps=22", f"trainer.async_save={asynchronous}")
+        limited = ["bash", "-c", 'ulimit -f 200; exec "$@"', "bash", *recipe_command(*overrides)]
+        full = subprocess.run(limited, cwd=finished, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=180)
+        assert full.returncode == 2 and "step_0000020" in full.stderr, full.stderr
+        assert "could not be written" in full.stderr and "earlier checkpoints are intact" in full.stderr
+        assert "Traceback" not in full.stderr.split("CheckpointError")[-1]
+        assert {path.name for path in checkpoints.iterdir()} == {"latest", "step_0000010", "step_0000020"}, "the space is given back"
+        assert damage(checkpoints / "step_0000020") is None
 
 
 def test_another_config_is_refused_the_directory(finished):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from endprompt_megatron.checkpoint.hf_sources import build_tiny_random
 from endprompt_megatron.errors import EXIT_RESUME
 from endprompt_megatron.log import read_metrics
-from tests.support.run_recipe import recipe_command, tiny_overrides
+from tests.support.run_recipe import recipe_command, run_recipe, tiny_overrides
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +31,17 @@ class Job:
     def __init__(self, place: Path, name: str, *more: str):
         self.output = place / name
         self.log = place / f"{name}.log"
-        command = recipe_command(
-            *tiny_overrides(
-                place, name, "launch.nproc_per_node=2", "evaluation.enabled=false", "export.verify=false", "trainer.eval_interval=0",
-                "trainer.micro_batch_size=1", "trainer.global_batch_size=48", "trainer.max_steps=6", "trainer.save_interval=0", *more,
-            )
-        )  # fmt: skip
+        command = recipe_command(*self.overrides(place, name, *more))
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, cwd=place, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
         self.workers: list[psutil.Process] = []
+
+    @staticmethod
+    def overrides(place: Path, name: str, *more: str) -> list[str]:
+        return tiny_overrides(
+            place, name, "launch.nproc_per_node=2", "evaluation.enabled=false", "export.verify=false", "trainer.eval_interval=0",
+            "trainer.micro_batch_size=1", "trainer.global_batch_size=48", "trainer.max_steps=6", "trainer.save_interval=0", *more,
+        )  # fmt: skip
 
     def wait_for_steps(self, count: int) -> None:
         deadline = time.monotonic() + 120
@@ -81,6 +84,18 @@ def test_sigterm_in_the_middle_of_an_accumulation(place, undisturbed):
     again = Job(place, "terminated")
     assert again.end() == 0, again.log.read_text()
     assert again.losses() == undisturbed
+
+
+def test_one_process_goes_on_where_two_stood(place, undisturbed):
+    """The layout is free: a plain start without workers takes the finished training over, and probes it, which several do not."""
+    output = place / "undisturbed"
+    assert json.loads((output / "summary.json").read_text())["needle_after"] == {}
+    alone = run_recipe(*Job.overrides(place, "undisturbed", "launch.nproc_per_node=1", "evaluation.enabled=true"), cwd=place)
+    assert alone.returncode == 0 and "was saved in another layout" in alone.stderr, alone.stderr
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["world_size"] == 1 and set(summary["needle_after"]) == {"256"}
+    refused = run_recipe(*Job.overrides(place, "undisturbed", "parallel.use_distributed_optimizer=true"), cwd=place)
+    assert refused.returncode == 2 and "parallel.use_distributed_optimizer: False there, True now" in refused.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import random
-import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -334,24 +333,6 @@ def test_an_asynchronous_save_holds_the_moment_it_was_asked_for(saved, fresh, tm
     beside.finish()
     assert load(tmp_path / "beside", fresh).step == 2
     assert differing(before, fresh.snapshot()) == []
-
-
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_full_disk_leaves_the_earlier_ones_alone(saved, fresh, tmp_path, asynchronous):
-    """The kernel refuses to let files grow, as it does on a full disk."""
-    directory = copied(saved, tmp_path)
-    fresh.step(0)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        with pytest.raises(CheckpointError, match="could not be written.*earlier checkpoints are intact"):
-            one = writer(directory, fresh, asynchronous=asynchronous)
-            one.save(RunState(step=3))
-            one.finish()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert sorted(path.name for path in directory.iterdir()) == ["latest", "step_0000002"], "the space is given back"
-    assert load(directory, fresh) == STATE
 
 
 def test_a_place_that_cannot_be_written_leaves_the_earlier_ones_alone(saved, fresh, tmp_path):

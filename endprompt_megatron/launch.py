@@ -14,7 +14,7 @@ from pathlib import Path
 from endprompt_megatron.config import RunConfig
 from endprompt_megatron.errors import EXIT_RESUME, ConfigError
 from endprompt_megatron.log import get_logger
-from endprompt_megatron.mcore.children import end_with_parent
+from endprompt_megatron.mcore.children import STOP_SIGNALS, end_with_parent
 
 _DEFAULT_PORT = 29501
 _LAUNCHER = "ENDPROMPT_LAUNCHER"  # process id of the plain start, for its workers
@@ -155,7 +155,7 @@ def _pass_on_stop_signals() -> list[int]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 worker.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, pass_on)
     return asked
 

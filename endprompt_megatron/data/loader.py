@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from endprompt_megatron.mcore.children import outlast_stop_signals
+
 
 class MicroBatchSampler:
     """Sample indices of this rank's micro-batches, from `consumed_samples` on, without end (indices wrap at the dataset's length).
@@ -66,6 +68,7 @@ def micro_batches(dataset: Dataset[Any], sampler: MicroBatchSampler, *, num_work
             batch_sampler=sampler,
             collate_fn=collate,
             num_workers=num_workers,
+            worker_init_fn=outlast_stop_signals,
             pin_memory=torch.cuda.is_available() and num_workers > 0,
         )
     )

@@ -10,7 +10,7 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from endprompt_megatron.mcore.children import end_with_parent
+from endprompt_megatron.mcore.children import serve_parent
 
 
 def begin_save(sharded_state: dict[str, Any], directory: str, *, asynchronous: bool) -> Any:
@@ -31,10 +31,10 @@ def begin_save(sharded_state: dict[str, Any], directory: str, *, asynchronous: b
 
 
 def _prepare_queue() -> None:
-    """The queue through which Megatron's writers report, served by a process that ends with this one. Stands in for what
+    """The queue through which Megatron's writers report, served by a process that lives as long as this one. Stands in for what
     dist_checkpointing/strategies/filesystem_async.py (megatron-core 0.16-0.19) makes on first use: a manager that outlives a killed
-    rank. Can go when upstream's does not."""
+    rank, and dies of the signal that only asks the rank to stop. Can go when upstream's does not."""
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        manager.start(initializer=end_with_parent)
+        manager.start(initializer=serve_parent)
         filesystem_async._results_queue = manager.Queue()

@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 import signal
 
+# What asks a run to stop. Slurm sends it to every process of a job step, helpers included.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -13,3 +15,19 @@ def end_with_parent() -> None:
     """Let the kernel kill this process when the one that started it ends (Linux; no effect elsewhere)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+
+def outlast_stop_signals(worker: int = 0) -> None:
+    """In a helper process: leave it to the parent to stop, which still needs its helpers to finish a step and to save.
+
+    Args:
+        worker: its number, where a loader passes one.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def serve_parent() -> None:
+    """In a helper process that serves its parent and nobody else: live exactly as long."""
+    end_with_parent()
+    outlast_stop_signals()

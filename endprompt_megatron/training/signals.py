@@ -12,9 +12,8 @@ from types import FrameType
 import torch
 
 from endprompt_megatron.errors import RunInterrupted
+from endprompt_megatron.mcore.children import STOP_SIGNALS
 from endprompt_megatron.mcore.runtime import agree_on_any
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequests:

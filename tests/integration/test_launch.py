@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -54,7 +55,7 @@ class Job:
     def losses(self) -> list[float]:
         return [record["loss"] for record in read_metrics(self.output / "metrics.jsonl") if "loss" in record]
 
-    def end(self, seconds: float = 60) -> int:
+    def end(self, seconds: float = 240) -> int:
         """Exit status; fails if a process is left behind."""
         status = self.process.wait(seconds)
         gone, left = psutil.wait_procs(self.workers, timeout=10)
@@ -71,17 +72,25 @@ def undisturbed(place) -> list[float]:
     return job.losses()
 
 
-def test_sigterm_in_the_middle_of_an_accumulation(place, undisturbed):
-    """Within one step the run is saved and ends with the status that says: start me again. Nothing is lost."""
-    job = Job(place, "terminated")
+@pytest.mark.parametrize("to_all", [False, True])
+def test_sigterm_in_the_middle_of_an_accumulation(place, undisturbed, to_all):
+    """Within one step the run is saved and ends with the status that says: start me again. Nothing is lost.
+
+    Some send the signal to the start, and Slurm to every process: to the workers' own helpers (loaders, checkpoint queue) as well.
+    """
+    name = f"terminated_{to_all}"
+    options = ("trainer.save_interval=1", "data.num_workers=1") if to_all else ()
+    job = Job(place, name, *options)
     job.wait_for_steps(2)
     time.sleep(0.1)
-    job.process.send_signal(signal.SIGTERM)
+    for process in [*(job.workers if to_all else []), job.process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGTERM)
     assert job.end() == EXIT_RESUME, job.log.read_text()
     done = len(job.losses())
     assert done <= 4 and "which is saved; start the same command again" in job.log.read_text()
     assert (job.output / "checkpoints" / "latest").read_text().strip() == f"step_{done:07d}"
-    again = Job(place, "terminated")
+    again = Job(place, name)
     assert again.end() == 0, again.log.read_text()
     assert again.losses() == undisturbed
 

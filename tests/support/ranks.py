@@ -62,13 +62,13 @@ def _rank(rank: int, world_size: int, port: int, jobs: str, log: str) -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     from endprompt_megatron.errors import EXIT_RESUME, RunInterrupted
-    from endprompt_megatron.mcore.children import end_with_parent
+    from endprompt_megatron.mcore.children import serve_parent
     from tests.support.layout_worker import run_job
 
     torch.set_num_threads(1)
     # forked like everything here: the spawned one of mcore.children imports torch anew, two seconds a rank
     manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-    manager.start(initializer=end_with_parent)
+    manager.start(initializer=serve_parent)
     filesystem_async._results_queue = manager.Queue()
     try:
         for job in json.loads(jobs):

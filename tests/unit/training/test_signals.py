@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from endprompt_megatron.errors import RunInterrupted
-from endprompt_megatron.training.signals import STOP_SIGNALS, StopRequests
+from endprompt_megatron.mcore.children import STOP_SIGNALS
+from endprompt_megatron.training.signals import StopRequests
 
 pytestmark = pytest.mark.usefixtures("single_process")
 

@@ -225,8 +225,10 @@ def _number_problems(config: RunConfig) -> list[str]:
     spike = config.trainer.grad_spike_factor
     if not (spike == 0 or 1 < spike < math.inf):
         problems.append(f"trainer.grad_spike_factor={spike}: must be greater than 1, or 0 to look for no spikes.")
-    if not config.launch.hang_timeout_minutes >= 0:
-        problems.append(f"launch.hang_timeout_minutes={config.launch.hang_timeout_minutes}: must be >= 0; 0 waits for ever.")
+    if not 0 <= config.launch.hang_timeout_minutes <= 100_000:
+        problems.append(
+            f"launch.hang_timeout_minutes={config.launch.hang_timeout_minutes}: must be between 0 and 100000; 0 waits for ever."
+        )
     for key in ("warmup_steps", "clip_grad", "weight_decay"):
         if not getattr(config.optim, key) >= 0:
             problems.append(f"optim.{key}={getattr(config.optim, key)}: must be >= 0.")

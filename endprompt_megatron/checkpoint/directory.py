@@ -17,7 +17,7 @@ import xxhash
 LATEST = "latest"
 RUN_FILE = "run.json"
 _CHECKSUMS = "checksums.json"
-_PARTIAL, _DAMAGED, _REPLACED = ".partial", ".damaged", ".replaced"
+_PARTIAL, _DAMAGED, _REPLACED, _RETIRED = ".partial", ".damaged", ".replaced", ".retired"
 _CHUNK_BYTES = 2**24
 
 
@@ -27,10 +27,12 @@ def step_directory(directory: Path, step: int) -> Path:
 
 
 def begin(final: Path) -> Path:
-    """An empty directory to write the checkpoint `final` into; leftovers of a crash are removed."""
+    """An empty directory to write the checkpoint `final` into; what crashes left half-written or half-removed goes, whichever step it
+    was. No other save may be going on."""
+    for suffix in (_PARTIAL, _RETIRED):
+        for leftover in final.parent.glob(f"step_*{suffix}"):
+            shutil.rmtree(leftover)
     partial = final.with_name(final.name + _PARTIAL)
-    if partial.exists():
-        shutil.rmtree(partial)
     partial.mkdir(parents=True)
     return partial
 
@@ -53,6 +55,7 @@ def complete(partial: Path, final: Path, *, checksums: dict[str, str], keep_last
     _sync(partial)
     replaced = final.with_name(final.name + _REPLACED)
     if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     partial.rename(final)
     point_latest_at(final)
@@ -74,7 +77,11 @@ def point_latest_at(checkpoint: Path) -> None:
 
 
 def candidates(directory: Path) -> list[Path]:
-    """Checkpoints to try, best first: the one that `latest` names, then the others from the newest step down."""
+    """Checkpoints to try, best first: the one that `latest` names, then the others from the newest step down. For one process."""
+    for replaced in directory.glob(f"step_*{_REPLACED}"):  # a crash came between two renames
+        final = replaced.with_suffix("")
+        if not final.exists():
+            replaced.rename(final)
     found = sorted(_whole(directory), reverse=True)
     pointer = directory / LATEST
     if pointer.is_file():
@@ -126,15 +133,18 @@ def _retire(newest: Path, keep_last: int) -> None:
         return
     # by age and not by number: a run that was sent back to an earlier step goes on from there
     others = sorted((path for path in _whole(newest.parent) if path != newest), key=lambda path: (path.stat().st_mtime, path.name))
-    for path in others[: len(others) - (keep_last - 1)]:
-        shutil.rmtree(path)
+    for path in others[: max(0, len(others) - (keep_last - 1))]:
+        retired = path.rename(path.with_name(path.name + _RETIRED))  # a crash leaves no ruin under a good name
+        shutil.rmtree(retired, ignore_errors=True)
 
 
 def _checksum(path: Path) -> str:
+    """XXH3-64, hex; what was read is on the disk afterwards, and not only in its cache."""
     digest = xxhash.xxh3_64()
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
+        os.fsync(stream.fileno())
     return digest.hexdigest()
 
 

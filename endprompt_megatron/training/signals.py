@@ -39,16 +39,22 @@ class StopRequests:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
         if not self._deferred:
-            raise RunInterrupted(f"stopped by {self.received.name}; start the same command again: it goes on where it stood")
+            self._obey()
+
+    def _obey(self) -> None:
+        raise RunInterrupted(f"stopped by {self.received.name}; start the same command again: it goes on where it stood")
 
     @contextmanager
     def at_a_good_moment(self) -> Iterator[None]:
-        """Inside the block signals are only remembered; ask `anyone_asked` between two steps."""
+        """Inside the block signals are only remembered; ask `anyone_asked` between two steps. One that came after the last question is
+        obeyed at the block's end."""
         self._deferred = True
         try:
             yield
         finally:
             self._deferred = False
+        if self.received is not None:
+            self._obey()
 
     def anyone_asked(self, device: torch.device) -> bool:
         """Whether some rank was asked to stop; all ranks call it together and get the same answer."""

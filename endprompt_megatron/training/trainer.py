@@ -20,7 +20,7 @@ from endprompt_megatron.data.loader import MicroBatchSampler, micro_batches
 from endprompt_megatron.errors import RunInterrupted, TrainingError
 from endprompt_megatron.log import MetricsWriter, Progress, get_logger
 from endprompt_megatron.mcore.checked_step import checked_step
-from endprompt_megatron.mcore.runtime import Runtime
+from endprompt_megatron.mcore.runtime import Runtime, agree_on_any
 from endprompt_megatron.model.build import wrap_for_training
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from endprompt_megatron.training.guard import StepGuard
@@ -174,6 +174,13 @@ class Trainer:
                 if self.stop.anyone_asked(self.runtime.device):
                     self._stop_as_asked(saved)
         self.writer.finish()
+        self._gather_parameters()
+
+    def _gather_parameters(self) -> None:
+        """With overlap_param_gather a rank holds its own share of the newest weights, and the rest only from the next forward on."""
+        if self.config.parallel.overlap_param_gather:
+            for chunk in self.model:
+                chunk.start_param_sync(force_sync=True)
 
     def _stop_as_asked(self, saved: bool) -> None:
         if not saved:
@@ -231,8 +238,11 @@ class Trainer:
 
         def accept(grad_norm: float) -> bool:
             """Judge the step by its figures."""
-            faults.append(self.guard.fault(figures["loss"], grad_norm))
-            return faults[-1] is None
+            fault = self.guard.fault(figures["loss"], grad_norm)
+            if agree_on_any(fault is not None, self.runtime.device):  # else ranks would part ways
+                fault = fault or "another rank's figures say so"
+            faults.append(fault)
+            return fault is None
 
         grad_norm = checked_step(self.optimizer, accept)
         self.scheduler.step(increment=self.config.trainer.global_batch_size)
@@ -294,6 +304,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.watchdog.beat(f"the checkpoint of step {self.state.step}")
+        self._gather_parameters()
         self.writer.save(self.state)
 
     def _result(self) -> TrainingResult:

@@ -23,6 +23,10 @@ LAYOUTS = {
     "CP2": (2, {"context_parallel_size": 2}),
     "DP2": (2, {}),
     "DP2+DistributedOptimizer": (2, {"use_distributed_optimizer": True}),
+    "DP2+DistributedOptimizer+overlap": (
+        2,
+        {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
+    ),
     "PP4": (4, {"pipeline_model_parallel_size": 4}),
     "TP2xPP2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
 }
@@ -81,7 +85,7 @@ def test_every_layout_trains_the_same_model(trained):
             row.append(f"{scheme} {loss:.1e} {norm:.1e}")
             if loss > 1e-4 or norm > 1e-4:
                 failures.append((layout, scheme, loss, norm))
-        print(f"  {layout:26s} {'   '.join(row)}")
+        print(f"  {layout:34s} {'   '.join(row)}")
     assert not failures
     for scheme in SCHEMES:
         losses = [loss for loss, _ in trained[scheme, "TP1"]]
@@ -93,7 +97,7 @@ def test_two_runs_of_one_layout_are_bit_identical(place, trained):
     assert _figures(str(place / "again" / "TP2xPP2")) == trained["endprompt", "TP2xPP2"]
 
 
-_SAVED = {name: LAYOUTS[name] for name in ("TP1", "PP2xVPP2", "TP2xPP2", "DP2+DistributedOptimizer")}
+_SAVED = {name: LAYOUTS[name] for name in ("TP1", "PP2xVPP2", "TP2xPP2", "DP2+DistributedOptimizer", "DP2+DistributedOptimizer+overlap")}
 _RESUMED = {name: LAYOUTS[name] for name in ("TP1", "TP2", "PP2")}  # one process is DP1 too
 
 
@@ -126,7 +130,7 @@ def test_a_checkpoint_goes_on_in_another_layout(place, trained):
         ours = _figures(str(place / "resumed" / saved / resumed))[5:]
         difference = _largest_relative_difference(ours, trained["endprompt", "TP1"][5:10], 0)
         same = ours == trained["endprompt", saved][5:10] if saved == resumed else None
-        print(f"  saved at {saved:26s} resumed at {resumed:26s} {difference:.1e}{'  bit for bit' if same else ''}")
+        print(f"  saved at {saved:34s} resumed at {resumed:34s} {difference:.1e}{'  bit for bit' if same else ''}")
         worst = max(worst, difference)
         assert same is not False, f"{saved}: resuming in the same layout must be bit for bit"
     assert worst <= 1e-4

@@ -18,6 +18,7 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.distributed import finalize_model_grads
 
+from endprompt_megatron.checkpoint import directory as checkpoint_directory
 from endprompt_megatron.checkpoint.distributed import CheckpointWriter, RunState, load_latest_checkpoint
 from endprompt_megatron.config import OptimConfig, ParallelConfig
 from endprompt_megatron.errors import CheckpointError
@@ -200,6 +201,27 @@ def test_saving_replaces_leftovers_and_keeps_the_newest(saved, fresh, tmp_path):
     assert (directory / "latest").read_text().strip() == "step_0000005"
     assert not (directory / "step_0000005" / "old").exists() and not (directory / "step_0000005" / "half").exists()
     assert load(directory, fresh).step == 5
+
+
+@pytest.mark.parametrize("keep_last", [1, 2, 5])
+def test_as_many_are_kept_as_asked_for(saved, tmp_path, keep_last):
+    directory = tmp_path / "checkpoints"
+    for step in range(1, 9):
+        final = checkpoint_directory.step_directory(directory, step)
+        written = checkpoint_directory.begin(final)
+        checkpoint_directory.complete(written, final, checksums={}, keep_last=keep_last)
+        kept = [f"step_{number:07d}" for number in range(max(1, step - keep_last + 1), step + 1)]
+        assert sorted(path.name for path in directory.iterdir()) == ["latest", *kept]
+
+
+def test_crashes_between_two_renames_cost_nothing(saved, fresh, tmp_path):
+    directory = copied(saved, tmp_path)
+    (directory / "step_0000002").rename(directory / "step_0000002.replaced")
+    (directory / "step_0000001.retired").mkdir()
+    (directory / "step_0000009.partial").mkdir()
+    assert load(directory, fresh) == STATE
+    save(directory, RunState(step=3), fresh)
+    assert sorted(path.name for path in directory.iterdir()) == ["latest", "step_0000002", "step_0000003"]
 
 
 def test_the_newest_checkpoint_survives_an_abandoned_later_one(saved, fresh, tmp_path):

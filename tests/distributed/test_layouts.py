@@ -100,6 +100,8 @@ def test_two_runs_of_one_layout_are_bit_identical(place, trained):
 _SAVED = {name: LAYOUTS[name] for name in ("TP1", "PP2xVPP2", "TP2xPP2", "DP2+DistributedOptimizer", "DP2+DistributedOptimizer+overlap")}
 _RESUMED = {name: LAYOUTS[name] for name in ("TP1", "TP2", "PP2")}  # one process is DP1 too
 
+_RESUMED_ALONE = ("PP2xVPP2", "DP2+DistributedOptimizer+overlap")  # variants of layouts that go everywhere
+
 
 def _optimizer_kind(layout: str) -> dict:
     return {key: value for key, value in LAYOUTS[layout][1].items() if key == "use_distributed_optimizer"}
@@ -112,7 +114,11 @@ def test_a_checkpoint_goes_on_in_another_layout(place, trained):
     """
     for name, (ranks, parallel) in _SAVED.items():
         run_ranks(ranks, [_job(place, "endprompt", f"saved/{name}", parallel, steps=5)])
-    targets = {(saved, resumed): _RESUMED[resumed] for saved in _SAVED for resumed in _RESUMED}
+    targets = {
+        (saved, resumed): _RESUMED[resumed]
+        for saved in _SAVED
+        for resumed in (["TP1"] if saved in _RESUMED_ALONE else _RESUMED)
+    }
     targets |= {(saved, saved): _SAVED[saved] for saved in _SAVED}
     for saved, resumed in targets:
         shutil.copytree(place / "saved" / saved, place / "resumed" / saved / resumed)

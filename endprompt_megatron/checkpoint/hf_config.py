@@ -1,9 +1,11 @@
 """config.json of a Hugging Face model: read into the numbers of an architecture, refused where a field means maths that the Megatron
-model does not do, and written for the extended model. Standard library only."""
+model does not do, and written for the converted or extended model. The families are a table. Standard library only."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,63 @@ from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.rope.scaling import RopeScaling
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 
-# Fields whose other values change the maths: name -> values that are understood. A field that is absent means the first.
-_UNDERSTOOD: dict[str, tuple[Any, ...]] = {
+@dataclass(frozen=True)
+class Family:
+    """Models that share an architecture of transformers.
+
+    Attributes:
+        architecture: its name in config.json.
+        models: whose they are.
+        understood: field that changes the maths -> values that are understood, beside those of every family; others are refused.
+        absent: field -> what transformers takes where config.json lacks it, if that is not the first understood value.
+        head_dim: (config) -> dimensions of a head where config.json has no head_dim.
+        qkv_bias, qk_norm: of ModelArchitecture.
+    """
+
+    architecture: str
+    models: str
+    understood: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    absent: dict[str, Any] = field(default_factory=dict)
+    head_dim: Callable[[dict[str, Any]], int] = lambda config: int(config["hidden_size"]) // int(config["num_attention_heads"])
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+_EVERYWHERE: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
-    "attention_bias": (False, None),
+    "partial_rotary_factor": (1.0, 1, None),
+    "quantization_config": (None,),
+    "attention_bias": (False, None),  # as a flag it also means the output projection
     "mlp_bias": (False, None),
-    "sliding_window": (None,),
     "pretraining_tp": (1, None),
-    "partial_rotary_factor": (1.0, None),
 }
+_QWEN = {"use_sliding_window": (False, None)}  # sliding_window and max_window_layers mean nothing then
+
+FAMILIES: dict[str, Family] = {
+    family.architecture: family
+    for family in (
+        Family("LlamaForCausalLM", "Llama 2, 3, 3.1, 3.2, 3.3, SmolLM2"),
+        Family("MistralForCausalLM", "Mistral v0.2 and later", {"sliding_window": (None,)}, absent={"sliding_window": 4096}),
+        Family("Qwen2ForCausalLM", "Qwen2, Qwen2.5", _QWEN, qkv_bias=True),
+        Family("Qwen3ForCausalLM", "Qwen3", _QWEN, head_dim=lambda config: 128, qk_norm=True),
+    )
+}
+
+_SHAPE_FIELDS = {
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
+    "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
+}  # fmt: skip
+_ROPE_FIELDS = {"rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"}
+# fields that say nothing about the forward pass: training, generation, how a file was written
+_HARMLESS = {
+    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range", "attention_dropout",
+    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id", "return_dict",
+    "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "torchscript", "problem_type", "id2label", "label2id", "name_or_path",
+    "task_specific_params", "transformers.js_config", "is_llama_config", "tokenizer_class", "rope_interleaved", "max_window_layers",
+    "finetuning_task", "prefix", "attn_implementation", "neftune_noise_alpha", "is_encoder_decoder",
+}  # fmt: skip
+_LAYERS = {"full_attention"}
 
 
 def read_hf_config(hf_path: Path) -> dict[str, Any]:
@@ -44,36 +92,33 @@ def read_hf_config(hf_path: Path) -> dict[str, Any]:
 
 
 def architecture_from_hf(config: dict[str, Any]) -> ModelArchitecture:
-    """The numbers of a Llama-family config.json.
+    """The numbers of a config.json, if its family is in the table.
 
     Raises:
-        CheckpointError: another architecture, a missing field, or a value that changes the maths.
+        CheckpointError: another architecture, a missing field, or a field that changes the maths in a way that is not supported.
     """
     found = config.get("architectures") or ["(none named)"]
-    if found[0] not in SUPPORTED_ARCHITECTURES:
-        raise CheckpointError(
-            f"config.json names the architecture {found[0]}: supported are {', '.join(SUPPORTED_ARCHITECTURES)}."
-        )
-    for name, understood in _UNDERSTOOD.items():
-        if name in config and config[name] not in understood:
-            raise CheckpointError(
-                f"config.json has {name}={config[name]!r}, which changes the maths: only {understood[0]!r} is supported."
-            )
+    if found[0] not in FAMILIES:
+        known = "; ".join(f"{name} ({family.models})" for name, family in FAMILIES.items())
+        raise CheckpointError(f"config.json names the architecture {found[0]}: supported are {known}.")
+    family = FAMILIES[found[0]]
+    _refuse_other_maths(config, family)
     try:
         heads = int(config["num_attention_heads"])
-        hidden_size = int(config["hidden_size"])
         architecture = ModelArchitecture(
             num_layers=int(config["num_hidden_layers"]),
-            hidden_size=hidden_size,
+            hidden_size=int(config["hidden_size"]),
             ffn_hidden_size=int(config["intermediate_size"]),
             num_attention_heads=heads,
-            num_query_groups=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden_size // heads),
+            num_query_groups=_key_value_heads(config, family, heads),
+            head_dim=int(config.get("head_dim") or family.head_dim(config)),
             vocab_size=int(config["vocab_size"]),
             max_position_embeddings=int(config["max_position_embeddings"]),
             rope_theta=0.0,
             norm_epsilon=float(config["rms_norm_eps"]),
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=family.qkv_bias,
+            qk_norm=family.qk_norm,
         )
     except KeyError as error:
         raise CheckpointError(f"config.json lacks {error}: copy it again from the model.") from error
@@ -81,8 +126,45 @@ def architecture_from_hf(config: dict[str, Any]) -> ModelArchitecture:
     return ModelArchitecture(**{**architecture.__dict__, "rope_theta": rope.rope_theta})
 
 
+def rope_from_hf(config: dict[str, Any]) -> RopeScaling:
+    """The frequencies that a config.json describes.
+
+    Raises:
+        CheckpointError: as architecture_from_hf.
+    """
+    return RopeScaling.from_hf(config, head_dim=architecture_from_hf(config).head_dim)
+
+
+def _key_value_heads(config: dict[str, Any], family: Family, heads: int) -> int:
+    if "num_key_value_heads" not in config and family.architecture != "LlamaForCausalLM":
+        raise KeyError("num_key_value_heads")  # transformers takes a number of its own there
+    return int(config.get("num_key_value_heads") or heads)
+
+
+def _refuse_other_maths(config: dict[str, Any], family: Family) -> None:
+    understood = {**_EVERYWHERE, **family.understood}
+    for name, values in understood.items():
+        value = config.get(name, family.absent.get(name, values[0]))
+        if value not in values:
+            taken = "" if name in config else f" (config.json lacks it, and transformers takes {value!r})"
+            raise CheckpointError(
+                f"config.json has {name}={value!r}{taken}, which changes the maths: only {values[0]!r} is supported for {family.architecture}."
+            )
+    other_layers = sorted(set(config.get("layer_types") or ()) - _LAYERS)
+    if other_layers:
+        raise CheckpointError(f"config.json has layers of type {other_layers[0]!r} in layer_types: only full_attention is supported.")
+    known = _SHAPE_FIELDS | _ROPE_FIELDS | _HARMLESS | understood.keys() | {"layer_types", "sliding_window"}
+    for name, value in config.items():
+        if name in known or name.startswith(("_", "unsloth_")) or value is None or value is False:
+            continue
+        raise CheckpointError(
+            f"config.json has {name}={value!r}, a field that is not known here for {family.architecture} and may change the maths. If you know "
+            f"that it changes nothing, delete it from a copy of config.json."
+        )
+
+
 def extended_hf_config(base: dict[str, Any], rope: RopeScaling, *, target_context_length: int, dtype: str) -> dict[str, Any]:
-    """config.json of the extended model: the base's, with its window and its RoPE fields replaced.
+    """config.json of the exported model: the base's, with its window and its RoPE fields replaced.
 
     `rope_parameters` of transformers 5 is dropped: 4.57 ignores it silently, and 5.x reads the top-level fields.
 

@@ -159,7 +159,7 @@ def _refuse_leftovers(reader: SafetensorsReader, every: list[Binding], architect
     ]
     if leftovers:
         raise CheckpointError(
-            f"{reader.hf_path}: {len(leftovers)} tensors have no place in a Llama-type model of {architecture.num_layers} layers, "
+            f"{reader.hf_path}: {len(leftovers)} tensors have no place in this model of {architecture.num_layers} layers, "
             f"e.g. {leftovers[0]}. Weights and config.json do not belong together, or the architecture is another."
         )
 

@@ -45,6 +45,10 @@ def _read_whole(arch, names, rows, columns, rank, size):
     return rows(names[0], 0, arch.hidden_size)
 
 
+def _read_head(arch, names, rows, columns, rank, size):
+    return rows(names[0], 0, arch.head_dim)
+
+
 def _read_vocabulary(arch, names, rows, columns, rank, size):
     """[v / t, h], rows past the real vocabulary are zero."""
     first, last = _share(arch.padded_vocab_size(size), rank, size)
@@ -54,7 +58,7 @@ def _read_vocabulary(arch, names, rows, columns, rank, size):
 
 
 def _read_qkv(arch, names, rows, columns, rank, size):
-    """[(q + 2k) / t, h]: for each key/value group its query heads, its key head, its value head."""
+    """[(q + 2k) / t, h], or [(q + 2k) / t] of the biases: for each key/value group its query heads, its key head, its value head."""
     first, last = _share(arch.num_query_groups, rank, size)
     groups = last - first
     per_group = arch.num_attention_heads // arch.num_query_groups
@@ -62,7 +66,8 @@ def _read_qkv(arch, names, rows, columns, rank, size):
     query = rows(names[0], first * per_group * dim, last * per_group * dim).reshape(groups, per_group * dim, -1)
     key = rows(names[1], first * dim, last * dim).reshape(groups, dim, -1)
     value = rows(names[2], first * dim, last * dim).reshape(groups, dim, -1)
-    return torch.cat([query, key, value], dim=1).reshape(groups * (per_group + 2) * dim, -1)
+    joined = torch.cat([query, key, value], dim=1).reshape(groups * (per_group + 2) * dim, -1)
+    return joined.squeeze(1) if names[0].endswith(".bias") else joined
 
 
 def _read_gate_up(arch, names, rows, columns, rank, size):
@@ -91,9 +96,9 @@ def _join_qkv(arch, shards):
     per_group = arch.num_attention_heads // arch.num_query_groups
     dim = arch.head_dim
     whole = torch.cat(shards)
-    grouped = whole.reshape(arch.num_query_groups, (per_group + 2) * dim, -1)
-    query, key, value = grouped.split([per_group * dim, dim, dim], dim=1)
-    return [part.reshape(-1, whole.shape[-1]) for part in (query, key, value)]
+    grouped = whole.reshape(arch.num_query_groups, (per_group + 2) * dim, *whole.shape[1:])
+    parts = grouped.split([per_group * dim, dim, dim], dim=1)
+    return [part.reshape(-1, *whole.shape[1:]) for part in parts]
 
 
 def _join_gate_up(arch, shards):
@@ -106,6 +111,7 @@ def _join_columns(arch, shards):
 
 
 _WHOLE = Layout(None, _read_whole, _join_whole, lambda arch: [(arch.hidden_size,)])
+_HEAD = Layout(None, _read_head, _join_whole, lambda arch: [(arch.head_dim,)])
 _VOCABULARY = Layout(0, _read_vocabulary, _join_vocabulary, lambda arch: [(arch.vocab_size, arch.hidden_size)])
 _QKV = Layout(
     0,
@@ -115,6 +121,7 @@ _QKV = Layout(
         (heads * arch.head_dim, arch.hidden_size) for heads in (arch.num_attention_heads, arch.num_query_groups, arch.num_query_groups)
     ],
 )
+_QKV_BIAS = Layout(0, _read_qkv, _join_qkv, lambda arch: [shape[:1] for shape in _QKV.shapes(arch)])
 _GATE_UP = Layout(0, _read_gate_up, _join_gate_up, lambda arch: [(arch.ffn_hidden_size, arch.hidden_size)] * 2)
 _ATTENTION_OUTPUT = Layout(
     1, _read_attention_output, _join_columns, lambda arch: [(arch.hidden_size, arch.num_attention_heads * arch.head_dim)]
@@ -130,13 +137,13 @@ class Rule:
         megatron: its name; {layer} is the layer's number in the whole model, from 0.
         hugging_face: the tensors it is made of, in the order of the layout.
         layout: how it is cut and joined.
-        when_tied: whether it exists although the embeddings are tied.
+        exists: (architecture) -> whether the model has it.
     """
 
     megatron: str
     hugging_face: tuple[str, ...]
     layout: Layout
-    when_tied: bool = True
+    exists: Callable[[ModelArchitecture], bool] = lambda arch: True
 
 
 RULES: tuple[Rule, ...] = (
@@ -151,6 +158,28 @@ RULES: tuple[Rule, ...] = (
         ),
         _QKV,
     ),
+    Rule(
+        "decoder.layers.{layer}.self_attention.linear_qkv.bias",
+        (
+            "model.layers.{layer}.self_attn.q_proj.bias",
+            "model.layers.{layer}.self_attn.k_proj.bias",
+            "model.layers.{layer}.self_attn.v_proj.bias",
+        ),
+        _QKV_BIAS,
+        lambda arch: arch.qkv_bias,
+    ),
+    Rule(
+        "decoder.layers.{layer}.self_attention.q_layernorm.weight",
+        ("model.layers.{layer}.self_attn.q_norm.weight",),
+        _HEAD,
+        lambda arch: arch.qk_norm,
+    ),
+    Rule(
+        "decoder.layers.{layer}.self_attention.k_layernorm.weight",
+        ("model.layers.{layer}.self_attn.k_norm.weight",),
+        _HEAD,
+        lambda arch: arch.qk_norm,
+    ),
     Rule("decoder.layers.{layer}.self_attention.linear_proj.weight", ("model.layers.{layer}.self_attn.o_proj.weight",), _ATTENTION_OUTPUT),
     Rule("decoder.layers.{layer}.pre_mlp_layernorm.weight", ("model.layers.{layer}.post_attention_layernorm.weight",), _WHOLE),
     Rule(
@@ -160,7 +189,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule("decoder.layers.{layer}.mlp.linear_fc2.weight", ("model.layers.{layer}.mlp.down_proj.weight",), _DOWN),
     Rule("decoder.final_layernorm.weight", ("model.norm.weight",), _WHOLE),
-    Rule("output_layer.weight", ("lm_head.weight",), _VOCABULARY, when_tied=False),
+    Rule("output_layer.weight", ("lm_head.weight",), _VOCABULARY, lambda arch: not arch.tied_embeddings),
 )
 
 
@@ -175,17 +204,16 @@ class Binding:
 
 def bindings(architecture: ModelArchitecture) -> Iterator[Binding]:
     """Every parameter of the whole model, in the order of the file on disk: embedding, layers, norm, output."""
-    per_layer = [rule for rule in RULES if "{layer}" in rule.megatron]
-    first_of_layers = RULES.index(per_layer[0])
-    for index, rule in enumerate(RULES):
-        if rule in per_layer:
-            if index != first_of_layers:
-                continue
-            for layer in range(architecture.num_layers):
-                for layer_rule in per_layer:
-                    yield _bind(layer_rule, layer)
-        elif rule.when_tied or not architecture.tied_embeddings:
-            yield _bind(rule, None)
+    rules = [rule for rule in RULES if rule.exists(architecture)]
+    is_per_layer = ["{layer}" in rule.megatron for rule in rules]
+    first, past = is_per_layer.index(True), len(rules) - is_per_layer[::-1].index(True)
+    for rule in rules[:first]:
+        yield _bind(rule, None)
+    for layer in range(architecture.num_layers):
+        for rule in rules[first:past]:
+            yield _bind(rule, layer)
+    for rule in rules[past:]:
+        yield _bind(rule, None)
 
 
 def _bind(rule: Rule, layer: int | None) -> Binding:

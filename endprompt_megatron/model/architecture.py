@@ -18,6 +18,8 @@ class ModelArchitecture:
         rope_theta: base of the rotary frequencies.
         norm_epsilon: of RMSNorm.
         tied_embeddings: whether the output layer is the embedding.
+        qkv_bias: whether query, key and value projections add a bias (Qwen2).
+        qk_norm: whether each head of query and key is normalised before it is rotated (Qwen3).
     """
 
     num_layers: int
@@ -31,6 +33,8 @@ class ModelArchitecture:
     rope_theta: float
     norm_epsilon: float
     tied_embeddings: bool
+    qkv_bias: bool = False
+    qk_norm: bool = False
 
     def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
         """Rows of the embedding: the vocabulary rounded up so that each rank's share is a multiple of 128."""

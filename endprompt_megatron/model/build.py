@@ -49,6 +49,8 @@ def transformer_config(architecture: ModelArchitecture, *, parallel: ParallelCon
         activation_func=F.silu,
         gated_linear_unit=True,
         add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         # every weight is loaded; Megatron's initialisation still runs, because it marks which parameters are tensor-parallel, and the

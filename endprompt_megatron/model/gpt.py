@@ -15,6 +15,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from endprompt_megatron.mcore.rope_concentration import rope_concentrations, set_rope_concentration
 from endprompt_megatron.model.cross_entropy import sliced_cross_entropy
 from endprompt_megatron.rope.embedding import PositionRotaryEmbedding
 from endprompt_megatron.rope.scaling import RopeScaling
@@ -46,7 +47,13 @@ class EndPromptGPTModel(GPTModel):
             config, transformer_layer_spec, vocab_size, max_sequence_length, position_embedding_type="rope", **kwargs
         )
         self.rotary_pos_emb = PositionRotaryEmbedding(rope)
+        self.set_rope(rope)
         self.num_real_tokens = num_real_tokens
+
+    def set_rope(self, rope: RopeScaling) -> None:
+        """Use the frequencies and the attention factor of `rope` from the next forward pass on (e.g. the base's own, to evaluate it)."""
+        self.rotary_pos_emb.set_scaling(rope)
+        set_rope_concentration(self, rope.attention_factor)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """As GPTModel.forward, with every token rotated to its entry of position_ids.
@@ -110,3 +117,6 @@ class EndPromptGPTModel(GPTModel):
                 f"rotary frequency {worst} is {found[worst]:.9g}, the configuration ({rope.type}, theta {rope.rope_theta:g}, factor "
                 f"{rope.factor:g}) says {expected[worst]:.9g}"
             )
+        wrong = [value for value in rope_concentrations(self) if abs(value - rope.attention_factor) > 1e-12]
+        if wrong:
+            raise AssertionError(f"attention multiplies cosine and sine with {wrong[0]}, the configuration says {rope.attention_factor}")

@@ -48,10 +48,10 @@ class _RMSNormFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
         hidden_states, weight, scale = ctx.saved_tensors
         size = weight.shape[0]
-        normalized = (hidden_states.float() * scale).view(-1, size)
+        normalized = (hidden_states.float() * scale).reshape(-1, size)
         grad = grad_output.float().reshape(-1, size)
         weight_share = grad * normalized
         grad_weight = weight_share.sum(0)
         row_mean = torch.mv(weight_share, weight.float()).div_(size).unsqueeze_(1)
-        grad_input = torch.mul(grad, weight).addcmul_(normalized, row_mean, value=-1).mul_(scale.view(-1, 1))
+        grad_input = torch.mul(grad, weight).addcmul_(normalized, row_mean, value=-1).mul_(scale.reshape(-1, 1))
         return grad_input.view(hidden_states.shape).to(hidden_states.dtype), grad_weight.to(weight.dtype), None

@@ -20,7 +20,8 @@ class PositionRotaryEmbedding(RotaryEmbedding):
     """Rotary angles of the positions that `at(position_ids)` announced, in float32.
 
     Args:
-        scaling: makes the frequencies; can be replaced by `set_scaling` (evaluation of the base with its own RoPE).
+        scaling: makes the frequencies; can be replaced by `set_scaling`. Its attention factor is the business of the model
+            (EndPromptGPTModel.set_rope): angles cannot carry it.
     """
 
     def __init__(self, scaling: RopeScaling):
@@ -32,8 +33,6 @@ class PositionRotaryEmbedding(RotaryEmbedding):
 
     def set_scaling(self, scaling: RopeScaling) -> None:
         """Use the frequencies of `scaling` from the next forward pass on."""
-        if scaling.attention_factor != 1.0:
-            raise AssertionError("attention_factor other than 1 is not applied by this module yet")
         self.scaling = scaling
         self.inv_freq = torch.from_numpy(scaling.inv_freq())
 

@@ -3,6 +3,7 @@ numbers for theory, so that these cannot differ. Plain numbers in, numpy out."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,17 @@ from endprompt_megatron.errors import CheckpointError, ConfigError
 
 FloatArray = npt.NDArray[np.float32]
 
-_HF_TYPE = {"none": "default", "pi": "linear"}
+_HF_TYPE = {"none": "default", "pi": "linear", "yarn": "yarn", "llama3": "llama3"}
 SCALING_TYPES = tuple(_HF_TYPE)
+_NEEDS_ORIGINAL = ("yarn", "llama3")
+# keys of transformers' rope_scaling that from_hf understands, by type; another key would change the frequencies unseen
+_COMMON_KEYS = {"rope_type", "type", "rope_theta"}
+_HF_KEYS = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow", "original_max_position_embeddings", "truncate", "finetuned"},
+}
 
 
 @dataclass(frozen=True)
@@ -22,32 +32,59 @@ class RopeScaling:
     """Rotary frequencies and how they are stretched.
 
     Attributes:
-        type: `none` (the model's own) or `pi` (position interpolation: positions are divided by `factor`).
+        type: `none` (the model's own), `pi` (position interpolation: every frequency is divided by `factor`), `yarn` (low frequencies are
+            divided, high ones kept, and attention is sharpened), `llama3` (as Llama 3.1: low frequencies divided, high ones kept).
         rope_theta: the base of the frequencies.
         head_dim: d, dimensions of one head that are rotated (all of them); even.
-        factor: s = target_context_length / original_context_length; 1.0 for `none`.
-    Source: EndPrompt (arXiv 2605.14589), eq. 6; position interpolation (arXiv 2306.15595).
+        factor: s, how far positions are stretched; 1.0 for `none`.
+        original_context_length: window before the stretch, in positions; `yarn` and `llama3` cut their frequency bands by it.
+        low_freq_factor, high_freq_factor: `llama3`: wavelengths above original / low are divided, below original / high kept.
+        beta_fast, beta_slow: `yarn`: rotations over the original window above which a frequency is kept, below which it is divided.
+        truncate: `yarn`: whether the ends of the band between are rounded outwards to whole dimensions.
+        explicit_attention_factor: `yarn`: instead of 0.1 ln(factor) + 1.
+    Source: position interpolation (arXiv 2306.15595), which EndPrompt uses (arXiv 2605.14589, eq. 6); YaRN (arXiv 2309.00071); the
+    frequencies of Llama 3.1 as transformers computes them.
     """
 
     type: str
     rope_theta: float
     head_dim: int
     factor: float = 1.0
+    original_context_length: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    explicit_attention_factor: float | None = None
 
     def __post_init__(self) -> None:
         if self.type not in SCALING_TYPES:
             raise ConfigError(f"rope.type={self.type}: choose one of {', '.join(SCALING_TYPES)}.")
         if self.type == "none" and self.factor != 1.0:
             raise ConfigError(f"rope.factor={self.factor} with rope.type=none: it must be 1.0. Set rope.type=pi to stretch.")
-        if self.factor < 1.0:
-            raise ConfigError(f"rope.factor={self.factor}: a window is stretched by a factor >= 1.")
+        if not (self.factor >= 1.0 and math.isfinite(self.factor)):
+            raise ConfigError(f"rope.factor={self.factor}: a window is stretched by a finite factor >= 1.")
         if self.head_dim < 2 or self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim}: rotary embedding needs an even, positive number of dimensions.")
+        if self.type in _NEEDS_ORIGINAL and not (self.original_context_length or 0) > 0:
+            raise ConfigError(
+                f"rope.original_context_length={self.original_context_length} with rope.type={self.type}: must be the window before the "
+                f"stretch, in positions."
+            )
+        if self.type == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ConfigError(
+                f"low_freq_factor={self.low_freq_factor}, high_freq_factor={self.high_freq_factor}: 0 < low < high is needed (Llama 3.1: 1, 4)."
+            )
 
     @property
     def attention_factor(self) -> float:
-        """What cosine and sine are multiplied with; 1.0 unless a scaling says otherwise."""
-        return 1.0
+        """What cosine and sine are multiplied with; 1.0 unless the scaling is `yarn`."""
+        if self.type != "yarn":
+            return 1.0
+        if self.explicit_attention_factor is not None:
+            return float(self.explicit_attention_factor)
+        return 0.1 * math.log(self.factor) + 1.0
 
     def inv_freq(self) -> FloatArray:
         """Angular frequencies in radians a position, float32 [head_dim / 2], highest first.
@@ -59,7 +96,51 @@ class RopeScaling:
         # rounded once from float64: equals torch's float32 power but for a last bit in a few hundred (tests/unit/rope)
         power = np.power(np.float64(self.rope_theta), exponent.astype(np.float64)).astype(np.float32)
         own = np.float32(1.0) / power
+        if self.type == "yarn":
+            kept = np.float32(1.0) - self._yarn_ramp()
+            divided = np.float32(1.0) / (np.float32(self.factor) * power)
+            return (divided * (np.float32(1.0) - kept) + own * kept).astype(np.float32)
+        if self.type == "llama3":
+            return self._llama3(own)
         return (own / np.float32(self.factor)).astype(np.float32)
+
+    def stretched(self, factor: float) -> RopeScaling:
+        """These frequencies, all divided by a further `factor`.
+
+        Raises:
+            ConfigError: the result is none of the types that config.json can name.
+        """
+        if self.type not in ("none", "pi"):
+            raise ConfigError(
+                f"the base's RoPE scaling of type {self.type} (factor {self.factor:g}) cannot be multiplied by another factor: no rope_type of "
+                f"config.json means both. Set rope.existing_scaling=replace to start from the unscaled frequencies."
+            )
+        return RopeScaling("pi", self.rope_theta, self.head_dim, factor=self.factor * factor)
+
+    def _yarn_ramp(self) -> FloatArray:
+        """0 where a frequency is kept, 1 where it is divided, [head_dim / 2]."""
+
+        def dimension_of(rotations: float) -> float:
+            per_rotation = self.original_context_length / (rotations * 2 * math.pi)
+            return self.head_dim * math.log(per_rotation) / (2 * math.log(self.rope_theta))
+
+        low, high = dimension_of(self.beta_fast), dimension_of(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.head_dim - 1)
+        if low == high:
+            high += 0.001
+        rising = (np.arange(self.head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+        return np.clip(rising, 0, 1).astype(np.float32)
+
+    def _llama3(self, own: FloatArray) -> FloatArray:
+        original, factor = self.original_context_length, np.float32(self.factor)
+        wavelength = np.float32(2 * math.pi) / own
+        divided = np.where(wavelength > np.float32(original / self.low_freq_factor), own / factor, own)
+        smooth = (np.float32(original) / wavelength - np.float32(self.low_freq_factor)) / np.float32(self.high_freq_factor - self.low_freq_factor)
+        between = (np.float32(1.0) - smooth) * divided / factor + smooth * divided
+        is_between = (wavelength >= np.float32(original / self.high_freq_factor)) & (wavelength <= np.float32(original / self.low_freq_factor))
+        return np.where(is_between, between, divided).astype(np.float32)
 
     def to_hf(self) -> dict[str, Any]:
         """The RoPE fields of config.json: top-level `rope_theta`, and `rope_scaling` (None for `none`).
@@ -67,10 +148,17 @@ class RopeScaling:
         Top level and both spellings of the type, because a config that holds only `rope_parameters` is read by transformers 4.57 as
         theta 10000 without scaling.
         """
-        scaling = None
+        scaling: dict[str, Any] | None = None
         if self.type != "none":
             hf_type = _HF_TYPE[self.type]
             scaling = {"rope_type": hf_type, "type": hf_type, "factor": float(self.factor)}
+        if self.type in _NEEDS_ORIGINAL:
+            scaling["original_max_position_embeddings"] = int(self.original_context_length)
+        if self.type == "llama3":
+            scaling |= {"low_freq_factor": float(self.low_freq_factor), "high_freq_factor": float(self.high_freq_factor)}
+        if self.type == "yarn":
+            scaling |= {"beta_fast": float(self.beta_fast), "beta_slow": float(self.beta_slow), "attention_factor": self.attention_factor}
+            scaling |= {} if self.truncate else {"truncate": False}
         return {"rope_theta": _as_int_if_whole(self.rope_theta), "rope_scaling": scaling}
 
     @staticmethod
@@ -81,22 +169,57 @@ class RopeScaling:
             config: the parsed config.json.
             head_dim: d of the model.
         Raises:
-            CheckpointError: a RoPE type that is not supported.
+            CheckpointError: a RoPE type or a key of it that is not supported, or two descriptions that contradict each other.
         """
-        parameters = config.get("rope_parameters") or {}
-        scaling = config.get("rope_scaling") or parameters
-        theta = float(config.get("rope_theta", parameters.get("rope_theta", scaling.get("rope_theta", 10000.0))))
+        new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+        if new and old and any(new.get(key) != value for key, value in old.items() if key not in ("type", "rope_type")):
+            raise CheckpointError(
+                f"config.json describes its RoPE twice and differently: rope_scaling={old}, rope_parameters={new}. Keep the right one."
+            )
+        scaling = old or new
+        theta = float(config.get("rope_theta", new.get("rope_theta", scaling.get("rope_theta", 10000.0))))
         hf_type = scaling.get("rope_type", scaling.get("type", "default"))
+        if hf_type not in _HF_KEYS:
+            raise CheckpointError(
+                f"config.json has RoPE scaling of type '{hf_type}': supported are {', '.join(_HF_KEYS)}. Start from the model's unscaled "
+                f"base, or remove rope_scaling from a copy of the config if you mean to drop it."
+            )
+        strange = sorted(key for key in scaling.keys() - _HF_KEYS[hf_type] - _COMMON_KEYS if not _means_nothing(key, scaling[key]))
+        if strange and hf_type != "default":
+            raise CheckpointError(
+                f"config.json has {strange[0]}={scaling[strange[0]]!r} in its RoPE scaling of type '{hf_type}', which is not understood: "
+                f"supported are {', '.join(sorted(_HF_KEYS[hf_type]))}."
+            )
+        if "partial_rotary_factor" in strange:
+            raise CheckpointError(f"config.json has partial_rotary_factor={scaling['partial_rotary_factor']!r}: only 1.0 is supported.")
         if hf_type == "default":
             return RopeScaling("none", theta, head_dim)
-        if hf_type == "linear" and "factor" not in scaling:
-            raise CheckpointError("config.json has linear RoPE scaling without a factor: copy it again from the model.")
+        needed = {"factor"} | ({"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"} if hf_type == "llama3" else set())
+        for key in sorted(needed):
+            if scaling.get(key) is None:
+                raise CheckpointError(f"config.json has {hf_type} RoPE scaling without {key}: copy it again from the model.")
+        factor = float(scaling["factor"])
         if hf_type == "linear":
-            return RopeScaling("pi", theta, head_dim, factor=float(scaling["factor"]))
-        raise CheckpointError(
-            f"config.json has RoPE scaling of type '{hf_type}': supported are default and linear. Start from the model's unscaled "
-            f"base, or remove rope_scaling from a copy of the config if you mean to drop it."
+            return RopeScaling("pi", theta, head_dim, factor=factor)
+        original = int(scaling.get("original_max_position_embeddings") or config["max_position_embeddings"])
+        if hf_type == "llama3":
+            bands = {key: float(scaling[key]) for key in ("low_freq_factor", "high_freq_factor")}
+            return RopeScaling("llama3", theta, head_dim, factor=factor, original_context_length=original, **bands)
+        return RopeScaling(
+            "yarn",
+            theta,
+            head_dim,
+            factor=factor,
+            original_context_length=original,
+            beta_fast=float(scaling.get("beta_fast") or 32),
+            beta_slow=float(scaling.get("beta_slow") or 1),
+            truncate=bool(scaling.get("truncate", True)),
+            explicit_attention_factor=scaling.get("attention_factor"),
         )
+
+
+def _means_nothing(key: str, value: Any) -> bool:
+    return value is None or (key == "partial_rotary_factor" and value == 1.0)
 
 
 def _as_int_if_whole(value: float) -> float | int:

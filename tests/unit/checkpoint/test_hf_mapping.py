@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from endprompt_megatron.checkpoint.hf_mapping import RULES, Binding, bindings
+from endprompt_megatron.checkpoint.hf_mapping import Binding, bindings
 from endprompt_megatron.model.architecture import ModelArchitecture
 from tests.support.tiny import architecture_of, load_model
 
@@ -149,4 +149,3 @@ def test_order_is_embedding_layers_norm_output():
     layers = [name for name in names if "decoder.layers" in name]
     assert names == ["embedding.word_embeddings.weight", *layers, "decoder.final_layernorm.weight", "output_layer.weight"]
     assert [int(name.split(".")[2]) for name in layers] == [0] * 6 + [1] * 6
-    assert len(RULES) == 9

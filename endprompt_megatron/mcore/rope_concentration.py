@@ -1,0 +1,29 @@
+"""What Megatron's attention multiplies cosine and sine with (YaRN's attention factor). 0.16 derives it from the config at every call,
+later versions once for each attention layer; here it can be set, and set again. Stands in for a setter that megatron/core/transformer/
+attention.py (0.16-0.19) lacks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
+from megatron.core.transformer.attention import Attention
+
+
+def set_rope_concentration(model: torch.nn.Module, factor: float) -> None:
+    """Let every attention layer of `model` multiply cosine and sine with `factor` from the next forward pass on."""
+    if factor != 1.0 or hasattr(model.config, "yarn_rotary_scaling_factor"):
+        model.config.yarn_rotary_scaling_factor = math.exp((factor - 1.0) * 10.0)  # upstream: 0.1 ln(scaling factor) + 1
+    for module in model.modules():
+        if isinstance(module, Attention) and hasattr(module, "_yarn_concentration_factor"):
+            module._yarn_concentration_factor = factor
+
+
+def rope_concentrations(model: torch.nn.Module) -> set[float]:
+    """The factors in force, one for each way in which the layers of `model` differ; empty without attention layers."""
+    return {
+        getattr(module, "_yarn_concentration_factor", None) or _yarn_get_concentration_factor_from_config(module.config)
+        for module in model.modules()
+        if isinstance(module, Attention)
+    }

@@ -12,6 +12,7 @@ from endprompt_megatron.errors import ConfigError
 
 if TYPE_CHECKING:  # plain numbers only: config imports nothing but errors
     from endprompt_megatron.model.architecture import ModelArchitecture
+    from endprompt_megatron.rope.scaling import RopeScaling
 
 # Optional[...] and not `X | None` below: OmegaConf's structured configs read these annotations.
 
@@ -62,13 +63,17 @@ class RopeConfig:
         type: none | pi.
         factor: s; must equal target_context_length / original_context_length.
         target_context_length: L, positions of the extended window.
-        original_context_length: native window; null means max_position_embeddings of the base.
+        original_context_length: window that `factor` counts from; null means the base's own (max_position_embeddings, or with
+            existing_scaling=replace the window before that scaling).
+        existing_scaling: what happens to RoPE scaling that the base has already (Llama-3.1, YaRN); must be chosen there, null elsewhere.
+            replace: dropped; training starts from the unscaled frequencies. multiply: kept and stretched further; linear scaling only.
     """
 
     type: str = "pi"
     factor: float = "???"  # type: ignore[assignment]
     target_context_length: int = "???"  # type: ignore[assignment]
     original_context_length: Optional[int] = None
+    existing_scaling: Optional[str] = None
 
 
 @dataclass
@@ -293,7 +298,13 @@ class RunConfig:
         return self.trainer.global_batch_size // (self.trainer.micro_batch_size * self.data_parallel_size(world_size))
 
     def validate(
-        self, *, world_size: int, architecture: ModelArchitecture, schemes: tuple[str, ...], prompt_lengths: list[int] | None = None
+        self,
+        *,
+        world_size: int,
+        architecture: ModelArchitecture,
+        schemes: tuple[str, ...],
+        prompt_lengths: list[int] | None = None,
+        base_rope: RopeScaling | None = None,
     ) -> None:
         """Check every rule at once.
 
@@ -302,11 +313,12 @@ class RunConfig:
             architecture: of the base model.
             schemes: names of the registered position schemes.
             prompt_lengths: b of each end prompt of the cue set, once the tokenizer is at hand.
+            base_rope: frequencies of the base model; None for unscaled ones.
         Raises:
             ConfigError: with every problem found.
         """
         problems = find_problems(
-            self, world_size=world_size, architecture=architecture, schemes=schemes, prompt_lengths=prompt_lengths
+            self, world_size=world_size, architecture=architecture, schemes=schemes, prompt_lengths=prompt_lengths, base_rope=base_rope
         )
         if problems:
             raise ConfigError(*problems)

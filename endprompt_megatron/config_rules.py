@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # plain numbers only: the schema imports nothing but errors and these rules
     from endprompt_megatron.config import RunConfig
     from endprompt_megatron.model.architecture import ModelArchitecture
+    from endprompt_megatron.rope.scaling import RopeScaling
 
 # Keys that may differ between the sittings of one run: how long, how often it reports, how it is cut over processes, what it does about
 # faults, how it is probed; never what is trained.
@@ -39,11 +40,18 @@ _BOUND_KEYS = ("parallel.use_distributed_optimizer",)
 
 
 def find_problems(
-    config: RunConfig, *, world_size: int, architecture: ModelArchitecture, schemes: tuple[str, ...], prompt_lengths: list[int] | None
+    config: RunConfig,
+    *,
+    world_size: int,
+    architecture: ModelArchitecture,
+    schemes: tuple[str, ...],
+    prompt_lengths: list[int] | None,
+    base_rope: RopeScaling | None,
 ) -> list[str]:
     """Every broken rule, one sentence each: the value, the rule, the way out. Arguments as RunConfig.validate."""
     return [
-        *_window_problems(config, architecture),
+        *_existing_scaling_problems(config, architecture, base_rope),
+        *_window_problems(config, _window_to_stretch(config, architecture, base_rope)),
         *_method_problems(config, schemes, prompt_lengths),
         *_layout_problems(config, world_size, architecture),
         *_number_problems(config),
@@ -77,18 +85,45 @@ def _is_free(dotted: str) -> bool:
     return dotted not in _BOUND_KEYS and any(dotted == key or dotted.startswith(key + ".") for key in _FREE_KEYS)
 
 
-def _window_problems(config: RunConfig, architecture: ModelArchitecture) -> list[str]:
+def _existing_scaling_problems(config: RunConfig, architecture: ModelArchitecture, base_rope: RopeScaling | None) -> list[str]:
+    choice, target = config.rope.existing_scaling, config.rope.target_context_length
+    if choice not in (None, "replace", "multiply"):
+        return [f"rope.existing_scaling={choice}: choose replace or multiply, or null where the base has no RoPE scaling."]
+    if base_rope is None or base_rope.type == "none":
+        return [f"rope.existing_scaling={choice}: the base has no RoPE scaling. Leave it null."] if choice else []
+    native = architecture.max_position_embeddings
+    unscaled = base_rope.unscaled_window(native)
+    replace = f"rope.existing_scaling=replace rope.factor={target / unscaled:g} drops it and starts from the unscaled window of {unscaled}"
+    multiply = f"rope.existing_scaling=multiply rope.factor={target / native:g} keeps it and stretches its window of {native} further"
+    if choice is None:
+        return [
+            f"rope.existing_scaling=null: the base's config.json stretches its window already (type {base_rope.type}, factor "
+            f"{base_rope.factor:g}). Choose: {replace}" + (f"; {multiply}." if base_rope.type == "pi" else ".")
+        ]
+    if choice == "multiply" and (base_rope.type != "pi" or config.rope.type != "pi"):
+        return [
+            f"rope.existing_scaling=multiply with rope.type={config.rope.type} on a base of type {base_rope.type}: only linear scaling can "
+            f"be multiplied, by rope.type=pi, because no rope_type of config.json means two others. {replace}."
+        ]
+    return []
+
+
+def _window_to_stretch(config: RunConfig, architecture: ModelArchitecture, base_rope: RopeScaling | None) -> int:
+    native = architecture.max_position_embeddings
+    return base_rope.unscaled_window(native) if base_rope and config.rope.existing_scaling == "replace" else native
+
+
+def _window_problems(config: RunConfig, native: int) -> list[str]:
     problems = []
     if config.rope.type not in ("none", "pi"):
         problems.append(f"rope.type={config.rope.type}: choose none or pi.")
     if not math.isfinite(config.rope.factor):
         problems.append(f"rope.factor={config.rope.factor}: must be a finite number.")
-    native = architecture.max_position_embeddings
     original = config.rope.original_context_length or native
     target, seq_length = config.rope.target_context_length, config.data.seq_length
     if original != native:
         problems.append(
-            f"rope.original_context_length={original}: the base's config.json says max_position_embeddings={native}. "
+            f"rope.original_context_length={original}: the base's window is {native}. "
             f"Leave it null to take the base's own."
         )
     if target <= native:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from endprompt_megatron import launch, preflight
-from endprompt_megatron.checkpoint.hf_export import export_hf
+from endprompt_megatron.checkpoint.hf_export import PROVENANCE_FILE, export_hf
 from endprompt_megatron.checkpoint.hf_import import load_hf_weights
 from endprompt_megatron.checkpoint.hf_sources import ensure_base_model
 from endprompt_megatron.checkpoint.hf_verify import format_findings, verify_export
+from endprompt_megatron.checkpoint.model_card import MODEL_CARD, model_card, source_version
 from endprompt_megatron.config import RunConfig
 from endprompt_megatron.data.corpora import check_corpora, corpus_texts, prepare_corpora
 from endprompt_megatron.data.dataset import TokenizerFacts, build_datasets
@@ -30,7 +31,7 @@ from endprompt_megatron.mcore import version
 from endprompt_megatron.model import backends
 from endprompt_megatron.model.build import build_model_chunks
 from endprompt_megatron.model.gpt import EndPromptGPTModel
-from endprompt_megatron.report.report import format_terminal_table, write_report
+from endprompt_megatron.report.report import format_table, format_terminal_table, write_report
 from endprompt_megatron.rope.scaling import RopeScaling
 from endprompt_megatron.training.signals import StopRequests
 from endprompt_megatron.training.trainer import Trainer, TrainingResult
@@ -85,7 +86,7 @@ def _run(config: RunConfig, stop: StopRequests) -> dict[str, Any]:
     )
     get_logger().info(f"backend {backend.name}: {backend.description}; precision {config.precision.name}")
     try:
-        run = _Run(config, base, preflight.run_rope(config, base.architecture), output_dir, runtime, backend, stop)
+        run = _Run(config, base, preflight.run_rope(config, base.rope), output_dir, runtime, backend, stop)
         return _extend(run, started)
     finally:
         mcore_runtime.shut_down()
@@ -133,12 +134,15 @@ def _extend(run: _Run, started: float) -> dict[str, Any]:
             f"launch.nproc_per_node=1 and no parallel sizes afterwards: it resumes the finished training and probes it."
         )
     chunks = _base_chunks(run)
+    if config.rope.existing_scaling:
+        get_logger().info(f"the base's own RoPE scaling ({_words(run.base.rope)}): {config.rope.existing_scaling}; now {_words(run.rope)}")
     systems: dict[str, Any] = {}
     if probes:
-        systems["base"] = _probe(run, probes, chunks, "base", "base model, untouched", rope=_native_rope(run))
-        systems["untrained"] = _probe(run, probes, chunks, "untrained", _rope_words(run) + ", no training", rope=run.rope)
-    result = _train(run, chunks, blends, run.output_dir, config)
-    export = _export(run, chunks, result, data_hashes)
+        systems["base"] = _probe(run, probes, chunks, "base", "base model, untouched", rope=run.base.rope)
+        systems["untrained"] = _probe(run, probes, chunks, "untrained", f"base with {_words(run.rope)}, no training", rope=run.rope)
+    provenance = _provenance(run, data_hashes)
+    result = _train(run, chunks, blends, run.output_dir, config, provenance)
+    export = _export(run, chunks, result, provenance)
     if probes:
         label = f"after {config.method.name}, {result.state.step} steps"
         systems["trained"] = _probe(run, probes, chunks, "trained", label, rope=run.rope, step=result.state.step)
@@ -152,7 +156,9 @@ def _extend(run: _Run, started: float) -> dict[str, Any]:
         _write_json(run.output_dir / "summary.json", summary)
         page = write_report(run.output_dir)
         if probes:
-            get_logger().info("\n" + format_terminal_table(json.loads((run.output_dir / "evaluation.json").read_text())))
+            evaluation = json.loads((run.output_dir / "evaluation.json").read_text())
+            get_logger().info("\n" + format_terminal_table(evaluation))
+            _tell_results(run, export, evaluation)
         get_logger().info(f"model {export}\nreport {page}")
     return summary
 
@@ -204,27 +210,28 @@ def _base_chunks(run: _Run) -> list[EndPromptGPTModel]:
     return chunks
 
 
-def _native_rope(run: _Run) -> RopeScaling:
-    return RopeScaling("none", run.base.architecture.rope_theta, run.base.architecture.head_dim)
-
-
-def _rope_words(run: _Run) -> str:
-    return f"base with {run.rope.type.upper()} x{run.rope.factor:g}"
+def _words(rope: RopeScaling) -> str:
+    return f"{rope.type.upper()} x{rope.factor:g}"
 
 
 def _probe(
     run: _Run, probes: Probes, chunks: list[EndPromptGPTModel], name: str, label: str, *, rope: RopeScaling, step: int | None = None
 ) -> dict[str, Any]:
     model = chunks[0]
-    model.rotary_pos_emb.set_scaling(rope)
+    model.set_rope(rope)
     cache = run.output_dir / "probes" / (f"{name}.json" if step is None else f"{name}_step_{step:07d}.json")
     found = probe_system(name, label, model, probes, device=run.runtime.device, cache=cache)
-    model.rotary_pos_emb.set_scaling(run.rope)
+    model.set_rope(run.rope)
     return found
 
 
 def _train(
-    run: _Run, chunks: list[EndPromptGPTModel], blends: tuple[Any, Any], output_dir: Path, config: RunConfig
+    run: _Run,
+    chunks: list[EndPromptGPTModel],
+    blends: tuple[Any, Any],
+    output_dir: Path,
+    config: RunConfig,
+    provenance: dict[str, Any] | None = None,
 ) -> TrainingResult:
     for chunk in chunks:
         chunk.assert_rope(run.rope)
@@ -252,6 +259,7 @@ def _train(
         validation_dataset=validation_dataset,
         output_dir=output_dir,
         stop=run.stop,
+        provenance=provenance,
     )
     return trainer.train()
 
@@ -271,7 +279,33 @@ def _train_control(run: _Run, blends: tuple[Any, Any], probes: Probes | None) ->
     return _probe(run, probes, chunks, "control", label, rope=run.rope, step=result.state.step)
 
 
-def _export(run: _Run, chunks: list[EndPromptGPTModel], result: TrainingResult, data_hashes: dict[str, str]) -> Path:
+def _provenance(run: _Run, data_hashes: dict[str, str]) -> dict[str, Any]:
+    """How the model is made: what endprompt.json and the checkpoints tell of it."""
+    config, prompts = run.config, run.base.end_prompts
+    return {
+        "method": config.method.name,
+        "position_scheme": config.method.position_scheme,
+        "end_prompts": list(prompts.texts) if prompts else [],
+        "end_prompt_lengths": prompts.lengths if prompts else [],
+        "end_prompt_loss_weight": config.method.end_prompt_loss_weight,
+        "base": config.model.name,
+        "original_context_length": run.base.architecture.max_position_embeddings,
+        "target_context_length": config.rope.target_context_length,
+        "rope_type": run.rope.type,
+        "rope_factor": run.rope.factor,
+        "seq_length": config.data.seq_length,
+        "global_batch_size": config.trainer.global_batch_size,
+        "learning_rate": config.optim.lr,
+        "precision": config.precision.name,
+        "seed": config.seed,
+        "tokenizer_sha256": run.base.tokenizer_hash,
+        "data_sha256": data_hashes,
+        "commit": source_version(),
+        "megatron_core": f"{version.megatron_core_version()}, torch {torch.__version__}",
+    }
+
+
+def _export(run: _Run, chunks: list[EndPromptGPTModel], result: TrainingResult, provenance: dict[str, Any]) -> Path:
     config = run.config
     export = export_hf(
         chunks,
@@ -282,23 +316,9 @@ def _export(run: _Run, chunks: list[EndPromptGPTModel], result: TrainingResult, 
         target_context_length=config.rope.target_context_length,
         max_shard_bytes=int(config.export.max_shard_gib * 2**30),
         provenance={
-            "method": config.method.name,
-            "position_scheme": config.method.position_scheme,
-            "end_prompts": list(run.base.end_prompts.texts) if run.base.end_prompts else [],
-            "end_prompt_lengths": run.base.end_prompts.lengths if run.base.end_prompts else [],
-            "base": config.model.name,
-            "original_context_length": run.base.architecture.max_position_embeddings,
-            "target_context_length": config.rope.target_context_length,
-            "rope_type": run.rope.type,
-            "rope_factor": run.rope.factor,
-            "seq_length": config.data.seq_length,
-            "seed": config.seed,
+            **provenance,
             "steps": result.state.step,
             "tokens": result.state.tokens,
-            "tokenizer_sha256": run.base.tokenizer_hash,
-            "data_sha256": data_hashes,
-            "megatron_core": version.megatron_core_version(),
-            "torch": torch.__version__,
             "exported_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         },
     )
@@ -312,6 +332,19 @@ def _export(run: _Run, chunks: list[EndPromptGPTModel], result: TrainingResult, 
         )
         get_logger().info(f"{export} verified with transformers\n{format_findings(findings)}")
     return export
+
+
+def _tell_results(run: _Run, export: Path, evaluation: dict[str, Any]) -> None:
+    """Put what was measured into the model card of the export."""
+    told = (
+        format_table(evaluation)
+        + "\n\nPass keys and perplexity by context length in tokens, at ordinary positions. In brackets: digits right, log-probability of the "
+        f"key in nats. The experiment `{run.config.name}` makes this table."
+    )
+    provenance = json.loads((export / PROVENANCE_FILE).read_text())
+    temporary = export / (MODEL_CARD + ".tmp")
+    temporary.write_text(model_card(provenance, base_hf_path=run.base.hf_path, results=told))
+    temporary.replace(export / MODEL_CARD)
 
 
 def _conditions(run: _Run) -> dict[str, Any]:

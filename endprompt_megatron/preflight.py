@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config
+from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config, rope_from_hf
 from endprompt_megatron.checkpoint.hf_tokenizer import hash_tokenizer, load_tokenizer
 from endprompt_megatron.config import RunConfig
 from endprompt_megatron.config_rules import resume_differences
@@ -31,6 +31,7 @@ class Base:
     Attributes:
         hf_path: its directory.
         architecture: its numbers.
+        rope: its own frequencies.
         tokenizer: of transformers.
         tokenizer_hash: identity of the tokenizer.
         end_prompts: tokenised cue set; None for schemes without one.
@@ -38,53 +39,49 @@ class Base:
 
     hf_path: Path
     architecture: ModelArchitecture
+    rope: RopeScaling
     tokenizer: Any
     tokenizer_hash: str
     end_prompts: EndPromptSet | None
 
 
-def known_architecture(config: RunConfig) -> ModelArchitecture:
-    """The base's numbers: from its directory where that is there, else from the config's model.hf_config (a dry run before the
-    download, or a model that is fetched on first use).
+def known_base(config: RunConfig) -> tuple[ModelArchitecture, RopeScaling]:
+    """The base's numbers and frequencies: from its directory where that is there, else from the config's model.hf_config (a dry run
+    before the download, or a model that is fetched on first use).
 
     Raises:
         CheckpointError: neither says enough, or the two contradict each other.
     """
     hf_path = Path(config.model.hf_path)
     if not hf_path.exists() and config.model.hf_config:
-        return architecture_from_hf(config.model.hf_config)
+        return architecture_from_hf(config.model.hf_config), rope_from_hf(config.model.hf_config)
     stored = read_hf_config(hf_path)
-    architecture = architecture_from_hf(stored)
-    existing = RopeScaling.from_hf(stored, head_dim=architecture.head_dim)
-    if existing.type != "none":
-        raise CheckpointError(
-            f"model.hf_path={hf_path}: the rope_scaling of its config.json already stretches the window ({existing.type}, "
-            f"factor {existing.factor:g}), which would be lost. Start from the model it was made of."
-        )
+    found = {**vars(architecture_from_hf(stored)), "rope scaling": rope_from_hf(stored)}
     if config.model.hf_config:
-        expected = architecture_from_hf(config.model.hf_config)
-        differing = [name for name, value in vars(expected).items() if getattr(architecture, name) != value]
+        expected = {**vars(architecture_from_hf(config.model.hf_config)), "rope scaling": rope_from_hf(config.model.hf_config)}
+        differing = [name for name, value in expected.items() if found[name] != value]
         if differing:
             name = differing[0]
             raise CheckpointError(
-                f"model.hf_path={hf_path} is not the model that model={config.model.name} describes: {name} is "
-                f"{getattr(architecture, name)} there and {getattr(expected, name)} in model.hf_config. Point model.hf_path at the right "
-                f"directory, or choose another model."
+                f"model.hf_path={hf_path} is not the model that model={config.model.name} describes: {name} is {found[name]} there and "
+                f"{expected[name]} in model.hf_config. Point model.hf_path at the right directory, or choose another model."
             )
-    return architecture
+    return architecture_from_hf(stored), rope_from_hf(stored)
 
 
-def validate(config: RunConfig, *, world_size: int, prompt_lengths: list[int] | None = None) -> ModelArchitecture:
+def validate(config: RunConfig, *, world_size: int, prompt_lengths: list[int] | None = None) -> tuple[ModelArchitecture, RopeScaling]:
     """Every rule of the config against the base model's numbers.
 
+    Returns:
+        as known_base.
     Raises:
         ConfigError: with all problems at once.
     """
-    architecture = known_architecture(config)
+    architecture, rope = known_base(config)
     config.validate(
-        world_size=world_size, architecture=architecture, schemes=tuple(SCHEMES), prompt_lengths=prompt_lengths
+        world_size=world_size, architecture=architecture, schemes=tuple(SCHEMES), prompt_lengths=prompt_lengths, base_rope=rope
     )
-    return architecture
+    return architecture, rope
 
 
 def check_base(config: RunConfig, *, world_size: int) -> Base:
@@ -96,7 +93,6 @@ def check_base(config: RunConfig, *, world_size: int) -> Base:
     from endprompt_megatron.checkpoint.hf_import import check_hf_weights
 
     hf_path = Path(config.model.hf_path)
-    architecture = known_architecture(config)
     tokenizer = load_tokenizer(hf_path)
     end_prompts = None
     if SCHEMES[config.method.position_scheme].uses_end_prompt:
@@ -105,14 +101,15 @@ def check_base(config: RunConfig, *, world_size: int) -> Base:
             lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
             fixed_length=config.method.end_prompt_length,
         )
-    validate(config, world_size=world_size, prompt_lengths=end_prompts.lengths if end_prompts else None)
+    architecture, rope = validate(config, world_size=world_size, prompt_lengths=end_prompts.lengths if end_prompts else None)
     check_hf_weights(hf_path, architecture)
-    return Base(hf_path, architecture, tokenizer, hash_tokenizer(hf_path), end_prompts)
+    return Base(hf_path, architecture, rope, tokenizer, hash_tokenizer(hf_path), end_prompts)
 
 
-def run_rope(config: RunConfig, architecture: ModelArchitecture) -> RopeScaling:
-    """The frequencies that the run trains with."""
-    return RopeScaling(config.rope.type, architecture.rope_theta, architecture.head_dim, factor=config.rope.factor)
+def run_rope(config: RunConfig, base_rope: RopeScaling) -> RopeScaling:
+    """The frequencies that the run trains with, from those of the base."""
+    rope = config.rope
+    return base_rope.extended(type=rope.type, factor=rope.factor, existing_scaling=rope.existing_scaling)
 
 
 def check_output_dir(config: RunConfig) -> None:
@@ -161,7 +158,7 @@ def plan(config: RunConfig, *, world_size: int, gpu_name: str = "H100-80GB") -> 
         world_size: ranks planned for.
         gpu_name: of planning.throughput's table, for runs on GPUs.
     """
-    architecture = validate(config, world_size=world_size)
+    architecture, base_rope = validate(config, world_size=world_size)
     prompt_tokens = config.method.end_prompt_length
     if SCHEMES[config.method.position_scheme].uses_end_prompt and prompt_tokens is None and Path(config.model.hf_path).exists():
         prompt_tokens = max(check_base(config, world_size=world_size).end_prompts.lengths)
@@ -179,7 +176,7 @@ def plan(config: RunConfig, *, world_size: int, gpu_name: str = "H100-80GB") -> 
         seq_length=config.data.seq_length,
         num_prompt_tokens=prompt_tokens,
         target_context_length=config.rope.target_context_length,
-        original_context_length=architecture.max_position_embeddings,
+        original_context_length=round(config.rope.target_context_length / config.rope.factor),
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,

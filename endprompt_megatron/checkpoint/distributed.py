@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from endprompt_megatron.checkpoint import directory as checkpoint_directory
 from endprompt_megatron.checkpoint.directory import LATEST, RUN_FILE
+from endprompt_megatron.checkpoint.torch_dist import TorchDistReader
 from endprompt_megatron.config_rules import resume_differences
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import get_logger, global_rank
@@ -64,6 +65,7 @@ class CheckpointWriter:
         chunks: this rank's model without Megatron's wrappers.
         optimizer: Megatron's optimizer.
         config: the run's configuration (RunConfig.to_dict()), kept in each checkpoint.
+        provenance: what an export of the checkpoint tells of its making, kept in it too.
         keep_last: newest checkpoints kept; 0 keeps all.
         asynchronous: write in a process beside this one; `finish` has to be called now and then, and at the end.
     """
@@ -75,11 +77,12 @@ class CheckpointWriter:
         chunks: list[torch.nn.Module],
         optimizer: Any,
         config: dict[str, Any],
+        provenance: dict[str, Any] | None = None,
         keep_last: int,
         asynchronous: bool = False,
     ):
         self.directory, self.chunks, self.optimizer, self.config = Path(directory), chunks, optimizer, config
-        self.keep_last = keep_last
+        self.provenance, self.keep_last = provenance or {}, keep_last
         self._queue = AsyncCallsQueue() if asynchronous else None
 
     def save(self, state: RunState) -> Path:
@@ -93,7 +96,7 @@ class CheckpointWriter:
         self.finish()
         final = checkpoint_directory.step_directory(self.directory, state.step)
         # taken now: an asynchronous save ends when the run stands elsewhere
-        record = json.dumps({"state": asdict(state), "layout": _layout(), "config": self.config}, indent=2)
+        record = json.dumps({"state": asdict(state), "layout": _layout(), "config": self.config, "provenance": self.provenance}, indent=2)
         try:
             unfinished = [str(checkpoint_directory.begin(final)) if global_rank() == 0 else None]
             if torch.distributed.get_world_size() > 1:
@@ -193,6 +196,30 @@ def load_latest_checkpoint(
         )
     get_logger().info(f"resuming from {path}")
     return state
+
+
+def load_torch_dist(chunks: list[torch.nn.Module], directory: Path) -> None:
+    """Fill the weights of model chunks from a torch_dist directory, ours or somebody else's, through Megatron's own loader; every rank
+    takes part.
+
+    Raises:
+        CheckpointError: the directory does not hold this model.
+    """
+    with TorchDistReader(directory) as reader:
+        prefix, metadata = reader.prefix, None if reader.stacked else {"non_homogeneous_layers": True}
+    for chunk in chunks:
+        wanted = chunk.sharded_state_dict(prefix=prefix, metadata=metadata)
+        # not the `_extra_state` objects, which hold nothing for weights and which not every writer stores
+        tensors = {name: entry for name, entry in wanted.items() if not isinstance(entry, ShardedObject)}
+        try:
+            loaded = dist_checkpointing.load(tensors, str(directory))
+        except _ANY_FAILURE as error:
+            raise CheckpointError(f"{directory} cannot be loaded ({_root_cause(error)}).") from error
+        weights = {name.removeprefix(prefix): value for name, value in loaded.items() if name in tensors}
+        missing = set(dict(chunk.named_parameters())) - set(weights)
+        if missing:
+            raise CheckpointError(f"{directory} lacks {sorted(missing)[0]}.")
+        chunk.load_state_dict(weights, strict=False)
 
 
 def _newest_whole(directory: Path) -> Path | None:

@@ -65,9 +65,9 @@ _ROPE_FIELDS = {"rope_theta", "rope_scaling", "rope_parameters", "original_max_p
 _HARMLESS = {
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range", "attention_dropout",
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id", "return_dict",
-    "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "torchscript", "problem_type", "id2label", "label2id", "name_or_path",
-    "task_specific_params", "transformers.js_config", "is_llama_config", "tokenizer_class", "rope_interleaved", "max_window_layers",
-    "finetuning_task", "prefix", "attn_implementation", "neftune_noise_alpha", "is_encoder_decoder",
+    "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "torchscript", "problem_type", "id2label", "label2id",
+    "name_or_path", "task_specific_params", "transformers.js_config", "is_llama_config", "tokenizer_class", "rope_interleaved",
+    "max_window_layers", "finetuning_task", "prefix", "attn_implementation", "neftune_noise_alpha", "is_encoder_decoder",
 }  # fmt: skip
 _LAYERS = {"full_attention"}
 
@@ -148,7 +148,8 @@ def _refuse_other_maths(config: dict[str, Any], family: Family) -> None:
         if value not in values:
             taken = "" if name in config else f" (config.json lacks it, and transformers takes {value!r})"
             raise CheckpointError(
-                f"config.json has {name}={value!r}{taken}, which changes the maths: only {values[0]!r} is supported for {family.architecture}."
+                f"config.json has {name}={value!r}{taken}, which changes the maths: only {values[0]!r} is supported for "
+                f"{family.architecture}."
             )
     other_layers = sorted(set(config.get("layer_types") or ()) - _LAYERS)
     if other_layers:
@@ -158,8 +159,8 @@ def _refuse_other_maths(config: dict[str, Any], family: Family) -> None:
         if name in known or name.startswith(("_", "unsloth_")) or value is None or value is False:
             continue
         raise CheckpointError(
-            f"config.json has {name}={value!r}, a field that is not known here for {family.architecture} and may change the maths. If you know "
-            f"that it changes nothing, delete it from a copy of config.json."
+            f"config.json has {name}={value!r}, a field that is not known here for {family.architecture} and may change the maths. If you "
+            f"know that it changes nothing, delete it from a copy of config.json."
         )
 
 

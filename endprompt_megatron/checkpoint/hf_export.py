@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from safetensors.torch import save_file
 
 from endprompt_megatron.checkpoint.hf_config import extended_hf_config, read_hf_config
 from endprompt_megatron.checkpoint.hf_import import named_parameters_of_whole_model
 from endprompt_megatron.checkpoint.hf_mapping import Binding, bindings
+from endprompt_megatron.checkpoint.model_card import MODEL_CARD, model_card
+from endprompt_megatron.checkpoint.safetensors_io import TensorPlan, plan_shards, write_index, write_shard
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.model.architecture import ModelArchitecture
@@ -24,7 +25,7 @@ from endprompt_megatron.rope.scaling import RopeScaling
 
 PROVENANCE_FILE = "endprompt.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
-_OWN_FILES = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", "README.md", PROVENANCE_FILE)
+_OWN_FILES = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", MODEL_CARD, PROVENANCE_FILE)
 
 
 def export_hf(
@@ -48,7 +49,7 @@ def export_hf(
         rope: the frequencies that the model was trained with.
         target_context_length: L.
         max_shard_bytes: size of one safetensors file.
-        provenance: how the model was made; written as endprompt.json.
+        provenance: how the model was made; written as endprompt.json and told in README.md.
     Returns:
         destination.
     Raises:
@@ -67,13 +68,15 @@ def export_hf(
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    dtype = write_safetensors(tensors, partial, max_shard_bytes=max_shard_bytes)
+    dtype = chunks[0].config.params_dtype
+    _write_weights(tensors, partial, architecture, dtype, max_shard_bytes)
     config = extended_hf_config(
         read_hf_config(base_hf_path), rope, target_context_length=target_context_length, dtype=str(dtype).removeprefix("torch.")
     )
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    _copy_companions(Path(base_hf_path), partial, target_context_length)
+    copy_companions(Path(base_hf_path), partial, target_context_length)
     (partial / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n")
+    (partial / MODEL_CARD).write_text(model_card(provenance, base_hf_path=base_hf_path))
     _move_into_place(partial, destination)
     _barrier()
     return destination
@@ -143,58 +146,42 @@ def _hand_to_rank_zero(
         yield from zip(binding.hugging_face, box[0], strict=True)
 
 
-def write_safetensors(
-    tensors: Iterator[tuple[str, torch.Tensor]], directory: Path, *, max_shard_bytes: int
-) -> torch.dtype:
-    """Write tensors as one model.safetensors, or as numbered shards with an index where they exceed `max_shard_bytes`.
+def _write_weights(
+    tensors: Iterator[tuple[str, torch.Tensor]], directory: Path, architecture: ModelArchitecture, dtype: torch.dtype, max_shard_bytes: int
+) -> None:
+    shards = plan_shards(planned_tensors(architecture, dtype), max_shard_bytes)
 
-    Returns:
-        The dtype of the first tensor.
-    """
-    shards: list[tuple[Path, list[str]]] = []
-    pending: dict[str, torch.Tensor] = {}
-    pending_bytes = total_bytes = 0
-    dtype = torch.float32
+    def next_tensor(planned: TensorPlan) -> list[torch.Tensor]:
+        name, tensor = next(tensors)
+        if name != planned.name:
+            raise AssertionError(f"{name} gathered, {planned.name} planned")
+        return [tensor]
 
-    def flush() -> None:
-        nonlocal pending, pending_bytes
-        path = directory / f"shard-{len(shards) + 1:05d}.safetensors"
-        save_file(pending, str(path), metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors writes files that only their owner can read
-        shards.append((path, list(pending)))
-        pending, pending_bytes = {}, 0
-
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if pending and pending_bytes + size > max_shard_bytes:
-            flush()
-        if not pending and not shards:
-            dtype = tensor.dtype
-        pending[name] = tensor
-        pending_bytes += size
-        total_bytes += size
-    flush()
-    if len(shards) == 1:
-        shards[0][0].rename(directory / "model.safetensors")
-        return dtype
-    weight_map = {}
-    for number, (path, names) in enumerate(shards, start=1):
-        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        path.rename(directory / final)
-        weight_map.update(dict.fromkeys(names, final))
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return dtype
+    for file, planned in shards.items():
+        write_shard(directory / file, planned, next_tensor)
+    for _ in tensors:
+        raise AssertionError("more tensors than planned")
+    write_index(directory, shards)
 
 
-def _copy_companions(base: Path, destination: Path, target_context_length: int) -> None:
-    """Tokenizer, generation config and licence of the base, unchanged but for the tokenizer's model_max_length."""
+def planned_tensors(architecture: ModelArchitecture, dtype: torch.dtype) -> list[TensorPlan]:
+    """Every tensor of the Hugging Face model, in the order of its files."""
+    return [
+        TensorPlan(name, dtype, shape)
+        for binding in bindings(architecture)
+        for name, shape in zip(binding.hugging_face, binding.layout.shapes(architecture), strict=True)
+    ]
+
+
+def copy_companions(base: Path, destination: Path, target_context_length: int | None = None) -> None:
+    """Copy tokenizer, generation config and licence of the base, unchanged but for the tokenizer's model_max_length, which becomes
+    `target_context_length` (None: it stays)."""
     for path in sorted(base.iterdir()):
         if not path.is_file() or path.suffix in _WEIGHT_SUFFIXES or path.name in _OWN_FILES:
             continue
         shutil.copyfile(path, destination / path.name)
     tokenizer_config = destination / "tokenizer_config.json"
-    if tokenizer_config.is_file():
+    if target_context_length is not None and tokenizer_config.is_file():
         values = json.loads(tokenizer_config.read_text())
         values["model_max_length"] = int(target_context_length)
         tokenizer_config.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")

@@ -2,74 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from safetensors import SafetensorError, safe_open
 
 from endprompt_megatron.checkpoint.hf_mapping import Binding, bindings
+from endprompt_megatron.checkpoint.safetensors_io import SafetensorsReader
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import track
 from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.model.gpt import EndPromptGPTModel
-
-
-class SafetensorsReader:
-    """Random access to the tensors of a model directory, one file or several with an index. Use as a context manager.
-
-    Raises:
-        CheckpointError: no safetensors, a shard that is missing or cut short, an index that names what is not there.
-    """
-
-    def __init__(self, hf_path: Path):
-        self.hf_path = Path(hf_path)
-        self._stack = ExitStack()
-        self._file_of = _locate_tensors(self.hf_path)
-        self._open: dict[Path, Any] = {}
-        self._names: dict[Path, set[str]] = {}
-
-    def __enter__(self) -> SafetensorsReader:
-        for path in sorted(set(self._file_of.values())):
-            self._open[path] = self._stack.enter_context(_open_safetensors(path))
-            self._names[path] = set(self._open[path].keys())
-        for name, path in self._file_of.items():
-            if name not in self._names[path]:
-                raise CheckpointError(f"{path}: lacks {name}, which model.safetensors.index.json places there. Download it again.")
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stack.close()
-
-    def names(self) -> list[str]:
-        """Names of all tensors."""
-        return sorted(self._file_of)
-
-    def shape(self, name: str) -> list[int]:
-        """Shape of one tensor, without reading it."""
-        return self._slice(name).get_shape()
-
-    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
-        """Rows first .. last-1 of a tensor."""
-        return self._slice(name)[first:last]
-
-    def columns(self, name: str, first: int, last: int) -> torch.Tensor:
-        """Columns first .. last-1 of a matrix."""
-        return self._slice(name)[:, first:last]
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """A whole tensor."""
-        self._slice(name)
-        return self._open[self._file_of[name]].get_tensor(name)
-
-    def _slice(self, name: str) -> Any:
-        if name not in self._file_of:
-            raise CheckpointError(f"{self.hf_path}: no tensor {name} in its safetensors. Is it a complete Llama-type model?")
-        return self._open[self._file_of[name]].get_slice(name)
 
 
 def check_hf_weights(hf_path: Path, architecture: ModelArchitecture) -> None:
@@ -162,33 +106,3 @@ def _refuse_leftovers(reader: SafetensorsReader, every: list[Binding], architect
             f"{reader.hf_path}: {len(leftovers)} tensors have no place in this model of {architecture.num_layers} layers, "
             f"e.g. {leftovers[0]}. Weights and config.json do not belong together, or the architecture is another."
         )
-
-
-def _locate_tensors(hf_path: Path) -> dict[str, Path]:
-    index = hf_path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            weight_map = dict(json.loads(index.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{index} is damaged ({type(error).__name__}: {error}). Copy it again from the model.") from error
-        missing = sorted({file for file in weight_map.values() if not (hf_path / file).is_file()})
-        if missing:
-            raise CheckpointError(f"{hf_path}: {len(missing)} shards that the index names are missing, e.g. {missing[0]}.")
-        return {name: hf_path / file for name, file in weight_map.items()}
-    single = hf_path / "model.safetensors"
-    if not single.is_file():
-        raise CheckpointError(
-            f"{hf_path}: neither model.safetensors nor model.safetensors.index.json there. Only safetensors are read; convert "
-            f"pytorch_model.bin with transformers' save_pretrained."
-        )
-    with _open_safetensors(single) as opened:
-        return dict.fromkeys(opened.keys(), single)
-
-
-def _open_safetensors(path: Path) -> Any:
-    try:
-        return safe_open(str(path), framework="pt")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or cut short ({error}): it has {path.stat().st_size} bytes. Copy it again."
-        ) from error

@@ -1,13 +1,14 @@
-"""Which Hugging Face tensors make which Megatron parameter: a table. Import, export and verification all read it.
+"""Which Hugging Face tensors make which Megatron parameter: a table. Import, export, conversion and verification all read it.
 
-Shapes: h hidden, f feed-forward, v vocabulary, q = query heads x head dim, k = key/value heads x head dim, all of the whole model;
-t tensor-parallel size.
+Every Megatron parameter is a sequence of rows of Hugging Face tensors, then cut over tensor-parallel ranks by rows or by columns; so the
+table says which rows follow which, and everything else is derived.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,113 +21,132 @@ ReadColumns = Callable[[str, int, int], Tensor]
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Rows first .. last-1 of the source-th Hugging Face tensor of a rule."""
+
+    source: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
 class Layout:
-    """How one kind of parameter is cut over tensor-parallel ranks.
+    """How one kind of Megatron parameter is put together from Hugging Face rows, and how it is cut over tensor-parallel ranks.
 
     Attributes:
-        tensor_parallel_dim: dimension of the Megatron parameter that is split; None where every rank holds all of it.
-        read: (architecture, HF names, rows, columns, rank, t) -> this rank's Megatron tensor.
-        join: (architecture, one Megatron tensor a rank) -> HF tensors in the order of the names.
+        tensor_parallel_dim: dimension of the Megatron parameter that is split; None where every rank holds all of it. Where it is 1 the
+            parameter is one Hugging Face tensor as it stands.
         shapes: (architecture) -> shapes of the HF tensors in the order of the names.
+        segments: (architecture) -> the rows of the whole Megatron parameter, first to last.
+        parts: equal parts of the rows each of which is cut over the ranks: a rank holds its share of the gate, then of the up projection.
+        padded: whether rows of zeros follow, to a multiple of 128 for each rank.
     """
 
     tensor_parallel_dim: int | None
-    read: Callable[[ModelArchitecture, tuple[str, ...], ReadRows, ReadColumns, int, int], Tensor]
-    join: Callable[[ModelArchitecture, list[Tensor]], list[Tensor]]
     shapes: Callable[[ModelArchitecture], list[tuple[int, ...]]]
+    segments: Callable[[ModelArchitecture], list[Segment]]
+    parts: int = 1
+    padded: bool = False
+
+    def megatron_shape(self, architecture: ModelArchitecture, size: int = 1) -> tuple[int, ...]:
+        """Shape of the whole Megatron parameter, padding for `size` tensor-parallel ranks included."""
+        shapes = self.shapes(architecture)
+        height = architecture.padded_vocab_size(size) if self.padded else sum(shape[0] for shape in shapes)
+        return (height, *shapes[0][1:])
+
+    def ranges_of_rank(self, architecture: ModelArchitecture, rank: int, size: int) -> list[tuple[int, int]]:
+        """Rows (first, past the last) of the whole Megatron parameter that a rank holds, in its order."""
+        height = self.megatron_shape(architecture, size)[0]
+        if self.tensor_parallel_dim != 0:
+            return [(0, height)]
+        part = height // self.parts
+        share = part // size
+        return [(index * part + rank * share, index * part + (rank + 1) * share) for index in range(self.parts)]
+
+    def pieces(self, architecture: ModelArchitecture, first: int, last: int) -> Iterator[Segment]:
+        """The Hugging Face rows that make rows first .. last-1 of the whole Megatron parameter; padding is left out."""
+        start = 0
+        for segment in self.segments(architecture):
+            length = segment.last - segment.first
+            low, high = max(first - start, 0), min(last - start, length)
+            if low < high:
+                yield Segment(segment.source, segment.first + low, segment.first + high)
+            start += length
+
+    def rows_of_source(self, architecture: ModelArchitecture, source: int) -> list[tuple[int, int]]:
+        """Rows (first, past the last) of the whole Megatron parameter that make the source-th HF tensor, in its order."""
+        found, start = [], 0
+        for segment in self.segments(architecture):
+            length = segment.last - segment.first
+            if segment.source == source:
+                found.append((segment.first, start, start + length))
+            start += length
+        return [(first, last) for _, first, last in sorted(found)]
+
+    def read(
+        self, architecture: ModelArchitecture, names: tuple[str, ...], rows: ReadRows, columns: ReadColumns, rank: int, size: int
+    ) -> Tensor:
+        """A rank's Megatron tensor.
+
+        Args:
+            names: HF names.
+            rows, columns: read ranges of them.
+        """
+        if self.tensor_parallel_dim == 1:
+            width = self.shapes(architecture)[0][1] // size
+            return columns(names[0], rank * width, (rank + 1) * width)
+        ranges = self.ranges_of_rank(architecture, rank, size)
+        pieces = [piece for first, last in ranges for piece in self.pieces(architecture, first, last)]
+        found = [rows(names[piece.source], piece.first, piece.last) for piece in pieces]
+        missing = sum(last - first for first, last in ranges) - sum(tensor.shape[0] for tensor in found)
+        if missing:
+            like = found[0] if found else rows(names[0], 0, 0)
+            found.append(like.new_zeros((missing, *like.shape[1:])))
+        return torch.cat(found) if len(found) > 1 else found[0]
+
+    def join(self, architecture: ModelArchitecture, shards: list[Tensor]) -> list[Tensor]:
+        """HF tensors, in the order of the names, from one Megatron tensor a rank."""
+        if self.tensor_parallel_dim is None:
+            whole = shards[0]
+        elif self.tensor_parallel_dim == 1:
+            whole = torch.cat(shards, dim=1)
+        else:
+            whole = torch.cat([shard.chunk(self.parts)[index] for index in range(self.parts) for shard in shards])
+        joined = []
+        for source in range(len(self.shapes(architecture))):
+            found = [whole[first:last] for first, last in self.rows_of_source(architecture, source)]
+            joined.append(torch.cat(found) if len(found) > 1 else found[0])
+        return joined
 
 
-def _share(total: int, rank: int, size: int) -> tuple[int, int]:
-    each = total // size
-    return rank * each, (rank + 1) * each
+def _one_after_the_other(shapes: Callable[[ModelArchitecture], list[tuple[int, ...]]]) -> Callable[[ModelArchitecture], list[Segment]]:
+    return lambda arch: [Segment(source, 0, shape[0]) for source, shape in enumerate(shapes(arch))]
 
 
-def _read_whole(arch, names, rows, columns, rank, size):
-    return rows(names[0], 0, arch.hidden_size)
+def _qkv_shapes(arch: ModelArchitecture) -> list[tuple[int, ...]]:
+    return [(heads * arch.head_dim, arch.hidden_size) for heads in (arch.num_attention_heads, arch.num_query_groups, arch.num_query_groups)]
 
 
-def _read_head(arch, names, rows, columns, rank, size):
-    return rows(names[0], 0, arch.head_dim)
+def _qkv_segments(arch: ModelArchitecture) -> list[Segment]:
+    """For each key/value group its query heads, its key head, its value head."""
+    widths = (arch.num_attention_heads // arch.num_query_groups * arch.head_dim, arch.head_dim, arch.head_dim)
+    return [
+        Segment(source, group * width, (group + 1) * width) for group in range(arch.num_query_groups) for source, width in enumerate(widths)
+    ]
 
 
-def _read_vocabulary(arch, names, rows, columns, rank, size):
-    """[v / t, h], rows past the real vocabulary are zero."""
-    first, last = _share(arch.padded_vocab_size(size), rank, size)
-    real = rows(names[0], min(first, arch.vocab_size), min(last, arch.vocab_size))
-    padding = real.new_zeros((last - first - real.shape[0], *real.shape[1:]))
-    return torch.cat([real, padding]) if padding.shape[0] else real
+def _layout(tensor_parallel_dim: int | None, shapes: Callable[[ModelArchitecture], list[tuple[int, ...]]], **options: Any) -> Layout:
+    return Layout(tensor_parallel_dim, shapes, _one_after_the_other(shapes), **options)
 
 
-def _read_qkv(arch, names, rows, columns, rank, size):
-    """[(q + 2k) / t, h], or [(q + 2k) / t] of the biases: for each key/value group its query heads, its key head, its value head."""
-    first, last = _share(arch.num_query_groups, rank, size)
-    groups = last - first
-    per_group = arch.num_attention_heads // arch.num_query_groups
-    dim = arch.head_dim
-    query = rows(names[0], first * per_group * dim, last * per_group * dim).reshape(groups, per_group * dim, -1)
-    key = rows(names[1], first * dim, last * dim).reshape(groups, dim, -1)
-    value = rows(names[2], first * dim, last * dim).reshape(groups, dim, -1)
-    joined = torch.cat([query, key, value], dim=1).reshape(groups * (per_group + 2) * dim, -1)
-    return joined.squeeze(1) if names[0].endswith(".bias") else joined
-
-
-def _read_gate_up(arch, names, rows, columns, rank, size):
-    """[2f / t, h]: this rank's share of the gate, then its share of the up projection."""
-    first, last = _share(arch.ffn_hidden_size, rank, size)
-    return torch.cat([rows(names[0], first, last), rows(names[1], first, last)])
-
-
-def _read_attention_output(arch, names, rows, columns, rank, size):
-    return columns(names[0], *_share(arch.num_attention_heads * arch.head_dim, rank, size))
-
-
-def _read_down(arch, names, rows, columns, rank, size):
-    return columns(names[0], *_share(arch.ffn_hidden_size, rank, size))
-
-
-def _join_whole(arch, shards):
-    return [shards[0]]
-
-
-def _join_vocabulary(arch, shards):
-    return [torch.cat(shards)[: arch.vocab_size]]
-
-
-def _join_qkv(arch, shards):
-    per_group = arch.num_attention_heads // arch.num_query_groups
-    dim = arch.head_dim
-    whole = torch.cat(shards)
-    grouped = whole.reshape(arch.num_query_groups, (per_group + 2) * dim, *whole.shape[1:])
-    parts = grouped.split([per_group * dim, dim, dim], dim=1)
-    return [part.reshape(-1, *whole.shape[1:]) for part in parts]
-
-
-def _join_gate_up(arch, shards):
-    halves = [shard.chunk(2) for shard in shards]
-    return [torch.cat([half[0] for half in halves]), torch.cat([half[1] for half in halves])]
-
-
-def _join_columns(arch, shards):
-    return [torch.cat(shards, dim=1)]
-
-
-_WHOLE = Layout(None, _read_whole, _join_whole, lambda arch: [(arch.hidden_size,)])
-_HEAD = Layout(None, _read_head, _join_whole, lambda arch: [(arch.head_dim,)])
-_VOCABULARY = Layout(0, _read_vocabulary, _join_vocabulary, lambda arch: [(arch.vocab_size, arch.hidden_size)])
-_QKV = Layout(
-    0,
-    _read_qkv,
-    _join_qkv,
-    lambda arch: [
-        (heads * arch.head_dim, arch.hidden_size) for heads in (arch.num_attention_heads, arch.num_query_groups, arch.num_query_groups)
-    ],
-)
-_QKV_BIAS = Layout(0, _read_qkv, _join_qkv, lambda arch: [shape[:1] for shape in _QKV.shapes(arch)])
-_GATE_UP = Layout(0, _read_gate_up, _join_gate_up, lambda arch: [(arch.ffn_hidden_size, arch.hidden_size)] * 2)
-_ATTENTION_OUTPUT = Layout(
-    1, _read_attention_output, _join_columns, lambda arch: [(arch.hidden_size, arch.num_attention_heads * arch.head_dim)]
-)
-_DOWN = Layout(1, _read_down, _join_columns, lambda arch: [(arch.hidden_size, arch.ffn_hidden_size)])
+_WHOLE = _layout(None, lambda arch: [(arch.hidden_size,)])
+_HEAD = _layout(None, lambda arch: [(arch.head_dim,)])
+_VOCABULARY = _layout(0, lambda arch: [(arch.vocab_size, arch.hidden_size)], padded=True)
+_QKV = Layout(0, _qkv_shapes, _qkv_segments)
+_QKV_BIAS = Layout(0, lambda arch: [shape[:1] for shape in _qkv_shapes(arch)], _qkv_segments)
+_GATE_UP = _layout(0, lambda arch: [(arch.ffn_hidden_size, arch.hidden_size)] * 2, parts=2)
+_ATTENTION_OUTPUT = _layout(1, lambda arch: [(arch.hidden_size, arch.num_attention_heads * arch.head_dim)])
+_DOWN = _layout(1, lambda arch: [(arch.hidden_size, arch.ffn_hidden_size)])
 
 
 @dataclass(frozen=True)

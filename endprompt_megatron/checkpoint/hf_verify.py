@@ -1,5 +1,5 @@
-"""Proof that an export is the trained model: every tensor read back bit for bit, the frequencies that transformers builds from
-config.json, and logits of plain transformers against Megatron's at ordinary and at gapped positions.
+"""Proof that a Hugging Face directory is the model that Megatron holds, live or on disk: every tensor bit for bit, the frequencies that
+transformers builds from config.json, logits of plain transformers against Megatron's at ordinary and at gapped positions, greedy text.
 
 Shapes: s tokens of a probe, v vocabulary.
 """
@@ -7,18 +7,26 @@ Shapes: s tokens of a probe, v vocabulary.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from megatron.core import parallel_state
 
+from endprompt_megatron.checkpoint.distributed import load_torch_dist
 from endprompt_megatron.checkpoint.hf_config import architecture_from_hf
-from endprompt_megatron.checkpoint.hf_import import SafetensorsReader, load_hf_weights, named_parameters_of_whole_model
+from endprompt_megatron.checkpoint.hf_import import load_hf_weights, named_parameters_of_whole_model
 from endprompt_megatron.checkpoint.hf_mapping import bindings
+from endprompt_megatron.checkpoint.megatron_model import MegatronModel
+from endprompt_megatron.checkpoint.safetensors_io import SafetensorsReader, row_blocks
+from endprompt_megatron.checkpoint.torch_dist import TorchDistReader
 from endprompt_megatron.config import ParallelConfig
 from endprompt_megatron.errors import CheckpointError
+from endprompt_megatron.log import track
 from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.model.backends import BACKENDS
 from endprompt_megatron.model.build import build_model_chunks
@@ -28,6 +36,7 @@ from endprompt_megatron.rope.scaling import RopeScaling
 FREQUENCY_TOLERANCE = 1e-6
 LOGIT_TOLERANCE = 1e-3
 _PROBE_TOKENS = 64
+_PROMPT_TOKENS, _WRITTEN_TOKENS = 16, 24
 
 
 @dataclass(frozen=True)
@@ -39,17 +48,19 @@ class Finding:
         difference: the largest difference found.
         tolerance: what is allowed.
         where: where the largest difference stands.
+        skipped: the check was not made, and `where` says why.
     """
 
     check: str
     difference: float
     tolerance: float
     where: str
+    skipped: bool = False
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is allowed (NaN is not)."""
-        return self.difference <= self.tolerance
+        """Whether the difference is allowed (NaN is not), or the check was not made."""
+        return self.skipped or self.difference <= self.tolerance
 
 
 def verify_export(
@@ -78,7 +89,9 @@ def verify_export(
 def format_findings(findings: list[Finding]) -> str:
     """An aligned table of findings."""
     rows = [("check", "largest difference", "allowed", "where", "")]
-    rows += [(f.check, f"{f.difference:.3g}", f"{f.tolerance:g}", f.where, "ok" if f.passed else "FAILED") for f in findings]
+    for f in findings:
+        verdict = "not checked" if f.skipped else "ok" if f.passed else "FAILED"
+        rows.append((f.check, "" if f.skipped else f"{f.difference:.3g}", f"{f.tolerance:g}", f.where, verdict))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -99,12 +112,85 @@ def _verify_tensors(chunks: list[EndPromptGPTModel], export: Path, architecture:
                 continue
             count += 1
             stored = binding.layout.read(architecture, binding.hugging_face, reader.rows, reader.columns, rank, size)
-            parameter = live[binding.megatron].detach().cpu()
-            if stored.dtype != parameter.dtype or not torch.equal(stored, parameter):
-                difference = float((stored.double() - parameter.double()).abs().max()) if stored.shape == parameter.shape else np.inf
-                if not difference < worst:  # a NaN counts as the worst
-                    worst, where = (difference or float(np.finfo(np.float64).tiny)), binding.megatron
+            difference = largest_difference(stored, live[binding.megatron].detach().cpu())
+            if not difference <= worst:  # a NaN counts as the worst
+                worst, where = difference, binding.megatron
     return Finding(f"tensors ({count} parameters, bit for bit)", worst, 0.0, where)
+
+
+def verify_megatron_model(
+    export: Path, model: MegatronModel, *, dtype: torch.dtype | None = None, with_logits: bool = True
+) -> list[Finding]:
+    """Compare a Hugging Face directory with a torch_dist directory.
+
+    The weights are compared block by block, so that a model of any size can be; logits and text need both models in memory in float32
+    and are left out, and said to be, where that does not fit.
+
+    Args:
+        export: Hugging Face directory.
+        model: what the torch_dist directory is (megatron_model.describe_megatron_model).
+        dtype: type in which the weights are compared; None takes that of the Hugging Face directory.
+        with_logits: whether logits and text are to be compared.
+    Returns:
+        Findings; some may have failed.
+    Raises:
+        CheckpointError: one of the two cannot be read.
+    """
+    findings = [_verify_stored_tensors(export, model, dtype), *_verify_config(export, model.architecture, model.rope, model.context_length)]
+    needed = 2 * 4 * count_weights(model.architecture) * 1.2 / 2**30
+    reason = None
+    if not with_logits:
+        reason = "as asked"
+    elif needed > (free := psutil.virtual_memory().available / 2**30):
+        reason = f"both models in float32 need {needed:.0f} GiB, {free:.0f} GiB are free"
+    elif not all(finding.passed for finding in findings):
+        reason = "what is above has to hold first"
+    if reason:
+        return [*findings, Finding("logits and greedy text", 0.0, LOGIT_TOLERANCE, reason, skipped=True)]
+    chunk = _build(model.architecture, model.rope, model.context_length)
+    load_torch_dist([chunk], model.directory)
+    return findings + compare_logits(chunk, export, model.architecture, target_context_length=model.context_length)
+
+
+def count_weights(architecture: ModelArchitecture) -> int:
+    """Numbers in the Hugging Face model."""
+    return sum(math.prod(shape) for binding in bindings(architecture) for shape in binding.layout.shapes(architecture))
+
+
+def largest_difference(stored: torch.Tensor, expected: torch.Tensor) -> float:
+    """0 where two tensors are the same bit for bit; else the largest difference, never 0; infinite where types or shapes differ."""
+    if stored.dtype != expected.dtype or stored.shape != expected.shape:
+        return float("inf")
+    if torch.equal(stored, expected):
+        return 0.0
+    difference = float((stored.double() - expected.double()).abs().max())
+    return difference or float(np.finfo(np.float64).tiny)
+
+
+def _verify_stored_tensors(export: Path, model: MegatronModel, dtype: torch.dtype | None) -> Finding:
+    worst, where, count = 0.0, "", 0
+    architecture = model.architecture
+    with SafetensorsReader(export) as hugging_face, TorchDistReader(model.directory) as megatron:
+        megatron.check(architecture)
+        every = list(bindings(architecture))
+        surplus = set(hugging_face.names()) ^ {name for binding in every for name in binding.hugging_face}
+        if surplus:
+            return Finding("tensors", float("inf"), 0.0, f"names differ, e.g. {sorted(surplus)[0]}")
+        for binding in track(every, "comparing weights"):
+            for source, (name, shape) in enumerate(zip(binding.hugging_face, binding.layout.shapes(architecture), strict=True)):
+                count += 1
+                if tuple(hugging_face.shape(name)) != shape:
+                    return Finding("tensors", float("inf"), 0.0, f"{name} has shape {hugging_face.shape(name)}, expected {list(shape)}")
+                row = 0
+                for first, last in binding.layout.rows_of_source(architecture, source):
+                    for low, high in row_blocks(last, hugging_face.row_bytes(name), first):
+                        stored = hugging_face.rows(name, row, row + high - low)
+                        expected = megatron.rows(binding.megatron, low, high).to(dtype or stored.dtype)
+                        difference = largest_difference(stored, expected)
+                        if not difference <= worst:
+                            worst, where = difference, f"{name}, rows {row} to {row + high - low - 1}"
+                        row += high - low
+    return Finding(f"tensors ({count}, bit for bit)", worst, 0.0, where)
 
 
 def _verify_config(export: Path, architecture: ModelArchitecture, rope: RopeScaling, target_context_length: int) -> list[Finding]:
@@ -146,16 +232,20 @@ def verify_logits(
         architecture, rope: what was trained.
         target_context_length: L; positions reach L - 1.
     """
-    chunk = build_model_chunks(
-        architecture,
-        rope=rope,
-        max_sequence_length=target_context_length,
-        parallel=ParallelConfig(),
-        precision="fp32",
-        backend=BACKENDS["torch"],
-        device=torch.device("cpu"),
-    )[0].eval()
+    chunk = _build(architecture, rope, target_context_length)
     load_hf_weights([chunk], export, architecture)
+    return compare_logits(chunk, export, architecture, target_context_length=target_context_length)
+
+
+def compare_logits(
+    chunk: EndPromptGPTModel, export: Path, architecture: ModelArchitecture, *, target_context_length: int
+) -> list[Finding]:
+    """Logits at positions across the window, and greedy text, of transformers' model of `export` and of a Megatron model that is whole on
+    this process, both in float32.
+
+    Args:
+        target_context_length: L; positions reach L - 1.
+    """
     reference = load_transformers_model(export)
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, architecture.vocab_size, _PROBE_TOKENS))[None]
     findings = []
@@ -167,7 +257,34 @@ def verify_logits(
         findings.append(
             Finding(f"logits at {label} positions", float(difference[worst]), LOGIT_TOLERANCE, f"position {int(positions[worst])}")
         )
-    return findings
+    return [*findings, _compare_greedy_text(chunk, reference, tokens[:, :_PROMPT_TOKENS], architecture.vocab_size)]
+
+
+@torch.no_grad()
+def _compare_greedy_text(chunk: EndPromptGPTModel, reference: Any, prompt: torch.Tensor, vocab_size: int) -> Finding:
+    """Tokens that Megatron would not have written, where transformers writes greedily with its cache and its own positions."""
+    from transformers import GenerationConfig
+
+    # no end of text: every token that is asked for is written
+    settings = GenerationConfig(do_sample=False, max_new_tokens=_WRITTEN_TOKENS, min_new_tokens=_WRITTEN_TOKENS, pad_token_id=0)
+    reference.generation_config = settings
+    written = reference.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
+    logits = megatron_logits(chunk, written[:, :-1], torch.arange(written.shape[1] - 1))[0, prompt.shape[1] - 1 :, :vocab_size]
+    differs = logits.argmax(-1) != written[0, prompt.shape[1] :]
+    where = f"token {int(differs.nonzero()[0])}" if differs.any() else ""
+    return Finding(f"greedy text ({_WRITTEN_TOKENS} tokens that differ)", float(differs.sum()), 0.0, where)
+
+
+def _build(architecture: ModelArchitecture, rope: RopeScaling, target_context_length: int) -> EndPromptGPTModel:
+    return build_model_chunks(
+        architecture,
+        rope=rope,
+        max_sequence_length=target_context_length,
+        parallel=ParallelConfig(),
+        precision="fp32",
+        backend=BACKENDS["torch"],
+        device=torch.device("cpu"),
+    )[0].eval()
 
 
 def probe_positions(num_tokens: int, target_context_length: int) -> dict[str, torch.Tensor]:

@@ -74,7 +74,8 @@ class RopeScaling:
             )
         if self.type == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
             raise ConfigError(
-                f"low_freq_factor={self.low_freq_factor}, high_freq_factor={self.high_freq_factor}: 0 < low < high is needed (Llama 3.1: 1, 4)."
+                f"low_freq_factor={self.low_freq_factor}, high_freq_factor={self.high_freq_factor}: 0 < low < high is needed "
+                f"(Llama 3.1: 1, 4)."
             )
 
     @property
@@ -104,6 +105,22 @@ class RopeScaling:
             return self._llama3(own)
         return (own / np.float32(self.factor)).astype(np.float32)
 
+    def unscaled_window(self, max_position_embeddings: int) -> int:
+        """The window before this stretch, in positions, of a model whose config.json says `max_position_embeddings`."""
+        return self.original_context_length or round(max_position_embeddings / self.factor)
+
+    def extended(self, *, type: str, factor: float, existing_scaling: str | None) -> RopeScaling:
+        """What a model with these frequencies is extended with.
+
+        Args:
+            type, factor, existing_scaling: as in the config group rope.
+        Raises:
+            ConfigError: as stretched.
+        """
+        if existing_scaling == "multiply":
+            return self.stretched(factor)
+        return RopeScaling(type, self.rope_theta, self.head_dim, factor=factor)
+
     def stretched(self, factor: float) -> RopeScaling:
         """These frequencies, all divided by a further `factor`.
 
@@ -112,8 +129,9 @@ class RopeScaling:
         """
         if self.type not in ("none", "pi"):
             raise ConfigError(
-                f"the base's RoPE scaling of type {self.type} (factor {self.factor:g}) cannot be multiplied by another factor: no rope_type of "
-                f"config.json means both. Set rope.existing_scaling=replace to start from the unscaled frequencies."
+                f"the base's RoPE scaling of type {self.type} (factor {self.factor:g}) cannot be multiplied by another factor: no "
+                "rope_type "
+                f"of config.json means both. Set rope.existing_scaling=replace to start from the unscaled frequencies."
             )
         return RopeScaling("pi", self.rope_theta, self.head_dim, factor=self.factor * factor)
 
@@ -135,11 +153,13 @@ class RopeScaling:
 
     def _llama3(self, own: FloatArray) -> FloatArray:
         original, factor = self.original_context_length, np.float32(self.factor)
+        low, high = self.low_freq_factor, self.high_freq_factor
+        longest_kept, shortest_divided = np.float32(original / high), np.float32(original / low)
         wavelength = np.float32(2 * math.pi) / own
-        divided = np.where(wavelength > np.float32(original / self.low_freq_factor), own / factor, own)
-        smooth = (np.float32(original) / wavelength - np.float32(self.low_freq_factor)) / np.float32(self.high_freq_factor - self.low_freq_factor)
+        divided = np.where(wavelength > shortest_divided, own / factor, own)
+        smooth = (np.float32(original) / wavelength - np.float32(low)) / np.float32(high - low)
         between = (np.float32(1.0) - smooth) * divided / factor + smooth * divided
-        is_between = (wavelength >= np.float32(original / self.high_freq_factor)) & (wavelength <= np.float32(original / self.low_freq_factor))
+        is_between = (wavelength >= longest_kept) & (wavelength <= shortest_divided)
         return np.where(is_between, between, divided).astype(np.float32)
 
     def to_hf(self) -> dict[str, Any]:
@@ -194,8 +214,7 @@ class RopeScaling:
             raise CheckpointError(f"config.json has partial_rotary_factor={scaling['partial_rotary_factor']!r}: only 1.0 is supported.")
         if hf_type == "default":
             return RopeScaling("none", theta, head_dim)
-        needed = {"factor"} | ({"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"} if hf_type == "llama3" else set())
-        for key in sorted(needed):
+        for key in sorted(_HF_KEYS["llama3"] if hf_type == "llama3" else {"factor"}):
             if scaling.get(key) is None:
                 raise CheckpointError(f"config.json has {hf_type} RoPE scaling without {key}: copy it again from the model.")
         factor = float(scaling["factor"])

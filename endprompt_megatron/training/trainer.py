@@ -68,6 +68,7 @@ class Trainer:
         validation_dataset: Any | None,
         output_dir: Path,
         stop: StopRequests | None = None,
+        provenance: dict[str, Any] | None = None,
     ):
         self.config, self.runtime, self.chunks = config, runtime, chunks
         self.train_dataset, self.validation_dataset = train_dataset, validation_dataset
@@ -97,6 +98,7 @@ class Trainer:
             chunks=chunks,
             optimizer=self.optimizer,
             config=described,
+            provenance=provenance,
             keep_last=config.trainer.keep_last,
             asynchronous=config.trainer.async_save,
         )

@@ -40,14 +40,14 @@ def test_experiment_opens_with_its_command(name):
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml")))
 def test_model_numbers_are_the_published_ones(name):
     from endprompt_megatron.planning.flops import count_parameters
-    from endprompt_megatron.preflight import known_architecture, model_shape
+    from endprompt_megatron.preflight import known_base, model_shape
 
     published = {"smollm2_135m": 134_515_008, "llama3_8b": 8_030_261_248}
     config = to_run_config(_compose("+experiment=tiny_random", f"model={name}", f"model.hf_path=/nonexistent/{name}"))
     if name in published:
-        assert count_parameters(model_shape(known_architecture(config))) == published[name]
+        assert count_parameters(model_shape(known_base(config)[0])) == published[name]
     else:
-        assert known_architecture(config).num_layers == 2
+        assert known_base(config)[0].num_layers == 2
 
 
 def test_every_key_of_the_schema_is_read_somewhere():

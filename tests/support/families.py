@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from endprompt_megatron.checkpoint.hf_sources import build_tiny_random
 
 _LLAMA3_BANDS = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64, "rope_type": "llama3"}
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300,
     "hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32",
     "tie_word_embeddings": False, "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True, "transformers_version": "4.40.0",
@@ -54,7 +54,7 @@ def build_family(name: str, destination: Path, *, seed: int = 0, dtype: torch.dt
         destination: directory to make.
         changes: fields of config.json.
     """
-    config = {**_SIZES, **FAMILIES[name], "torch_dtype": str(dtype).removeprefix("torch."), **changes}
+    config = {**SIZES, **FAMILIES[name], "torch_dtype": str(dtype).removeprefix("torch."), **changes}
     build_tiny_random(destination, vocab_size=config["vocab_size"], tie=False)  # its tokenizer
     (destination / "config.json").write_text(json.dumps(config, indent=2))
     (destination / "model.safetensors").unlink()

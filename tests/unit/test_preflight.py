@@ -19,7 +19,9 @@ from endprompt_megatron.config import (
     TrainerConfig,
 )
 from endprompt_megatron.errors import CheckpointError, ConfigError, DataError
-from tests.support.tiny import copy_model, edit_config
+from endprompt_megatron.rope.scaling import RopeScaling
+from tests.support.families import build_family
+from tests.support.tiny import copy_model
 
 
 def config_of(hf_path: Path, output_dir: Path | str = "out", **groups: object) -> RunConfig:
@@ -53,16 +55,16 @@ def test_prompt_lengths_are_checked_with_the_real_tokenizer(tiny_model_dir):
 def test_numbers_come_from_the_config_until_the_model_is_there(tmp_path, tiny_model_dir):
     numbers = {"architectures": ["LlamaForCausalLM"], **yaml.safe_load((tiny_model_dir / "config.json").read_text())}
     config = config_of(tmp_path / "later", model=ModelConfig("tiny", str(tmp_path / "later"), hf_config=numbers))
-    assert preflight.known_architecture(config) == preflight.known_architecture(config_of(tiny_model_dir))
+    assert preflight.known_base(config) == preflight.known_base(config_of(tiny_model_dir))
     with pytest.raises(CheckpointError, match="later: no config.json there"):
-        preflight.known_architecture(config_of(tmp_path / "later"))
+        preflight.known_base(config_of(tmp_path / "later"))
 
 
 def test_a_directory_of_another_model_is_refused(tiny_model_dir):
     numbers = yaml.safe_load((tiny_model_dir / "config.json").read_text()) | {"num_hidden_layers": 30}
     config = config_of(tiny_model_dir, model=ModelConfig("big", str(tiny_model_dir), hf_config=numbers))
     with pytest.raises(CheckpointError, match="num_layers is 2 there and 30 in model.hf_config"):
-        preflight.known_architecture(config)
+        preflight.known_base(config)
 
 
 def test_a_base_without_a_tokenizer_is_refused(tiny_model_dir, tmp_path):
@@ -73,11 +75,43 @@ def test_a_base_without_a_tokenizer_is_refused(tiny_model_dir, tmp_path):
         preflight.check_base(config_of(broken), world_size=1)
 
 
-def test_a_base_that_is_stretched_already_is_refused(tiny_model_dir, tmp_path):
-    stretched = copy_model(tiny_model_dir, tmp_path / "stretched")
-    edit_config(stretched, max_position_embeddings=256, rope_scaling={"rope_type": "linear", "type": "linear", "factor": 2.0})
-    with pytest.raises((CheckpointError, ConfigError), match="rope_scaling"):
-        preflight.check_base(config_of(stretched, rope=RopeConfig("pi", 2.0, 512)), world_size=1)
+class TestABaseThatIsStretchedAlready:
+    def config(self, tmp_path: Path, family: str, *rope: object, **changes: object) -> RunConfig:
+        """A run on a family's small model; `rope` are type, factor, L and what happens to the base's scaling."""
+        kind, factor, target, choice = rope
+        return config_of(build_family(family, tmp_path / "base", **changes), rope=RopeConfig(kind, factor, target, existing_scaling=choice))
+
+    @pytest.mark.parametrize(
+        ("family", "words"),
+        [
+            ("llama3.1", "type llama3, factor 8.*replace rope.factor=16 drops it and starts from the unscaled window of 64"),
+            ("qwen2.5-yarn", "type yarn, factor 4.*replace rope.factor=8 drops it and starts from the unscaled window of 128"),
+        ],
+    )
+    def test_wants_a_choice(self, family, words, tmp_path):
+        with pytest.raises(ConfigError, match=words):
+            preflight.check_base(self.config(tmp_path, family, "pi", 2.0, 1024, None), world_size=1)
+
+    def test_replace_starts_from_the_unscaled_frequencies(self, tmp_path):
+        config = self.config(tmp_path, "llama3.1", "pi", 16.0, 1024, "replace")
+        base = preflight.check_base(config, world_size=1)
+        assert base.rope.type == "llama3"
+        assert preflight.run_rope(config, base.rope) == RopeScaling("pi", 500000.0, 16, factor=16.0)
+        assert "64 -> 1,024 positions" in "\n".join(preflight.plan(config, world_size=1))
+
+    def test_multiply_keeps_linear_scaling(self, tmp_path):
+        linear = {"rope_type": "linear", "factor": 2.0}
+        config = self.config(tmp_path, "llama3", "pi", 4.0, 1024, "multiply", rope_scaling=linear, max_position_embeddings=256)
+        base = preflight.check_base(config, world_size=1)
+        assert preflight.run_rope(config, base.rope) == RopeScaling("pi", 500000.0, 16, factor=8.0)
+
+    def test_multiply_is_refused_where_config_json_could_not_say_it(self, tmp_path):
+        with pytest.raises(ConfigError, match="only linear scaling can be multiplied"):
+            preflight.check_base(self.config(tmp_path, "llama3.1", "pi", 2.0, 1024, "multiply"), world_size=1)
+
+    def test_a_choice_without_a_scaling_is_refused(self, tmp_path):
+        with pytest.raises(ConfigError, match="the base has no RoPE scaling"):
+            preflight.check_base(self.config(tmp_path, "llama3", "pi", 2.0, 256, "replace"), world_size=1)
 
 
 class TestOutputDirectory:

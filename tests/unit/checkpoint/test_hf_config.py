@@ -14,6 +14,7 @@ from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, extend
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.rope.scaling import RopeScaling
+from tests.support.families import FAMILIES, SIZES
 
 # the published config.json of Meta-Llama-3-8B
 LLAMA_3_8B = {
@@ -83,17 +84,19 @@ def test_mistral_without_a_window_is_the_same_maths():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"architectures": ["GemmaForCausalLM"]}, ["GemmaForCausalLM", "LlamaForCausalLM, MistralForCausalLM"]),
+        ({"architectures": ["GemmaForCausalLM"]}, ["GemmaForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM (Qwen3)"]),
         ({"architectures": []}, ["none named", "LlamaForCausalLM"]),
         ({"architectures": None}, ["none named", "LlamaForCausalLM"]),
         ({"attention_bias": True}, ["attention_bias=True", "only False"]),
         ({"mlp_bias": True}, ["mlp_bias=True", "only False"]),
-        ({"sliding_window": 4096}, ["sliding_window=4096", "only None"]),
+        ({"quantization_config": {"bits": 4}}, ["quantization_config", "only None"]),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, ["sliding_attention", "layer_types"]),
+        ({"attention_multiplier": 0.1}, ["attention_multiplier=0.1", "not known here", "delete it"]),
         ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "only 'silu'"]),
         ({"pretraining_tp": 2}, ["pretraining_tp=2", "only 1"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5", "only 1.0"]),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["'llama3'", "default and linear", "rope_scaling"]),
-        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, ["'dynamic'", "default and linear"]),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["llama3", "without high_freq_factor"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, ["'dynamic'", "default, linear", "rope_scaling"]),
     ],
 )
 def test_other_maths_is_refused(changes, words):
@@ -165,3 +168,27 @@ class TestExtended:
         config = extended_hf_config(LLAMA_3_8B, ROPE, target_context_length=65536, dtype="bfloat16")
         assert RopeScaling.from_hf(config, head_dim=128) == ROPE
         assert architecture_from_hf(config).max_position_embeddings == 65536
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("mistral-v0.3", {"sliding_window": 4096}, "sliding_window=4096.*only None"),
+        ("mistral-v0.3", {"sliding_window": ...}, "sliding_window=4096.*lacks it"),
+        ("qwen2.5", {"use_sliding_window": True}, "use_sliding_window=True"),
+        ("qwen3", {"attention_bias": True}, "attention_bias=True"),
+        ("qwen3", {"num_key_value_heads": ...}, "num_key_value_heads"),
+    ],
+)
+def test_other_maths_of_a_family_is_refused(family, changes, words):
+    config = {**SIZES, **FAMILIES[family], **changes}
+    with pytest.raises(CheckpointError, match=words):
+        architecture_from_hf({name: value for name, value in config.items() if value is not ...})
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_every_field_that_the_installed_transformers_knows_is_understood(model_type):
+    """A field that a later transformers adds shows up here and has to be thought about."""
+    config = AutoConfig.for_model(model_type)
+    fields = config.to_dict() | {"architectures": [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]}
+    architecture_from_hf(fields | ({"sliding_window": None} if model_type == "mistral" else {}))

@@ -97,10 +97,10 @@ def test_from_hf_reads_what_the_installed_transformers_saves(tmp_path):
     assert RopeScaling.from_hf(saved, head_dim=16) == rope
 
 
-@pytest.mark.parametrize("kind", ["llama3", "yarn", "dynamic", "longrope"])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 def test_other_scalings_are_refused_by_name(kind, key):
-    with pytest.raises(CheckpointError, match=f"'{kind}'.*default and linear"):
+    with pytest.raises(CheckpointError, match=f"'{kind}'.*supported are default, linear, llama3, yarn"):
         RopeScaling.from_hf({"rope_theta": 5e5, key: {"rope_type": kind, "factor": 8.0}}, head_dim=8)
 
 
@@ -124,3 +124,49 @@ def test_impossible_scalings_are_refused(arguments, words):
 def test_linear_scaling_without_a_factor_is_refused():
     with pytest.raises(CheckpointError, match="factor"):
         RopeScaling.from_hf({"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear"}}, head_dim=8)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "word"),
+    [
+        ({"rope_type": "llama3", "factor": 8.0}, "high_freq_factor"),
+        ({"rope_type": "yarn"}, "factor"),
+        ({"rope_type": "yarn", "factor": 4.0, "mscale": 0.7}, "mscale=0.7"),
+        ({"rope_type": "linear", "factor": 4.0, "low_freq_factor": 1.0}, "low_freq_factor=1.0"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    ],
+)
+def test_scalings_with_keys_too_few_or_too_many_are_refused(scaling, word):
+    with pytest.raises(CheckpointError, match=word):
+        RopeScaling.from_hf({"rope_theta": 5e5, "rope_scaling": scaling, "max_position_embeddings": 64}, head_dim=8)
+
+
+def test_two_descriptions_that_differ_are_refused():
+    config = {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}
+    with pytest.raises(CheckpointError, match="twice and differently"):
+        RopeScaling.from_hf(config, head_dim=8)
+
+
+SCALED = [
+    RopeScaling("llama3", 500000.0, 128, factor=8.0, original_context_length=8192),
+    RopeScaling("llama3", 500000.0, 64, factor=32.0, original_context_length=8192),
+    RopeScaling("yarn", 1000000.0, 128, factor=4.0, original_context_length=32768),
+    RopeScaling("yarn", 10000.0, 64, factor=16.0, original_context_length=2048, beta_fast=24.0, beta_slow=2.0, truncate=False),
+]
+
+
+@pytest.mark.parametrize("rope", SCALED, ids=str)
+def test_scaled_frequencies_are_those_of_transformers(rope):
+    config = LlamaConfig(
+        hidden_size=rope.head_dim * 4,
+        num_attention_heads=4,
+        head_dim=rope.head_dim,
+        max_position_embeddings=int(rope.factor * rope.original_context_length),
+        **rope.to_hf(),
+    )
+    theirs = LlamaRotaryEmbedding(config=config)
+    np.testing.assert_allclose(rope.inv_freq(), theirs.inv_freq.numpy(), rtol=3e-7)
+    assert theirs.attention_scaling == pytest.approx(rope.attention_factor, abs=1e-12)
+    again = RopeScaling.from_hf(rope.to_hf(), head_dim=rope.head_dim)
+    np.testing.assert_array_equal(again.inv_freq(), rope.inv_freq())
+    assert again.attention_factor == rope.attention_factor

@@ -1,0 +1,276 @@
+"""Conversion between Hugging Face directories and torch_dist directories of megatron.core, block by block: it needs neither a process group
+nor the memory for a model, and a killed one goes on where it stood."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, extended_hf_config, read_hf_config
+from endprompt_megatron.checkpoint.hf_export import PROVENANCE_FILE, copy_companions, planned_tensors
+from endprompt_megatron.checkpoint.hf_import import check_hf_weights
+from endprompt_megatron.checkpoint.hf_mapping import Binding, bindings
+from endprompt_megatron.checkpoint.megatron_model import COMPANIONS, MegatronModel
+from endprompt_megatron.checkpoint.model_card import MODEL_CARD, model_card
+from endprompt_megatron.checkpoint.safetensors_io import (
+    BLOCK_BYTES,
+    SafetensorsReader,
+    TensorPlan,
+    plan_shards,
+    row_blocks,
+    write_index,
+    write_shard,
+)
+from endprompt_megatron.checkpoint.torch_dist import DistcpWriter, StoredChunks, TorchDistReader, extra_state_keys, write_metadata
+from endprompt_megatron.checkpoint.workspace import Workspace
+from endprompt_megatron.errors import CheckpointError
+from endprompt_megatron.log import Progress, get_logger
+from endprompt_megatron.model.architecture import ModelArchitecture
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """What a conversion will write.
+
+    Attributes:
+        files: file name -> bytes of weights in it.
+        dtype: of the weights.
+        largest_tensor: bytes of the largest one.
+        memory_bytes: bound on what the conversion holds beside the interpreter.
+    """
+
+    files: dict[str, int]
+    dtype: torch.dtype
+    largest_tensor: int
+    memory_bytes: int
+
+    def describe(self) -> str:
+        """In words."""
+        total = sum(self.files.values())
+        return (
+            f"{total / 1e9:.1f} GB of {str(self.dtype).removeprefix('torch.')} weights in {len(self.files)} file(s) of at most "
+            f"{max(self.files.values()) / 1e9:.1f} GB; largest tensor {self.largest_tensor / 1e9:.2f} GB; memory at most "
+            f"{self.memory_bytes / 2**20:.0f} MiB over the interpreter's own"
+        )
+
+
+def plan_conversion(
+    architecture: ModelArchitecture, *, dtype: torch.dtype, max_shard_bytes: int, to_megatron: bool, tensor_parallel_size: int = 1
+) -> ConversionPlan:
+    """Files, sizes and memory of a conversion, from the model's numbers alone."""
+    if to_megatron:
+        groups = _group(architecture, dtype, max_shard_bytes, tensor_parallel_size)
+        sizes = {file: [_size(binding, architecture, dtype, tensor_parallel_size) for binding in group] for file, group in groups.items()}
+    else:
+        shards = plan_shards(planned_tensors(architecture, dtype), max_shard_bytes)
+        sizes = {file: [tensor.num_bytes for tensor in shard] for file, shard in shards.items()}
+    widest = max(architecture.hidden_size, architecture.ffn_hidden_size, architecture.num_attention_heads * architecture.head_dim) * 4
+    return ConversionPlan(
+        {file: sum(found) for file, found in sizes.items()},
+        dtype,
+        max(max(found) for found in sizes.values()),
+        # a block as read, as converted, as gathered from shares; and the open files' metadata
+        4 * max(BLOCK_BYTES, widest) + 2**25,
+    )
+
+
+def hf_to_megatron(
+    hf_path: Path,
+    destination: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    tensor_parallel_size: int = 1,
+    max_shard_bytes: int = 5 * 10**9,
+) -> Path:
+    """Convert a Hugging Face directory into a torch_dist directory, which Megatron-Core loads in any layout.
+
+    Args:
+        hf_path: model directory.
+        destination: directory to make.
+        dtype: of the weights; None keeps theirs.
+        tensor_parallel_size: shares into which matrices are cut, so that a rank of such a layout reads its own share only, and what the
+            vocabulary is padded for.
+        max_shard_bytes: size of one .distcp file.
+    Returns:
+        destination.
+    Raises:
+        CheckpointError: the source is not a supported model or not whole; destination exists or cannot be written.
+    """
+    hf_path = Path(hf_path)
+    architecture = architecture_from_hf(read_hf_config(hf_path))
+    check_hf_weights(hf_path, architecture)
+    _check_tensor_parallel(architecture, tensor_parallel_size)
+    with SafetensorsReader(hf_path) as reader:
+        dtype = dtype or _only_dtype(reader.dtype(name) for name in reader.names())
+        groups = _group(architecture, dtype, max_shard_bytes, tensor_parallel_size)
+        identity = _identity(
+            [*reader.files(), hf_path / "config.json"], dtype=str(dtype), tensor_parallel_size=tensor_parallel_size, files=list(groups)
+        )
+        with Workspace(destination, identity) as workspace, Progress("converting", len(list(bindings(architecture)))) as progress:
+            stored = {}
+            for file, group in groups.items():
+                note = workspace.note_of(file)
+                if note is None:
+                    with workspace.making(file) as (path, notes):
+                        note = _write_distcp(path, group, reader, architecture, dtype, tensor_parallel_size, progress)
+                        notes.append(note)
+                else:
+                    progress.advance(len(group))
+                stored[file] = StoredChunks.from_json(note)
+            write_metadata(workspace.partial, stored, dtype=dtype)
+            companions = workspace.partial / COMPANIONS
+            shutil.rmtree(companions, ignore_errors=True)
+            companions.mkdir()
+            copy_companions(hf_path, companions)
+            for name in ("config.json", MODEL_CARD, PROVENANCE_FILE):
+                if (hf_path / name).is_file():
+                    shutil.copyfile(hf_path / name, companions / name)
+            return workspace.finish()
+
+
+def megatron_to_hf(
+    model: MegatronModel, destination: Path, *, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 * 10**9
+) -> Path:
+    """Convert a torch_dist directory, of whatever layout, into a Hugging Face directory that carries everything a model needs.
+
+    Args:
+        model: what to convert (megatron_model.describe_megatron_model).
+        destination: directory to make.
+        dtype: of the weights; None keeps theirs.
+        max_shard_bytes: size of one safetensors file.
+    Returns:
+        destination.
+    Raises:
+        CheckpointError: weights are missing or belong to another model; destination exists or cannot be written.
+    """
+    architecture = model.architecture
+    with TorchDistReader(model.directory) as reader:
+        reader.check(architecture)
+        for name in reader.unknown_names(architecture):
+            get_logger().warning(f"{model.directory}: {name} is no weight of this model and stays behind")
+        every = list(bindings(architecture))
+        dtype = dtype or _only_dtype(reader.dtype(binding.megatron) for binding in every)
+        shards = plan_shards(planned_tensors(architecture, dtype), max_shard_bytes)
+        source_of = {name: (binding, index) for binding in every for index, name in enumerate(binding.hugging_face)}
+        files = [*reader.files(), model.directory / ".metadata", model.base_hf_path / "config.json"]
+        identity = _identity(files, dtype=str(dtype), files=list(shards), rope=str(model.rope), window=model.context_length)
+        with Workspace(destination, identity) as workspace, Progress("converting", len(source_of)) as progress:
+
+            def blocks(tensor: TensorPlan) -> Iterator[torch.Tensor]:
+                binding, source = source_of[tensor.name]
+                row_bytes = tensor.num_bytes // max(tensor.shape[0], 1)
+                for first, last in binding.layout.rows_of_source(architecture, source):
+                    for low, high in row_blocks(last, row_bytes, first):
+                        yield reader.rows(binding.megatron, low, high).to(dtype)
+                progress.advance()
+
+            for file, planned in shards.items():
+                if workspace.note_of(file) is None:
+                    with workspace.making(file) as (path, _):
+                        write_shard(path, planned, blocks)
+                else:
+                    progress.advance(len(planned))
+            write_index(workspace.partial, shards)
+            _write_companions(workspace.partial, model, dtype)
+            return workspace.finish()
+
+
+def _write_companions(directory: Path, model: MegatronModel, dtype: torch.dtype) -> None:
+    config = extended_hf_config(
+        model.base_config, model.rope, target_context_length=model.context_length, dtype=str(dtype).removeprefix("torch.")
+    )
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    extended = model.context_length != model.architecture.max_position_embeddings
+    copy_companions(model.base_hf_path, directory, model.context_length if extended else None)
+    if model.provenance is not None:
+        (directory / PROVENANCE_FILE).write_text(json.dumps(model.provenance, indent=2) + "\n")
+        (directory / MODEL_CARD).write_text(model_card(model.provenance, base_hf_path=model.base_hf_path))
+        return
+    for name in (MODEL_CARD, PROVENANCE_FILE):
+        if (model.base_hf_path / name).is_file():
+            shutil.copyfile(model.base_hf_path / name, directory / name)
+
+
+def _write_distcp(
+    path: Path,
+    group: list[Binding],
+    reader: SafetensorsReader,
+    architecture: ModelArchitecture,
+    dtype: torch.dtype,
+    size: int,
+    progress: Progress,
+) -> str:
+    writer = DistcpWriter(path, tensor_parallel_size=size)
+    for binding in group:
+        layout = binding.layout
+        shape = layout.megatron_shape(architecture, size)
+        opened = writer.begin(binding.megatron, shape, dtype, dim=layout.tensor_parallel_dim, parts=layout.parts)
+        row = 0
+        for piece in layout.segments(architecture):
+            name = binding.hugging_face[piece.source]
+            for first, last in row_blocks(piece.last, reader.row_bytes(name), piece.first):
+                opened.fill(row, reader.rows(name, first, last).to(dtype))
+                row += last - first
+        for first, last in row_blocks(shape[0], dtype.itemsize * architecture.hidden_size, row):
+            opened.fill(first, torch.zeros((last - first, *shape[1:]), dtype=dtype))
+        if binding.megatron.endswith("mlp.linear_fc2.weight"):
+            for key in extra_state_keys(int(binding.megatron.split(".")[2]), architecture.num_layers):
+                writer.write_object(key, [None])
+        progress.advance()
+    writer.close()
+    return writer.stored.to_json()
+
+
+def _group(architecture: ModelArchitecture, dtype: torch.dtype, max_bytes: int, size: int) -> dict[str, list[Binding]]:
+    """{.distcp file: parameters in it}, in order."""
+    groups: list[list[Binding]] = []
+    room = 0
+    for binding in bindings(architecture):
+        needed = _size(binding, architecture, dtype, size)
+        if not groups or needed > room:
+            groups.append([])
+            room = max_bytes
+        groups[-1].append(binding)
+        room -= needed
+    return {f"__0_{number}.distcp": group for number, group in enumerate(groups)}
+
+
+def _size(binding: Binding, architecture: ModelArchitecture, dtype: torch.dtype, size: int) -> int:
+    count = dtype.itemsize
+    for extent in binding.layout.megatron_shape(architecture, size):
+        count *= extent
+    return count
+
+
+def _only_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    found = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})
+    if len(found) > 1 or found[0] not in DTYPES:
+        raise CheckpointError(f"the weights are of type {', '.join(found)}: say which to write, --dtype {' | '.join(DTYPES)}.")
+    return DTYPES[found[0]]
+
+
+def _check_tensor_parallel(architecture: ModelArchitecture, size: int) -> None:
+    for what, count in (
+        ("attention heads", architecture.num_attention_heads),
+        ("KV heads", architecture.num_query_groups),
+        ("feed-forward columns", architecture.ffn_hidden_size),
+    ):
+        if size < 1 or count % size:
+            raise CheckpointError(f"--tensor-model-parallel-size={size}: must divide the model's {count} {what}. Choose another.")
+
+
+def _identity(source: Iterable[Path], **options: Any) -> dict[str, Any]:
+    """What makes two conversions the same: the bytes that go in, by name, size and time, and every choice."""
+    stats = {str(path.resolve()): (path.stat().st_size, path.stat().st_mtime_ns) for path in source if path.exists()}
+    digest = hashlib.sha256(json.dumps(stats, sort_keys=True).encode()).hexdigest()
+    return {"format": _FORMAT, "torch": torch.__version__, "source": digest, **options}

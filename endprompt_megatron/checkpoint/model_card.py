@@ -1,0 +1,99 @@
+"""README.md of an exported model: what it is, what it was made of and how, what was measured, and how it is opened."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+MODEL_CARD = "README.md"
+_ROWS = (
+    ("Method", "method"),
+    ("Base model", "base"),
+    ("Native window", "original_context_length"),
+    ("Extended window L", "target_context_length"),
+    ("RoPE", "rope_type"),
+    ("RoPE factor s", "rope_factor"),
+    ("Physical length of a sample S", "seq_length"),
+    ("Position scheme", "position_scheme"),
+    ("End prompts", "end_prompts"),
+    ("Steps", "steps"),
+    ("Tokens trained on", "tokens"),
+    ("Sequences a step", "global_batch_size"),
+    ("Learning rate", "learning_rate"),
+    ("Seed", "seed"),
+    ("endprompt_megatron", "commit"),
+    ("megatron-core, torch", "megatron_core"),
+)
+
+
+def source_version() -> str:
+    """The commit of this project, with `+` where files differ from it; its version where it is no checkout."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"], cwd=here, capture_output=True, text=True, check=True
+        )
+        return described.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return metadata.version("endprompt-megatron")
+
+
+def model_card(provenance: dict[str, Any], *, base_hf_path: Path, results: str | None = None) -> str:
+    """The text of README.md.
+
+    Args:
+        provenance: as endprompt.json holds it.
+        base_hf_path: directory of the base, whose own card names the licence.
+        results: a markdown table of what was measured, with a sentence on how; None while nothing is.
+    """
+    window = int(provenance["target_context_length"])
+    licence = _field_of_card(base_hf_path, "license")
+    base = _field_of_card(base_hf_path, "base_model") or provenance["base"]
+    front = ["---", *([f"license: {licence}"] if licence else []), f"base_model: {base}", "tags:", "- long-context", "- endprompt", "---"]
+    rows = [f"| {title} | {_cell(provenance[key])} |" for title, key in _ROWS if provenance.get(key) not in (None, [], "")]
+    lines = [
+        *front,
+        f"# {provenance['base']}, extended to {window:,} positions",
+        "",
+        f"{provenance['base']} with its context window stretched from {provenance['original_context_length']:,} to {window:,} positions by "
+        f"endprompt_megatron (method `{provenance['method']}`; EndPrompt is described in arXiv 2605.14589).",
+        "",
+        "| | |",
+        "| --- | --- |",
+        *rows,
+        "",
+        "Everything there is to know about its making, hashes of the training text included, is in `endprompt.json`.",
+        "",
+        "## Measured",
+        "",
+        results or "Nothing was measured when this file was written.",
+        "",
+        "## Opening it",
+        "",
+        "transformers 4.57 and 5.x, and programs that stand on them, read `config.json` as it is. vLLM multiplies the window by the RoPE "
+        "factor, so tell it the window:",
+        "",
+        f"    vllm serve DIRECTORY --max-model-len {window}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        value = "; ".join(str(item) for item in value)
+    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return text.replace("|", "/").replace("\n", " ")
+
+
+def _field_of_card(directory: Path, field: str) -> str | None:
+    """A field of the front matter of a model card, if there is one."""
+    card = Path(directory) / MODEL_CARD
+    if not card.is_file():
+        return None
+    front = re.match(r"---\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL)
+    found = re.search(rf"^{field}:[ \t]*(\S.*)$", front.group(1), re.MULTILINE) if front else None
+    return found.group(1).strip() if found else None

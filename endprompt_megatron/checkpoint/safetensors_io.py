@@ -1,0 +1,264 @@
+"""Safetensors files read and written in blocks of rows through plain file reads, so that a conversion holds a few megabytes and not a
+model: the package's own reader maps whole files into memory, its writer wants every tensor of a file at once.
+
+Format: 8 bytes n (little endian), n bytes of JSON {name: {dtype, shape, data_offsets}}, the tensors' bytes one after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from endprompt_megatron.errors import CheckpointError
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+BLOCK_BYTES = 2**23  # larger blocks fall out of the processor's cache between reading and writing: measured 3 times slower
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
+
+
+class SafetensorsReader:
+    """Random access to the tensors of a model directory, one file or several with an index. Use as a context manager.
+
+    Raises:
+        CheckpointError: no safetensors, a shard that is missing or cut short, an index that names what is not there.
+    """
+
+    def __init__(self, hf_path: Path):
+        self.hf_path = Path(hf_path)
+        self._stack = ExitStack()
+        self._file_of = _locate_tensors(self.hf_path)
+        self._descriptors: dict[Path, int] = {}
+        self._stored: dict[str, _Stored] = {}
+
+    def __enter__(self) -> SafetensorsReader:
+        for path in sorted(set(self._file_of.values())):
+            header = _read_header(path)
+            self._descriptors[path] = os.open(path, os.O_RDONLY)
+            self._stack.callback(os.close, self._descriptors[path])
+            for name in [name for name, file in self._file_of.items() if file == path]:
+                if name not in header:
+                    raise CheckpointError(f"{path}: lacks {name}, which {INDEX_FILE} places there. Download it again.")
+                self._stored[name] = header[name]
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return sorted(self._file_of)
+
+    def files(self) -> list[Path]:
+        """The files that hold them."""
+        return sorted(set(self._file_of.values()))
+
+    def shape(self, name: str) -> list[int]:
+        """Shape of one tensor."""
+        return list(self._find(name).shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of one tensor."""
+        return self._find(name).dtype
+
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Rows first .. last-1 of a tensor."""
+        stored = self._find(name)
+        last = min(last, stored.shape[0])
+        row_bytes = stored.dtype.itemsize * _product(stored.shape[1:])
+        return read_tensor(
+            self._descriptors[self._file_of[name]],
+            stored.offset + first * row_bytes,
+            (max(last - first, 0), *stored.shape[1:]),
+            stored.dtype,
+        )
+
+    def columns(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Columns first .. last-1 of a matrix."""
+        height = self._find(name).shape[0]
+        return torch.cat([self.rows(name, *block)[:, first:last] for block in row_blocks(height, self.row_bytes(name))])
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor."""
+        return self.rows(name, 0, self._find(name).shape[0])
+
+    def row_bytes(self, name: str) -> int:
+        """Bytes of one row."""
+        stored = self._find(name)
+        return stored.dtype.itemsize * _product(stored.shape[1:])
+
+    def _find(self, name: str) -> _Stored:
+        if name not in self._file_of:
+            raise CheckpointError(f"{self.hf_path}: no tensor {name} in its safetensors. Is it a complete model?")
+        return self._stored[name]
+
+
+def read_tensor(descriptor: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A contiguous tensor from the bytes at `offset` of an open file."""
+    tensor = torch.empty(shape, dtype=dtype)
+    view = memoryview(tensor.view(torch.uint8).numpy()).cast("B") if tensor.numel() else memoryview(b"")
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if not count:
+            raise CheckpointError(f"a file of tensors ends at byte {offset + done}, {len(view) - done} bytes early. Copy it again.")
+        done += count
+    return tensor
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, not copied."""
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()).cast("B") if tensor.numel() else memoryview(b"")
+
+
+def row_blocks(height: int, row_bytes: int, start: int = 0) -> Iterator[tuple[int, int]]:
+    """(first, past the last) row of blocks of about BLOCK_BYTES that cover rows start .. height-1."""
+    step = max(1, BLOCK_BYTES // max(row_bytes, 1))
+    for first in range(start, height, step):
+        yield first, min(first + step, height)
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """A tensor that is to be written: name, type and shape."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+        return self.dtype.itemsize * _product(self.shape)
+
+
+def plan_shards(tensors: Iterable[TensorPlan], max_shard_bytes: int) -> dict[str, list[TensorPlan]]:
+    """{file name: tensors in it}, in order; a file holds at least one tensor and at most `max_shard_bytes` where that is possible."""
+    shards: list[list[TensorPlan]] = []
+    room = 0
+    for tensor in tensors:
+        if not shards or tensor.num_bytes > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(tensor)
+        room -= tensor.num_bytes
+    if len(shards) == 1:
+        return {SINGLE_FILE: shards[0]}
+    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, start=1)}
+
+
+def write_index(directory: Path, shards: dict[str, list[TensorPlan]]) -> None:
+    """Write model.safetensors.index.json; nothing where one file holds everything."""
+    if list(shards) == [SINGLE_FILE]:
+        return
+    index = {
+        "metadata": {"total_size": sum(tensor.num_bytes for shard in shards.values() for tensor in shard)},
+        "weight_map": {tensor.name: file for file, shard in shards.items() for tensor in shard},
+    }
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_shard(path: Path, tensors: list[TensorPlan], blocks: Callable[[TensorPlan], Iterable[torch.Tensor]]) -> None:
+    """Write one safetensors file, block by block; its bytes are on the disk when this returns.
+
+    Args:
+        path: file to make.
+        tensors: what it holds.
+        blocks: (tensor) -> its rows from the first to the last, in any number of pieces of its type.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.num_bytes],
+        }
+        offset += tensor.num_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb", buffering=0) as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            written = 0
+            for block in blocks(tensor):
+                if block.dtype != tensor.dtype:
+                    raise AssertionError(f"{tensor.name}: a block of {block.dtype}, planned as {tensor.dtype}")
+                written += write_all(stream.fileno(), tensor_bytes(block))
+            if written != tensor.num_bytes:
+                raise AssertionError(f"{tensor.name}: {written} bytes written, planned {tensor.num_bytes}")
+        os.fsync(stream.fileno())
+
+
+def write_all(descriptor: int, data: memoryview) -> int:
+    """Write every byte at the file's position; how many there were."""
+    done = 0
+    while done < len(data):
+        done += os.write(descriptor, data[done : done + BLOCK_BYTES])
+    return done
+
+
+def _product(shape: Iterable[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def _locate_tensors(hf_path: Path) -> dict[str, Path]:
+    index = hf_path / INDEX_FILE
+    if index.is_file():
+        try:
+            weight_map = dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{index} is damaged ({type(error).__name__}: {error}). Copy it again from the model.") from error
+        missing = sorted({file for file in weight_map.values() if not (hf_path / file).is_file()})
+        if missing:
+            raise CheckpointError(f"{hf_path}: {len(missing)} shards that the index names are missing, e.g. {missing[0]}.")
+        return {name: hf_path / file for name, file in weight_map.items()}
+    single = hf_path / SINGLE_FILE
+    if not single.is_file():
+        raise CheckpointError(
+            f"{hf_path}: neither {SINGLE_FILE} nor {INDEX_FILE} there. Only safetensors are read; convert "
+            f"pytorch_model.bin with transformers' save_pretrained."
+        )
+    return dict.fromkeys(_read_header(single), single)
+
+
+def _read_header(path: Path) -> dict[str, _Stored]:
+    try:
+        safe_open(str(path), framework="pt")  # checks the header against the file's length
+        with path.open("rb") as stream:
+            length = struct.unpack("<Q", stream.read(8))[0]
+            header = json.loads(stream.read(length))
+        return {
+            name: _Stored(_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except KeyError as error:
+        raise CheckpointError(f"{path} holds tensors of type {error}: supported are {', '.join(_DTYPES)}.") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or cut short ({error}): it has {path.stat().st_size} bytes. Copy it again."
+        ) from error

@@ -1,0 +1,491 @@
+"""Model weights in megatron.core dist_checkpointing directories (torch_dist), read and written in blocks of rows without a process
+group, for models that no process could hold.
+
+Such a directory is torch's distributed checkpoint: `.metadata` (a pickle: the global shape of every tensor, its chunks, and where the
+bytes of each chunk stand) and *.distcp files of `torch.save` archives, one a chunk; beside it metadata.json and common.pt of Megatron.
+Layers stand either stacked, `decoder.layers.<name>` with the layer as first dimension, or numbered, `decoder.layers.7.<name>`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import re
+import struct
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from endprompt_megatron.checkpoint.hf_mapping import bindings
+from endprompt_megatron.checkpoint.safetensors_io import read_tensor, tensor_bytes
+from endprompt_megatron.errors import CheckpointError
+from endprompt_megatron.model.architecture import ModelArchitecture
+
+METADATA_FILE = ".metadata"
+_LAYERS = "decoder.layers."
+_PREFIXES = ("", "module.", "model.")  # NeMo writes its wrapper's name in front
+# where a layer's norms are fused into the linear layer that follows (Transformer Engine), they bear its name; Megatron's local layers write
+# the same names
+_FUSED_NAMES = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+# linear layers that keep an `_extra_state` object each; None in it means nothing
+_EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+_NO_WEIGHTS = re.compile(r"(^|\.)(optimizer|random_state|rng_state|rerun_state_machine_state|opt_param_scheduler)\b|_extra_state")
+
+
+def find_torch_dist(path: Path) -> Path:
+    """The torch_dist directory that `path` means: itself, or the newest checkpoint of a run of ours, of Megatron-LM or of NeMo in it.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    for candidate in (path, path / "weights"):
+        if (candidate / METADATA_FILE).is_file():
+            return _checked_backend(candidate)
+    pointer = path / "latest_checkpointed_iteration.txt"
+    if pointer.is_file():
+        iteration = pointer.read_text().strip()
+        return find_torch_dist(path / (f"iter_{int(iteration):07d}" if iteration.isdigit() else iteration))
+    for directory in (path, path / "checkpoints"):
+        latest = directory / "latest"
+        if latest.is_file():
+            return find_torch_dist(directory / latest.read_text().strip())
+    raise CheckpointError(
+        f"{path}: no {METADATA_FILE} of a torch_dist checkpoint there, nor in weights/, nor a run's checkpoints. Name the directory that "
+        "holds "
+        f"{METADATA_FILE} and *.distcp files."
+    )
+
+
+def _checked_backend(directory: Path) -> Path:
+    description = directory / "metadata.json"
+    if description.is_file():
+        backend = json.loads(description.read_text()).get("sharded_backend", "torch_dist")
+        if backend != "torch_dist":
+            raise CheckpointError(f"{directory} is a checkpoint of the format {backend}: torch_dist is read. Save it again as torch_dist.")
+    return directory
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    path: Path
+    position: int  # of its archive in the file
+    length: int
+
+
+class TorchDistReader:
+    """Random access to the model weights of a torch_dist directory, under the names of the whole model. Use as a context manager.
+
+    Args:
+        path: as find_torch_dist takes it.
+    Raises:
+        CheckpointError: no such directory, or one that cannot be read.
+    """
+
+    def __init__(self, path: Path):
+        self.directory = find_torch_dist(path)
+        try:
+            self._metadata = FileSystemReader(self.directory).read_metadata()
+        except Exception as error:
+            raise CheckpointError(f"{self.directory / METADATA_FILE} cannot be read ({type(error).__name__}: {error}).") from error
+        self._tensors: dict[str, TensorStorageMetadata] = {
+            name: entry for name, entry in self._metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
+        }
+        self._prefix = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix + "decoder.") for name in self._tensors)), "")
+        self._chunks: dict[str, list[_Chunk]] = {}
+        self._descriptors: dict[Path, int] = {}
+        self._positions: dict[tuple[Path, int], int | None] = {}
+        self._whole: tuple[Any, torch.Tensor] | None = None
+
+    def __enter__(self) -> TorchDistReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    @property
+    def prefix(self) -> str:
+        """What stands in front of every name of the model, e.g. the name of a wrapper."""
+        return self._prefix
+
+    @property
+    def stacked(self) -> bool:
+        """Whether layers stand stacked, as one tensor a name."""
+        return self._locate(_LAYERS + "0.self_attention.linear_proj.weight")[1] is not None
+
+    def keys(self) -> dict[str, TensorStorageMetadata]:
+        """Every tensor in the directory, optimizer states and all."""
+        return self._tensors
+
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return sorted({self.directory / info.relative_path for info in self._metadata.storage_data.values()})
+
+    def unknown_names(self, architecture: ModelArchitecture) -> list[str]:
+        """Tensors that are neither weights of this architecture nor states of an optimizer or a random generator."""
+        known = {self._locate(binding.megatron)[0] for binding in bindings(architecture)}
+        return sorted(name for name in self._tensors if name not in known and not _NO_WEIGHTS.search(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter of the whole model (a Megatron name, its layer numbered)."""
+        key, layer = self._locate(name)
+        size = tuple(self._entry(key, name).size)
+        return size if layer is None else size[1:]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a parameter."""
+        return self._entry(self._locate(name)[0], name).properties.dtype
+
+    def check(self, architecture: ModelArchitecture) -> None:
+        """Compare names and shapes with an architecture, without reading a weight.
+
+        Raises:
+            CheckpointError: a weight is missing, has another shape, or belongs to no weight of the architecture.
+        """
+        for binding in bindings(architecture):
+            found, expected = self.shape(binding.megatron), binding.layout.megatron_shape(architecture)
+            if binding.layout.padded and found[0] >= architecture.vocab_size:
+                expected = (found[0], *expected[1:])  # how far the vocabulary is padded is the writer's choice
+            if found != expected:
+                raise CheckpointError(
+                    f"{self.directory}: {binding.megatron} has shape {list(found)}, the model's config makes it {list(expected)}."
+                )
+            key, layer = self._locate(binding.megatron)
+            if layer is not None and self._tensors[key].size[0] != architecture.num_layers:
+                raise CheckpointError(
+                    f"{self.directory}: {key} holds {self._tensors[key].size[0]} layers, the model's config says {architecture.num_layers}."
+                )
+        strange = [name for name in self.unknown_names(architecture) if re.search(r"(^|\.)(decoder|embedding|output_layer)\.", name)]
+        if strange:
+            raise CheckpointError(
+                f"{self.directory}: {len(strange)} weights have no place in this model, e.g. {', '.join(strange[:3])}. A Hugging Face "
+                "model "
+                f"without them would be another model: is the base the right one?"
+            )
+
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Rows first .. last-1 of a parameter, put together from its chunks.
+
+        Raises:
+            CheckpointError: the parameter is missing, or its chunks leave a hole.
+        """
+        key, layer = self._locate(name)
+        entry = self._entry(key, name)
+        lead = () if layer is None else (layer,)
+        shape = tuple(entry.size)[len(lead) :]
+        found: torch.Tensor | None = None
+        filled = 0
+        for chunk in self._chunks_of(key):
+            if lead and not chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]:
+                continue
+            offsets, sizes = chunk.offsets[len(lead) :], chunk.sizes[len(lead) :]
+            low, high = max(first, offsets[0]), min(last, offsets[0] + sizes[0])
+            if low >= high:
+                continue
+            block = self._rows_of_chunk(
+                chunk, entry.properties.dtype, (layer - chunk.offsets[0],) if lead else (), low - offsets[0], high - offsets[0]
+            )
+            if block.shape == (last - first, *shape[1:]):
+                return block
+            if found is None:
+                found = torch.empty((last - first, *shape[1:]), dtype=entry.properties.dtype)
+            place = (slice(low - first, high - first), *(slice(o, o + s) for o, s in zip(offsets[1:], sizes[1:], strict=True)))
+            found[place] = block
+            filled += block.numel()
+        if found is None or filled != found.numel():
+            raise CheckpointError(f"{self.directory}: the chunks of {key} do not cover rows {first} to {last - 1}. Is a file missing?")
+        return found
+
+    def layout(self) -> str:
+        """How the layers stand and into how many pieces a layer's matrix is cut, in words."""
+        key = next((name for name in self._tensors if name.endswith("linear_proj.weight") and not _NO_WEIGHTS.search(name)), None)
+        if key is None:
+            return "no attention weights"
+        layers = self._tensors[key].size[0] if self.stacked else 1
+        return f"layers {'stacked' if self.stacked else 'numbered'}, {len(self._chunks_of(key)) // layers} tensor-parallel share(s)"
+
+    def _entry(self, key: str, name: str) -> TensorStorageMetadata:
+        if key not in self._tensors:
+            raise CheckpointError(f"{self.directory}: no weight {name} (nor {key}) in it. Is it a complete checkpoint of this model?")
+        return self._tensors[key]
+
+    def _locate(self, name: str) -> tuple[str, int | None]:
+        """(key in the directory, layer where layers are stacked) of a parameter of the whole model."""
+        if not name.startswith(_LAYERS):
+            return self._prefix + name, None
+        layer, rest = name.removeprefix(_LAYERS).split(".", 1)
+        for spelled in (rest, _FUSED_NAMES.get(rest, rest)):
+            if f"{self._prefix}{_LAYERS}{layer}.{spelled}" in self._tensors:
+                return f"{self._prefix}{_LAYERS}{layer}.{spelled}", None
+            if f"{self._prefix}{_LAYERS}{spelled}" in self._tensors:
+                return f"{self._prefix}{_LAYERS}{spelled}", int(layer)
+        return f"{self._prefix}{_LAYERS}{_FUSED_NAMES.get(rest, rest)}", int(layer)
+
+    def _chunks_of(self, key: str) -> list[_Chunk]:
+        if key not in self._chunks:
+            storage = self._metadata.storage_data
+            found = []
+            for chunk in self._tensors[key].chunks:
+                info = storage.get(MetadataIndex(key, chunk.offsets))
+                if info is None:
+                    raise CheckpointError(f"{self.directory / METADATA_FILE} says nowhere where {key} at {list(chunk.offsets)} stands.")
+                path = self.directory / info.relative_path
+                found.append(_Chunk(tuple(chunk.offsets), tuple(chunk.sizes), path, info.offset, info.length))
+            self._chunks[key] = found
+        return self._chunks[key]
+
+    def _rows_of_chunk(self, chunk: _Chunk, dtype: torch.dtype, lead: tuple[int, ...], first: int, last: int) -> torch.Tensor:
+        where = (chunk.path, chunk.position)
+        if where not in self._positions:
+            self._positions[where] = self._position_of_data(chunk, dtype)
+        position = self._positions[where]
+        if position is None:  # stored in another order than row by row: rare, and read whole
+            if self._whole is None or self._whole[0] != where:
+                self._whole = (where, torch.load(_FileSlice(self._open(chunk.path), chunk.position, chunk.length), weights_only=True))
+            whole = self._whole[1]
+            return (whole[lead[0]] if lead else whole)[first:last]
+        sizes = chunk.sizes[len(lead) :]
+        row_bytes = dtype.itemsize
+        for size in sizes[1:]:
+            row_bytes *= size
+        skipped = lead[0] * sizes[0] + first if lead else first
+        return read_tensor(self._open(chunk.path), position + skipped * row_bytes, (last - first, *sizes[1:]), dtype)
+
+    def _position_of_data(self, chunk: _Chunk, dtype: torch.dtype) -> int | None:
+        """Where the first byte of a chunk stands in its file; None unless its rows follow each other."""
+        archive = _FileSlice(self._open(chunk.path), chunk.position, chunk.length)
+        try:
+            described = torch.load(archive, map_location="meta", weights_only=True)
+            position = chunk.position + _position_in_archive(archive)
+        except (OSError, RuntimeError, ValueError, StopIteration, zipfile.BadZipFile, pickle.UnpicklingError, struct.error) as error:
+            raise CheckpointError(
+                f"{chunk.path} is damaged or cut short at byte {chunk.position} ({type(error).__name__}: {error}). Copy it again."
+            ) from error
+        if tuple(described.shape) != chunk.sizes or described.dtype != dtype:
+            raise CheckpointError(
+                f"{chunk.path} holds {list(described.shape)} of {described.dtype} where {METADATA_FILE} says {list(chunk.sizes)} of "
+                f"{dtype}."
+            )
+        if not described.is_contiguous() or described.storage_offset():
+            return None
+        return position
+
+    def _open(self, path: Path) -> int:
+        if path not in self._descriptors:
+            try:
+                self._descriptors[path] = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                raise CheckpointError(f"{path}, which {METADATA_FILE} names, cannot be read ({error}). Copy it again.") from error
+        return self._descriptors[path]
+
+
+class _FileSlice(io.RawIOBase):
+    """Bytes position .. position+length-1 of an open file, as a file."""
+
+    def __init__(self, descriptor: int, position: int, length: int):
+        super().__init__()
+        self._descriptor, self._start, self._length, self._at = descriptor, position, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = max(0, min(len(buffer), self._length - self._at))
+        count = os.preadv(self._descriptor, [memoryview(buffer)[:wanted]], self._start + self._at) if wanted else 0
+        self._at += count
+        return count
+
+
+def _position_in_archive(archive: _FileSlice) -> int:
+    """Where the first byte of the tensor stands in an archive of torch.save: a zip file that compresses nothing."""
+    record = next(entry for entry in zipfile.ZipFile(archive).infolist() if entry.filename.endswith("/data/0"))
+    archive.seek(record.header_offset)
+    name_length, extra_length = struct.unpack("<26xHH", archive.read(30))
+    return record.header_offset + 30 + name_length + extra_length
+
+
+@dataclass
+class StoredChunks:
+    """What one .distcp file holds: where each chunk stands. `to_json` and back, so that an interrupted conversion can go on.
+
+    Attributes:
+        chunks: key -> [(offsets, sizes, position, length)].
+        objects: key -> (position, length) of pickled objects.
+    """
+
+    chunks: dict[str, list[tuple[list[int], list[int], int, int]]] = field(default_factory=dict)
+    objects: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """As text."""
+        return json.dumps({"chunks": self.chunks, "objects": self.objects})
+
+    @staticmethod
+    def from_json(text: str) -> StoredChunks:
+        """From text."""
+        return StoredChunks(**json.loads(text))
+
+
+class DistcpWriter:
+    """Writes one .distcp file: each parameter is announced, which makes room for its chunks, and then filled block by block in any order.
+
+    Args:
+        path: file to make.
+        tensor_parallel_size: shares into which each matrix is cut, as that many ranks would write it: each of them then reads its own
+            share only.
+    """
+
+    def __init__(self, path: Path, *, tensor_parallel_size: int):
+        self._stream = path.open("w+b")
+        self._size = tensor_parallel_size
+        self.stored = StoredChunks()
+
+    def close(self) -> None:
+        """Bring every byte to the disk."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+
+    def begin(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, *, dim: int | None, parts: int) -> OpenParameter:
+        """Make room for a parameter.
+
+        Args:
+            name: in the whole model.
+            shape: of the whole parameter, padding included.
+            dim: dimension that is cut into shares, or None.
+            parts: equal parts of the rows each of which is cut.
+        """
+        key, layer = stored_key(name)
+        if dim == 1:
+            cuts = [((0, share * shape[1] // self._size), (shape[0], shape[1] // self._size)) for share in range(self._size)]
+        elif dim == 0:
+            height = shape[0] // (self._size * parts)
+            cuts = [((index * height, *(0 for _ in shape[1:])), (height, *shape[1:])) for index in range(self._size * parts)]
+        else:
+            cuts = [(tuple(0 for _ in shape), shape)]
+        opened = OpenParameter(self._stream.fileno(), [])
+        for offsets, sizes in cuts:
+            lead = () if layer is None else (layer,)
+            full_sizes = (*(1 for _ in lead), *sizes)
+            start, data = self._reserve(full_sizes, dtype)
+            self.stored.chunks.setdefault(key, []).append(([*lead, *offsets], list(full_sizes), start, self._stream.tell() - start))
+            opened.chunks.append((offsets, sizes, data))
+        return opened
+
+    def write_object(self, key: str, value: Any) -> None:
+        """Add a pickled object."""
+        start = self._stream.tell()
+        torch.save(value, self._stream)
+        self.stored.objects[key] = (start, self._stream.tell() - start)
+
+    def _reserve(self, sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int]:
+        """An archive of torch.save without its data: where it starts and where the data belong."""
+        start = self._stream.tell()
+        with FakeTensorMode():
+            described = torch.empty(sizes, dtype=dtype)
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(described, self._stream)
+        self._stream.flush()
+        end = self._stream.tell()
+        return start, start + _position_in_archive(_FileSlice(self._stream.fileno(), start, end - start))
+
+
+@dataclass
+class OpenParameter:
+    """A parameter with room in a file. chunks: (offsets, sizes, position of the first byte)."""
+
+    descriptor: int
+    chunks: list[tuple[tuple[int, ...], tuple[int, ...], int]]
+
+    def fill(self, first: int, rows: torch.Tensor) -> None:
+        """Write rows first .. of the whole parameter into the chunks that hold them."""
+        last = first + rows.shape[0]
+        for offsets, sizes, position in self.chunks:
+            low, high = max(first, offsets[0]), min(last, offsets[0] + sizes[0])
+            if low >= high:
+                continue
+            block = rows[low - first : high - first]
+            if rows.dim() == 2 and sizes[1] != rows.shape[1]:
+                block = block[:, offsets[1] : offsets[1] + sizes[1]]
+            data = tensor_bytes(block)
+            row_bytes = len(data) // (high - low)
+            at, done = position + (low - offsets[0]) * row_bytes, 0
+            while done < len(data):
+                done += os.pwrite(self.descriptor, data[done:], at + done)
+
+
+def stored_key(name: str) -> tuple[str, int | None]:
+    """(key in a directory that we write, layer) of a parameter of the whole model: layers stacked, norms named as Megatron writes them."""
+    if not name.startswith(_LAYERS):
+        return name, None
+    layer, rest = name.removeprefix(_LAYERS).split(".", 1)
+    return _LAYERS + _FUSED_NAMES.get(rest, rest), int(layer)
+
+
+def extra_state_keys(layer: int, num_layers: int) -> list[str]:
+    """Keys of the `_extra_state` objects of a layer, which Megatron looks for when it loads."""
+    return [f"{_LAYERS}{name}._extra_state/shard_{layer}_{num_layers}" for name in _EXTRA_STATES]
+
+
+def write_metadata(directory: Path, files: dict[str, StoredChunks], *, dtype: torch.dtype) -> None:
+    """Write .metadata, metadata.json and common.pt over finished .distcp files.
+
+    Args:
+        directory: theirs.
+        files: file name -> what it holds.
+        dtype: of every tensor.
+    """
+    described: dict[str, Any] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    gathered: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
+    for file in sorted(files):
+        for key, chunks in files[file].chunks.items():
+            for offsets, sizes, position, length in chunks:
+                gathered.setdefault(key, []).append((tuple(offsets), tuple(sizes)))
+                storage[MetadataIndex(key, torch.Size(offsets))] = _StorageInfo(file, position, length)
+        for key, (position, length) in files[file].objects.items():
+            described[key] = BytesStorageMetadata()
+            storage[MetadataIndex(key)] = _StorageInfo(file, position, length)
+    for key, chunks in sorted(gathered.items()):
+        size = torch.Size(max(offsets[i] + sizes[i] for offsets, sizes in chunks) for i in range(len(chunks[0][0])))
+        described[key] = TensorStorageMetadata(
+            TensorProperties(dtype=dtype), size, [ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s in sorted(chunks)]
+        )
+    with (directory / METADATA_FILE).open("wb") as stream:
+        pickle.dump(Metadata(state_dict_metadata=described, storage_data=storage), stream)
+    torch.save({}, directory / "common.pt")
+    description = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+    (directory / "metadata.json").write_text(json.dumps(description))

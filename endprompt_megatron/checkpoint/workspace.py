@@ -1,0 +1,100 @@
+"""A directory that is made file by file beside its final name, goes on after a kill where it stood, and is renamed when it is whole."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from endprompt_megatron.errors import CheckpointError
+from endprompt_megatron.log import get_logger
+
+_IDENTITY = "conversion.json"
+_NOTE = ".note.json"
+
+
+class Workspace:
+    """Use as a context manager; leave it by `finish`.
+
+    Args:
+        destination: the directory to make; must not exist.
+        identity: what is being made, JSON; leftovers of a kill are used again only where it is the same.
+    Raises:
+        CheckpointError: destination exists, cannot be written, or another process is making it.
+    """
+
+    def __init__(self, destination: Path, identity: dict[str, Any]):
+        self.destination = Path(destination)
+        self.partial = self.destination.with_name(self.destination.name + ".partial")
+        self._identity = json.dumps(identity, sort_keys=True, default=str)
+        self._lock: int | None = None
+
+    def __enter__(self) -> Workspace:
+        if self.destination.exists():
+            raise CheckpointError(f"{self.destination} exists: nothing is overwritten. Remove it, or name another directory.")
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.partial / _IDENTITY, os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(f"{self.partial} is being written by another process: wait for it, or stop it.") from error
+        except OSError as error:
+            raise CheckpointError(f"{self.partial} cannot be written ({error}). Name a directory that can.") from error
+        if (self.partial / _IDENTITY).read_text() != self._identity:
+            for path in self.partial.iterdir():
+                if path.name != _IDENTITY:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, self._identity.encode(), 0)
+            os.fsync(self._lock)
+        elif kept := [path for path in self.partial.iterdir() if path.name != _IDENTITY and not path.name.endswith((".tmp", _NOTE))]:
+            get_logger().info(f"going on with {self.partial}: {len(kept)} file(s) of an interrupted conversion are whole")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def note_of(self, name: str) -> str | None:
+        """The note of a file that is whole; None if the file has to be made."""
+        note = self.partial / (name + _NOTE)
+        return note.read_text() if note.is_file() and (self.partial / name).is_file() else None
+
+    @contextmanager
+    def making(self, name: str) -> Iterator[tuple[Path, list[str]]]:
+        """Yield (path to write the file `name` to, list to put its note into); the file gets its name when the block ends well."""
+        temporary, notes = self.partial / (name + ".tmp"), [""]
+        yield temporary, notes
+        temporary.rename(self.partial / name)
+        note = self.partial / (name + _NOTE)
+        note.with_suffix(".tmp").write_text(notes[-1])
+        note.with_suffix(".tmp").rename(note)
+
+    def finish(self) -> Path:
+        """Give the directory its final name, its bytes on the disk."""
+        for path in self.partial.iterdir():
+            if path.name.endswith((".tmp", _NOTE)):
+                path.unlink()
+        for path in self.partial.rglob("*"):
+            if path.is_file():
+                _sync(path)
+        (self.partial / _IDENTITY).unlink()
+        _sync(self.partial)
+        if self.destination.exists():
+            raise CheckpointError(f"{self.destination} appeared meanwhile: nothing is overwritten. The result stands in {self.partial}.")
+        self.partial.rename(self.destination)
+        _sync(self.destination.parent)
+        return self.destination
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,229 @@
+"""Convert models between Hugging Face directories and torch_dist directories of megatron.core, verify the two against each other, and show
+what a directory holds.
+
+    python tools/convert.py hf-to-megatron /models/Llama-3.2-1B checkpoints/llama
+    python tools/convert.py megatron-to-hf outputs/my_run exported        # a run's newest checkpoint; or any torch_dist directory
+    python tools/convert.py verify --hf exported --megatron outputs/my_run
+    python tools/convert.py show outputs/my_run
+
+A conversion needs a few megabytes of memory, whatever the size of the model, and goes on where it was killed when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from endprompt_megatron.errors import EXIT_USER_ERROR, CheckpointError, ConfigError, DataError  # noqa: E402
+
+
+def main() -> int:
+    """Parse, run one command, return its exit status: 0, 1 if a verification failed, 2 if something given was wrong."""
+    arguments = _parser().parse_args()
+    try:
+        return arguments.run(arguments)
+    except (ConfigError, CheckpointError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _hf_to_megatron(arguments: argparse.Namespace) -> int:
+    from endprompt_megatron.checkpoint.convert import DTYPES, hf_to_megatron, plan_conversion
+    from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config
+
+    if arguments.plan:
+        config = read_hf_config(arguments.hf)
+        dtype = DTYPES[arguments.dtype or config.get("torch_dtype") or config.get("dtype") or "bfloat16"]
+        plan = plan_conversion(
+            architecture_from_hf(config),
+            dtype=dtype,
+            max_shard_bytes=arguments.max_shard_size,
+            to_megatron=True,
+            tensor_parallel_size=arguments.tensor_model_parallel_size,
+        )
+        print(plan.describe())
+        return 0
+    made = hf_to_megatron(
+        arguments.hf,
+        _destination(arguments),
+        dtype=DTYPES.get(arguments.dtype),
+        tensor_parallel_size=arguments.tensor_model_parallel_size,
+        max_shard_bytes=arguments.max_shard_size,
+    )
+    print(f"wrote {made}")
+    return 0 if arguments.no_verify else _report(arguments.hf, made, arguments, dtype=DTYPES.get(arguments.dtype))
+
+
+def _megatron_to_hf(arguments: argparse.Namespace) -> int:
+    from endprompt_megatron.checkpoint.convert import DTYPES, megatron_to_hf, plan_conversion
+
+    model = _described(arguments)
+    if arguments.plan:
+        dtype = DTYPES[arguments.dtype or "bfloat16"]
+        print(plan_conversion(model.architecture, dtype=dtype, max_shard_bytes=arguments.max_shard_size, to_megatron=False).describe())
+        return 0
+    made = megatron_to_hf(
+        model, _destination(arguments), dtype=DTYPES.get(arguments.dtype), max_shard_bytes=arguments.max_shard_size
+    )
+    print(f"wrote {made}: window {model.context_length:,} positions, RoPE {model.rope.type}, factor {model.rope.factor:g} ({model.origin})")
+    return 0 if arguments.no_verify else _report(made, arguments.megatron, arguments)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    return _report(arguments.hf, arguments.megatron, arguments)
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from endprompt_megatron.checkpoint.hf_config import FAMILIES, architecture_from_hf, read_hf_config, rope_from_hf
+    from endprompt_megatron.checkpoint.hf_verify import count_weights
+    from endprompt_megatron.checkpoint.safetensors_io import SafetensorsReader
+    from endprompt_megatron.checkpoint.torch_dist import TorchDistReader
+
+    if (arguments.directory / "config.json").is_file():
+        config = read_hf_config(arguments.directory)
+        architecture, rope = architecture_from_hf(config), rope_from_hf(config)
+        name = config["architectures"][0]
+        print(f"Hugging Face model, {name} ({FAMILIES[name].models}), {count_weights(architecture):,} weights")
+        _print_model(architecture, rope, architecture.max_position_embeddings)
+        with SafetensorsReader(arguments.directory) as reader:
+            rows = [(name, str(reader.dtype(name)).removeprefix("torch."), str(reader.shape(name))) for name in reader.names()]
+            _print_tensors(rows, f"{len(reader.files())} safetensors file(s)", arguments.all)
+        return 0
+    with TorchDistReader(arguments.directory) as reader:
+        print(f"torch_dist directory {reader.directory}: {reader.layout()}")
+        try:
+            model = _described(argparse.Namespace(megatron=arguments.directory, hf_base=arguments.hf_base))
+            print(f"{count_weights(model.architecture):,} weights, by {model.origin}")
+            _print_model(model.architecture, model.rope, model.context_length)
+            strange = reader.unknown_names(model.architecture)
+        except CheckpointError as error:
+            print(f"which model: not known ({error})")
+            strange = []
+        entries = reader.keys()
+        rows = [(name, str(entries[name].properties.dtype).removeprefix("torch."), str(list(entries[name].size))) for name in sorted(entries)]
+        weights = [row for row in rows if not row[0].startswith("optimizer.")]
+        _print_tensors(weights, f"{len(reader.files())} file(s)", arguments.all)
+        if len(rows) > len(weights):
+            print(f"and {len(rows) - len(weights)} tensors of the optimizer")
+        for name in strange:
+            print(f"no weight of this model: {name}")
+    return 0
+
+
+def _print_model(architecture, rope, context_length: int) -> None:
+    for name, value in vars(architecture).items():
+        print(f"  {name:24} {value}")
+    print(f"  {'window':24} {context_length:,} positions")
+    print(f"  {'rope':24} {json.dumps(rope.to_hf())}")
+
+
+def _print_tensors(rows: list[tuple[str, str, str]], where: str, every: bool) -> None:
+    kinds = {}
+    for name, dtype, shape in rows:
+        kinds.setdefault((re.sub(r"\.\d+\.", ".N.", name), dtype, shape), []).append(name)
+    print(f"{len(rows)} tensors in {where}")
+    if every:
+        kinds = {row: [row[0]] for row in rows}
+    width = max((len(kind[0]) for kind in kinds), default=0)
+    for (name, dtype, shape), names in kinds.items():
+        print(f"  {name:{width}}  {dtype:9} {shape}" + (f"  x {len(names)}" if len(names) > 1 else ""))
+
+
+def _described(arguments: argparse.Namespace):
+    from endprompt_megatron.checkpoint.megatron_model import describe_megatron_model
+
+    return describe_megatron_model(
+        arguments.megatron,
+        hf_base=arguments.hf_base,
+        rope_factor=getattr(arguments, "rope_factor", None),
+        context_length=getattr(arguments, "target_context_length", None),
+    )
+
+
+def _report(hf: Path, megatron: Path, arguments: argparse.Namespace, dtype=None) -> int:
+    """Verify two directories against each other and print the table."""
+    from endprompt_megatron.checkpoint.hf_verify import format_findings, verify_megatron_model
+    from endprompt_megatron.checkpoint.megatron_model import describe_megatron_model
+    from endprompt_megatron.config import ParallelConfig
+    from endprompt_megatron.mcore import runtime
+
+    if getattr(arguments, "megatron", None) is not None:
+        model = _described(arguments)
+    else:
+        model = describe_megatron_model(megatron)
+    runtime.initialize(ParallelConfig(), accelerator="cpu", seed=1)
+    try:
+        findings = verify_megatron_model(hf, model, dtype=dtype, with_logits=not arguments.no_logits)
+    finally:
+        runtime.shut_down()
+    print(format_findings(findings))
+    failed = [finding for finding in findings if not finding.passed]
+    print(f"FAILED: {hf} is not the model of {megatron}" if failed else f"ok: {hf} is the model of {megatron}")
+    return 1 if failed else 0
+
+
+def _destination(arguments: argparse.Namespace) -> Path:
+    if arguments.destination is None:
+        raise CheckpointError("name the directory to make as well, or ask for the --plan alone.")
+    return arguments.destination
+
+
+def _size(text: str) -> int:
+    """Bytes of `5GB`, `500MB` (powers of ten, as transformers counts) or `2GiB`."""
+    match = re.fullmatch(r"([0-9.]+)\s*(KB|MB|GB|KiB|MiB|GiB|)", text)
+    if not match or not float(match.group(1)) > 0 or not math.isfinite(float(match.group(1))):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write for example 5GB, 500MB or 2GiB")
+    unit = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[match.group(2)]
+    return int(float(match.group(1)) * unit)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    verifying = argparse.ArgumentParser(add_help=False)
+    verifying.add_argument("--no-logits", action="store_true", help="compare weights and config, but no logits and no text")
+    writing = argparse.ArgumentParser(add_help=False)
+    writing.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="type of the weights (default: as they are)")
+    writing.add_argument("--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="of one file of weights (default 5GB)")
+    writing.add_argument("--plan", action="store_true", help="print files, sizes and memory, and write nothing")
+    writing.add_argument("--no-verify", action="store_true", help="do not compare source and result afterwards")
+    meaning = argparse.ArgumentParser(add_help=False)
+    meaning.add_argument("--hf-base", type=Path, metavar="DIR", help="Hugging Face directory of the base, where MEGATRON does not name it")
+    meaning.add_argument("--rope-factor", type=float, metavar="S", help="linear RoPE scaling MEGATRON was trained with elsewhere")
+    meaning.add_argument("--target-context-length", type=int, metavar="L", help="window that goes with --rope-factor")
+
+    command = commands.add_parser("hf-to-megatron", parents=[writing, verifying], help="Hugging Face -> torch_dist")
+    command.add_argument("hf", type=Path, help="Hugging Face directory (config.json alone is enough for --plan)")
+    command.add_argument("destination", type=Path, nargs="?", help="directory to make")
+    command.add_argument(
+        "--tensor-model-parallel-size", type=int, default=1, metavar="T", help="cut matrices into T shares for faster loading at T ranks"
+    )
+    command.set_defaults(run=_hf_to_megatron, megatron=None)
+
+    command = commands.add_parser("megatron-to-hf", parents=[writing, verifying, meaning], help="torch_dist -> Hugging Face")
+    command.add_argument("megatron", type=Path, help="torch_dist directory, or a run's output directory")
+    command.add_argument("destination", type=Path, nargs="?", help="directory to make")
+    command.set_defaults(run=_megatron_to_hf)
+
+    command = commands.add_parser("verify", parents=[verifying, meaning], help="compare a Hugging Face with a torch_dist directory")
+    command.add_argument("--hf", type=Path, required=True)
+    command.add_argument("--megatron", type=Path, required=True)
+    command.set_defaults(run=_verify)
+
+    command = commands.add_parser("show", help="what a directory holds")
+    command.add_argument("directory", type=Path)
+    command.add_argument("--hf-base", type=Path, metavar="DIR")
+    command.add_argument("--all", action="store_true", help="every tensor, not every kind of tensor")
+    command.set_defaults(run=_show)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -46,6 +46,7 @@ class MethodConfig:
         end_prompts: the cue set: EP_1, EP_2, EP_3 or texts of your own; one is drawn for each sample.
         end_prompt_length: b in tokens; null means what the tokenizer says; a number cuts or repeats the prompt.
         end_prompt_loss_weight: weight of the loss on tokens of the prompt, >= 0; the context weighs 1.
+        num_chunks: pieces of the text (pose) or of the end prompt (endprompt_pose) between which positions skip, >= 1.
     """
 
     name: str = "endprompt"
@@ -53,6 +54,7 @@ class MethodConfig:
     end_prompts: list[str] = field(default_factory=lambda: ["EP_1"])
     end_prompt_length: Optional[int] = None
     end_prompt_loss_weight: float = 0.1
+    num_chunks: int = 2
 
 
 @dataclass
@@ -60,13 +62,16 @@ class RopeConfig:
     """What a position means.
 
     Attributes:
-        type: none | pi.
+        type: none | pi | ntk | yarn | llama3 (rope/scaling.py says what they do).
         factor: s; must equal target_context_length / original_context_length.
         target_context_length: L, positions of the extended window.
         original_context_length: window that `factor` counts from; null means the base's own (max_position_embeddings, or with
             existing_scaling=replace the window before that scaling).
         existing_scaling: what happens to RoPE scaling that the base has already (Llama-3.1, YaRN); must be chosen there, null elsewhere.
             replace: dropped; training starts from the unscaled frequencies. multiply: kept and stretched further; linear scaling only.
+        ntk_dynamic_factor: of ntk: f of the dynamic rule pinned at the target window; null is the static rule.
+        beta_fast, beta_slow: of yarn: rotations over the native window above which a frequency is kept, below which it is divided.
+        low_freq_factor, high_freq_factor: of llama3: the ends of the band between divided and kept frequencies.
     """
 
     type: str = "pi"
@@ -74,6 +79,11 @@ class RopeConfig:
     target_context_length: int = "???"  # type: ignore[assignment]
     original_context_length: Optional[int] = None
     existing_scaling: Optional[str] = None
+    ntk_dynamic_factor: Optional[float] = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
 
 
 @dataclass

@@ -115,8 +115,18 @@ def _window_to_stretch(config: RunConfig, architecture: ModelArchitecture, base_
 
 def _window_problems(config: RunConfig, native: int) -> list[str]:
     problems = []
-    if config.rope.type not in ("none", "pi"):
-        problems.append(f"rope.type={config.rope.type}: choose none or pi.")
+    rope = config.rope
+    if rope.type not in ("none", "pi", "ntk", "yarn", "llama3"):
+        problems.append(f"rope.type={rope.type}: choose one of none, pi, ntk, yarn, llama3.")
+    if rope.ntk_dynamic_factor is not None and (rope.type != "ntk" or not rope.ntk_dynamic_factor >= 1):
+        problems.append(f"rope.ntk_dynamic_factor={rope.ntk_dynamic_factor} with rope.type={rope.type}: for ntk alone, and >= 1.")
+    if not 0 < rope.beta_slow < rope.beta_fast:
+        problems.append(f"rope.beta_slow={rope.beta_slow}, rope.beta_fast={rope.beta_fast}: 0 < slow < fast is needed (published: 1, 32).")
+    if not 0 < rope.low_freq_factor < rope.high_freq_factor:
+        problems.append(
+            f"rope.low_freq_factor={rope.low_freq_factor}, rope.high_freq_factor={rope.high_freq_factor}: 0 < low < high is needed. "
+            f"Published: 1 and 4."
+        )
     if not math.isfinite(config.rope.factor):
         problems.append(f"rope.factor={config.rope.factor}: must be a finite number.")
     original = config.rope.original_context_length or native
@@ -162,6 +172,8 @@ def _method_problems(config: RunConfig, schemes: tuple[str, ...], prompt_lengths
         problems.append(f"method.end_prompt_loss_weight={method.end_prompt_loss_weight}: must be >= 0. The default is 0.1.")
     if method.end_prompt_length is not None and method.end_prompt_length < 1:
         problems.append(f"method.end_prompt_length={method.end_prompt_length}: must be >= 1, or null for the tokenizer's length.")
+    if method.num_chunks < 1:
+        problems.append(f"method.num_chunks={method.num_chunks}: must be >= 1. The default is 2.")
     lengths = prompt_lengths or ([method.end_prompt_length] if method.end_prompt_length else [])
     if lengths and config.data.seq_length - max(lengths) < 1:
         problems.append(

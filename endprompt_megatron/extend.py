@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from endprompt_megatron import launch, preflight
-from endprompt_megatron.checkpoint.hf_export import PROVENANCE_FILE, export_hf
+from endprompt_megatron.checkpoint.companions import PROVENANCE_FILE
+from endprompt_megatron.checkpoint.hf_export import export_hf
 from endprompt_megatron.checkpoint.hf_import import load_hf_weights
 from endprompt_megatron.checkpoint.hf_sources import ensure_base_model
 from endprompt_megatron.checkpoint.hf_verify import format_findings, verify_export
@@ -86,7 +87,7 @@ def _run(config: RunConfig, stop: StopRequests) -> dict[str, Any]:
     )
     get_logger().info(f"backend {backend.name}: {backend.description}; precision {config.precision.name}")
     try:
-        run = _Run(config, base, preflight.run_rope(config, base.rope), output_dir, runtime, backend, stop)
+        run = _Run(config, base, preflight.run_rope(config, base.architecture, base.rope), output_dir, runtime, backend, stop)
         return _extend(run, started)
     finally:
         mcore_runtime.shut_down()
@@ -250,6 +251,7 @@ def _train(
         target_context_length=config.rope.target_context_length,
         end_prompts=run.base.end_prompts,
         end_prompt_loss_weight=config.method.end_prompt_loss_weight,
+        num_chunks=config.method.num_chunks,
     )
     trainer = Trainer(
         config,
@@ -288,6 +290,7 @@ def _provenance(run: _Run, data_hashes: dict[str, str]) -> dict[str, Any]:
         "end_prompts": list(prompts.texts) if prompts else [],
         "end_prompt_lengths": prompts.lengths if prompts else [],
         "end_prompt_loss_weight": config.method.end_prompt_loss_weight,
+        "num_chunks": config.method.num_chunks,
         "base": config.model.name,
         "original_context_length": run.base.architecture.max_position_embeddings,
         "target_context_length": config.rope.target_context_length,
@@ -338,8 +341,8 @@ def _tell_results(run: _Run, export: Path, evaluation: dict[str, Any]) -> None:
     """Put what was measured into the model card of the export."""
     told = (
         format_table(evaluation)
-        + "\n\nPass keys and perplexity by context length in tokens, at ordinary positions. In brackets: digits right, log-probability of the "
-        f"key in nats. The experiment `{run.config.name}` makes this table."
+        + "\n\nPass keys and perplexity by context length in tokens, at ordinary positions. In brackets: digits right, log-probability of "
+        f"the key in nats. The experiment `{run.config.name}` makes this table."
     )
     provenance = json.loads((export / PROVENANCE_FILE).read_text())
     temporary = export / (MODEL_CARD + ".tmp")

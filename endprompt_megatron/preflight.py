@@ -3,7 +3,7 @@ tokenizer, the output directory. Also the plan that `dry_run=true` prints."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def check_base(config: RunConfig, *, world_size: int) -> Base:
     Raises:
         ConfigError, DataError, CheckpointError: what is wrong with them.
     """
-    from endprompt_megatron.checkpoint.hf_import import check_hf_weights
+    from endprompt_megatron.checkpoint.hf_weights import check_hf_weights
 
     hf_path = Path(config.model.hf_path)
     tokenizer = load_tokenizer(hf_path)
@@ -106,10 +106,9 @@ def check_base(config: RunConfig, *, world_size: int) -> Base:
     return Base(hf_path, architecture, rope, tokenizer, hash_tokenizer(hf_path), end_prompts)
 
 
-def run_rope(config: RunConfig, base_rope: RopeScaling) -> RopeScaling:
+def run_rope(config: RunConfig, architecture: ModelArchitecture, base_rope: RopeScaling) -> RopeScaling:
     """The frequencies that the run trains with, from those of the base."""
-    rope = config.rope
-    return base_rope.extended(type=rope.type, factor=rope.factor, existing_scaling=rope.existing_scaling)
+    return base_rope.extended(asdict(config.rope), max_position_embeddings=architecture.max_position_embeddings)
 
 
 def check_output_dir(config: RunConfig) -> None:

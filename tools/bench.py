@@ -21,6 +21,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import bench_convert  # noqa: E402
+
 from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config  # noqa: E402
 from endprompt_megatron.checkpoint.hf_import import load_hf_weights  # noqa: E402
 from endprompt_megatron.checkpoint.hf_verify import load_transformers_model  # noqa: E402
@@ -160,6 +162,7 @@ def main() -> None:
     step.add_argument("--repeats", type=int, default=15)
     step.add_argument("--warmup", type=int, default=1)
     step.set_defaults(run=bench_step)
+    bench_convert.add_to(benchmarks)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

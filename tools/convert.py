@@ -81,7 +81,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _show(arguments: argparse.Namespace) -> int:
     from endprompt_megatron.checkpoint.hf_config import FAMILIES, architecture_from_hf, read_hf_config, rope_from_hf
-    from endprompt_megatron.checkpoint.hf_verify import count_weights
+    from endprompt_megatron.checkpoint.hf_weights import count_weights
     from endprompt_megatron.checkpoint.safetensors_io import SafetensorsReader
     from endprompt_megatron.checkpoint.torch_dist import TorchDistReader
 
@@ -92,7 +92,7 @@ def _show(arguments: argparse.Namespace) -> int:
         print(f"Hugging Face model, {name} ({FAMILIES[name].models}), {count_weights(architecture):,} weights")
         _print_model(architecture, rope, architecture.max_position_embeddings)
         with SafetensorsReader(arguments.directory) as reader:
-            rows = [(name, str(reader.dtype(name)).removeprefix("torch."), str(reader.shape(name))) for name in reader.names()]
+            rows = [(name, _name(reader.dtype(name)), str(reader.shape(name))) for name in reader.names()]
             _print_tensors(rows, f"{len(reader.files())} safetensors file(s)", arguments.all)
         return 0
     with TorchDistReader(arguments.directory) as reader:
@@ -106,7 +106,7 @@ def _show(arguments: argparse.Namespace) -> int:
             print(f"which model: not known ({error})")
             strange = []
         entries = reader.keys()
-        rows = [(name, str(entries[name].properties.dtype).removeprefix("torch."), str(list(entries[name].size))) for name in sorted(entries)]
+        rows = [(name, _name(entry.properties.dtype), str(list(entry.size))) for name, entry in sorted(entries.items())]
         weights = [row for row in rows if not row[0].startswith("optimizer.")]
         _print_tensors(weights, f"{len(reader.files())} file(s)", arguments.all)
         if len(rows) > len(weights):
@@ -114,6 +114,10 @@ def _show(arguments: argparse.Namespace) -> int:
         for name in strange:
             print(f"no weight of this model: {name}")
     return 0
+
+
+def _name(dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _print_model(architecture, rope, context_length: int) -> None:

@@ -5,22 +5,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from endprompt_megatron.checkpoint.companions import PROVENANCE_FILE, copy_companions
 from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, extended_hf_config, read_hf_config
-from endprompt_megatron.checkpoint.hf_export import PROVENANCE_FILE, copy_companions, planned_tensors
-from endprompt_megatron.checkpoint.hf_import import check_hf_weights
 from endprompt_megatron.checkpoint.hf_mapping import Binding, bindings
+from endprompt_megatron.checkpoint.hf_weights import check_hf_weights, planned_tensors
 from endprompt_megatron.checkpoint.megatron_model import COMPANIONS, MegatronModel
 from endprompt_megatron.checkpoint.model_card import MODEL_CARD, model_card
 from endprompt_megatron.checkpoint.safetensors_io import (
     BLOCK_BYTES,
+    FileRange,
     SafetensorsReader,
     TensorPlan,
     plan_shards,
@@ -110,7 +113,7 @@ def hf_to_megatron(
     architecture = architecture_from_hf(read_hf_config(hf_path))
     check_hf_weights(hf_path, architecture)
     _check_tensor_parallel(architecture, tensor_parallel_size)
-    with SafetensorsReader(hf_path) as reader:
+    with SafetensorsReader(hf_path, reuse_memory=True) as reader:
         dtype = dtype or _only_dtype(reader.dtype(name) for name in reader.names())
         groups = _group(architecture, dtype, max_shard_bytes, tensor_parallel_size)
         identity = _identity(
@@ -154,7 +157,7 @@ def megatron_to_hf(
         CheckpointError: weights are missing or belong to another model; destination exists or cannot be written.
     """
     architecture = model.architecture
-    with TorchDistReader(model.directory) as reader:
+    with TorchDistReader(model.directory, reuse_memory=True) as reader:
         reader.check(architecture)
         for name in reader.unknown_names(architecture):
             get_logger().warning(f"{model.directory}: {name} is no weight of this model and stays behind")
@@ -166,12 +169,10 @@ def megatron_to_hf(
         identity = _identity(files, dtype=str(dtype), files=list(shards), rope=str(model.rope), window=model.context_length)
         with Workspace(destination, identity) as workspace, Progress("converting", len(source_of)) as progress:
 
-            def blocks(tensor: TensorPlan) -> Iterator[torch.Tensor]:
+            def blocks(tensor: TensorPlan) -> Iterator[torch.Tensor | FileRange]:
                 binding, source = source_of[tensor.name]
-                row_bytes = tensor.num_bytes // max(tensor.shape[0], 1)
                 for first, last in binding.layout.rows_of_source(architecture, source):
-                    for low, high in row_blocks(last, row_bytes, first):
-                        yield reader.rows(binding.megatron, low, high).to(dtype)
+                    yield from _rows(reader, binding.megatron, first, last, dtype)
                 progress.advance()
 
             for file, planned in shards.items():
@@ -210,25 +211,53 @@ def _write_distcp(
     size: int,
     progress: Progress,
 ) -> str:
-    writer = DistcpWriter(path, tensor_parallel_size=size)
-    for binding in group:
-        layout = binding.layout
-        shape = layout.megatron_shape(architecture, size)
-        opened = writer.begin(binding.megatron, shape, dtype, dim=layout.tensor_parallel_dim, parts=layout.parts)
-        row = 0
-        for piece in layout.segments(architecture):
-            name = binding.hugging_face[piece.source]
-            for first, last in row_blocks(piece.last, reader.row_bytes(name), piece.first):
-                opened.fill(row, reader.rows(name, first, last).to(dtype))
-                row += last - first
-        for first, last in row_blocks(shape[0], dtype.itemsize * architecture.hidden_size, row):
-            opened.fill(first, torch.zeros((last - first, *shape[1:]), dtype=dtype))
-        if binding.megatron.endswith("mlp.linear_fc2.weight"):
-            for key in extra_state_keys(int(binding.megatron.split(".")[2]), architecture.num_layers):
-                writer.write_object(key, [None])
-        progress.advance()
-    writer.close()
+    with DistcpWriter(path, tensor_parallel_size=size) as writer:
+        for binding in group:
+            layout = binding.layout
+            writer.write_parameter(
+                binding.megatron,
+                layout.megatron_shape(architecture, size),
+                dtype,
+                dim=layout.tensor_parallel_dim,
+                parts=layout.parts,
+                blocks=partial(_megatron_rows, binding, reader, architecture, dtype),
+            )
+            if binding.megatron.endswith("mlp.linear_fc2.weight"):
+                for key in extra_state_keys(int(binding.megatron.split(".")[2]), architecture.num_layers):
+                    writer.write_object(key, [None])
+            progress.advance()
     return writer.stored.to_json()
+
+
+def _megatron_rows(
+    binding: Binding,
+    reader: SafetensorsReader,
+    architecture: ModelArchitecture,
+    dtype: torch.dtype,
+    first: int,
+    last: int,
+    may_be_ranges: bool,
+) -> Iterator[torch.Tensor | FileRange]:
+    """Rows first .. last-1 of a whole Megatron parameter; padding is zero."""
+    shape = binding.layout.megatron_shape(architecture)
+    for piece in binding.layout.pieces(architecture, first, last):
+        yield from _rows(reader, binding.hugging_face[piece.source], piece.first, piece.last, dtype, may_be_ranges)
+        first += piece.last - piece.first
+    for low, high in row_blocks(last, dtype.itemsize * math.prod(shape[1:]), first):
+        yield torch.zeros((high - low, *shape[1:]), dtype=dtype)
+
+
+def _rows(
+    reader: SafetensorsReader | TorchDistReader, name: str, first: int, last: int, dtype: torch.dtype, may_be_ranges: bool = True
+) -> Iterator[torch.Tensor | FileRange]:
+    """Rows of a stored tensor in `dtype`: as a range of its file where nothing is to be done to them, else in blocks."""
+    stored = reader.dtype(name)
+    where = reader.range_of_rows(name, first, last) if may_be_ranges and stored == dtype else None
+    if where is not None:
+        yield where
+        return
+    for low, high in row_blocks(last, stored.itemsize * math.prod(reader.shape(name)[1:]), first):
+        yield reader.rows(name, low, high).to(dtype)
 
 
 def _group(architecture: ModelArchitecture, dtype: torch.dtype, max_bytes: int, size: int) -> dict[str, list[Binding]]:
@@ -246,10 +275,7 @@ def _group(architecture: ModelArchitecture, dtype: torch.dtype, max_bytes: int, 
 
 
 def _size(binding: Binding, architecture: ModelArchitecture, dtype: torch.dtype, size: int) -> int:
-    count = dtype.itemsize
-    for extent in binding.layout.megatron_shape(architecture, size):
-        count *= extent
-    return count
+    return dtype.itemsize * math.prod(binding.layout.megatron_shape(architecture, size))
 
 
 def _only_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:

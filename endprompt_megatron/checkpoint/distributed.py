@@ -207,15 +207,17 @@ def load_torch_dist(chunks: list[torch.nn.Module], directory: Path) -> None:
     """
     with TorchDistReader(directory) as reader:
         prefix, metadata = reader.prefix, None if reader.stacked else {"non_homogeneous_layers": True}
-    for chunk in chunks:
-        wanted = chunk.sharded_state_dict(prefix=prefix, metadata=metadata)
+    wanted = {}
+    for index, chunk in enumerate(chunks):
+        state = chunk.sharded_state_dict(prefix=prefix, metadata=metadata)
         # not the `_extra_state` objects, which hold nothing for weights and which not every writer stores
-        tensors = {name: entry for name, entry in wanted.items() if not isinstance(entry, ShardedObject)}
-        try:
-            loaded = dist_checkpointing.load(tensors, str(directory))
-        except _ANY_FAILURE as error:
-            raise CheckpointError(f"{directory} cannot be loaded ({_root_cause(error)}).") from error
-        weights = {name.removeprefix(prefix): value for name, value in loaded.items() if name in tensors}
+        wanted[f"model{index}"] = {name: entry for name, entry in state.items() if not isinstance(entry, ShardedObject)}
+    try:
+        loaded = dist_checkpointing.load(wanted, str(directory))
+    except _ANY_FAILURE as error:
+        raise CheckpointError(f"{directory} cannot be loaded ({_root_cause(error)}).") from error
+    for index, chunk in enumerate(chunks):
+        weights = {name.removeprefix(prefix): value for name, value in loaded[f"model{index}"].items()}
         missing = set(dict(chunk.named_parameters())) - set(weights)
         if missing:
             raise CheckpointError(f"{directory} lacks {sorted(missing)[0]}.")

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from endprompt_megatron.checkpoint.companions import PROVENANCE_FILE, copy_companions
 from endprompt_megatron.checkpoint.hf_config import extended_hf_config, read_hf_config
 from endprompt_megatron.checkpoint.hf_import import named_parameters_of_whole_model
 from endprompt_megatron.checkpoint.hf_mapping import Binding, bindings
+from endprompt_megatron.checkpoint.hf_weights import planned_tensors
 from endprompt_megatron.checkpoint.model_card import MODEL_CARD, model_card
 from endprompt_megatron.checkpoint.safetensors_io import TensorPlan, plan_shards, write_index, write_shard
 from endprompt_megatron.errors import CheckpointError
@@ -22,10 +24,6 @@ from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from endprompt_megatron.rope.scaling import RopeScaling
-
-PROVENANCE_FILE = "endprompt.json"
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
-_OWN_FILES = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", MODEL_CARD, PROVENANCE_FILE)
 
 
 def export_hf(
@@ -58,6 +56,14 @@ def export_hf(
     destination = Path(destination)
     if destination.exists() and not (destination / PROVENANCE_FILE).is_file():
         raise CheckpointError(f"{destination} exists and is no export of this tool: choose another output_dir, or move it away.")
+    known = {
+        "base": Path(base_hf_path).name,
+        "original_context_length": architecture.max_position_embeddings,
+        "target_context_length": int(target_context_length),
+        "rope_type": rope.type,
+        "rope_factor": rope.factor,
+    }
+    provenance = known | provenance
     partial = destination.with_name(destination.name + ".partial")
     tensors = gather_hf_tensors(chunks, architecture)
     if global_rank() != 0:
@@ -162,29 +168,6 @@ def _write_weights(
     for _ in tensors:
         raise AssertionError("more tensors than planned")
     write_index(directory, shards)
-
-
-def planned_tensors(architecture: ModelArchitecture, dtype: torch.dtype) -> list[TensorPlan]:
-    """Every tensor of the Hugging Face model, in the order of its files."""
-    return [
-        TensorPlan(name, dtype, shape)
-        for binding in bindings(architecture)
-        for name, shape in zip(binding.hugging_face, binding.layout.shapes(architecture), strict=True)
-    ]
-
-
-def copy_companions(base: Path, destination: Path, target_context_length: int | None = None) -> None:
-    """Copy tokenizer, generation config and licence of the base, unchanged but for the tokenizer's model_max_length, which becomes
-    `target_context_length` (None: it stays)."""
-    for path in sorted(base.iterdir()):
-        if not path.is_file() or path.suffix in _WEIGHT_SUFFIXES or path.name in _OWN_FILES:
-            continue
-        shutil.copyfile(path, destination / path.name)
-    tokenizer_config = destination / "tokenizer_config.json"
-    if target_context_length is not None and tokenizer_config.is_file():
-        values = json.loads(tokenizer_config.read_text())
-        values["model_max_length"] = int(target_context_length)
-        tokenizer_config.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def _move_into_place(partial: Path, destination: Path) -> None:

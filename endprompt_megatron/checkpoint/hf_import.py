@@ -9,21 +9,11 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from endprompt_megatron.checkpoint.hf_mapping import Binding, bindings
+from endprompt_megatron.checkpoint.hf_weights import check_tensors
 from endprompt_megatron.checkpoint.safetensors_io import SafetensorsReader
-from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import track
 from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.model.gpt import EndPromptGPTModel
-
-
-def check_hf_weights(hf_path: Path, architecture: ModelArchitecture) -> None:
-    """Read every file's header and compare names and shapes with the architecture, without reading a weight.
-
-    Raises:
-        CheckpointError: a file is missing or cut short, or a tensor is missing, left over or of another shape.
-    """
-    with SafetensorsReader(hf_path) as reader:
-        _check_tensors(reader, list(bindings(architecture)), architecture)
 
 
 def load_hf_weights(chunks: list[EndPromptGPTModel], hf_path: Path, architecture: ModelArchitecture) -> None:
@@ -41,7 +31,7 @@ def load_hf_weights(chunks: list[EndPromptGPTModel], hf_path: Path, architecture
     size = parallel_state.get_tensor_model_parallel_world_size()
     every = list(bindings(architecture))
     with SafetensorsReader(hf_path) as reader:
-        _check_tensors(reader, every, architecture)
+        check_tensors(reader, architecture)
         for binding in track(every, "loading weights"):
             # a tied output layer on the last pipeline stage is a second copy of the embedding
             names = [binding.megatron]
@@ -81,28 +71,3 @@ def named_parameters_of_whole_model(chunk: EndPromptGPTModel) -> list[tuple[str,
             parts[2] = str(int(parts[2]) + offset)
         named.append((".".join(parts), parameter))
     return named
-
-
-def _check_tensors(reader: SafetensorsReader, every: list[Binding], architecture: ModelArchitecture) -> None:
-    _refuse_leftovers(reader, every, architecture)
-    for binding in every:
-        for name, expected in zip(binding.hugging_face, binding.layout.shapes(architecture), strict=True):
-            found = tuple(reader.shape(name))
-            if found != expected:
-                raise CheckpointError(
-                    f"{reader.hf_path}: {name} has shape {list(found)}, config.json makes it {list(expected)}: weights and config.json do "
-                    f"not belong together."
-                )
-
-
-def _refuse_leftovers(reader: SafetensorsReader, every: list[Binding], architecture: ModelArchitecture) -> None:
-    used = {name for binding in every for name in binding.hugging_face}
-    ignorable = {"lm_head.weight"} if architecture.tied_embeddings else set()
-    leftovers = [
-        name for name in reader.names() if name not in used | ignorable and not name.endswith("rotary_emb.inv_freq")
-    ]
-    if leftovers:
-        raise CheckpointError(
-            f"{reader.hf_path}: {len(leftovers)} tensors have no place in this model of {architecture.num_layers} layers, "
-            f"e.g. {leftovers[0]}. Weights and config.json do not belong together, or the architecture is another."
-        )

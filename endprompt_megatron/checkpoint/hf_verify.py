@@ -7,7 +7,6 @@ Shapes: s tokens of a probe, v vocabulary.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from endprompt_megatron.checkpoint.distributed import load_torch_dist
 from endprompt_megatron.checkpoint.hf_config import architecture_from_hf
 from endprompt_megatron.checkpoint.hf_import import load_hf_weights, named_parameters_of_whole_model
 from endprompt_megatron.checkpoint.hf_mapping import bindings
+from endprompt_megatron.checkpoint.hf_weights import count_weights
 from endprompt_megatron.checkpoint.megatron_model import MegatronModel
 from endprompt_megatron.checkpoint.safetensors_io import SafetensorsReader, row_blocks
 from endprompt_megatron.checkpoint.torch_dist import TorchDistReader
@@ -152,11 +152,6 @@ def verify_megatron_model(
     return findings + compare_logits(chunk, export, model.architecture, target_context_length=model.context_length)
 
 
-def count_weights(architecture: ModelArchitecture) -> int:
-    """Numbers in the Hugging Face model."""
-    return sum(math.prod(shape) for binding in bindings(architecture) for shape in binding.layout.shapes(architecture))
-
-
 def largest_difference(stored: torch.Tensor, expected: torch.Tensor) -> float:
     """0 where two tensors are the same bit for bit; else the largest difference, never 0; infinite where types or shapes differ."""
     if stored.dtype != expected.dtype or stored.shape != expected.shape:
@@ -170,7 +165,7 @@ def largest_difference(stored: torch.Tensor, expected: torch.Tensor) -> float:
 def _verify_stored_tensors(export: Path, model: MegatronModel, dtype: torch.dtype | None) -> Finding:
     worst, where, count = 0.0, "", 0
     architecture = model.architecture
-    with SafetensorsReader(export) as hugging_face, TorchDistReader(model.directory) as megatron:
+    with SafetensorsReader(export, reuse_memory=True) as hugging_face, TorchDistReader(model.directory, reuse_memory=True) as megatron:
         megatron.check(architecture)
         every = list(bindings(architecture))
         surplus = set(hugging_face.names()) ^ {name for binding in every for name in binding.hugging_face}
@@ -199,7 +194,7 @@ def _verify_config(export: Path, architecture: ModelArchitecture, rope: RopeScal
     config = AutoConfig.from_pretrained(export)
     stored = json.loads((export / "config.json").read_text())
     window = abs(config.max_position_embeddings - target_context_length)
-    expected = replace(architecture, max_position_embeddings=target_context_length)
+    expected = replace(architecture, max_position_embeddings=target_context_length, rope_theta=rope.effective_theta)
     exported = architecture_from_hf(stored)
     differing = [name for name, value in vars(expected).items() if getattr(exported, name) != value]
     frequencies, factor = _transformers_rope(config)

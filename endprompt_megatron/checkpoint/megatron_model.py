@@ -93,14 +93,14 @@ def _of_training_run(directory: Path, record: dict[str, Any], hf_base: Path | No
     if not base.is_dir():
         raise CheckpointError(f"{directory} was trained from {base}, which is not there: name the base's directory by --hf-base.")
     config = read_hf_config(base)
-    rope = run["rope"]
+    architecture = architecture_from_hf(config)
     return MegatronModel(
         directory,
         base,
         config,
-        architecture_from_hf(config),
-        rope_from_hf(config).extended(type=rope["type"], factor=rope["factor"], existing_scaling=rope.get("existing_scaling")),
-        int(rope["target_context_length"]),
+        architecture,
+        rope_from_hf(config).extended(run["rope"], max_position_embeddings=architecture.max_position_embeddings),
+        int(run["rope"]["target_context_length"]),
         f"{RUN_FILE} of the training run",
         {**record.get("provenance", {}), "steps": record["state"]["step"], "tokens": record["state"]["tokens"]},
     )

@@ -54,12 +54,13 @@ def model_card(provenance: dict[str, Any], *, base_hf_path: Path, results: str |
     base = _field_of_card(base_hf_path, "base_model") or provenance["base"]
     front = ["---", *([f"license: {licence}"] if licence else []), f"base_model: {base}", "tags:", "- long-context", "- endprompt", "---"]
     rows = [f"| {title} | {_cell(provenance[key])} |" for title, key in _ROWS if provenance.get(key) not in (None, [], "")]
+    method = f", method `{provenance['method']}`" if provenance.get("method") else ""
     lines = [
         *front,
         f"# {provenance['base']}, extended to {window:,} positions",
         "",
         f"{provenance['base']} with its context window stretched from {provenance['original_context_length']:,} to {window:,} positions by "
-        f"endprompt_megatron (method `{provenance['method']}`; EndPrompt is described in arXiv 2605.14589).",
+        f"endprompt_megatron{method} (EndPrompt is described in arXiv 2605.14589).",
         "",
         "| | |",
         "| --- | --- |",

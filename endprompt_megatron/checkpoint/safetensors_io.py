@@ -6,7 +6,9 @@ Format: 8 bytes n (little endian), n bytes of JSON {name: {dtype, shape, data_of
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
@@ -22,12 +24,23 @@ from endprompt_megatron.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-BLOCK_BYTES = 2**23  # larger blocks fall out of the processor's cache between reading and writing: measured 3 times slower
+BLOCK_BYTES = 2**20  # larger blocks fall out of the processor's cache between reading and writing: measured several times slower
+_COPY_BYTES = 2**26
+_CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class FileRange:
+    """Bytes offset .. offset+length-1 of an open file, which the kernel can copy by itself."""
+
+    descriptor: int
+    offset: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -40,12 +53,16 @@ class _Stored:
 class SafetensorsReader:
     """Random access to the tensors of a model directory, one file or several with an index. Use as a context manager.
 
+    Args:
+        hf_path: model directory.
+        reuse_memory: read small ranges of rows into the same memory each time: what `rows` returned last is overwritten by the next call.
     Raises:
         CheckpointError: no safetensors, a shard that is missing or cut short, an index that names what is not there.
     """
 
-    def __init__(self, hf_path: Path):
+    def __init__(self, hf_path: Path, *, reuse_memory: bool = False):
         self.hf_path = Path(hf_path)
+        self._scratch = torch.empty(BLOCK_BYTES, dtype=torch.uint8) if reuse_memory else None
         self._stack = ExitStack()
         self._file_of = _locate_tensors(self.hf_path)
         self._descriptors: dict[Path, int] = {}
@@ -84,14 +101,15 @@ class SafetensorsReader:
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """Rows first .. last-1 of a tensor."""
         stored = self._find(name)
-        last = min(last, stored.shape[0])
-        row_bytes = stored.dtype.itemsize * _product(stored.shape[1:])
-        return read_tensor(
-            self._descriptors[self._file_of[name]],
-            stored.offset + first * row_bytes,
-            (max(last - first, 0), *stored.shape[1:]),
-            stored.dtype,
-        )
+        last = max(first, min(last, stored.shape[0]))
+        where = self.range_of_rows(name, first, last)
+        return read_tensor(where.descriptor, where.offset, (last - first, *stored.shape[1:]), stored.dtype, scratch=self._scratch)
+
+    def range_of_rows(self, name: str, first: int, last: int) -> FileRange:
+        """Where rows first .. last-1 of a tensor stand."""
+        row_bytes = self.row_bytes(name)
+        offset = self._find(name).offset + first * row_bytes
+        return FileRange(self._descriptors[self._file_of[name]], offset, (last - first) * row_bytes)
 
     def columns(self, name: str, first: int, last: int) -> torch.Tensor:
         """Columns first .. last-1 of a matrix."""
@@ -105,7 +123,7 @@ class SafetensorsReader:
     def row_bytes(self, name: str) -> int:
         """Bytes of one row."""
         stored = self._find(name)
-        return stored.dtype.itemsize * _product(stored.shape[1:])
+        return stored.dtype.itemsize * math.prod(stored.shape[1:])
 
     def _find(self, name: str) -> _Stored:
         if name not in self._file_of:
@@ -113,17 +131,31 @@ class SafetensorsReader:
         return self._stored[name]
 
 
-def read_tensor(descriptor: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A contiguous tensor from the bytes at `offset` of an open file."""
-    tensor = torch.empty(shape, dtype=dtype)
-    view = memoryview(tensor.view(torch.uint8).numpy()).cast("B") if tensor.numel() else memoryview(b"")
+def read_tensor(
+    descriptor: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype, *, scratch: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A contiguous tensor from the bytes at `offset` of an open file.
+
+    Args:
+        scratch: uint8 memory to read into, where that is large enough; fresh memory costs more than the reading.
+    """
+    tensor = empty(shape, dtype, scratch)
+    view = tensor_bytes(tensor)
     done = 0
     while done < len(view):
         count = os.preadv(descriptor, [view[done:]], offset + done)
         if not count:
-            raise CheckpointError(f"a file of tensors ends at byte {offset + done}, {len(view) - done} bytes early. Copy it again.")
+            raise _ends_early(offset + done, len(view) - done)
         done += count
     return tensor
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, scratch: torch.Tensor | None) -> torch.Tensor:
+    """An uninitialised tensor, in `scratch` where that is large enough."""
+    size = dtype.itemsize * math.prod(shape)
+    if scratch is None or size > scratch.numel():
+        return torch.empty(shape, dtype=dtype)
+    return scratch[:size].view(dtype).view(shape)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -149,7 +181,7 @@ class TensorPlan:
     @property
     def num_bytes(self) -> int:
         """Its size."""
-        return self.dtype.itemsize * _product(self.shape)
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 def plan_shards(tensors: Iterable[TensorPlan], max_shard_bytes: int) -> dict[str, list[TensorPlan]]:
@@ -178,13 +210,13 @@ def write_index(directory: Path, shards: dict[str, list[TensorPlan]]) -> None:
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write_shard(path: Path, tensors: list[TensorPlan], blocks: Callable[[TensorPlan], Iterable[torch.Tensor]]) -> None:
+def write_shard(path: Path, tensors: list[TensorPlan], blocks: Callable[[TensorPlan], Iterable[torch.Tensor | FileRange]]) -> None:
     """Write one safetensors file, block by block; its bytes are on the disk when this returns.
 
     Args:
         path: file to make.
         tensors: what it holds.
-        blocks: (tensor) -> its rows from the first to the last, in any number of pieces of its type.
+        blocks: (tensor) -> its rows from the first to the last, in any number of pieces of its type, in memory or in files.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -202,27 +234,49 @@ def write_shard(path: Path, tensors: list[TensorPlan], blocks: Callable[[TensorP
         for tensor in tensors:
             written = 0
             for block in blocks(tensor):
-                if block.dtype != tensor.dtype:
+                if isinstance(block, torch.Tensor) and block.dtype != tensor.dtype:
                     raise AssertionError(f"{tensor.name}: a block of {block.dtype}, planned as {tensor.dtype}")
-                written += write_all(stream.fileno(), tensor_bytes(block))
+                written += write_block(stream.fileno(), block)
             if written != tensor.num_bytes:
                 raise AssertionError(f"{tensor.name}: {written} bytes written, planned {tensor.num_bytes}")
         os.fsync(stream.fileno())
+
+
+def write_block(descriptor: int, block: torch.Tensor | FileRange) -> int:
+    """Write a block at the file's position; how many bytes it has."""
+    if isinstance(block, torch.Tensor):
+        return write_all(descriptor, tensor_bytes(block))
+    done = 0
+    copy = os.copy_file_range
+    while done < block.length:
+        count = min(block.length - done, _COPY_BYTES)
+        try:
+            copied = copy(block.descriptor, descriptor, count, block.offset + done)
+        except OSError as error:
+            if error.errno not in _CANNOT_COPY or copy is _copy_through_memory:
+                raise
+            copy = _copy_through_memory  # file systems that the kernel does not copy between
+            continue
+        if not copied:
+            raise _ends_early(block.offset + done, block.length - done)
+        done += copied
+    return done
+
+
+def _ends_early(position: int, missing: int) -> CheckpointError:
+    return CheckpointError(f"a file of tensors ends at byte {position}, {missing} bytes early. Copy it again.")
+
+
+def _copy_through_memory(source: int, target: int, count: int, offset: int) -> int:
+    return write_all(target, memoryview(os.pread(source, min(count, BLOCK_BYTES), offset)))
 
 
 def write_all(descriptor: int, data: memoryview) -> int:
     """Write every byte at the file's position; how many there were."""
     done = 0
     while done < len(data):
-        done += os.write(descriptor, data[done : done + BLOCK_BYTES])
+        done += os.write(descriptor, data[done:])
     return done
-
-
-def _product(shape: Iterable[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
 
 
 def _locate_tensors(hf_path: Path) -> dict[str, Path]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pickle
 import re
 import struct
 import zipfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from endprompt_megatron.checkpoint.hf_mapping import bindings
-from endprompt_megatron.checkpoint.safetensors_io import read_tensor, tensor_bytes
+from endprompt_megatron.checkpoint.safetensors_io import BLOCK_BYTES, FileRange, empty, read_tensor, write_all, write_block
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.model.architecture import ModelArchitecture
 
@@ -49,6 +51,10 @@ _FUSED_NAMES = {
 # linear layers that keep an `_extra_state` object each; None in it means nothing
 _EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 _NO_WEIGHTS = re.compile(r"(^|\.)(optimizer|random_state|rng_state|rerun_state_machine_state|opt_param_scheduler)\b|_extra_state")
+
+_BROKEN_ARCHIVE = (
+    OSError, EOFError, RuntimeError, ValueError, StopIteration, zipfile.BadZipFile, pickle.UnpicklingError, struct.error,
+)  # fmt: skip
 
 
 def find_torch_dist(path: Path) -> Path:
@@ -99,11 +105,13 @@ class TorchDistReader:
 
     Args:
         path: as find_torch_dist takes it.
+        reuse_memory: as of SafetensorsReader.
     Raises:
         CheckpointError: no such directory, or one that cannot be read.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, reuse_memory: bool = False):
+        self._scratch, self._gathered = (torch.empty(BLOCK_BYTES, dtype=torch.uint8) if reuse_memory else None for _ in range(2))
         self.directory = find_torch_dist(path)
         try:
             self._metadata = FileSystemReader(self.directory).read_metadata()
@@ -211,13 +219,31 @@ class TorchDistReader:
             if block.shape == (last - first, *shape[1:]):
                 return block
             if found is None:
-                found = torch.empty((last - first, *shape[1:]), dtype=entry.properties.dtype)
+                found = empty((last - first, *shape[1:]), entry.properties.dtype, self._gathered)
             place = (slice(low - first, high - first), *(slice(o, o + s) for o, s in zip(offsets[1:], sizes[1:], strict=True)))
             found[place] = block
             filled += block.numel()
         if found is None or filled != found.numel():
             raise CheckpointError(f"{self.directory}: the chunks of {key} do not cover rows {first} to {last - 1}. Is a file missing?")
         return found
+
+    def range_of_rows(self, name: str, first: int, last: int) -> FileRange | None:
+        """Where rows first .. last-1 of a parameter stand, if they stand together in one file."""
+        key, layer = self._locate(name)
+        entry = self._entry(key, name)
+        lead = 0 if layer is None else 1
+        for chunk in self._chunks_of(key):
+            offsets, sizes = chunk.offsets[lead:], chunk.sizes[lead:]
+            is_layer = not lead or chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]
+            is_whole = sizes[1:] == tuple(entry.size)[lead + 1 :] and offsets[0] <= first and last <= offsets[0] + sizes[0]
+            if is_layer and is_whole:
+                position = self._position_of(chunk, entry.properties.dtype)
+                row_bytes = entry.properties.dtype.itemsize * math.prod(sizes[1:])
+                skipped = (layer - chunk.offsets[0]) * sizes[0] if lead else 0
+                if position is not None:
+                    start = position + (skipped + first - offsets[0]) * row_bytes
+                    return FileRange(self._open(chunk.path), start, (last - first) * row_bytes)
+        return None
 
     def layout(self) -> str:
         """How the layers stand and into how many pieces a layer's matrix is cut, in words."""
@@ -258,29 +284,31 @@ class TorchDistReader:
         return self._chunks[key]
 
     def _rows_of_chunk(self, chunk: _Chunk, dtype: torch.dtype, lead: tuple[int, ...], first: int, last: int) -> torch.Tensor:
-        where = (chunk.path, chunk.position)
-        if where not in self._positions:
-            self._positions[where] = self._position_of_data(chunk, dtype)
-        position = self._positions[where]
+        position = self._position_of(chunk, dtype)
         if position is None:  # stored in another order than row by row: rare, and read whole
+            where = (chunk.path, chunk.position)
             if self._whole is None or self._whole[0] != where:
                 self._whole = (where, torch.load(_FileSlice(self._open(chunk.path), chunk.position, chunk.length), weights_only=True))
             whole = self._whole[1]
             return (whole[lead[0]] if lead else whole)[first:last]
         sizes = chunk.sizes[len(lead) :]
-        row_bytes = dtype.itemsize
-        for size in sizes[1:]:
-            row_bytes *= size
+        row_bytes = dtype.itemsize * math.prod(sizes[1:])
         skipped = lead[0] * sizes[0] + first if lead else first
-        return read_tensor(self._open(chunk.path), position + skipped * row_bytes, (last - first, *sizes[1:]), dtype)
+        return read_tensor(self._open(chunk.path), position + skipped * row_bytes, (last - first, *sizes[1:]), dtype, scratch=self._scratch)
 
-    def _position_of_data(self, chunk: _Chunk, dtype: torch.dtype) -> int | None:
+    def _position_of(self, chunk: _Chunk, dtype: torch.dtype) -> int | None:
         """Where the first byte of a chunk stands in its file; None unless its rows follow each other."""
+        where = (chunk.path, chunk.position)
+        if where not in self._positions:
+            self._positions[where] = self._find_data(chunk, dtype)
+        return self._positions[where]
+
+    def _find_data(self, chunk: _Chunk, dtype: torch.dtype) -> int | None:
         archive = _FileSlice(self._open(chunk.path), chunk.position, chunk.length)
         try:
             described = torch.load(archive, map_location="meta", weights_only=True)
             position = chunk.position + _position_in_archive(archive)
-        except (OSError, RuntimeError, ValueError, StopIteration, zipfile.BadZipFile, pickle.UnpicklingError, struct.error) as error:
+        except _BROKEN_ARCHIVE as error:
             raise CheckpointError(
                 f"{chunk.path} is damaged or cut short at byte {chunk.position} ({type(error).__name__}: {error}). Copy it again."
             ) from error
@@ -360,7 +388,7 @@ class StoredChunks:
 
 
 class DistcpWriter:
-    """Writes one .distcp file: each parameter is announced, which makes room for its chunks, and then filled block by block in any order.
+    """Writes one .distcp file from its first byte to its last. Use as a context manager.
 
     Args:
         path: file to make.
@@ -369,82 +397,103 @@ class DistcpWriter:
     """
 
     def __init__(self, path: Path, *, tensor_parallel_size: int):
-        self._stream = path.open("w+b")
-        self._size = tensor_parallel_size
+        self._path, self._size = path, tensor_parallel_size
         self.stored = StoredChunks()
 
-    def close(self) -> None:
-        """Bring every byte to the disk."""
-        self._stream.flush()
+    def __enter__(self) -> DistcpWriter:
+        self._stream = self._path.open("wb", buffering=0)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
         os.fsync(self._stream.fileno())
         self._stream.close()
 
-    def begin(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, *, dim: int | None, parts: int) -> OpenParameter:
-        """Make room for a parameter.
+    def write_parameter(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        dim: int | None,
+        parts: int,
+        blocks: Callable[[int, int, bool], Iterable[torch.Tensor | FileRange]],
+    ) -> None:
+        """Write a parameter in its chunks.
 
         Args:
             name: in the whole model.
             shape: of the whole parameter, padding included.
             dim: dimension that is cut into shares, or None.
             parts: equal parts of the rows each of which is cut.
+            blocks: (first, past the last, whether they may be ranges of files) -> these rows of the whole parameter, in pieces.
         """
         key, layer = stored_key(name)
-        if dim == 1:
-            cuts = [((0, share * shape[1] // self._size), (shape[0], shape[1] // self._size)) for share in range(self._size)]
-        elif dim == 0:
-            height = shape[0] // (self._size * parts)
-            cuts = [((index * height, *(0 for _ in shape[1:])), (height, *shape[1:])) for index in range(self._size * parts)]
-        else:
-            cuts = [(tuple(0 for _ in shape), shape)]
-        opened = OpenParameter(self._stream.fileno(), [])
-        for offsets, sizes in cuts:
-            lead = () if layer is None else (layer,)
-            full_sizes = (*(1 for _ in lead), *sizes)
-            start, data = self._reserve(full_sizes, dtype)
-            self.stored.chunks.setdefault(key, []).append(([*lead, *offsets], list(full_sizes), start, self._stream.tell() - start))
-            opened.chunks.append((offsets, sizes, data))
-        return opened
+        lead = () if layer is None else (layer,)
+        rows = shape[0] // (self._size * parts) if dim == 0 else shape[0]
+        width = shape[1] // self._size if dim == 1 else None
+        for share in range({None: 1, 0: self._size * parts, 1: self._size}[dim]):
+            first, column = (share * rows, 0) if dim == 0 else (0, share * (width or 0))
+            sizes = (*(1 for _ in lead), rows, *(() if len(shape) == 1 else (width or shape[1],)))
+            offsets = [*lead, first, *(column for _ in shape[1:])]
+            before, after = _archive_around(sizes, dtype)
+            start = self._stream.tell()
+            write_all(self._stream.fileno(), memoryview(before))
+            is_share = width is not None and width != shape[1]
+            for block in blocks(first, first + rows, not is_share):
+                write_block(self._stream.fileno(), block[:, column : column + width] if is_share else block)
+            write_all(self._stream.fileno(), memoryview(after))
+            length = self._stream.tell() - start
+            if length != len(before) + dtype.itemsize * math.prod(sizes) + len(after):
+                raise AssertionError(f"{name}: {length} bytes written for {list(sizes)} of {dtype}")
+            self.stored.chunks.setdefault(key, []).append((offsets, list(sizes), start, length))
 
     def write_object(self, key: str, value: Any) -> None:
         """Add a pickled object."""
         start = self._stream.tell()
-        torch.save(value, self._stream)
+        archive = io.BytesIO()
+        torch.save(value, archive)
+        write_all(self._stream.fileno(), archive.getbuffer())
         self.stored.objects[key] = (start, self._stream.tell() - start)
 
-    def _reserve(self, sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int]:
-        """An archive of torch.save without its data: where it starts and where the data belong."""
-        start = self._stream.tell()
-        with FakeTensorMode():
-            described = torch.empty(sizes, dtype=dtype)
-        with torch.serialization.skip_data(materialize_fake_tensors=True):
-            torch.save(described, self._stream)
-        self._stream.flush()
-        end = self._stream.tell()
-        return start, start + _position_in_archive(_FileSlice(self._stream.fileno(), start, end - start))
+
+class _Recorder(io.RawIOBase):
+    """A file that keeps what is written before and after the one place that is jumped over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces, self._at, self._end = [bytearray()], 0, 0
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset if whence == os.SEEK_SET else offset + (self._at if whence == os.SEEK_CUR else self._end)
+        return self._at
+
+    def write(self, data: Any) -> int:
+        if self._at != self._end:
+            self.pieces.append(bytearray())
+        self.pieces[-1] += bytes(data)
+        self._at += len(data)
+        self._end = self._at
+        return len(data)
 
 
-@dataclass
-class OpenParameter:
-    """A parameter with room in a file. chunks: (offsets, sizes, position of the first byte)."""
-
-    descriptor: int
-    chunks: list[tuple[tuple[int, ...], tuple[int, ...], int]]
-
-    def fill(self, first: int, rows: torch.Tensor) -> None:
-        """Write rows first .. of the whole parameter into the chunks that hold them."""
-        last = first + rows.shape[0]
-        for offsets, sizes, position in self.chunks:
-            low, high = max(first, offsets[0]), min(last, offsets[0] + sizes[0])
-            if low >= high:
-                continue
-            block = rows[low - first : high - first]
-            if rows.dim() == 2 and sizes[1] != rows.shape[1]:
-                block = block[:, offsets[1] : offsets[1] + sizes[1]]
-            data = tensor_bytes(block)
-            row_bytes = len(data) // (high - low)
-            at, done = position + (low - offsets[0]) * row_bytes, 0
-            while done < len(data):
-                done += os.pwrite(self.descriptor, data[done:], at + done)
+def _archive_around(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
+    """What torch.save writes before and after the data of a contiguous tensor."""
+    recorder = _Recorder()
+    with FakeTensorMode():
+        described = torch.empty(sizes, dtype=dtype)
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save(described, recorder)
+    before, after = recorder.pieces
+    return bytes(before), bytes(after)
 
 
 def stored_key(name: str) -> tuple[str, int | None]:

@@ -51,6 +51,7 @@ class EndPromptDatasetConfig(GPTDatasetConfig):
         target_context_length: L, in positions.
         end_prompts: tokenised cue set; None for schemes without an end prompt.
         end_prompt_loss_weight: loss weight of prompt tokens; context tokens weigh 1.
+        num_chunks: pieces between which the positions of `pose` and `endprompt_pose` skip.
         position_seed: seed of the draws of prompts and positions.
     """
 
@@ -58,6 +59,7 @@ class EndPromptDatasetConfig(GPTDatasetConfig):
     target_context_length: int = 0
     end_prompts: EndPromptSet | None = None
     end_prompt_loss_weight: float = 0.1
+    num_chunks: int = 2
     position_seed: int = 0
 
 
@@ -65,7 +67,7 @@ class EndPromptDataset(GPTDataset):
     """Samples of exactly S tokens: a = S - b of running text, then the end prompt.
 
     The text of a sample is the first a tokens of the S that GPTDataset draws for it, so at most b tokens a sample go unused and the
-    text of two samples never overlaps.
+    text of two samples never overlaps. A scheme that chooses its text (`pose`) draws a multiple of S for each sample and leaves the rest.
     """
 
     config: EndPromptDatasetConfig
@@ -83,11 +85,15 @@ class EndPromptDataset(GPTDataset):
         """
         sample = super().__getitem__(idx)
         index = 0 if idx is None else int(idx)
-        tokens, labels = sample["tokens"], sample["labels"]
-        weights = sample["loss_mask"].clone().float()
-        prompt_mask = torch.zeros(len(tokens), dtype=torch.bool)
         scheme = get_scheme(self.config.position_scheme)
-        num_prompt = 0
+        num_prompt, num_chunks, target = 0, self.config.num_chunks, self.config.target_context_length
+        tokens, labels, weights = sample["tokens"], sample["labels"], sample["loss_mask"].clone().float()
+        if scheme.choose_text is not None:
+            layout = SampleLayout(len(tokens) // scheme.text_span, 0, target, num_chunks)
+            chosen = torch.from_numpy(scheme.choose_text(layout, self.config.position_seed, index))
+            labels = torch.cat([tokens[chosen[1:]], labels[chosen[-1:]]])  # the next token of the sample, also where the text skips
+            tokens, weights = tokens[chosen], weights[chosen]
+        prompt_mask = torch.zeros(len(tokens), dtype=torch.bool)
         if scheme.uses_end_prompt:
             prompt = torch.from_numpy(self.config.end_prompts.draw(self.config.position_seed, index))
             num_prompt = len(prompt)
@@ -97,7 +103,7 @@ class EndPromptDataset(GPTDataset):
             prompt_mask[num_context - 1 : -1] = True
             weights[num_context - 1 : -1] = self.config.end_prompt_loss_weight * float(idx is not None)
             weights[-1] = 0.0
-        layout = SampleLayout(len(tokens) - num_prompt, num_prompt, self.config.target_context_length)
+        layout = SampleLayout(len(tokens) - num_prompt, num_prompt, target, num_chunks)
         positions = scheme.place(layout, self.config.position_seed, index)
         return {
             "tokens": tokens,
@@ -141,6 +147,7 @@ def build_datasets(
     target_context_length: int,
     end_prompts: EndPromptSet | None,
     end_prompt_loss_weight: float,
+    num_chunks: int = 2,
 ) -> tuple[Any, Any]:
     """Training and validation datasets through Megatron's blended builder.
 
@@ -158,7 +165,7 @@ def build_datasets(
     """
     common: dict[str, Any] = dict(
         random_seed=seed,
-        sequence_length=seq_length,
+        sequence_length=seq_length * get_scheme(position_scheme).text_span,
         path_to_cache=str(cache_dir),
         tokenizer=tokenizer,
         reset_position_ids=False,
@@ -169,6 +176,7 @@ def build_datasets(
         target_context_length=target_context_length,
         end_prompts=end_prompts,
         end_prompt_loss_weight=end_prompt_loss_weight,
+        num_chunks=num_chunks,
         position_seed=seed,
     )
     wants_validation = num_validation_samples > 0

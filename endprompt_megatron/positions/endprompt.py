@@ -24,6 +24,18 @@ def endprompt_positions(num_context_tokens: int, num_prompt_tokens: int, *, targ
         ConfigError: a segment is empty, or a + b > L, so that the segments would overlap.
     Source: EndPrompt (arXiv 2605.14589), eq. 5.
     """
+    check_segments(num_context_tokens, num_prompt_tokens, target_context_length)
+    context = np.arange(num_context_tokens, dtype=np.int64)
+    prompt = np.arange(target_context_length - num_prompt_tokens, target_context_length, dtype=np.int64)
+    return np.concatenate([context, prompt])
+
+
+def check_segments(num_context_tokens: int, num_prompt_tokens: int, target_context_length: int) -> None:
+    """Whether a context segment and an end prompt fit into the target window, one behind the other.
+
+    Raises:
+        ConfigError: a segment is empty, or a + b > L, so that the segments would overlap.
+    """
     if num_context_tokens < 1 or num_prompt_tokens < 1:
         raise ConfigError(
             f"context segment of {num_context_tokens} tokens and end prompt of {num_prompt_tokens}: both need at least one. "
@@ -34,6 +46,3 @@ def endprompt_positions(num_context_tokens: int, num_prompt_tokens: int, *, targ
             f"{num_context_tokens} context + {num_prompt_tokens} prompt tokens exceed target_context_length="
             f"{target_context_length}: the segments would overlap. Set a smaller data.seq_length."
         )
-    context = np.arange(num_context_tokens, dtype=np.int64)
-    prompt = np.arange(target_context_length - num_prompt_tokens, target_context_length, dtype=np.int64)
-    return np.concatenate([context, prompt])

@@ -12,7 +12,11 @@ import numpy.typing as npt
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.positions.contiguous import contiguous_positions
 from endprompt_megatron.positions.endprompt import endprompt_positions
+from endprompt_megatron.positions.endprompt_random import endprompt_random_positions
+from endprompt_megatron.positions.pose import PoseSample, endprompt_pose_positions, pose_sample
 
+_POSITIONS = 2  # keeps these draws apart from those of the end prompts (data.prompts)
+_POSE_TEXT_SPAN = 5  # PoSE cuts documents off at five training lengths
 IntArray = npt.NDArray[np.int64]
 
 
@@ -24,11 +28,13 @@ class SampleLayout:
         num_context_tokens: a, physical tokens of text.
         num_prompt_tokens: b, physical tokens of end prompt; 0 for schemes without one.
         target_context_length: L, in positions.
+        num_chunks: pieces of the text (`pose`) or of the end prompt (`endprompt_pose`) between which positions skip.
     """
 
     num_context_tokens: int
     num_prompt_tokens: int
     target_context_length: int
+    num_chunks: int = 2
 
 
 @dataclass(frozen=True)
@@ -41,12 +47,20 @@ class PositionScheme:
         varies_by_sample: whether two samples of the same lengths can differ (then fused RoPE kernels cannot be shared by a
             micro-batch).
         place: (layout, seed, sample_index) -> int64 [a + b].
+        text_span: how many times its own length of running text a sample is chosen from.
+        choose_text: (layout, seed, sample_index) -> int64 [a + b], which tokens of that text it holds; None where `text_span` is 1: all.
     """
 
     name: str
     uses_end_prompt: bool
     varies_by_sample: bool
     place: Callable[[SampleLayout, int, int], IntArray]
+    text_span: int = 1
+    choose_text: Callable[[SampleLayout, int, int], IntArray] | None = None
+
+
+def _random(seed: int, sample_index: int) -> np.random.Generator:
+    return np.random.default_rng([seed, _POSITIONS, sample_index])
 
 
 def _contiguous(layout: SampleLayout, seed: int, sample_index: int) -> IntArray:
@@ -60,11 +74,50 @@ def _endprompt(layout: SampleLayout, seed: int, sample_index: int) -> IntArray:
     )
 
 
+def _endprompt_random(layout: SampleLayout, seed: int, sample_index: int) -> IntArray:
+    return endprompt_random_positions(
+        layout.num_context_tokens,
+        layout.num_prompt_tokens,
+        target_context_length=layout.target_context_length,
+        random=_random(seed, sample_index),
+    )
+
+
+def _endprompt_pose(layout: SampleLayout, seed: int, sample_index: int) -> IntArray:
+    return endprompt_pose_positions(
+        layout.num_context_tokens,
+        layout.num_prompt_tokens,
+        target_context_length=layout.target_context_length,
+        random=_random(seed, sample_index),
+        num_chunks=layout.num_chunks,
+    )
+
+
+def _pose(layout: SampleLayout, seed: int, sample_index: int) -> PoseSample:
+    return pose_sample(
+        layout.num_context_tokens + layout.num_prompt_tokens,
+        num_text_tokens=_POSE_TEXT_SPAN * (layout.num_context_tokens + layout.num_prompt_tokens),
+        target_context_length=layout.target_context_length,
+        random=_random(seed, sample_index),
+        num_chunks=layout.num_chunks,
+    )
+
+
 SCHEMES: dict[str, PositionScheme] = {
     scheme.name: scheme
     for scheme in (
         PositionScheme("contiguous", uses_end_prompt=False, varies_by_sample=False, place=_contiguous),
         PositionScheme("endprompt", uses_end_prompt=True, varies_by_sample=False, place=_endprompt),
+        PositionScheme("endprompt_random", uses_end_prompt=True, varies_by_sample=True, place=_endprompt_random),
+        PositionScheme("endprompt_pose", uses_end_prompt=True, varies_by_sample=True, place=_endprompt_pose),
+        PositionScheme(
+            "pose",
+            uses_end_prompt=False,
+            varies_by_sample=True,
+            place=lambda layout, seed, index: _pose(layout, seed, index).positions,
+            text_span=_POSE_TEXT_SPAN,
+            choose_text=lambda layout, seed, index: _pose(layout, seed, index).text,
+        ),
     )
 }
 

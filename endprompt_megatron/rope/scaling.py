@@ -4,6 +4,7 @@ numbers for theory, so that these cannot differ. Plain numbers in, numpy out."""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,12 @@ from endprompt_megatron.errors import CheckpointError, ConfigError
 
 FloatArray = npt.NDArray[np.float32]
 
-_HF_TYPE = {"none": "default", "pi": "linear", "yarn": "yarn", "llama3": "llama3"}
+# ntk is another base of the frequencies and nothing else, so config.json names that base
+_HF_TYPE = {"none": "default", "pi": "linear", "ntk": "default", "yarn": "yarn", "llama3": "llama3"}
 SCALING_TYPES = tuple(_HF_TYPE)
 _NEEDS_ORIGINAL = ("yarn", "llama3")
+# keys of the config group rope that a type reads beside its factor
+_OPTIONS = {"ntk": ("ntk_dynamic_factor",), "yarn": ("beta_fast", "beta_slow"), "llama3": ("low_freq_factor", "high_freq_factor")}
 # keys of transformers' rope_scaling that from_hf understands, by type; another key would change the frequencies unseen
 _COMMON_KEYS = {"rope_type", "type", "rope_theta"}
 _HF_KEYS = {
@@ -32,18 +36,21 @@ class RopeScaling:
     """Rotary frequencies and how they are stretched.
 
     Attributes:
-        type: `none` (the model's own), `pi` (position interpolation: every frequency is divided by `factor`), `yarn` (low frequencies are
-            divided, high ones kept, and attention is sharpened), `llama3` (as Llama 3.1: low frequencies divided, high ones kept).
+        type: `none` (the model's own), `pi` (position interpolation: every frequency is divided by `factor`), `ntk` (a larger base: the
+            lowest frequency is divided by `factor`, the highest kept), `yarn` (low frequencies are divided, high ones kept, and attention
+            is sharpened), `llama3` (as Llama 3.1: low frequencies divided, high ones kept).
         rope_theta: the base of the frequencies.
         head_dim: d, dimensions of one head that are rotated (all of them); even.
         factor: s, how far positions are stretched; 1.0 for `none`.
         original_context_length: window before the stretch, in positions; `yarn` and `llama3` cut their frequency bands by it.
+        ntk_dynamic_factor: `ntk`: f of the dynamic rule, which makes s' = f s - (f - 1) of a window of s L_original and is pinned there;
+            None is the static rule, s' = s. The base becomes theta s'^(d / (d - 2)).
         low_freq_factor, high_freq_factor: `llama3`: wavelengths above original / low are divided, below original / high kept.
         beta_fast, beta_slow: `yarn`: rotations over the original window above which a frequency is kept, below which it is divided.
         truncate: `yarn`: whether the ends of the band between are rounded outwards to whole dimensions.
         explicit_attention_factor: `yarn`: instead of 0.1 ln(factor) + 1.
-    Source: position interpolation (arXiv 2306.15595), which EndPrompt uses (arXiv 2605.14589, eq. 6); YaRN (arXiv 2309.00071); the
-    frequencies of Llama 3.1 as transformers computes them.
+    Source: position interpolation (arXiv 2306.15595), which EndPrompt uses (arXiv 2605.14589, eq. 6); YaRN (arXiv 2309.00071), which
+    tells NTK too; the dynamic rule as LCEG (arXiv 2409.12181) trains with it; the frequencies of Llama 3.1 as transformers computes them.
     """
 
     type: str
@@ -51,6 +58,7 @@ class RopeScaling:
     head_dim: int
     factor: float = 1.0
     original_context_length: int | None = None
+    ntk_dynamic_factor: float | None = None
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
@@ -72,6 +80,10 @@ class RopeScaling:
                 f"rope.original_context_length={self.original_context_length} with rope.type={self.type}: must be the window before the "
                 f"stretch, in positions."
             )
+        if self.ntk_dynamic_factor is not None and (self.type != "ntk" or not self.ntk_dynamic_factor >= 1):
+            raise ConfigError(f"rope.ntk_dynamic_factor={self.ntk_dynamic_factor} with rope.type={self.type}: for ntk alone, and >= 1.")
+        if self.type == "ntk" and self.head_dim < 4:
+            raise ConfigError(f"head_dim={self.head_dim} with rope.type=ntk: at least 4 dimensions are needed.")
         if self.type == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
             raise ConfigError(
                 f"low_freq_factor={self.low_freq_factor}, high_freq_factor={self.high_freq_factor}: 0 < low < high is needed "
@@ -87,6 +99,15 @@ class RopeScaling:
             return float(self.explicit_attention_factor)
         return 0.1 * math.log(self.factor) + 1.0
 
+    @property
+    def effective_theta(self) -> float:
+        """The base that the frequencies are computed from; `rope_theta` unless the scaling is `ntk`."""
+        if self.type != "ntk":
+            return self.rope_theta
+        f = self.ntk_dynamic_factor
+        stretch = self.factor if f is None else f * self.factor - (f - 1)
+        return self.rope_theta * stretch ** (self.head_dim / (self.head_dim - 2))
+
     def inv_freq(self) -> FloatArray:
         """Angular frequencies in radians a position, float32 [head_dim / 2], highest first.
 
@@ -95,7 +116,7 @@ class RopeScaling:
         """
         exponent = np.arange(0, self.head_dim, 2, dtype=np.int64).astype(np.float32) / np.float32(self.head_dim)
         # rounded once from float64: equals torch's float32 power but for a last bit in a few hundred (tests/unit/rope)
-        power = np.power(np.float64(self.rope_theta), exponent.astype(np.float64)).astype(np.float32)
+        power = np.power(np.float64(self.effective_theta), exponent.astype(np.float64)).astype(np.float32)
         own = np.float32(1.0) / power
         if self.type == "yarn":
             kept = np.float32(1.0) - self._yarn_ramp()
@@ -103,23 +124,31 @@ class RopeScaling:
             return (divided * (np.float32(1.0) - kept) + own * kept).astype(np.float32)
         if self.type == "llama3":
             return self._llama3(own)
-        return (own / np.float32(self.factor)).astype(np.float32)
+        return (own / np.float32(self.factor)).astype(np.float32) if self.type == "pi" else own
 
     def unscaled_window(self, max_position_embeddings: int) -> int:
         """The window before this stretch, in positions, of a model whose config.json says `max_position_embeddings`."""
         return self.original_context_length or round(max_position_embeddings / self.factor)
 
-    def extended(self, *, type: str, factor: float, existing_scaling: str | None) -> RopeScaling:
+    def extended(self, settings: Mapping[str, Any], *, max_position_embeddings: int) -> RopeScaling:
         """What a model with these frequencies is extended with.
 
         Args:
-            type, factor, existing_scaling: as in the config group rope.
+            settings: the config group rope, as a mapping.
+            max_position_embeddings: of the model.
         Raises:
             ConfigError: as stretched.
         """
-        if existing_scaling == "multiply":
+        kind, factor = settings["type"], settings["factor"]
+        if settings.get("existing_scaling") == "multiply":
             return self.stretched(factor)
-        return RopeScaling(type, self.rope_theta, self.head_dim, factor=factor)
+        options: dict[str, Any] = {}
+        if kind in _NEEDS_ORIGINAL:
+            options["original_context_length"] = self.unscaled_window(max_position_embeddings)
+        for name in _OPTIONS.get(kind, ()):
+            if settings.get(name) is not None:
+                options[name] = settings[name]
+        return RopeScaling(kind, self.rope_theta, self.head_dim, factor=factor, **options)
 
     def stretched(self, factor: float) -> RopeScaling:
         """These frequencies, all divided by a further `factor`.
@@ -169,8 +198,8 @@ class RopeScaling:
         theta 10000 without scaling.
         """
         scaling: dict[str, Any] | None = None
-        if self.type != "none":
-            hf_type = _HF_TYPE[self.type]
+        hf_type = _HF_TYPE[self.type]
+        if hf_type != "default":
             scaling = {"rope_type": hf_type, "type": hf_type, "factor": float(self.factor)}
         if self.type in _NEEDS_ORIGINAL:
             scaling["original_max_position_embeddings"] = int(self.original_context_length)
@@ -179,7 +208,7 @@ class RopeScaling:
         if self.type == "yarn":
             scaling |= {"beta_fast": float(self.beta_fast), "beta_slow": float(self.beta_slow), "attention_factor": self.attention_factor}
             scaling |= {} if self.truncate else {"truncate": False}
-        return {"rope_theta": _as_int_if_whole(self.rope_theta), "rope_scaling": scaling}
+        return {"rope_theta": _as_int_if_whole(self.effective_theta), "rope_scaling": scaling}
 
     @staticmethod
     def from_hf(config: dict[str, Any], *, head_dim: int) -> RopeScaling:

@@ -16,7 +16,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from endprompt_megatron.checkpoint.convert import megatron_to_hf
 from endprompt_megatron.checkpoint.directory import damage
+from endprompt_megatron.checkpoint.megatron_model import describe_megatron_model
 from endprompt_megatron.log import read_metrics
 from tests.support.run_recipe import recipe_command, run_recipe, tiny_overrides
 
@@ -156,3 +158,25 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "8,030,261,248" in done.stdout and "65,536" in done.stdout and "1,907" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_model_card_and_provenance_tell_how_it_was_made(finished):
+    export = finished / "run" / "hf"
+    card, provenance = (export / "README.md").read_text(), json.loads((export / "endprompt.json").read_text())
+    for told in ("method", "base", "seed", "position_scheme", "end_prompts", "steps", "tokens", "data_sha256", "tokenizer_sha256", "commit"):
+        assert provenance[told], told
+    assert "extended to 256 positions" in card and "| RoPE factor s | 2.0 |" in card and "| Steps | 20 |" in card
+    assert "after endprompt, 20 steps" in card and "--max-model-len 256" in card
+
+
+def test_the_converter_makes_the_same_model_of_the_checkpoint(finished):
+    """tools/convert.py megatron-to-hf on the output directory: the run's own export again, from its newest checkpoint."""
+    run = finished / "run"
+    model = describe_megatron_model(run)
+    again = megatron_to_hf(model, finished / "again")
+    assert hashlib.sha256((again / "model.safetensors").read_bytes()).hexdigest() == _weights_digest(run)
+    assert (again / "config.json").read_text() == (run / "hf" / "config.json").read_text()
+    assert (again / "tokenizer_config.json").read_text() == (run / "hf" / "tokenizer_config.json").read_text()
+    first, second = (json.loads((path / "endprompt.json").read_text()) for path in (run / "hf", again))
+    del first["exported_at"]
+    assert first == second

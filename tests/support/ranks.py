@@ -3,6 +3,7 @@ has imported everything, so that a start costs a second and not ten."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ from tests.support.run_recipe import ROOT
 
 
 def start_ranks(world_size: int, jobs: Iterable[dict]) -> list[BaseProcess]:
-    """Start `world_size` processes that train the jobs one after the other (layout_worker.py)."""
+    """Start `world_size` processes that do the jobs one after the other: train (layout_worker.py), or what the module job["worker"] does."""
     os.environ["PYTHONPATH"] = str(ROOT)  # for the server, which starts with the first process
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
@@ -63,7 +64,6 @@ def _rank(rank: int, world_size: int, port: int, jobs: str, log: str) -> None:
 
     from endprompt_megatron.errors import EXIT_RESUME, RunInterrupted
     from endprompt_megatron.mcore.children import serve_parent
-    from tests.support.layout_worker import run_job
 
     torch.set_num_threads(1)
     # forked like everything here: the spawned one of mcore.children imports torch anew, two seconds a rank
@@ -72,7 +72,7 @@ def _rank(rank: int, world_size: int, port: int, jobs: str, log: str) -> None:
     filesystem_async._results_queue = manager.Queue()
     try:
         for job in json.loads(jobs):
-            run_job(job)
+            importlib.import_module(job.get("worker", "tests.support.layout_worker")).run_job(job)
     except RunInterrupted:
         sys.exit(EXIT_RESUME)
     torch.distributed.destroy_process_group()

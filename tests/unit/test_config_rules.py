@@ -44,7 +44,7 @@ def test_the_config_these_start_from_is_good():
 @pytest.mark.parametrize(
     ("world_size", "changes", "quoted"),
     [
-        pytest.param(1, {"rope__type": "yarn"}, "rope.type=yarn", id="unknown rope.type: found after the process group is up"),
+        pytest.param(1, {"rope__type": "longrope"}, "rope.type=longrope", id="unknown rope.type: found after the process group is up"),
         pytest.param(1, {"accelerator": "tpu"}, "accelerator=tpu", id="unknown accelerator: a dry run plans it"),
         pytest.param(1, {"backend": "cuda"}, "backend=cuda", id="unknown backend: a dry run plans it"),
         pytest.param(1, {"model__source": "hub"}, "model.source=hub", id="unknown model.source: a dry run plans it"),

@@ -96,14 +96,14 @@ class TestABaseThatIsStretchedAlready:
         config = self.config(tmp_path, "llama3.1", "pi", 16.0, 1024, "replace")
         base = preflight.check_base(config, world_size=1)
         assert base.rope.type == "llama3"
-        assert preflight.run_rope(config, base.rope) == RopeScaling("pi", 500000.0, 16, factor=16.0)
+        assert preflight.run_rope(config, base.architecture, base.rope) == RopeScaling("pi", 500000.0, 16, factor=16.0)
         assert "64 -> 1,024 positions" in "\n".join(preflight.plan(config, world_size=1))
 
     def test_multiply_keeps_linear_scaling(self, tmp_path):
         linear = {"rope_type": "linear", "factor": 2.0}
         config = self.config(tmp_path, "llama3", "pi", 4.0, 1024, "multiply", rope_scaling=linear, max_position_embeddings=256)
         base = preflight.check_base(config, world_size=1)
-        assert preflight.run_rope(config, base.rope) == RopeScaling("pi", 500000.0, 16, factor=8.0)
+        assert preflight.run_rope(config, base.architecture, base.rope) == RopeScaling("pi", 500000.0, 16, factor=8.0)
 
     def test_multiply_is_refused_where_config_json_could_not_say_it(self, tmp_path):
         with pytest.raises(ConfigError, match="only linear scaling can be multiplied"):

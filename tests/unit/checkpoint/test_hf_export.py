@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from endprompt_megatron.checkpoint.hf_export import PROVENANCE_FILE, export_hf
+from endprompt_megatron.checkpoint.companions import PROVENANCE_FILE
+from endprompt_megatron.checkpoint.hf_export import export_hf
+from endprompt_megatron.checkpoint.model_card import MODEL_CARD
 from endprompt_megatron.checkpoint.hf_verify import (
     Finding,
     format_findings,
@@ -71,7 +73,8 @@ class TestExport:
         second = export(load_model(first, precision=precision), first, tmp_path / "second")
         assert sorted(path.name for path in first.iterdir()) == sorted(path.name for path in second.iterdir())
         for path in first.iterdir():
-            assert path.read_bytes() == (second / path.name).read_bytes(), path.name
+            if path.name not in (PROVENANCE_FILE, MODEL_CARD):  # they name the base, which is another
+                assert path.read_bytes() == (second / path.name).read_bytes(), path.name
         assert json.loads((first / "config.json").read_text())["torch_dtype"] == {"fp32": "float32", "bf16": "bfloat16"}[precision]
 
     def test_shards_hold_what_the_single_file_holds(self, tiny_model_dir, tmp_path):
@@ -105,11 +108,14 @@ class TestExport:
         (base / ".cache").mkdir()
         out = export(load_model(base), base, tmp_path / "hf")
         assert sorted(path.name for path in out.iterdir()) == [
-            *("LICENSE", "config.json", PROVENANCE_FILE, "generation_config.json"),
+            *("LICENSE", MODEL_CARD, "config.json", PROVENANCE_FILE, "generation_config.json"),
             *("model.safetensors", "tokenizer.json", "tokenizer_config.json"),
         ]
         assert (out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
-        assert json.loads((out / PROVENANCE_FILE).read_text()) == {"method": "endprompt"}
+        told = json.loads((out / PROVENANCE_FILE).read_text())
+        assert told["method"] == "endprompt" and told["target_context_length"] == WINDOW and told["original_context_length"] == 128
+        card = (out / MODEL_CARD).read_text()
+        assert "extended to 256 positions" in card and "Nothing was measured" in card
         before, after = (json.loads((path / "tokenizer_config.json").read_text()) for path in (base, out))
         assert after == before | {"model_max_length": WINDOW} and before["model_max_length"] == 128
         tokenizer = AutoTokenizer.from_pretrained(out)

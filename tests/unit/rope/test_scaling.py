@@ -170,3 +170,37 @@ def test_scaled_frequencies_are_those_of_transformers(rope):
     again = RopeScaling.from_hf(rope.to_hf(), head_dim=rope.head_dim)
     np.testing.assert_array_equal(again.inv_freq(), rope.inv_freq())
     assert again.attention_factor == rope.attention_factor
+
+
+def test_ntk_is_another_base():
+    """Llama-3 from 8K to 64K as LCEG evaluates it: f = 4, theta 1.530e7; the static rule by hand."""
+    dynamic = RopeScaling("ntk", 500000.0, 128, factor=8.0, ntk_dynamic_factor=4.0)
+    assert dynamic.effective_theta == pytest.approx(500000.0 * 29 ** (128 / 126), rel=1e-12) == pytest.approx(1.530e7, rel=1e-3)
+    static = RopeScaling("ntk", 10000.0, 64, factor=4.0)
+    np.testing.assert_allclose(static.inv_freq()[[0, -1]], [1.0, 10000.0 ** (-62 / 64) / 4], rtol=1e-6)
+    for rope in (dynamic, static):
+        np.testing.assert_array_equal(RopeScaling.from_hf(rope.to_hf(), head_dim=rope.head_dim).inv_freq(), rope.inv_freq())
+
+
+@pytest.mark.parametrize("factor", [2.0, 4.0])
+def test_dynamic_ntk_is_that_of_transformers_at_the_target_window(factor):
+    """transformers' own dynamic rule, asked for a text as long as the target window."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    window, s = 8192, 4.0
+    config = LlamaConfig(hidden_size=512, num_attention_heads=4, head_dim=128, max_position_embeddings=window, rope_theta=500000.0,
+                         rope_scaling={"rope_type": "dynamic", "type": "dynamic", "factor": factor})  # fmt: skip
+    theirs, attention = ROPE_INIT_FUNCTIONS["dynamic"](config, None, seq_len=int(s * window))
+    ours = RopeScaling("ntk", 500000.0, 128, factor=s, ntk_dynamic_factor=factor)
+    np.testing.assert_allclose(ours.inv_freq(), theirs.numpy(), rtol=1e-6)
+    assert attention == ours.attention_factor == 1.0
+
+
+def test_extended_reads_the_settings_of_its_type():
+    base = RopeScaling("none", 10000.0, 64)
+    settings = {"factor": 4.0, "beta_fast": 24.0, "beta_slow": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 8.0, "ntk_dynamic_factor": None}
+    yarn = base.extended({"type": "yarn", **settings}, max_position_embeddings=2048)
+    assert (yarn.beta_fast, yarn.beta_slow, yarn.original_context_length) == (24.0, 2.0, 2048)
+    llama3 = base.extended({"type": "llama3", **settings}, max_position_embeddings=2048)
+    assert (llama3.high_freq_factor, llama3.original_context_length) == (8.0, 2048)
+    assert base.extended({"type": "pi", **settings}, max_position_embeddings=2048) == RopeScaling("pi", 10000.0, 64, factor=4.0)

@@ -1,0 +1,139 @@
+"""Hugging Face -> torch_dist -> Megatron's own loader and writer in every layout -> Hugging Face, bit for bit; and conversions that are
+killed."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from endprompt_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from endprompt_megatron.checkpoint.hf_sources import fetch_smollm2
+from endprompt_megatron.checkpoint.megatron_model import describe_megatron_model
+from tests.support.families import FAMILIES, build_family
+from tests.support.ranks import run_ranks
+from tests.support.run_recipe import ROOT
+
+LAYOUTS = {
+    "TP1": {},
+    "TP2": {"tensor_model_parallel_size": 2},
+    "PP2": {"pipeline_model_parallel_size": 2},
+    "PP2xVPP2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    "TP2xPP2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+}
+
+
+def _world_size(parallel: dict) -> int:
+    return parallel.get("tensor_model_parallel_size", 1) * parallel.get("pipeline_model_parallel_size", 1)
+
+
+def _assert_same_weights(first: Path, second: Path) -> None:
+    left, right = (load_file(directory / "model.safetensors") for directory in (first, second))
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype and torch.equal(tensor, right[name]), name
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
+    """{family: (Hugging Face directory, torch_dist directory)}."""
+    folder = tmp_path_factory.mktemp("families")
+    made = {}
+    for family in FAMILIES:
+        hf = build_family(family, folder / family / "hf", seed=5)
+        made[family] = (hf, hf_to_megatron(hf, folder / family / "megatron"))
+    return made
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_family_through_megatron(layout, families, tmp_path):
+    parallel = LAYOUTS[layout]
+    jobs = [
+        {
+            "worker": "tests.support.resave_worker", "source": str(megatron), "hf": str(hf), "output": str(tmp_path / family), "parallel": parallel,
+            "precision": "fp32",
+        }
+        for family, (hf, megatron) in families.items()
+    ]  # fmt: skip
+    run_ranks(_world_size(parallel), jobs)
+    for family, (hf, _) in families.items():
+        back = megatron_to_hf(describe_megatron_model(tmp_path / family, hf_base=hf), tmp_path / "back" / family)
+        _assert_same_weights(hf, back)
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tensor_model_parallel_size": 3}, {"pipeline_model_parallel_size": 2}], ids=["TP1", "TP3", "PP2"])
+def test_smollm2_through_megatron(parallel, tmp_path):
+    """The real weights; three KV heads allow one or three tensor-parallel ranks."""
+    hf = fetch_smollm2(ROOT / "models" / "smollm2_135m")
+    megatron = hf_to_megatron(hf, tmp_path / "megatron", tensor_parallel_size=parallel.get("tensor_model_parallel_size", 1))
+    job = {
+        "worker": "tests.support.resave_worker", "source": str(megatron), "hf": str(hf), "output": str(tmp_path / "again"), "parallel": parallel,
+        "precision": "bf16",
+    }  # fmt: skip
+    run_ranks(_world_size(parallel), [job])
+    _assert_same_weights(hf, megatron_to_hf(describe_megatron_model(tmp_path / "again", hf_base=hf), tmp_path / "back"))
+
+
+def _convert(direction: str, source: str, destination: str) -> None:
+    if direction == "hf-to-megatron":
+        hf_to_megatron(Path(source), Path(destination), max_shard_bytes=4_000_000)
+    else:
+        megatron_to_hf(describe_megatron_model(Path(source)), Path(destination), max_shard_bytes=4_000_000)
+
+
+def _digest(directory: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.rglob("*")) if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
+def test_ten_kills(direction, tmp_path):
+    """SIGKILL at a random moment, ten times: the destination never holds half a model, and the same command ends with the same bytes."""
+    hf = build_family("llama3", tmp_path / "hf", hidden_size=512, intermediate_size=1408, vocab_size=8192, num_hidden_layers=6)
+    source = hf if direction == "hf-to-megatron" else hf_to_megatron(hf, tmp_path / "megatron")
+    context = multiprocessing.get_context("fork")
+
+    def start(destination: Path) -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=_convert, args=(direction, str(source), str(destination)))
+        process.start()
+        return process
+
+    undisturbed = start(tmp_path / "undisturbed")
+    started = time.monotonic()
+    undisturbed.join()
+    duration = time.monotonic() - started
+    assert undisturbed.exitcode == 0
+    expected = _digest(tmp_path / "undisturbed")
+    chance, killed_midway, kept = random.Random(direction), 0, 0
+    for number in range(10):
+        destination = tmp_path / f"kill{number}"
+        process = start(destination)
+        time.sleep(chance.uniform(0.05, 0.95) * duration)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        if destination.exists():
+            assert _digest(destination) == expected
+            continue
+        killed_midway += 1
+        partial = destination.with_name(destination.name + ".partial")
+        whole = [path for path in partial.glob("*") if path.suffix in (".distcp", ".safetensors")] if partial.exists() else []
+        kept += bool(whole)
+        times = {path: path.stat().st_mtime_ns for path in whole if (partial / (path.name + ".note.json")).is_file()}
+        again = start(destination)
+        again.join()
+        assert again.exitcode == 0
+        assert _digest(destination) == expected
+        for path, written in times.items():
+            assert (destination / path.name).stat().st_mtime_ns == written, "a whole file was written again"
+        assert not partial.exists()
+    print(f"{direction}: {killed_midway} of 10 kills before the end, {kept} of them after the first file")
+    assert killed_midway >= 5 and kept >= 3

@@ -1,0 +1,153 @@
+"""The benchmark behind `bench.py convert`: a synthetic checkpoint of the shape of Llama-3.2-1B goes to torch_dist and back, beside `cp` of
+its files and transformers' load and save_pretrained. Every measurement is a process of its own, so that time and peak memory are whole."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from endprompt_megatron.checkpoint.hf_config import architecture_from_hf
+from endprompt_megatron.checkpoint.hf_sources import llama_config
+from endprompt_megatron.checkpoint.hf_weights import planned_tensors
+from endprompt_megatron.checkpoint.safetensors_io import TensorPlan, plan_shards, row_blocks, write_index, write_shard
+
+# the peak of resident memory that getrusage tells of a child may be its parent's: the child says its own
+_CODE = """
+import atexit, os, re, sys
+atexit.register(lambda: os.write(3, re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read()).group(1).encode()))
+sys.path.insert(0, {root!r})
+code = sys.argv.pop(1)
+exec(code)
+"""
+_PYTHON = [sys.executable, "-W", "ignore", "-c", _CODE.format(root=str(Path(__file__).resolve().parents[1]))]
+_CONVERT = [*_PYTHON, f"import runpy; runpy.run_path({str(Path(__file__).with_name('convert.py'))!r}, run_name='__main__')"]
+_SETTLE_SECONDS = 8.0  # what was deleted before is really free, what was written is on the disk: alike for all
+_TRANSFORMERS = """
+import sys
+from transformers import AutoModelForCausalLM
+AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").save_pretrained(sys.argv[2])
+"""
+
+
+def write_llama_1b(directory: Path, *, tied: bool, max_shard_bytes: int) -> int:
+    """A checkpoint of the shape of Llama-3.2-1B with random bfloat16 weights; how many bytes it has."""
+    config = llama_config(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=131072,
+        rope_theta=500000.0,
+        tie_word_embeddings=tied,
+        torch_dtype="bfloat16",
+    )
+    bands = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    config["rope_scaling"] = {"rope_type": "llama3", "factor": 32.0, **bands}
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    shards = plan_shards(planned_tensors(architecture_from_hf(config), torch.bfloat16), max_shard_bytes)
+    noise = torch.randn(2**23, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def blocks(tensor: TensorPlan):
+        row = tensor.num_bytes // 2 // tensor.shape[0]
+        for first, last in row_blocks(tensor.shape[0], 2 * row):
+            start = first * row % 4096
+            yield noise[start : start + (last - first) * row].view(last - first, *tensor.shape[1:])
+
+    for file, planned in shards.items():
+        write_shard(directory / file, planned, blocks)
+    write_index(directory, shards)
+    return sum(path.stat().st_size for path in directory.iterdir())
+
+
+def bench_convert(arguments: argparse.Namespace) -> None:
+    """Measure everything in turn and print medians and paired ratios."""
+    folder = arguments.directory
+    if folder.exists():
+        sys.exit(f"{folder} exists: name a directory that this benchmark may make and remove")
+    folder.mkdir(parents=True)
+    file_system = subprocess.run(["stat", "--file-system", "--format=%T", folder], capture_output=True, text=True).stdout.strip()
+    source, copy, megatron, back = (folder / name for name in ("source", "copy", "megatron", "back"))
+    size = write_llama_1b(source, tied=not arguments.untied, max_shard_bytes=arguments.max_shard_bytes)
+    shard = ["--no-verify", "--max-shard-size", str(arguments.max_shard_bytes)]
+    copying = (["cp", "-r", str(source), str(copy)], [copy])
+    # what is copied and removed leaves the same memory and disk to its neighbour: copies later in a round are slower, whoever makes them
+    commands = {
+        "cp, first": copying,
+        "hf-to-megatron": ([*_CONVERT, "hf-to-megatron", str(source), str(megatron), *shard], []),
+        "cp, second (not counted)": copying,
+        "cp, third": copying,
+        "megatron-to-hf": ([*_CONVERT, "megatron-to-hf", str(megatron), str(back), *shard], [back]),
+        "transformers": ([*_PYTHON, _TRANSFORMERS, str(source), str(back)], [megatron, back]),
+    }
+    # the interpreter's own time and memory: the same program, which imports the same and finds nothing to do
+    idle = [_measure([*_PYTHON, "import endprompt_megatron.checkpoint.convert"]) for _ in range(3)]
+    idle_seconds, idle_memory = statistics.median(run[0] for run in idle), min(run[1] for run in idle)
+    found: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
+    try:
+        for repeat in range(arguments.repeats + 1):  # the first one counts for nothing: memory that was never used is slow to get
+            for name, (command, leftovers) in commands.items():
+                os.sync()
+                time.sleep(arguments.settle)
+                run = _measure(command)
+                if repeat:
+                    found[name].append(run)
+                for directory in leftovers:
+                    shutil.rmtree(directory)
+    finally:
+        shutil.rmtree(folder)
+    where = f"{size / 1e9:.2f} GB, {'untied' if arguments.untied else 'tied'}, on {file_system}"
+    print(f"Llama-3.2-1B shape, {where}; {arguments.repeats} repeats in turn; torch {torch.__version__}")
+    print(f"starting the converter alone: {idle_seconds:.1f} s, {idle_memory / 2**20:.0f} MiB")
+    for name, runs in found.items():
+        seconds = sorted(run[0] for run in runs)
+        peak = max(run[1] for run in runs)
+        over = f", peak memory {peak / 2**20:.0f} MiB ({(peak - idle_memory) / 2**20:+.0f} over the interpreter)" if peak else ""
+        print(f"{name:24} median {statistics.median(seconds):6.2f} s (min {seconds[0]:.2f}, max {seconds[-1]:.2f}){over}")
+    for name, beside in (("hf-to-megatron", "cp, first"), ("megatron-to-hf", "cp, third")):
+        pairs = list(zip(found[beside], found[name], strict=True))
+        whole = sorted(copied[0] / run[0] for copied, run in pairs)
+        alone = sorted(copied[0] / (run[0] - idle_seconds) for copied, run in pairs)
+        print(
+            f"speed of {name} / cp: median of paired ratios {statistics.median(alone):.2f} without the start of the interpreter "
+            f"(min {alone[0]:.2f}, max {alone[-1]:.2f}), {statistics.median(whole):.2f} with it"
+        )
+
+
+def _measure(command: list[str]) -> tuple[float, int]:
+    """(seconds, peak memory in bytes or 0 where the program does not tell it) of a process."""
+    told, telling = os.pipe()
+    actions = [(os.POSIX_SPAWN_OPEN, descriptor, os.devnull, os.O_WRONLY, 0) for descriptor in (1, 2)]
+    actions.append((os.POSIX_SPAWN_DUP2, telling, 3))
+    started = time.perf_counter()
+    process = os.posix_spawn(shutil.which(command[0]), command, os.environ, file_actions=actions)
+    os.close(telling)
+    status = os.waitpid(process, 0)[1]
+    seconds = time.perf_counter() - started
+    if status:
+        sys.exit(f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}")
+    with os.fdopen(told, "rb") as stream:
+        return seconds, int(stream.read() or 0) * 1024
+
+
+def add_to(benchmarks: argparse._SubParsersAction) -> None:
+    """Add the command line of this benchmark."""
+    convert = benchmarks.add_parser("convert", help="conversion to Megatron and back against cp and against transformers")
+    convert.add_argument("--directory", type=Path, default=Path("outputs/bench_convert"), help="made, and removed afterwards")
+    convert.add_argument("--untied", action="store_true", help="with an output layer of its own")
+    convert.add_argument("--max-shard-bytes", type=int, default=10**9)
+    convert.add_argument("--repeats", type=int, default=5)
+    convert.add_argument("--settle", type=float, default=_SETTLE_SECONDS, help="seconds between measurements")
+    convert.set_defaults(run=bench_convert)

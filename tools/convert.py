@@ -31,6 +31,9 @@ def main() -> int:
     except (ConfigError, CheckpointError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where it stood", file=sys.stderr)
+        return 130
 
 
 def _hf_to_megatron(arguments: argparse.Namespace) -> int:

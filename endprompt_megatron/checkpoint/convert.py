@@ -6,8 +6,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +41,7 @@ from endprompt_megatron.model.architecture import ModelArchitecture
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FORMAT = 1
+_FILES_AT_ONCE = min(4, len(os.sched_getaffinity(0)))
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,8 @@ def plan_conversion(
         {file: sum(found) for file, found in sizes.items()},
         dtype,
         max(max(found) for found in sizes.values()),
-        # a block as read, as converted, as gathered from shares; and the open files' metadata
-        4 * max(BLOCK_BYTES, widest) + 2**25,
+        # for each file a block as read, as converted, as gathered from shares; and what the open files say of themselves
+        _FILES_AT_ONCE * 4 * max(BLOCK_BYTES, widest) + 2**26,
     )
 
 
@@ -113,23 +116,28 @@ def hf_to_megatron(
     architecture = architecture_from_hf(read_hf_config(hf_path))
     check_hf_weights(hf_path, architecture)
     _check_tensor_parallel(architecture, tensor_parallel_size)
-    with SafetensorsReader(hf_path, reuse_memory=True) as reader:
+    with SafetensorsReader(hf_path) as reader:
         dtype = dtype or _only_dtype(reader.dtype(name) for name in reader.names())
         groups = _group(architecture, dtype, max_shard_bytes, tensor_parallel_size)
         identity = _identity(
             [*reader.files(), hf_path / "config.json"], dtype=str(dtype), tensor_parallel_size=tensor_parallel_size, files=list(groups)
         )
         with Workspace(destination, identity) as workspace, Progress("converting", len(list(bindings(architecture)))) as progress:
-            stored = {}
-            for file, group in groups.items():
-                note = workspace.note_of(file)
+
+            def make(file: str) -> StoredChunks:
+                group, note = groups[file], workspace.note_of(file)
                 if note is None:
-                    with workspace.making(file) as (path, notes):
-                        note = _write_distcp(path, group, reader, architecture, dtype, tensor_parallel_size, progress)
+                    with (
+                        SafetensorsReader(hf_path, reuse_memory=True) as own,  # what it returns is overwritten by its next answer
+                        workspace.making(file) as (path, notes),
+                    ):
+                        note = _write_distcp(path, group, own, architecture, dtype, tensor_parallel_size, progress)
                         notes.append(note)
                 else:
                     progress.advance(len(group))
-                stored[file] = StoredChunks.from_json(note)
+                return StoredChunks.from_json(note)
+
+            stored = dict(zip(groups, _at_once(make, groups), strict=True))
             write_metadata(workspace.partial, stored, dtype=dtype)
             companions = workspace.partial / COMPANIONS
             shutil.rmtree(companions, ignore_errors=True)
@@ -157,7 +165,7 @@ def megatron_to_hf(
         CheckpointError: weights are missing or belong to another model; destination exists or cannot be written.
     """
     architecture = model.architecture
-    with TorchDistReader(model.directory, reuse_memory=True) as reader:
+    with TorchDistReader(model.directory) as reader:
         reader.check(architecture)
         for name in reader.unknown_names(architecture):
             get_logger().warning(f"{model.directory}: {name} is no weight of this model and stays behind")
@@ -169,21 +177,33 @@ def megatron_to_hf(
         identity = _identity(files, dtype=str(dtype), files=list(shards), rope=str(model.rope), window=model.context_length)
         with Workspace(destination, identity) as workspace, Progress("converting", len(source_of)) as progress:
 
-            def blocks(tensor: TensorPlan) -> Iterator[torch.Tensor | FileRange]:
+
+            def make(file: str) -> None:
+                if workspace.note_of(file) is not None:
+                    progress.advance(len(shards[file]))
+                    return
+                with TorchDistReader(model.directory, reuse_memory=True) as own, workspace.making(file) as (path, _):
+                    write_shard(path, shards[file], partial(blocks, own))
+
+            def blocks(own: TorchDistReader, tensor: TensorPlan) -> Iterator[torch.Tensor | FileRange]:
                 binding, source = source_of[tensor.name]
                 for first, last in binding.layout.rows_of_source(architecture, source):
-                    yield from _rows(reader, binding.megatron, first, last, dtype)
+                    yield from _rows(own, binding.megatron, first, last, dtype)
                 progress.advance()
 
-            for file, planned in shards.items():
-                if workspace.note_of(file) is None:
-                    with workspace.making(file) as (path, _):
-                        write_shard(path, planned, blocks)
-                else:
-                    progress.advance(len(planned))
+            _at_once(make, shards)
             write_index(workspace.partial, shards)
             _write_companions(workspace.partial, model, dtype)
             return workspace.finish()
+
+
+def _at_once(make: Callable[[str], Any], files: Iterable[str]) -> list[Any]:
+    """Make files, a few at the same time: the kernel copies, and two copies go on while one waits for the disk."""
+    pool = ThreadPoolExecutor(_FILES_AT_ONCE)
+    try:
+        return [made.result() for made in [pool.submit(make, file) for file in files]]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _write_companions(directory: Path, model: MegatronModel, dtype: torch.dtype) -> None:
@@ -257,7 +277,13 @@ def _rows(
         yield where
         return
     for low, high in row_blocks(last, stored.itemsize * math.prod(reader.shape(name)[1:]), first):
-        yield reader.rows(name, low, high).to(dtype)
+        block = reader.rows(name, low, high)
+        converted = block.to(dtype)
+        if torch.finfo(dtype).max < torch.finfo(stored).max and not torch.equal(converted.isfinite(), block.isfinite()):
+            raise CheckpointError(
+                f"{name} holds {float(block[block.isfinite()].abs().max()):g}, more than {dtype} can: choose --dtype bfloat16 or float32."
+            )
+        yield converted
 
 
 def _group(architecture: ModelArchitecture, dtype: torch.dtype, max_bytes: int, size: int) -> dict[str, list[Binding]]:

@@ -78,8 +78,12 @@ def verify_export(
         CheckpointError: with the table, if a check fails.
     """
     findings = [_verify_tensors(chunks, export, architecture), *_verify_config(export, architecture, rope, target_context_length)]
-    # a config of other sizes would end in transformers' own error before this table could name the fields
-    if torch.distributed.get_world_size() == 1 and all(finding.passed for finding in findings):
+    reason = _why_no_logits(findings, architecture)
+    if torch.distributed.get_world_size() > 1:
+        reason = "the model is not on one process; tools/convert.py verify compares a checkpoint of it"
+    if reason:
+        findings.append(_no_logits(reason))
+    else:
         findings += verify_logits(export, architecture, rope, target_context_length=target_context_length)
     if not all(finding.passed for finding in findings):
         raise CheckpointError(f"{export} is not the trained model:\n{format_findings(findings)}")
@@ -137,19 +141,23 @@ def verify_megatron_model(
         CheckpointError: one of the two cannot be read.
     """
     findings = [_verify_stored_tensors(export, model, dtype), *_verify_config(export, model.architecture, model.rope, model.context_length)]
-    needed = 2 * 4 * count_weights(model.architecture) * 1.2 / 2**30
-    reason = None
-    if not with_logits:
-        reason = "as asked"
-    elif needed > (free := psutil.virtual_memory().available / 2**30):
-        reason = f"both models in float32 need {needed:.0f} GiB, {free:.0f} GiB are free"
-    elif not all(finding.passed for finding in findings):
-        reason = "what is above has to hold first"
+    reason = _why_no_logits(findings, model.architecture) if with_logits else "as asked"
     if reason:
-        return [*findings, Finding("logits and greedy text", 0.0, LOGIT_TOLERANCE, reason, skipped=True)]
+        return [*findings, _no_logits(reason)]
     chunk = _build(model.architecture, model.rope, model.context_length)
     load_torch_dist([chunk], model.directory)
     return findings + compare_logits(chunk, export, model.architecture, target_context_length=model.context_length)
+
+
+def _why_no_logits(findings: list[Finding], architecture: ModelArchitecture) -> str | None:
+    if not all(finding.passed for finding in findings):  # a config of other sizes would end in transformers' own error
+        return "what is above has to hold first"
+    needed, free = 2 * 4 * count_weights(architecture) * 1.2 / 2**30, psutil.virtual_memory().available / 2**30
+    return f"both models in float32 need {needed:.0f} GiB, {free:.0f} GiB are free" if needed > free else None
+
+
+def _no_logits(reason: str) -> Finding:
+    return Finding("logits and greedy text", 0.0, LOGIT_TOLERANCE, reason, skipped=True)
 
 
 def largest_difference(stored: torch.Tensor, expected: torch.Tensor) -> float:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from endprompt_megatron.checkpoint.background_sync import BackgroundSync
 from endprompt_megatron.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -229,17 +230,18 @@ def write_shard(path: Path, tensors: list[TensorPlan], blocks: Callable[[TensorP
         offset += tensor.num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb", buffering=0) as stream:
+    with path.open("wb", buffering=0) as stream, BackgroundSync(stream.fileno()) as sync:
         stream.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
             written = 0
             for block in blocks(tensor):
                 if isinstance(block, torch.Tensor) and block.dtype != tensor.dtype:
                     raise AssertionError(f"{tensor.name}: a block of {block.dtype}, planned as {tensor.dtype}")
-                written += write_block(stream.fileno(), block)
+                count = write_block(stream.fileno(), block)
+                sync.wrote(count)
+                written += count
             if written != tensor.num_bytes:
                 raise AssertionError(f"{tensor.name}: {written} bytes written, planned {tensor.num_bytes}")
-        os.fsync(stream.fileno())
 
 
 def write_block(descriptor: int, block: torch.Tensor | FileRange) -> int:

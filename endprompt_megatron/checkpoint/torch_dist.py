@@ -17,12 +17,12 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from endprompt_megatron.checkpoint.background_sync import BackgroundSync
 from endprompt_megatron.checkpoint.hf_mapping import bindings
 from endprompt_megatron.checkpoint.safetensors_io import BLOCK_BYTES, FileRange, empty, read_tensor, write_all, write_block
 from endprompt_megatron.errors import CheckpointError
@@ -401,12 +402,13 @@ class DistcpWriter:
         self.stored = StoredChunks()
 
     def __enter__(self) -> DistcpWriter:
-        self._stream = self._path.open("wb", buffering=0)
+        self._stack = ExitStack()
+        self._stream = self._stack.enter_context(self._path.open("wb", buffering=0))
+        self._sync = self._stack.enter_context(BackgroundSync(self._stream.fileno()))
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        os.fsync(self._stream.fileno())
-        self._stream.close()
+    def __exit__(self, *exc: Any) -> None:
+        self._stack.__exit__(*exc)
 
     def write_parameter(
         self,
@@ -440,7 +442,7 @@ class DistcpWriter:
             write_all(self._stream.fileno(), memoryview(before))
             is_share = width is not None and width != shape[1]
             for block in blocks(first, first + rows, not is_share):
-                write_block(self._stream.fileno(), block[:, column : column + width] if is_share else block)
+                self._sync.wrote(write_block(self._stream.fileno(), block[:, column : column + width] if is_share else block))
             write_all(self._stream.fileno(), memoryview(after))
             length = self._stream.tell() - start
             if length != len(before) + dtype.itemsize * math.prod(sizes) + len(after):
@@ -488,10 +490,8 @@ class _Recorder(io.RawIOBase):
 def _archive_around(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
     """What torch.save writes before and after the data of a contiguous tensor."""
     recorder = _Recorder()
-    with FakeTensorMode():
-        described = torch.empty(sizes, dtype=dtype)
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save(described, recorder)
+    with torch.serialization.skip_data():
+        torch.save(torch.empty(sizes, dtype=dtype), recorder)  # addresses alone: memory that nobody touches takes no room
     before, after = recorder.pieces
     return bytes(before), bytes(after)
 

@@ -67,9 +67,20 @@ class Workspace:
 
     @contextmanager
     def making(self, name: str) -> Iterator[tuple[Path, list[str]]]:
-        """Yield (path to write the file `name` to, list to put its note into); the file gets its name when the block ends well."""
+        """Yield (path to write the file `name` to, list to put its note into); the file gets its name when the block ends well.
+
+        Raises:
+            CheckpointError: the operating system refused (a full disk); what is whole stays for the next try.
+        """
         temporary, notes = self.partial / (name + ".tmp"), [""]
-        yield temporary, notes
+        try:
+            yield temporary, notes
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"{self.partial / name} could not be written ({error}). Free space, or fix the permissions, and start the same command "
+                f"again: it goes on where it stood."
+            ) from error
         temporary.rename(self.partial / name)
         note = self.partial / (name + _NOTE)
         note.with_suffix(".tmp").write_text(notes[-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,19 @@ def test_there_and_back_and_shown(hf, tmp_path):
     assert "logits at last positions" in out and "greedy text" in out and "ok: " in out and "FAILED" not in out
     out = run("megatron-to-hf", "megatron", "back", "--no-verify")
     assert "window 2,048 positions, RoPE llama3, factor 32" in out
+
+
+def test_a_full_disk_is_told_and_survived(hf, tmp_path):
+    """A limit on the size of files stands in for the disk; without it the same command goes on."""
+    command = [sys.executable, "-W", "ignore", str(TOOL), "hf-to-megatron", str(hf), "megatron", "--no-verify", "--max-shard-size", "100KB"]
+    limit = (85_000, 85_000)  # the file of the embedding fits, those of the feed-forward layers do not
+    full = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    )
+    assert full.returncode == 2 and "could not be written" in full.stderr and "goes on where it stood" in full.stderr, full.stderr
+    assert not (tmp_path / "megatron").exists()
+    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert again.returncode == 0 and "of an interrupted conversion are whole" in again.stderr, again.stderr
 
 
 def test_show_names_the_model_and_its_tensors(convert, hf, tmp_path):

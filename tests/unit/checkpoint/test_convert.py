@@ -76,6 +76,14 @@ def test_another_type(source, written, tmp_path, single_process):
     assert read_hf_config(back)["torch_dtype"] == str(source).removeprefix("torch.")
 
 
+def test_a_type_that_cannot_hold_the_weights_is_refused(tmp_path):
+    hf = build_family("llama3", tmp_path / "hf")
+    edit_tensors(hf, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].fill_(1e6))
+    with pytest.raises(CheckpointError, match="up_proj.weight holds 1e.06, more than torch.float16 can"):
+        hf_to_megatron(hf, tmp_path / "megatron", dtype=torch.float16)
+    assert not (tmp_path / "megatron").exists()
+
+
 def test_a_directory_that_megatron_wrote(llama, tmp_path, single_process):
     """Its own writer, layers stacked or numbered, behind NeMo's prefix, under a run of Megatron-LM's; a base has to be named."""
     model = load_model(llama)

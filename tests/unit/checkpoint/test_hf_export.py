@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from endprompt_megatron.checkpoint.companions import PROVENANCE_FILE
 from endprompt_megatron.checkpoint.hf_export import export_hf
-from endprompt_megatron.checkpoint.model_card import MODEL_CARD
 from endprompt_megatron.checkpoint.hf_verify import (
     Finding,
     format_findings,
@@ -23,6 +22,7 @@ from endprompt_megatron.checkpoint.hf_verify import (
     transformers_logits,
     verify_export,
 )
+from endprompt_megatron.checkpoint.model_card import MODEL_CARD
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from tests.support.tiny import WINDOW, architecture_of, copy_model, edit_config, edit_tensors, load_model, rope_of, tokens_of

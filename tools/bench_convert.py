@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -87,9 +86,11 @@ def bench_convert(arguments: argparse.Namespace) -> None:
     # what is copied and removed leaves the same memory and disk to its neighbour: copies later in a round are slower, whoever makes them
     commands = {
         "cp, first": copying,
+        "hf-to-megatron, no sync": ([*_CONVERT, "hf-to-megatron", str(source), str(megatron), *shard, "--no-sync"], [megatron]),
         "hf-to-megatron": ([*_CONVERT, "hf-to-megatron", str(source), str(megatron), *shard], []),
-        "cp and sync": (["sh", "-c", f"cp -r {shlex.quote(str(source))} {shlex.quote(str(copy))} && sync -f {shlex.quote(str(copy))}"], [copy]),
+        "cp and sync": (["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', str(source), str(copy)], [copy]),
         "cp, second": copying,
+        "megatron-to-hf, no sync": ([*_CONVERT, "megatron-to-hf", str(megatron), str(back), *shard, "--no-sync"], [back]),
         "megatron-to-hf": ([*_CONVERT, "megatron-to-hf", str(megatron), str(back), *shard], [back]),
         "transformers": ([*_PYTHON, _TRANSFORMERS, str(source), str(back)], [megatron, back]),
     }
@@ -116,12 +117,15 @@ def bench_convert(arguments: argparse.Namespace) -> None:
         seconds = sorted(run[0] for run in runs)
         peak = max(run[1] for run in runs)
         over = f", peak memory {peak / 2**20:.0f} MiB ({(peak - idle_memory) / 2**20:+.0f} over the interpreter)" if peak else ""
-        print(f"{name:16} median {statistics.median(seconds):6.2f} s (min {seconds[0]:.2f}, max {seconds[-1]:.2f}){over}")
-    # a conversion ends when its bytes are on the disk; cp ends before
-    pairings = [(name, beside) for name in ("hf-to-megatron", "megatron-to-hf") for beside in ("cp", "cp and sync")]
+        print(f"{name:23} median {statistics.median(seconds):6.2f} s (min {seconds[0]:.2f}, max {seconds[-1]:.2f}){over}")
+    pairings = (
+        ("hf-to-megatron, no sync", "cp, first"),
+        ("megatron-to-hf, no sync", "cp, second"),
+        ("hf-to-megatron", "cp and sync"),
+        ("megatron-to-hf", "cp and sync"),
+    )
     for name, beside in pairings:
-        copies = "cp and sync" if beside != "cp" else "cp, first" if name == "hf-to-megatron" else "cp, second"
-        pairs = list(zip(found[copies], found[name], strict=True))
+        pairs = list(zip(found[beside], found[name], strict=True))
         whole = sorted(copied[0] / run[0] for copied, run in pairs)
         alone = sorted(copied[0] / (run[0] - idle_seconds) for copied, run in pairs)
         print(

@@ -13,18 +13,21 @@ class BackgroundSync:
 
     Args:
         descriptor: of the file.
+        enabled: False leaves the disk to the operating system.
     Raises:
         OSError: the disk did not take what was written.
     """
 
-    def __init__(self, descriptor: int):
+    def __init__(self, descriptor: int, *, enabled: bool = True):
+        self._enabled = enabled
         self._descriptor, self._pending, self._error = descriptor, 0, None
         self._wanted = threading.Semaphore(0)
         self._ended = False
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> BackgroundSync:
-        self._thread.start()
+        if self._enabled:
+            self._thread.start()
         return self
 
     def wrote(self, count: int) -> None:
@@ -35,6 +38,8 @@ class BackgroundSync:
             self._wanted.release()
 
     def __exit__(self, failure: type[BaseException] | None, *exc: object) -> None:
+        if not self._enabled:
+            return
         self._ended = True
         self._wanted.release()
         self._thread.join()

@@ -97,6 +97,7 @@ def hf_to_megatron(
     dtype: torch.dtype | None = None,
     tensor_parallel_size: int = 1,
     max_shard_bytes: int = 5 * 10**9,
+    sync: bool = True,
 ) -> Path:
     """Convert a Hugging Face directory into a torch_dist directory, which Megatron-Core loads in any layout.
 
@@ -107,6 +108,7 @@ def hf_to_megatron(
         tensor_parallel_size: shares into which matrices are cut, so that a rank of such a layout reads its own share only, and what the
             vocabulary is padded for.
         max_shard_bytes: size of one .distcp file.
+        sync: return only when every byte is on the disk: the result survives a power failure.
     Returns:
         destination.
     Raises:
@@ -122,7 +124,8 @@ def hf_to_megatron(
         identity = _identity(
             [*reader.files(), hf_path / "config.json"], dtype=str(dtype), tensor_parallel_size=tensor_parallel_size, files=list(groups)
         )
-        with Workspace(destination, identity) as workspace, Progress("converting", len(list(bindings(architecture)))) as progress:
+        count = sum(len(group) for group in groups.values())
+        with Workspace(destination, identity, sync=sync) as workspace, Progress("converting", count) as progress:
 
             def make(file: str) -> StoredChunks:
                 group, note = groups[file], workspace.note_of(file)
@@ -131,7 +134,7 @@ def hf_to_megatron(
                         SafetensorsReader(hf_path, reuse_memory=True) as own,  # what it returns is overwritten by its next answer
                         workspace.making(file) as (path, notes),
                     ):
-                        note = _write_distcp(path, group, own, architecture, dtype, tensor_parallel_size, progress)
+                        note = _write_distcp(path, group, own, architecture, dtype, tensor_parallel_size, progress, sync)
                         notes.append(note)
                 else:
                     progress.advance(len(group))
@@ -150,7 +153,12 @@ def hf_to_megatron(
 
 
 def megatron_to_hf(
-    model: MegatronModel, destination: Path, *, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 * 10**9
+    model: MegatronModel,
+    destination: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    sync: bool = True,
 ) -> Path:
     """Convert a torch_dist directory, of whatever layout, into a Hugging Face directory that carries everything a model needs.
 
@@ -159,6 +167,7 @@ def megatron_to_hf(
         destination: directory to make.
         dtype: of the weights; None keeps theirs.
         max_shard_bytes: size of one safetensors file.
+        sync: as of hf_to_megatron.
     Returns:
         destination.
     Raises:
@@ -175,7 +184,7 @@ def megatron_to_hf(
         source_of = {name: (binding, index) for binding in every for index, name in enumerate(binding.hugging_face)}
         files = [*reader.files(), model.directory / ".metadata", model.base_hf_path / "config.json"]
         identity = _identity(files, dtype=str(dtype), files=list(shards), rope=str(model.rope), window=model.context_length)
-        with Workspace(destination, identity) as workspace, Progress("converting", len(source_of)) as progress:
+        with Workspace(destination, identity, sync=sync) as workspace, Progress("converting", len(source_of)) as progress:
 
 
             def make(file: str) -> None:
@@ -183,7 +192,7 @@ def megatron_to_hf(
                     progress.advance(len(shards[file]))
                     return
                 with TorchDistReader(model.directory, reuse_memory=True) as own, workspace.making(file) as (path, _):
-                    write_shard(path, shards[file], partial(blocks, own))
+                    write_shard(path, shards[file], partial(blocks, own), sync=sync)
 
             def blocks(own: TorchDistReader, tensor: TensorPlan) -> Iterator[torch.Tensor | FileRange]:
                 binding, source = source_of[tensor.name]
@@ -230,8 +239,9 @@ def _write_distcp(
     dtype: torch.dtype,
     size: int,
     progress: Progress,
+    sync: bool,
 ) -> str:
-    with DistcpWriter(path, tensor_parallel_size=size) as writer:
+    with DistcpWriter(path, tensor_parallel_size=size, sync=sync) as writer:
         for binding in group:
             layout = binding.layout
             writer.write_parameter(

@@ -211,13 +211,16 @@ def write_index(directory: Path, shards: dict[str, list[TensorPlan]]) -> None:
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write_shard(path: Path, tensors: list[TensorPlan], blocks: Callable[[TensorPlan], Iterable[torch.Tensor | FileRange]]) -> None:
-    """Write one safetensors file, block by block; its bytes are on the disk when this returns.
+def write_shard(
+    path: Path, tensors: list[TensorPlan], blocks: Callable[[TensorPlan], Iterable[torch.Tensor | FileRange]], *, sync: bool = True
+) -> None:
+    """Write one safetensors file, block by block.
 
     Args:
         path: file to make.
         tensors: what it holds.
         blocks: (tensor) -> its rows from the first to the last, in any number of pieces of its type, in memory or in files.
+        sync: wait until its bytes are on the disk.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -230,7 +233,7 @@ def write_shard(path: Path, tensors: list[TensorPlan], blocks: Callable[[TensorP
         offset += tensor.num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb", buffering=0) as stream, BackgroundSync(stream.fileno()) as sync:
+    with path.open("wb", buffering=0) as stream, BackgroundSync(stream.fileno(), enabled=sync) as progress:
         stream.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
             written = 0
@@ -238,7 +241,7 @@ def write_shard(path: Path, tensors: list[TensorPlan], blocks: Callable[[TensorP
                 if isinstance(block, torch.Tensor) and block.dtype != tensor.dtype:
                     raise AssertionError(f"{tensor.name}: a block of {block.dtype}, planned as {tensor.dtype}")
                 count = write_block(stream.fileno(), block)
-                sync.wrote(count)
+                progress.wrote(count)
                 written += count
             if written != tensor.num_bytes:
                 raise AssertionError(f"{tensor.name}: {written} bytes written, planned {tensor.num_bytes}")

@@ -395,16 +395,17 @@ class DistcpWriter:
         path: file to make.
         tensor_parallel_size: shares into which each matrix is cut, as that many ranks would write it: each of them then reads its own
             share only.
+        sync: wait at the end until its bytes are on the disk.
     """
 
-    def __init__(self, path: Path, *, tensor_parallel_size: int):
-        self._path, self._size = path, tensor_parallel_size
+    def __init__(self, path: Path, *, tensor_parallel_size: int, sync: bool = True):
+        self._path, self._size, self._wait = path, tensor_parallel_size, sync
         self.stored = StoredChunks()
 
     def __enter__(self) -> DistcpWriter:
         self._stack = ExitStack()
         self._stream = self._stack.enter_context(self._path.open("wb", buffering=0))
-        self._sync = self._stack.enter_context(BackgroundSync(self._stream.fileno()))
+        self._sync = self._stack.enter_context(BackgroundSync(self._stream.fileno(), enabled=self._wait))
         return self
 
     def __exit__(self, *exc: Any) -> None:

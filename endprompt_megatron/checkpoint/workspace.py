@@ -24,11 +24,13 @@ class Workspace:
     Args:
         destination: the directory to make; must not exist.
         identity: what is being made, JSON; leftovers of a kill are used again only where it is the same.
+        sync: whether the directory gets its name only when all of it is on the disk.
     Raises:
         CheckpointError: destination exists, cannot be written, or another process is making it.
     """
 
-    def __init__(self, destination: Path, identity: dict[str, Any]):
+    def __init__(self, destination: Path, identity: dict[str, Any], *, sync: bool = True):
+        self._wait = sync
         self.destination = Path(destination)
         self.partial = self.destination.with_name(self.destination.name + ".partial")
         self._identity = json.dumps(identity, sort_keys=True, default=str)
@@ -87,11 +89,11 @@ class Workspace:
         note.with_suffix(".tmp").rename(note)
 
     def finish(self) -> Path:
-        """Give the directory its final name, its bytes on the disk."""
+        """Give the directory its final name."""
         for path in self.partial.iterdir():
             if path.name.endswith((".tmp", _NOTE)):
                 path.unlink()
-        for path in self.partial.rglob("*"):
+        for path in self.partial.rglob("*") if self._wait else ():
             if path.is_file():
                 _sync(path)
         (self.partial / _IDENTITY).unlink()

@@ -50,6 +50,17 @@ def test_model_numbers_are_the_published_ones(name):
         assert known_base(config)[0].num_layers == 2
 
 
+@pytest.mark.parametrize("rope", sorted(path.stem for path in (ROOT / "conf" / "rope").glob("*.yaml")))
+@pytest.mark.parametrize("method", sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")))
+def test_every_method_goes_with_every_scaling(method, rope, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = to_run_config(_compose("+experiment=smollm2_135m_64k", f"method={method}", f"rope={rope}"))
+    assert config.method.name == method and config.rope.type == rope.removesuffix("_dynamic")
+    assert plan(config, world_size=launch.planned_world_size(config))
+    for folder, name in (("method", method), ("rope", rope)):
+        assert (ROOT / "conf" / folder / f"{name}.yaml").read_text().startswith("# ")
+
+
 def test_every_key_of_the_schema_is_read_somewhere():
     """A key that only the schema and its rules name would be a promise that nothing keeps."""
     import dataclasses

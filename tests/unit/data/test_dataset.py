@@ -313,3 +313,24 @@ def test_an_index_cache_that_cannot_be_written_is_an_error(corpora, tmp_path):
     (tmp_path / "indices").write_text("a file where the folder should be")
     with pytest.raises(DataError, match="indices"):
         build(corpora, cache_dir=tmp_path / "indices")
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2, 3])
+def test_pose_takes_chunks_of_five_times_its_length(corpora, num_chunks):
+    """Text and labels against Megatron's own samples of 5 S tokens; where the text skips, the label is the next token of the sample."""
+    dataset, _ = build(corpora, position_scheme="pose", end_prompts=None, num_chunks=num_chunks, num_train_samples=12)
+    stock = stock_samples(corpora, 12, sequence_length=5 * S)
+    skipped = 0
+    for index in range(12):
+        sample, text = dataset[index], stock[index]["tokens"].tolist()
+        tokens, positions = sample["tokens"].tolist(), sample["position_ids"]
+        assert len(tokens) == S and sample["labels"][:-1].tolist() == tokens[1:] and (sample["loss_weights"] == 1).all()
+        joints = [0, *(torch.nonzero(positions.diff() > 1).flatten() + 1).tolist(), S]
+        assert len(joints) - 1 <= num_chunks and positions[0] == 0 and positions[-1] < L
+        skipped += len(joints) > 2
+        assert tokens[: joints[1] if num_chunks > 1 else S] == text[: joints[1] if num_chunks > 1 else S]
+        at = 0  # the sample is a subsequence of the text
+        for token in tokens:
+            at = text.index(token, at) + 1
+    assert skipped >= (10 if num_chunks > 1 else 0) and (num_chunks > 1 or not skipped)
+    assert sorted({len(dataset[index]["tokens"]) for index in range(3)}) == [S]

@@ -42,7 +42,8 @@ def _hf_to_megatron(arguments: argparse.Namespace) -> int:
 
     if arguments.plan:
         config = read_hf_config(arguments.hf)
-        dtype = DTYPES[arguments.dtype or config.get("torch_dtype") or config.get("dtype") or "bfloat16"]
+        stored = config.get("torch_dtype") or config.get("dtype")
+        dtype = DTYPES[arguments.dtype or (stored if stored in DTYPES else "bfloat16")]
         plan = plan_conversion(
             architecture_from_hf(config),
             dtype=dtype,

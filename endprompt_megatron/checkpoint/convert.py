@@ -122,7 +122,7 @@ def hf_to_megatron(
         dtype = dtype or _only_dtype(reader.dtype(name) for name in reader.names())
         groups = _group(architecture, dtype, max_shard_bytes, tensor_parallel_size)
         identity = _identity(
-            [*reader.files(), hf_path / "config.json"], dtype=str(dtype), tensor_parallel_size=tensor_parallel_size, files=list(groups)
+            [*reader.files(), hf_path / "config.json"], dtype=str(dtype), shares=tensor_parallel_size, files=list(groups), boot=_boot(sync)
         )
         count = sum(len(group) for group in groups.values())
         with Workspace(destination, identity, sync=sync) as workspace, Progress("converting", count) as progress:
@@ -183,7 +183,8 @@ def megatron_to_hf(
         shards = plan_shards(planned_tensors(architecture, dtype), max_shard_bytes)
         source_of = {name: (binding, index) for binding in every for index, name in enumerate(binding.hugging_face)}
         files = [*reader.files(), model.directory / ".metadata", model.base_hf_path / "config.json"]
-        identity = _identity(files, dtype=str(dtype), files=list(shards), rope=str(model.rope), window=model.context_length)
+        meaning = {"rope": str(model.rope), "window": model.context_length}
+        identity = _identity(files, dtype=str(dtype), files=list(shards), boot=_boot(sync), **meaning)
         with Workspace(destination, identity, sync=sync) as workspace, Progress("converting", len(source_of)) as progress:
 
 
@@ -289,6 +290,8 @@ def _rows(
     for low, high in row_blocks(last, stored.itemsize * math.prod(reader.shape(name)[1:]), first):
         block = reader.rows(name, low, high)
         converted = block.to(dtype)
+        if not stored.is_floating_point:
+            raise CheckpointError(f"{name} is of type {stored}: only floating-point weights are converted.")
         if torch.finfo(dtype).max < torch.finfo(stored).max and not torch.equal(converted.isfinite(), block.isfinite()):
             raise CheckpointError(
                 f"{name} holds {float(block[block.isfinite()].abs().max()):g}, more than {dtype} can: choose --dtype bfloat16 or float32."
@@ -331,8 +334,18 @@ def _check_tensor_parallel(architecture: ModelArchitecture, size: int) -> None:
             raise CheckpointError(f"--tensor-model-parallel-size={size}: must divide the model's {count} {what}. Choose another.")
 
 
+def _boot(sync: bool) -> str:
+    """What files that did not wait for the disk may be trusted by: that the machine has not been started anew since."""
+    identity = Path("/proc/sys/kernel/random/boot_id")
+    return "" if sync else identity.read_text().strip() if identity.is_file() else "unknown"
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+
 def _identity(source: Iterable[Path], **options: Any) -> dict[str, Any]:
     """What makes two conversions the same: the bytes that go in, by name, size and time, and every choice."""
-    stats = {str(path.resolve()): (path.stat().st_size, path.stat().st_mtime_ns) for path in source if path.exists()}
+    stats = {str(path.resolve()): _stamp(path.stat()) for path in source if path.exists()}
     digest = hashlib.sha256(json.dumps(stats, sort_keys=True).encode()).hexdigest()
     return {"format": _FORMAT, "torch": torch.__version__, "source": digest, **options}

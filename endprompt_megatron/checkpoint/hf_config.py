@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from endprompt_megatron.errors import CheckpointError
+from endprompt_megatron.errors import CheckpointError, ConfigError
 from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.rope.scaling import RopeScaling
 
@@ -20,6 +20,7 @@ class Family:
 
     Attributes:
         architecture: its name in config.json.
+        model_type: what transformers chooses its classes by.
         models: whose they are.
         understood: field that changes the maths -> values that are understood, beside those of every family; others are refused.
         absent: field -> what transformers takes where config.json lacks it, if that is not the first understood value.
@@ -28,6 +29,7 @@ class Family:
     """
 
     architecture: str
+    model_type: str
     models: str
     understood: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     absent: dict[str, Any] = field(default_factory=dict)
@@ -40,6 +42,8 @@ _EVERYWHERE: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "partial_rotary_factor": (1.0, 1, None),
     "quantization_config": (None,),
+    "is_causal": (True, None),
+    "tie_word_embeddings": (False, True),
     "attention_bias": (False, None),  # as a flag it also means the output projection
     "mlp_bias": (False, None),
     "pretraining_tp": (1, None),
@@ -49,10 +53,10 @@ _QWEN = {"use_sliding_window": (False, None)}  # sliding_window and max_window_l
 FAMILIES: dict[str, Family] = {
     family.architecture: family
     for family in (
-        Family("LlamaForCausalLM", "Llama 2, 3, 3.1, 3.2, 3.3, SmolLM2"),
-        Family("MistralForCausalLM", "Mistral v0.2 and later", {"sliding_window": (None,)}, absent={"sliding_window": 4096}),
-        Family("Qwen2ForCausalLM", "Qwen2, Qwen2.5", _QWEN, qkv_bias=True),
-        Family("Qwen3ForCausalLM", "Qwen3", _QWEN, head_dim=lambda config: 128, qk_norm=True),
+        Family("LlamaForCausalLM", "llama", "Llama 2, 3, 3.1, 3.2, 3.3, SmolLM2"),
+        Family("MistralForCausalLM", "mistral", "Mistral v0.2 and later", {"sliding_window": (None,)}, absent={"sliding_window": 4096}),
+        Family("Qwen2ForCausalLM", "qwen2", "Qwen2, Qwen2.5", _QWEN, qkv_bias=True),
+        Family("Qwen3ForCausalLM", "qwen3", "Qwen3", _QWEN, head_dim=lambda config: 128, qk_norm=True),
     )
 }
 
@@ -69,6 +73,8 @@ _HARMLESS = {
     "name_or_path", "task_specific_params", "transformers.js_config", "is_llama_config", "tokenizer_class", "rope_interleaved",
     "max_window_layers", "finetuning_task", "prefix", "attn_implementation", "neftune_noise_alpha", "is_encoder_decoder",
 }  # fmt: skip
+# written anew, at the top level, in the spelling that every transformers reads
+_REPLACED = ("rope_parameters", "original_max_position_embeddings", "_name_or_path", "dtype")
 _LAYERS = {"full_attention"}
 
 
@@ -86,8 +92,10 @@ def read_hf_config(hf_path: Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}): copy it again from the model.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds no fields but {str(config)[:40]}: copy it again from the model.")
     return config
 
 
@@ -102,28 +110,47 @@ def architecture_from_hf(config: dict[str, Any]) -> ModelArchitecture:
         known = "; ".join(f"{name} ({family.models})" for name, family in FAMILIES.items())
         raise CheckpointError(f"config.json names the architecture {found[0]}: supported are {known}.")
     family = FAMILIES[found[0]]
+    if config.get("model_type", family.model_type) != family.model_type:
+        raise CheckpointError(
+            f"config.json names the architecture {family.architecture} and model_type={config['model_type']!r}, by which transformers "
+            "goes: "
+            f"they are different models. Copy it again from the model."
+        )
     _refuse_other_maths(config, family)
     try:
-        heads = int(config["num_attention_heads"])
-        architecture = ModelArchitecture(
-            num_layers=int(config["num_hidden_layers"]),
-            hidden_size=int(config["hidden_size"]),
-            ffn_hidden_size=int(config["intermediate_size"]),
-            num_attention_heads=heads,
-            num_query_groups=_key_value_heads(config, family, heads),
-            head_dim=int(config.get("head_dim") or family.head_dim(config)),
-            vocab_size=int(config["vocab_size"]),
-            max_position_embeddings=int(config["max_position_embeddings"]),
-            rope_theta=0.0,
-            norm_epsilon=float(config["rms_norm_eps"]),
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=family.qkv_bias,
-            qk_norm=family.qk_norm,
-        )
+        return _read_architecture(config, family)
     except KeyError as error:
         raise CheckpointError(f"config.json lacks {error}: copy it again from the model.") from error
-    rope = RopeScaling.from_hf(config, head_dim=architecture.head_dim)
-    return ModelArchitecture(**{**architecture.__dict__, "rope_theta": rope.rope_theta})
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        if isinstance(error, (CheckpointError, ConfigError)):
+            raise
+        raise CheckpointError(f"config.json holds a field of the wrong kind ({error}): copy it again from the model.") from error
+
+
+def _read_architecture(config: dict[str, Any], family: Family) -> ModelArchitecture:
+    heads = int(config["num_attention_heads"])
+    head_dim = int(config.get("head_dim") or family.head_dim(config))
+    sizes = {
+        "num_layers": int(config["num_hidden_layers"]),
+        "hidden_size": int(config["hidden_size"]),
+        "ffn_hidden_size": int(config["intermediate_size"]),
+        "num_attention_heads": heads,
+        "num_query_groups": _key_value_heads(config, family, heads),
+        "head_dim": head_dim,
+        "vocab_size": int(config["vocab_size"]),
+        "max_position_embeddings": int(config["max_position_embeddings"]),
+    }
+    wrong = [f"{name}={value}" for name, value in sizes.items() if value < 1]
+    if wrong:
+        raise CheckpointError(f"config.json makes {wrong[0]}, which must be at least 1: copy it again from the model.")
+    return ModelArchitecture(
+        **sizes,
+        rope_theta=RopeScaling.from_hf(config, head_dim=head_dim).rope_theta,
+        norm_epsilon=float(config["rms_norm_eps"]),
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+    )
 
 
 def rope_from_hf(config: dict[str, Any]) -> RopeScaling:
@@ -175,7 +202,7 @@ def extended_hf_config(base: dict[str, Any], rope: RopeScaling, *, target_contex
         target_context_length: L, becomes max_position_embeddings.
         dtype: name of the weights' type, e.g. "bfloat16".
     """
-    config = {key: value for key, value in base.items() if key not in ("rope_parameters", "_name_or_path", "dtype")}
+    config = {key: value for key, value in base.items() if key not in _REPLACED}
     config.update(rope.to_hf())
     config["max_position_embeddings"] = int(target_context_length)
     config["torch_dtype"] = dtype

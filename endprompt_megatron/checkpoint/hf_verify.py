@@ -7,6 +7,7 @@ Shapes: s tokens of a probe, v vocabulary.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from endprompt_megatron.checkpoint.distributed import load_torch_dist
 from endprompt_megatron.checkpoint.hf_config import architecture_from_hf
 from endprompt_megatron.checkpoint.hf_import import load_hf_weights, named_parameters_of_whole_model
 from endprompt_megatron.checkpoint.hf_mapping import bindings
-from endprompt_megatron.checkpoint.hf_weights import count_weights
+from endprompt_megatron.checkpoint.hf_weights import count_weights, leftovers, missing
 from endprompt_megatron.checkpoint.megatron_model import MegatronModel
-from endprompt_megatron.checkpoint.safetensors_io import SafetensorsReader, row_blocks
+from endprompt_megatron.checkpoint.safetensors_io import SafetensorsReader, row_blocks, tensor_bytes
 from endprompt_megatron.checkpoint.torch_dist import TorchDistReader
 from endprompt_megatron.config import ParallelConfig
 from endprompt_megatron.errors import CheckpointError
@@ -107,17 +108,16 @@ def _verify_tensors(chunks: list[EndPromptGPTModel], export: Path, architecture:
     live = dict(pair for chunk in chunks for pair in named_parameters_of_whole_model(chunk))
     worst, where, count = 0.0, "", 0
     with SafetensorsReader(export) as reader:
-        expected = {name for binding in bindings(architecture) for name in binding.hugging_face}
-        surplus = set(reader.names()) ^ expected
-        if surplus:
-            return Finding("tensors", float("inf"), 0.0, f"names differ, e.g. {sorted(surplus)[0]}")
+        wrong = [*leftovers(reader, architecture), *missing(reader, architecture)]
+        if wrong:
+            return Finding("tensors", float("inf"), 0.0, f"names differ, e.g. {wrong[0]}")
         for binding in bindings(architecture):
             if binding.megatron not in live:
                 continue
             count += 1
             stored = binding.layout.read(architecture, binding.hugging_face, reader.rows, reader.columns, rank, size)
             difference = largest_difference(stored, live[binding.megatron].detach().cpu())
-            if not difference <= worst:  # a NaN counts as the worst
+            if difference > worst:
                 worst, where = difference, binding.megatron
     return Finding(f"tensors ({count} parameters, bit for bit)", worst, 0.0, where)
 
@@ -164,10 +164,10 @@ def largest_difference(stored: torch.Tensor, expected: torch.Tensor) -> float:
     """0 where two tensors are the same bit for bit; else the largest difference, never 0; infinite where types or shapes differ."""
     if stored.dtype != expected.dtype or stored.shape != expected.shape:
         return float("inf")
-    if torch.equal(stored, expected):
+    if tensor_bytes(stored) == tensor_bytes(expected):
         return 0.0
     difference = float((stored.double() - expected.double()).abs().max())
-    return difference or float(np.finfo(np.float64).tiny)
+    return float("inf") if math.isnan(difference) else difference or float(np.finfo(np.float64).tiny)
 
 
 def _verify_stored_tensors(export: Path, model: MegatronModel, dtype: torch.dtype | None) -> Finding:
@@ -176,9 +176,9 @@ def _verify_stored_tensors(export: Path, model: MegatronModel, dtype: torch.dtyp
     with SafetensorsReader(export, reuse_memory=True) as hugging_face, TorchDistReader(model.directory, reuse_memory=True) as megatron:
         megatron.check(architecture)
         every = list(bindings(architecture))
-        surplus = set(hugging_face.names()) ^ {name for binding in every for name in binding.hugging_face}
-        if surplus:
-            return Finding("tensors", float("inf"), 0.0, f"names differ, e.g. {sorted(surplus)[0]}")
+        wrong = [*leftovers(hugging_face, architecture), *missing(hugging_face, architecture)]
+        if wrong:
+            return Finding("tensors", float("inf"), 0.0, f"names differ, e.g. {wrong[0]}")
         for binding in track(every, "comparing weights"):
             for source, (name, shape) in enumerate(zip(binding.hugging_face, binding.layout.shapes(architecture), strict=True)):
                 count += 1
@@ -189,8 +189,8 @@ def _verify_stored_tensors(export: Path, model: MegatronModel, dtype: torch.dtyp
                     for low, high in row_blocks(last, hugging_face.row_bytes(name), first):
                         stored = hugging_face.rows(name, row, row + high - low)
                         expected = megatron.rows(binding.megatron, low, high).to(dtype or stored.dtype)
-                        difference = largest_difference(stored, expected)
-                        if not difference <= worst:
+                        difference = largest_difference(stored.to(dtype or stored.dtype), expected)
+                        if difference > worst:
                             worst, where = difference, f"{name}, rows {row} to {row + high - low - 1}"
                         row += high - low
     return Finding(f"tensors ({count}, bit for bit)", worst, 0.0, where)
@@ -206,7 +206,11 @@ def _verify_config(export: Path, architecture: ModelArchitecture, rope: RopeScal
     exported = architecture_from_hf(stored)
     differing = [name for name, value in vars(expected).items() if getattr(exported, name) != value]
     frequencies, factor = _transformers_rope(config)
-    difference = np.abs(frequencies - rope.inv_freq()) / rope.inv_freq()
+    expected_frequencies = rope.inv_freq()
+    if frequencies.shape == expected_frequencies.shape:
+        difference = np.abs(frequencies - expected_frequencies) / expected_frequencies
+    else:
+        difference = np.array([np.inf])
     worst = int(np.argmax(difference))
     return [
         Finding("window (max_position_embeddings)", float(window), 0.0, str(stored["max_position_embeddings"])),

@@ -58,7 +58,13 @@ def describe_megatron_model(
     """
     directory = find_torch_dist(path)
     companions, run_file = directory / COMPANIONS, directory / RUN_FILE
-    if (companions.is_dir() or run_file.is_file()) and (rope_factor or context_length):
+    if (rope_factor is None) != (context_length is None) or (context_length is not None and context_length < 1):
+        raise CheckpointError(
+            f"--rope-factor={rope_factor} and --target-context-length={context_length} go together: how far the window was stretched, and "
+            "its "
+            f"positions, at least 1."
+        )
+    if (companions.is_dir() or run_file.is_file()) and rope_factor is not None:
         raise CheckpointError(
             f"{directory} says itself which RoPE it was trained with: leave out --rope-factor={rope_factor} and "
             f"--target-context-length={context_length}."
@@ -74,7 +80,11 @@ def describe_megatron_model(
     base = Path(hf_base or companions)
     config = read_hf_config(base)
     architecture, rope = architecture_from_hf(config), rope_from_hf(config)
-    if rope_factor:
+    if companions.is_dir():
+        own = read_hf_config(companions)
+        if (architecture_from_hf(own), rope_from_hf(own)) != (architecture, rope):
+            raise CheckpointError(f"--hf-base={hf_base} is another model than {companions}, which the weights came with: leave it out.")
+    if rope_factor is not None:
         rope = rope.stretched(rope_factor)
     return MegatronModel(
         directory,
@@ -83,7 +93,7 @@ def describe_megatron_model(
         architecture,
         rope,
         int(context_length or round(architecture.max_position_embeddings * (rope_factor or 1))),
-        f"config.json of {base}" + (f", stretched by {rope_factor:g} as told" if rope_factor else ""),
+        f"config.json of {base}" + (f", stretched by {rope_factor:g} as told" if rope_factor is not None else ""),
     )
 
 

@@ -288,9 +288,14 @@ def _locate_tensors(hf_path: Path) -> dict[str, Path]:
     index = hf_path / INDEX_FILE
     if index.is_file():
         try:
-            weight_map = dict(json.loads(index.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
+            weight_map = {name: str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index} is damaged ({type(error).__name__}: {error}). Copy it again from the model.") from error
+        if (hf_path / SINGLE_FILE).is_file() and SINGLE_FILE not in weight_map.values():
+            raise CheckpointError(
+                f"{hf_path} holds {SINGLE_FILE}, which transformers reads, and {INDEX_FILE}, which names other files. Remove the older "
+                "ones."
+            )
         missing = sorted({file for file in weight_map.values() if not (hf_path / file).is_file()})
         if missing:
             raise CheckpointError(f"{hf_path}: {len(missing)} shards that the index names are missing, e.g. {missing[0]}.")

@@ -70,12 +70,12 @@ def find_torch_dist(path: Path) -> Path:
             return _checked_backend(candidate)
     pointer = path / "latest_checkpointed_iteration.txt"
     if pointer.is_file():
-        iteration = pointer.read_text().strip()
+        iteration = _pointed(pointer)
         return find_torch_dist(path / (f"iter_{int(iteration):07d}" if iteration.isdigit() else iteration))
     for directory in (path, path / "checkpoints"):
         latest = directory / "latest"
         if latest.is_file():
-            return find_torch_dist(directory / latest.read_text().strip())
+            return find_torch_dist(directory / _pointed(latest))
     raise CheckpointError(
         f"{path}: no {METADATA_FILE} of a torch_dist checkpoint there, nor in weights/, nor a run's checkpoints. Name the directory that "
         "holds "
@@ -83,10 +83,20 @@ def find_torch_dist(path: Path) -> Path:
     )
 
 
+def _pointed(pointer: Path) -> str:
+    name = pointer.read_text().strip()
+    if not name or name.startswith("."):
+        raise CheckpointError(f"{pointer} names no checkpoint ({name!r}): write the name of one into it.")
+    return name
+
+
 def _checked_backend(directory: Path) -> Path:
     description = directory / "metadata.json"
     if description.is_file():
-        backend = json.loads(description.read_text()).get("sharded_backend", "torch_dist")
+        try:
+            backend = json.loads(description.read_text()).get("sharded_backend", "torch_dist")
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{description} is damaged ({error}). Copy it again.") from error
         if backend != "torch_dist":
             raise CheckpointError(f"{directory} is a checkpoint of the format {backend}: torch_dist is read. Save it again as torch_dist.")
     return directory

@@ -31,23 +31,25 @@ class Workspace:
 
     def __init__(self, destination: Path, identity: dict[str, Any], *, sync: bool = True):
         self._wait = sync
-        self.destination = Path(destination)
+        self.destination = Path(os.path.abspath(destination))
         self.partial = self.destination.with_name(self.destination.name + ".partial")
         self._identity = json.dumps(identity, sort_keys=True, default=str)
         self._lock: int | None = None
 
     def __enter__(self) -> Workspace:
-        if self.destination.exists():
-            raise CheckpointError(f"{self.destination} exists: nothing is overwritten. Remove it, or name another directory.")
+        self._refuse_existing()
         try:
+            self._refuse_what_is_not_ours()
             self.partial.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.partial / _IDENTITY, os.O_RDWR | os.O_CREAT, 0o644)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._refuse_existing()  # another process may have ended just now
+            stored = (self.partial / _IDENTITY).read_text()
         except BlockingIOError as error:
             raise CheckpointError(f"{self.partial} is being written by another process: wait for it, or stop it.") from error
         except OSError as error:
             raise CheckpointError(f"{self.partial} cannot be written ({error}). Name a directory that can.") from error
-        if (self.partial / _IDENTITY).read_text() != self._identity:
+        if stored != self._identity:
             for path in self.partial.iterdir():
                 if path.name != _IDENTITY:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -57,6 +59,21 @@ class Workspace:
         elif kept := [path for path in self.partial.iterdir() if path.name != _IDENTITY and not path.name.endswith((".tmp", _NOTE))]:
             get_logger().info(f"going on with {self.partial}: {len(kept)} file(s) of an interrupted conversion are whole")
         return self
+
+    def _refuse_existing(self) -> None:
+        if self.destination.exists():
+            raise CheckpointError(f"{self.destination} exists: nothing is overwritten. Remove it, or name another directory.")
+
+    def _refuse_what_is_not_ours(self) -> None:
+        """Leftovers are emptied only where an interrupted conversion left them."""
+        if not self.partial.exists() or not any(path.name != _IDENTITY for path in self.partial.iterdir()):
+            return
+        try:
+            ours = "format" in json.loads((self.partial / _IDENTITY).read_text())
+        except (OSError, ValueError, TypeError):
+            ours = False
+        if not ours:
+            raise CheckpointError(f"{self.partial} is in the way and no interrupted conversion: move it, or name another destination.")
 
     def __exit__(self, *exc: object) -> None:
         if self._lock is not None:
@@ -96,11 +113,11 @@ class Workspace:
         for path in self.partial.rglob("*") if self._wait else ():
             if path.is_file():
                 _sync(path)
-        (self.partial / _IDENTITY).unlink()
         _sync(self.partial)
         if self.destination.exists():
             raise CheckpointError(f"{self.destination} appeared meanwhile: nothing is overwritten. The result stands in {self.partial}.")
         self.partial.rename(self.destination)
+        (self.destination / _IDENTITY).unlink()  # only now: until here it is the lock that keeps others out
         _sync(self.destination.parent)
         return self.destination
 

@@ -221,12 +221,17 @@ class RopeScaling:
             CheckpointError: a RoPE type or a key of it that is not supported, or two descriptions that contradict each other.
         """
         new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
-        if new and old and any(new.get(key) != value for key, value in old.items() if key not in ("type", "rope_type")):
+        if not (isinstance(new, dict) and isinstance(old, dict)):
+            raise CheckpointError(f"config.json has rope_scaling={old or new!r}: copy it again from the model.")
+        told = {**({"rope_theta": config["rope_theta"]} if config.get("rope_theta") is not None else {}), **old}
+        kinds = {scaling.get("rope_type", scaling.get("type")) for scaling in (new, old) if scaling} - {None}
+        differing = [key for key, value in told.items() if key not in ("type", "rope_type") and new.get(key, value) != value]
+        if new and (len(kinds) > 1 or differing):
             raise CheckpointError(
-                f"config.json describes its RoPE twice and differently: rope_scaling={old}, rope_parameters={new}. Keep the right one."
+                f"config.json describes its RoPE twice and differently: {told}, rope_parameters={new}. Keep the right one."
             )
         scaling = old or new
-        theta = float(config.get("rope_theta", new.get("rope_theta", scaling.get("rope_theta", 10000.0))))
+        theta = float(told.get("rope_theta", new.get("rope_theta", 10000.0)))
         hf_type = scaling.get("rope_type", scaling.get("type", "default"))
         if hf_type not in _HF_KEYS:
             raise CheckpointError(
@@ -249,7 +254,10 @@ class RopeScaling:
         factor = float(scaling["factor"])
         if hf_type == "linear":
             return RopeScaling("pi", theta, head_dim, factor=factor)
-        original = int(scaling.get("original_max_position_embeddings") or config["max_position_embeddings"])
+        inner, outer = scaling.get("original_max_position_embeddings"), config.get("original_max_position_embeddings")
+        if inner and outer and inner != outer:
+            raise CheckpointError(f"config.json says original_max_position_embeddings={outer} and, in its RoPE scaling, {inner}. Keep one.")
+        original = int(inner or outer or config["max_position_embeddings"])
         if hf_type == "llama3":
             bands = {key: float(scaling[key]) for key in ("low_freq_factor", "high_freq_factor")}
             return RopeScaling("llama3", theta, head_dim, factor=factor, original_context_length=original, **bands)

@@ -4,6 +4,7 @@ every layout (tests/distributed/test_conversion.py), and what is said of directo
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_h
 from endprompt_megatron.checkpoint.hf_verify import format_findings, verify_megatron_model
 from endprompt_megatron.checkpoint.megatron_model import describe_megatron_model
 from endprompt_megatron.checkpoint.torch_dist import TorchDistReader, find_torch_dist
+from endprompt_megatron.checkpoint.workspace import Workspace
 from endprompt_megatron.errors import CheckpointError
 from tests.support.families import FAMILIES, build_family
 from tests.support.tiny import copy_model, edit_config, edit_tensors, load_model
@@ -139,7 +141,15 @@ def test_every_scaling_is_exported_so_that_transformers_writes_the_same_logits(s
 
 def test_told_and_written_scaling_contradict_each_other(converted):
     with pytest.raises(CheckpointError, match="says itself"):
+        describe_megatron_model(converted, rope_factor=2.0, context_length=256)
+    with pytest.raises(CheckpointError, match="go together"):
         describe_megatron_model(converted, rope_factor=2.0)
+
+
+def test_a_base_that_contradicts_the_directory_is_refused(converted, tmp_path):
+    other = build_family("llama3.1", tmp_path / "other", rope_theta=10000.0)
+    with pytest.raises(CheckpointError, match="is another model than"):
+        describe_megatron_model(converted, hf_base=other)
 
 
 def drop_rope(path: Path) -> None:
@@ -181,6 +191,37 @@ def test_verify_catches(mutation, tmp_path, single_process):
     findings = verify_megatron_model(hf, model)
     assert not all(finding.passed for finding in findings)
     assert any(words in line and "FAILED" in line for line in format_findings(findings).splitlines()), format_findings(findings)
+
+
+def test_verify_catches_nan_where_other_weights_follow(llama, converted, tmp_path, single_process):
+    broken = copy_model(llama, tmp_path / "broken")
+    edit_tensors(broken, lambda tensors: tensors["model.embed_tokens.weight"][0].fill_(float("nan")))
+    assert not all(finding.passed for finding in verify_megatron_model(broken, describe_megatron_model(converted), with_logits=False))
+
+
+def test_verify_in_another_type(llama, tmp_path, single_process):
+    megatron = hf_to_megatron(llama, tmp_path / "megatron", dtype=torch.bfloat16)
+    model = describe_megatron_model(megatron)
+    assert all(finding.passed for finding in verify_megatron_model(llama, model, dtype=torch.bfloat16, with_logits=False))
+    assert not all(finding.passed for finding in verify_megatron_model(llama, model, with_logits=False))
+
+
+def test_a_repeated_output_layer_is_ignored_and_another_one_refused(tmp_path, single_process):
+    hf = build_family("smollm2", tmp_path / "hf")
+    edit_tensors(hf, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    model = describe_megatron_model(hf_to_megatron(hf, tmp_path / "megatron"))
+    assert all(finding.passed for finding in verify_megatron_model(hf, model))
+    edit_tensors(hf, lambda tensors: tensors["lm_head.weight"].mul_(2))
+    with pytest.raises(CheckpointError, match="which one is meant"):
+        hf_to_megatron(hf, tmp_path / "other")
+    assert not all(finding.passed for finding in verify_megatron_model(hf, model, with_logits=False))
+
+
+def test_two_sets_of_weights_in_one_directory_are_refused(converted, tmp_path):
+    back = megatron_to_hf(describe_megatron_model(converted), tmp_path / "back", max_shard_bytes=SMALL)
+    shutil.copy(next(back.glob("model-*.safetensors")), back / "model.safetensors")
+    with pytest.raises(CheckpointError, match="names other files"):
+        hf_to_megatron(back, tmp_path / "again")
 
 
 def test_verify_catches_a_missing_shard(converted, llama, tmp_path):
@@ -267,6 +308,37 @@ class TestDestination:
         for convert in (lambda: hf_to_megatron(llama, tmp_path / "there"), lambda: megatron_to_hf(describe_megatron_model(converted), tmp_path / "there")):
             with pytest.raises(CheckpointError, match="exists: nothing is overwritten"):
                 convert()
+
+    def test_a_folder_in_the_way_is_not_emptied(self, llama, tmp_path):
+        """Not even where it is the source."""
+        source = copy_model(llama, tmp_path / "model.partial")
+        with pytest.raises(CheckpointError, match="in the way"):
+            hf_to_megatron(source, tmp_path / "model")
+        assert (source / "model.safetensors").is_file()
+
+    def test_two_conversions_to_one_destination(self, llama, tmp_path):
+        with (
+            Workspace(tmp_path / "out", {"format": 1}) as first,
+            pytest.raises(CheckpointError, match="another process"),
+            Workspace(tmp_path / "out", {"format": 1}),
+        ):
+            pass
+        assert first.partial.is_dir()
+
+    def test_a_source_that_changed_is_read_again(self, llama, tmp_path, monkeypatch):
+        """Also where size and time are the same."""
+        from endprompt_megatron.checkpoint import convert
+
+        hf = copy_model(llama, tmp_path / "hf")
+        monkeypatch.setattr(convert, "write_metadata", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            hf_to_megatron(hf, tmp_path / "out")
+        monkeypatch.undo()
+        stat = (hf / "model.safetensors").stat()
+        edit_tensors(hf, lambda tensors: [tensor.mul_(3) for tensor in tensors.values()])
+        os.utime(hf / "model.safetensors", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        back = megatron_to_hf(describe_megatron_model(hf_to_megatron(hf, tmp_path / "out")), tmp_path / "back")
+        assert_same_weights(hf, back)
 
     def test_leftovers_of_another_conversion_are_not_used(self, llama, tmp_path, monkeypatch):
         from endprompt_megatron.checkpoint import convert

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, extended_hf_config, read_hf_config
+from endprompt_megatron.checkpoint.hf_config import rope_from_hf as architecture_rope
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.rope.scaling import RopeScaling
@@ -78,7 +79,7 @@ def test_theta_in_the_form_of_transformers_5():
 
 
 def test_mistral_without_a_window_is_the_same_maths():
-    assert architecture_from_hf(LLAMA_3_8B | {"architectures": ["MistralForCausalLM"], "sliding_window": None}).num_layers == 32
+    assert architecture_from_hf(LLAMA_3_8B | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}).num_layers == 32
 
 
 @pytest.mark.parametrize(
@@ -192,3 +193,32 @@ def test_every_field_that_the_installed_transformers_knows_is_understood(model_t
     config = AutoConfig.for_model(model_type)
     fields = config.to_dict() | {"architectures": [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]}
     architecture_from_hf(fields | ({"sliding_window": None} if model_type == "mistral" else {}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "mistral"}, "different models"),
+        ({"is_causal": False}, "is_causal=False"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false'"),
+        ({"num_attention_heads": 0}, "wrong kind|at least 1"),
+        ({"num_hidden_layers": "four"}, "wrong kind"),
+        ({"hidden_size": None}, "wrong kind"),
+        ({"rope_scaling": "linear"}, "rope_scaling='linear'"),
+        ({"rope_scaling": {"type": "linear", "factor": "x"}}, "wrong kind"),
+        ({"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}, "twice and differently"),
+    ],
+)
+def test_fields_of_the_wrong_kind_are_refused(changes, words):
+    with pytest.raises(CheckpointError, match=words):
+        architecture_from_hf(LLAMA_3_8B | changes)
+
+
+def test_the_window_before_yarn_stands_in_either_place():
+    scaling = {"type": "yarn", "factor": 4.0}
+    inside = architecture_rope(LLAMA_3_8B | {"rope_scaling": scaling | {"original_max_position_embeddings": 2048}})
+    outside = LLAMA_3_8B | {"rope_scaling": scaling, "original_max_position_embeddings": 2048}
+    assert architecture_rope(outside) == inside and inside.original_context_length == 2048
+    assert "original_max_position_embeddings" not in extended_hf_config(outside, inside, target_context_length=8192, dtype="float32")
+    with pytest.raises(CheckpointError, match="Keep one"):
+        architecture_rope(outside | {"original_max_position_embeddings": 4096, "rope_scaling": scaling | {"original_max_position_embeddings": 2048}})

@@ -62,7 +62,11 @@ def _hf_to_megatron(arguments: argparse.Namespace) -> int:
         sync=not arguments.no_sync,
     )
     print(f"wrote {made}")
-    return 0 if arguments.no_verify else _report(arguments.hf, made, arguments, dtype=DTYPES.get(arguments.dtype))
+    if arguments.no_verify:
+        return 0
+    from endprompt_megatron.checkpoint.megatron_model import describe_megatron_model
+
+    return _report(arguments.hf, describe_megatron_model(made), arguments, dtype=DTYPES.get(arguments.dtype))
 
 
 def _megatron_to_hf(arguments: argparse.Namespace) -> int:
@@ -81,11 +85,11 @@ def _megatron_to_hf(arguments: argparse.Namespace) -> int:
         sync=not arguments.no_sync,
     )
     print(f"wrote {made}: window {model.context_length:,} positions, RoPE {model.rope.type}, factor {model.rope.factor:g} ({model.origin})")
-    return 0 if arguments.no_verify else _report(made, arguments.megatron, arguments)
+    return 0 if arguments.no_verify else _report(made, model, arguments)  # the same checkpoint, also if a run has written another meanwhile
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    return _report(arguments.hf, arguments.megatron, arguments)
+    return _report(arguments.hf, _described(arguments), arguments)
 
 
 def _show(arguments: argparse.Namespace) -> int:
@@ -159,17 +163,12 @@ def _described(arguments: argparse.Namespace):
     )
 
 
-def _report(hf: Path, megatron: Path, arguments: argparse.Namespace, dtype=None) -> int:
-    """Verify two directories against each other and print the table."""
+def _report(hf: Path, model, arguments: argparse.Namespace, dtype=None) -> int:
+    """Verify a Hugging Face directory against a described torch_dist directory and print the table."""
     from endprompt_megatron.checkpoint.hf_verify import format_findings, verify_megatron_model
-    from endprompt_megatron.checkpoint.megatron_model import describe_megatron_model
     from endprompt_megatron.config import ParallelConfig
     from endprompt_megatron.mcore import runtime
 
-    if getattr(arguments, "megatron", None) is not None:
-        model = _described(arguments)
-    else:
-        model = describe_megatron_model(megatron)
     runtime.initialize(ParallelConfig(), accelerator="cpu", seed=1)
     try:
         findings = verify_megatron_model(hf, model, dtype=dtype, with_logits=not arguments.no_logits)
@@ -177,7 +176,8 @@ def _report(hf: Path, megatron: Path, arguments: argparse.Namespace, dtype=None)
         runtime.shut_down()
     print(format_findings(findings))
     failed = [finding for finding in findings if not finding.passed]
-    print(f"FAILED: {hf} is not the model of {megatron}" if failed else f"ok: {hf} is the model of {megatron}")
+    where = model.directory
+    print(f"FAILED: {hf} is not the model of {where}" if failed else f"ok: {hf} is the model of {where} (tokenizer files are not compared)")
     return 1 if failed else 0
 
 

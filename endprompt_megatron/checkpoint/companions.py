@@ -9,6 +9,7 @@ from pathlib import Path
 from endprompt_megatron.checkpoint.model_card import MODEL_CARD
 
 PROVENANCE_FILE = "endprompt.json"
+_FOLDERS = ("additional_chat_templates",)  # of the tokenizer
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 _OWN_FILES = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", MODEL_CARD, PROVENANCE_FILE)
 
@@ -17,6 +18,8 @@ def copy_companions(base: Path, destination: Path, target_context_length: int | 
     """Copy tokenizer, generation config and licence of the base, unchanged but for the tokenizer's model_max_length, which becomes
     `target_context_length` (None: it stays)."""
     for path in sorted(base.iterdir()):
+        if path.is_dir() and path.name in _FOLDERS:
+            shutil.copytree(path, destination / path.name)
         if not path.is_file() or path.suffix in _WEIGHT_SUFFIXES or path.name in _OWN_FILES:
             continue
         shutil.copyfile(path, destination / path.name)

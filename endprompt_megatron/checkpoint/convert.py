@@ -128,17 +128,17 @@ def hf_to_megatron(
         with Workspace(destination, identity, sync=sync) as workspace, Progress("converting", count) as progress:
 
             def make(file: str) -> StoredChunks:
-                group, note = groups[file], workspace.note_of(file)
-                if note is None:
-                    with (
-                        SafetensorsReader(hf_path, reuse_memory=True) as own,  # what it returns is overwritten by its next answer
-                        workspace.making(file) as (path, notes),
-                    ):
-                        note = _write_distcp(path, group, own, architecture, dtype, tensor_parallel_size, progress, sync)
-                        notes.append(note)
-                else:
+                group, note = groups[file], StoredChunks.from_json(workspace.note_of(file) or "")
+                if note is not None:
                     progress.advance(len(group))
-                return StoredChunks.from_json(note)
+                    return note
+                with (
+                    SafetensorsReader(hf_path, reuse_memory=True) as own,  # what it returns is overwritten by its next answer
+                    workspace.making(file) as (path, notes),
+                ):
+                    written = _write_distcp(path, group, own, architecture, dtype, tensor_parallel_size, progress, sync)
+                    notes.append(written.to_json())
+                    return written
 
             stored = dict(zip(groups, _at_once(make, groups), strict=True))
             write_metadata(workspace.partial, stored, dtype=dtype)
@@ -241,7 +241,7 @@ def _write_distcp(
     size: int,
     progress: Progress,
     sync: bool,
-) -> str:
+) -> StoredChunks:
     with DistcpWriter(path, tensor_parallel_size=size, sync=sync) as writer:
         for binding in group:
             layout = binding.layout
@@ -257,7 +257,7 @@ def _write_distcp(
                 for key in extra_state_keys(int(binding.megatron.split(".")[2]), architecture.num_layers):
                     writer.write_object(key, [None])
             progress.advance()
-    return writer.stored.to_json()
+    return writer.stored
 
 
 def _megatron_rows(

@@ -393,9 +393,12 @@ class StoredChunks:
         return json.dumps({"chunks": self.chunks, "objects": self.objects})
 
     @staticmethod
-    def from_json(text: str) -> StoredChunks:
-        """From text."""
-        return StoredChunks(**json.loads(text))
+    def from_json(text: str) -> StoredChunks | None:
+        """From text; None where a power failure left none."""
+        try:
+            return StoredChunks(**json.loads(text))
+        except (ValueError, TypeError):
+            return None
 
 
 class DistcpWriter:

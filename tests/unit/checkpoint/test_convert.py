@@ -48,6 +48,14 @@ def assert_same_weights(first: Path, second: Path) -> None:
         assert tensor.dtype == right[name].dtype and torch.equal(tensor, right[name]), name
 
 
+def test_folders_of_the_tokenizer_come_along(llama, tmp_path):
+    hf = copy_model(llama, tmp_path / "hf")
+    (hf / "additional_chat_templates").mkdir()
+    (hf / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    back = megatron_to_hf(describe_megatron_model(hf_to_megatron(hf, tmp_path / "megatron")), tmp_path / "back")
+    assert (back / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shares", [1, 2])
 def test_every_family_there_and_back(family, shares, tmp_path, single_process):

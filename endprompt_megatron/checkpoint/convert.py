@@ -33,7 +33,8 @@ from endprompt_megatron.checkpoint.safetensors_io import (
     write_index,
     write_shard,
 )
-from endprompt_megatron.checkpoint.torch_dist import DistcpWriter, StoredChunks, TorchDistReader, extra_state_keys, write_metadata
+from endprompt_megatron.checkpoint.torch_dist import TorchDistReader
+from endprompt_megatron.checkpoint.torch_dist_writer import DistcpWriter, StoredChunks, extra_state_keys, write_metadata
 from endprompt_megatron.checkpoint.workspace import Workspace
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import Progress, get_logger

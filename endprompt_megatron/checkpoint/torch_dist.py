@@ -1,5 +1,5 @@
-"""Model weights in megatron.core dist_checkpointing directories (torch_dist), read and written in blocks of rows without a process
-group, for models that no process could hold.
+"""Model weights in megatron.core dist_checkpointing directories (torch_dist), read in blocks of rows without a process group, for models
+that no process could hold. torch_dist_writer.py writes them.
 
 Such a directory is torch's distributed checkpoint: `.metadata` (a pickle: the global shape of every tensor, its chunks, and where the
 bytes of each chunk stand) and *.distcp files of `torch.save` archives, one a chunk; beside it metadata.json and common.pt of Megatron.
@@ -16,41 +16,31 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
-    TensorProperties,
     TensorStorageMetadata,
 )
 
-from endprompt_megatron.checkpoint.background_sync import BackgroundSync
 from endprompt_megatron.checkpoint.hf_mapping import bindings
-from endprompt_megatron.checkpoint.safetensors_io import BLOCK_BYTES, FileRange, empty, read_tensor, write_all, write_block
+from endprompt_megatron.checkpoint.safetensors_io import BLOCK_BYTES, FileRange, empty, read_tensor
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.model.architecture import ModelArchitecture
 
 METADATA_FILE = ".metadata"
-_LAYERS = "decoder.layers."
+LAYERS = "decoder.layers."
 _PREFIXES = ("", "module.", "model.")  # NeMo writes its wrapper's name in front
 # where a layer's norms are fused into the linear layer that follows (Transformer Engine), they bear its name; Megatron's local layers write
 # the same names
-_FUSED_NAMES = {
+FUSED_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
-# linear layers that keep an `_extra_state` object each; None in it means nothing
-_EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 _NO_WEIGHTS = re.compile(r"(^|\.)(optimizer|random_state|rng_state|rerun_state_machine_state|opt_param_scheduler)\b|_extra_state")
 
 _BROKEN_ARCHIVE = (
@@ -153,7 +143,7 @@ class TorchDistReader:
     @property
     def stacked(self) -> bool:
         """Whether layers stand stacked, as one tensor a name."""
-        return self._locate(_LAYERS + "0.self_attention.linear_proj.weight")[1] is not None
+        return self._locate(LAYERS + "0.self_attention.linear_proj.weight")[1] is not None
 
     def keys(self) -> dict[str, TensorStorageMetadata]:
         """Every tensor in the directory, optimizer states and all."""
@@ -271,15 +261,15 @@ class TorchDistReader:
 
     def _locate(self, name: str) -> tuple[str, int | None]:
         """(key in the directory, layer where layers are stacked) of a parameter of the whole model."""
-        if not name.startswith(_LAYERS):
+        if not name.startswith(LAYERS):
             return self._prefix + name, None
-        layer, rest = name.removeprefix(_LAYERS).split(".", 1)
-        for spelled in (rest, _FUSED_NAMES.get(rest, rest)):
-            if f"{self._prefix}{_LAYERS}{layer}.{spelled}" in self._tensors:
-                return f"{self._prefix}{_LAYERS}{layer}.{spelled}", None
-            if f"{self._prefix}{_LAYERS}{spelled}" in self._tensors:
-                return f"{self._prefix}{_LAYERS}{spelled}", int(layer)
-        return f"{self._prefix}{_LAYERS}{_FUSED_NAMES.get(rest, rest)}", int(layer)
+        layer, rest = name.removeprefix(LAYERS).split(".", 1)
+        for spelled in (rest, FUSED_NAMES.get(rest, rest)):
+            if f"{self._prefix}{LAYERS}{layer}.{spelled}" in self._tensors:
+                return f"{self._prefix}{LAYERS}{layer}.{spelled}", None
+            if f"{self._prefix}{LAYERS}{spelled}" in self._tensors:
+                return f"{self._prefix}{LAYERS}{spelled}", int(layer)
+        return f"{self._prefix}{LAYERS}{FUSED_NAMES.get(rest, rest)}", int(layer)
 
     def _chunks_of(self, key: str) -> list[_Chunk]:
         if key not in self._chunks:
@@ -374,181 +364,3 @@ def _position_in_archive(archive: _FileSlice) -> int:
     archive.seek(record.header_offset)
     name_length, extra_length = struct.unpack("<26xHH", archive.read(30))
     return record.header_offset + 30 + name_length + extra_length
-
-
-@dataclass
-class StoredChunks:
-    """What one .distcp file holds: where each chunk stands. `to_json` and back, so that an interrupted conversion can go on.
-
-    Attributes:
-        chunks: key -> [(offsets, sizes, position, length)].
-        objects: key -> (position, length) of pickled objects.
-    """
-
-    chunks: dict[str, list[tuple[list[int], list[int], int, int]]] = field(default_factory=dict)
-    objects: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        """As text."""
-        return json.dumps({"chunks": self.chunks, "objects": self.objects})
-
-    @staticmethod
-    def from_json(text: str) -> StoredChunks | None:
-        """From text; None where a power failure left none."""
-        try:
-            return StoredChunks(**json.loads(text))
-        except (ValueError, TypeError):
-            return None
-
-
-class DistcpWriter:
-    """Writes one .distcp file from its first byte to its last. Use as a context manager.
-
-    Args:
-        path: file to make.
-        tensor_parallel_size: shares into which each matrix is cut, as that many ranks would write it: each of them then reads its own
-            share only.
-        sync: wait at the end until its bytes are on the disk.
-    """
-
-    def __init__(self, path: Path, *, tensor_parallel_size: int, sync: bool = True):
-        self._path, self._size, self._wait = path, tensor_parallel_size, sync
-        self.stored = StoredChunks()
-
-    def __enter__(self) -> DistcpWriter:
-        self._stack = ExitStack()
-        self._stream = self._stack.enter_context(self._path.open("wb", buffering=0))
-        self._sync = self._stack.enter_context(BackgroundSync(self._stream.fileno(), enabled=self._wait))
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self._stack.__exit__(*exc)
-
-    def write_parameter(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        *,
-        dim: int | None,
-        parts: int,
-        blocks: Callable[[int, int, bool], Iterable[torch.Tensor | FileRange]],
-    ) -> None:
-        """Write a parameter in its chunks.
-
-        Args:
-            name: in the whole model.
-            shape: of the whole parameter, padding included.
-            dim: dimension that is cut into shares, or None.
-            parts: equal parts of the rows each of which is cut.
-            blocks: (first, past the last, whether they may be ranges of files) -> these rows of the whole parameter, in pieces.
-        """
-        key, layer = stored_key(name)
-        lead = () if layer is None else (layer,)
-        rows = shape[0] // (self._size * parts) if dim == 0 else shape[0]
-        width = shape[1] // self._size if dim == 1 else None
-        for share in range({None: 1, 0: self._size * parts, 1: self._size}[dim]):
-            first, column = (share * rows, 0) if dim == 0 else (0, share * (width or 0))
-            sizes = (*(1 for _ in lead), rows, *(() if len(shape) == 1 else (width or shape[1],)))
-            offsets = [*lead, first, *(column for _ in shape[1:])]
-            before, after = _archive_around(sizes, dtype)
-            start = self._stream.tell()
-            write_all(self._stream.fileno(), memoryview(before))
-            is_share = width is not None and width != shape[1]
-            for block in blocks(first, first + rows, not is_share):
-                self._sync.wrote(write_block(self._stream.fileno(), block[:, column : column + width] if is_share else block))
-            write_all(self._stream.fileno(), memoryview(after))
-            length = self._stream.tell() - start
-            if length != len(before) + dtype.itemsize * math.prod(sizes) + len(after):
-                raise AssertionError(f"{name}: {length} bytes written for {list(sizes)} of {dtype}")
-            self.stored.chunks.setdefault(key, []).append((offsets, list(sizes), start, length))
-
-    def write_object(self, key: str, value: Any) -> None:
-        """Add a pickled object."""
-        start = self._stream.tell()
-        archive = io.BytesIO()
-        torch.save(value, archive)
-        write_all(self._stream.fileno(), archive.getbuffer())
-        self.stored.objects[key] = (start, self._stream.tell() - start)
-
-
-class _Recorder(io.RawIOBase):
-    """A file that keeps what is written before and after the one place that is jumped over."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pieces, self._at, self._end = [bytearray()], 0, 0
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset if whence == os.SEEK_SET else offset + (self._at if whence == os.SEEK_CUR else self._end)
-        return self._at
-
-    def write(self, data: Any) -> int:
-        if self._at != self._end:
-            self.pieces.append(bytearray())
-        self.pieces[-1] += bytes(data)
-        self._at += len(data)
-        self._end = self._at
-        return len(data)
-
-
-def _archive_around(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
-    """What torch.save writes before and after the data of a contiguous tensor."""
-    recorder = _Recorder()
-    with torch.serialization.skip_data():
-        torch.save(torch.empty(sizes, dtype=dtype), recorder)  # addresses alone: memory that nobody touches takes no room
-    before, after = recorder.pieces
-    return bytes(before), bytes(after)
-
-
-def stored_key(name: str) -> tuple[str, int | None]:
-    """(key in a directory that we write, layer) of a parameter of the whole model: layers stacked, norms named as Megatron writes them."""
-    if not name.startswith(_LAYERS):
-        return name, None
-    layer, rest = name.removeprefix(_LAYERS).split(".", 1)
-    return _LAYERS + _FUSED_NAMES.get(rest, rest), int(layer)
-
-
-def extra_state_keys(layer: int, num_layers: int) -> list[str]:
-    """Keys of the `_extra_state` objects of a layer, which Megatron looks for when it loads."""
-    return [f"{_LAYERS}{name}._extra_state/shard_{layer}_{num_layers}" for name in _EXTRA_STATES]
-
-
-def write_metadata(directory: Path, files: dict[str, StoredChunks], *, dtype: torch.dtype) -> None:
-    """Write .metadata, metadata.json and common.pt over finished .distcp files.
-
-    Args:
-        directory: theirs.
-        files: file name -> what it holds.
-        dtype: of every tensor.
-    """
-    described: dict[str, Any] = {}
-    storage: dict[MetadataIndex, _StorageInfo] = {}
-    gathered: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
-    for file in sorted(files):
-        for key, chunks in files[file].chunks.items():
-            for offsets, sizes, position, length in chunks:
-                gathered.setdefault(key, []).append((tuple(offsets), tuple(sizes)))
-                storage[MetadataIndex(key, torch.Size(offsets))] = _StorageInfo(file, position, length)
-        for key, (position, length) in files[file].objects.items():
-            described[key] = BytesStorageMetadata()
-            storage[MetadataIndex(key)] = _StorageInfo(file, position, length)
-    for key, chunks in sorted(gathered.items()):
-        size = torch.Size(max(offsets[i] + sizes[i] for offsets, sizes in chunks) for i in range(len(chunks[0][0])))
-        described[key] = TensorStorageMetadata(
-            TensorProperties(dtype=dtype), size, [ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s in sorted(chunks)]
-        )
-    with (directory / METADATA_FILE).open("wb") as stream:
-        pickle.dump(Metadata(state_dict_metadata=described, storage_data=storage), stream)
-    torch.save({}, directory / "common.pt")
-    description = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
-    (directory / "metadata.json").write_text(json.dumps(description))

@@ -113,8 +113,7 @@ def architecture_from_hf(config: dict[str, Any]) -> ModelArchitecture:
     if config.get("model_type", family.model_type) != family.model_type:
         raise CheckpointError(
             f"config.json names the architecture {family.architecture} and model_type={config['model_type']!r}, by which transformers "
-            "goes: "
-            f"they are different models. Copy it again from the model."
+            f"goes: they are different models. Copy it again from the model."
         )
     _refuse_other_maths(config, family)
     try:

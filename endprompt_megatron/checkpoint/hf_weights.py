@@ -81,8 +81,7 @@ def _refuse_leftovers(reader: SafetensorsReader, architecture: ModelArchitecture
     if found == [_HEAD]:
         raise CheckpointError(
             f"{reader.hf_path}: config.json ties the output layer to the embedding, and the {_HEAD} stored beside it is another: which "
-            "one is "
-            f"meant? Set tie_word_embeddings to false in a copy of config.json, or remove the tensor."
+            f"one is meant? Set tie_word_embeddings to false in a copy of config.json, or remove the tensor."
         )
     if found:
         raise CheckpointError(

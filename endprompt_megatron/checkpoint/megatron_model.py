@@ -61,8 +61,7 @@ def describe_megatron_model(
     if (rope_factor is None) != (context_length is None) or (context_length is not None and context_length < 1):
         raise CheckpointError(
             f"--rope-factor={rope_factor} and --target-context-length={context_length} go together: how far the window was stretched, and "
-            "its "
-            f"positions, at least 1."
+            f"its positions, at least 1."
         )
     if (companions.is_dir() or run_file.is_file()) and rope_factor is not None:
         raise CheckpointError(
@@ -74,8 +73,7 @@ def describe_megatron_model(
     if hf_base is None and not companions.is_dir():
         raise CheckpointError(
             f"{directory} does not say which model it is (neither {COMPANIONS}/ nor {RUN_FILE} in it): name the Hugging Face directory of "
-            "the "
-            f"base by --hf-base, and --rope-factor and --target-context-length if its window was extended by linear scaling."
+            f"the base by --hf-base, and --rope-factor and --target-context-length if its window was extended by linear scaling."
         )
     base = Path(hf_base or companions)
     config = read_hf_config(base)

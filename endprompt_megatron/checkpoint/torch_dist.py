@@ -68,8 +68,7 @@ def find_torch_dist(path: Path) -> Path:
             return find_torch_dist(directory / _pointed(latest))
     raise CheckpointError(
         f"{path}: no {METADATA_FILE} of a torch_dist checkpoint there, nor in weights/, nor a run's checkpoints. Name the directory that "
-        "holds "
-        f"{METADATA_FILE} and *.distcp files."
+        f"holds {METADATA_FILE} and *.distcp files."
     )
 
 
@@ -191,8 +190,7 @@ class TorchDistReader:
         if strange:
             raise CheckpointError(
                 f"{self.directory}: {len(strange)} weights have no place in this model, e.g. {', '.join(strange[:3])}. A Hugging Face "
-                "model "
-                f"without them would be another model: is the base the right one?"
+                f"model without them would be another model: is the base the right one?"
             )
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:

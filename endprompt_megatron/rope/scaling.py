@@ -159,8 +159,7 @@ class RopeScaling:
         if self.type not in ("none", "pi"):
             raise ConfigError(
                 f"the base's RoPE scaling of type {self.type} (factor {self.factor:g}) cannot be multiplied by another factor: no "
-                "rope_type "
-                f"of config.json means both. Set rope.existing_scaling=replace to start from the unscaled frequencies."
+                f"rope_type of config.json means both. Set rope.existing_scaling=replace to start from the unscaled frequencies."
             )
         return RopeScaling("pi", self.rope_theta, self.head_dim, factor=self.factor * factor)
 
@@ -223,6 +222,8 @@ class RopeScaling:
         new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
         if not (isinstance(new, dict) and isinstance(old, dict)):
             raise CheckpointError(f"config.json has rope_scaling={old or new!r}: copy it again from the model.")
+        if "rope_theta" in config and config["rope_theta"] is None and "rope_theta" not in new:
+            raise CheckpointError("config.json has rope_theta=null: copy it again from the model.")
         told = {**({"rope_theta": config["rope_theta"]} if config.get("rope_theta") is not None else {}), **old}
         kinds = {scaling.get("rope_type", scaling.get("type")) for scaling in (new, old) if scaling} - {None}
         differing = [key for key, value in told.items() if key not in ("type", "rope_type") and new.get(key, value) != value]

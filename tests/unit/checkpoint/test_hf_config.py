@@ -204,6 +204,7 @@ def test_every_field_that_the_installed_transformers_knows_is_understood(model_t
         ({"num_attention_heads": 0}, "wrong kind|at least 1"),
         ({"num_hidden_layers": "four"}, "wrong kind"),
         ({"hidden_size": None}, "wrong kind"),
+        ({"rope_theta": None}, "rope_theta=null"),
         ({"rope_scaling": "linear"}, "rope_scaling='linear'"),
         ({"rope_scaling": {"type": "linear", "factor": "x"}}, "wrong kind"),
         ({"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}, "twice and differently"),

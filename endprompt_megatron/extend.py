@@ -292,7 +292,8 @@ def _provenance(run: _Run, data_hashes: dict[str, str]) -> dict[str, Any]:
         "end_prompt_loss_weight": config.method.end_prompt_loss_weight,
         "num_chunks": config.method.num_chunks,
         "base": config.model.name,
-        "original_context_length": run.base.architecture.max_position_embeddings,
+        # the window that is stretched: the unscaled one where existing scaling is replaced
+        "original_context_length": round(config.rope.target_context_length / config.rope.factor),
         "target_context_length": config.rope.target_context_length,
         "rope_type": run.rope.type,
         "rope_factor": run.rope.factor,

@@ -19,7 +19,7 @@ def copy_companions(base: Path, destination: Path, target_context_length: int | 
     `target_context_length` (None: it stays)."""
     for path in sorted(base.iterdir()):
         if path.is_dir() and path.name in _FOLDERS:
-            shutil.copytree(path, destination / path.name)
+            shutil.copytree(path, destination / path.name, dirs_exist_ok=True)  # an interrupted conversion may have been here
         if not path.is_file() or path.suffix in _WEIGHT_SUFFIXES or path.name in _OWN_FILES:
             continue
         shutil.copyfile(path, destination / path.name)

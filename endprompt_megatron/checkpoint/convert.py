@@ -188,7 +188,6 @@ def megatron_to_hf(
         identity = _identity(files, dtype=str(dtype), files=list(shards), boot=_boot(sync), **meaning)
         with Workspace(destination, identity, sync=sync) as workspace, Progress("converting", len(source_of)) as progress:
 
-
             def make(file: str) -> None:
                 if workspace.note_of(file) is not None:
                     progress.advance(len(shards[file]))

@@ -52,7 +52,7 @@ def complete(partial: Path, final: Path, *, checksums: dict[str, str], keep_last
         keep_last: newest checkpoints kept; 0 keeps all.
     """
     _write(partial / _CHECKSUMS, json.dumps(checksums, indent=1))
-    _sync(partial)
+    sync_path(partial)
     replaced = final.with_name(final.name + _REPLACED)
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
@@ -73,7 +73,7 @@ def point_latest_at(checkpoint: Path) -> None:
     temporary = checkpoint.parent / (LATEST + ".tmp")
     _write(temporary, checkpoint.name + "\n")
     temporary.replace(checkpoint.parent / LATEST)
-    _sync(checkpoint.parent)
+    sync_path(checkpoint.parent)
 
 
 def candidates(directory: Path) -> list[Path]:
@@ -155,9 +155,9 @@ def _write(path: Path, text: str) -> None:
         os.fsync(stream.fileno())
 
 
-def _sync(directory: Path) -> None:
-    """Names are on disk only when their directory is."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Bring a file, or the names in a directory, to the disk: names are there only when their directory is."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -47,6 +47,8 @@ _EVERYWHERE: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),  # as a flag it also means the output projection
     "mlp_bias": (False, None),
     "pretraining_tp": (1, None),
+    "rope_interleaved": (False, None),
+    "is_encoder_decoder": (False, None),
 }
 _QWEN = {"use_sliding_window": (False, None)}  # sliding_window and max_window_layers mean nothing then
 
@@ -70,8 +72,8 @@ _HARMLESS = {
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range", "attention_dropout",
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id", "return_dict",
     "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "torchscript", "problem_type", "id2label", "label2id",
-    "name_or_path", "task_specific_params", "transformers.js_config", "is_llama_config", "tokenizer_class", "rope_interleaved",
-    "max_window_layers", "finetuning_task", "prefix", "attn_implementation", "neftune_noise_alpha", "is_encoder_decoder",
+    "name_or_path", "task_specific_params", "transformers.js_config", "is_llama_config", "tokenizer_class",
+    "max_window_layers", "finetuning_task", "prefix", "attn_implementation", "neftune_noise_alpha",
 }  # fmt: skip
 # written anew, at the top level, in the spelling that every transformers reads
 _REPLACED = ("rope_parameters", "original_max_position_embeddings", "_name_or_path", "dtype")

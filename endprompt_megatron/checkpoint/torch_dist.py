@@ -329,30 +329,48 @@ class TorchDistReader:
         return self._descriptors[path]
 
 
-class _FileSlice(io.RawIOBase):
-    """Bytes position .. position+length-1 of an open file, as a file."""
+class SeekableFile(io.RawIOBase):
+    """A file of our own making that can be jumped about in.
 
-    def __init__(self, descriptor: int, position: int, length: int):
+    Attributes:
+        at: position.
+        end: length.
+    """
+
+    def __init__(self, end: int):
         super().__init__()
-        self._descriptor, self._start, self._length, self._at = descriptor, position, length, 0
-
-    def readable(self) -> bool:
-        return True
+        self.at, self.end = 0, end
 
     def seekable(self) -> bool:
+        """As of io.RawIOBase."""
         return True
 
     def tell(self) -> int:
-        return self._at
+        """As of io.RawIOBase."""
+        return self.at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
-        return self._at
+        """As of io.RawIOBase."""
+        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.end}[whence]
+        return self.at
+
+
+class _FileSlice(SeekableFile):
+    """Bytes position .. position+length-1 of an open file, as a file."""
+
+    def __init__(self, descriptor: int, position: int, length: int):
+        super().__init__(length)
+        self._descriptor, self._start = descriptor, position
+
+    def readable(self) -> bool:
+        """As of io.RawIOBase."""
+        return True
 
     def readinto(self, buffer: Any) -> int:
-        wanted = max(0, min(len(buffer), self._length - self._at))
-        count = os.preadv(self._descriptor, [memoryview(buffer)[:wanted]], self._start + self._at) if wanted else 0
-        self._at += count
+        """As of io.RawIOBase."""
+        wanted = max(0, min(len(buffer), self.end - self.at))
+        count = os.preadv(self._descriptor, [memoryview(buffer)[:wanted]], self._start + self.at) if wanted else 0
+        self.at += count
         return count
 
 

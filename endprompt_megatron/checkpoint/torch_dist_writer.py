@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import pickle
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -26,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from endprompt_megatron.checkpoint.background_sync import BackgroundSync
 from endprompt_megatron.checkpoint.safetensors_io import FileRange, write_all, write_block
-from endprompt_megatron.checkpoint.torch_dist import FUSED_NAMES, LAYERS, METADATA_FILE
+from endprompt_megatron.checkpoint.torch_dist import FUSED_NAMES, LAYERS, METADATA_FILE, SeekableFile
 
 # linear layers that keep an `_extra_state` object each; None in it means nothing
 _EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
@@ -128,32 +127,24 @@ class DistcpWriter:
         self.stored.objects[key] = (start, self._stream.tell() - start)
 
 
-class _Recorder(io.RawIOBase):
+class _Recorder(SeekableFile):
     """A file that keeps what is written before and after the one place that is jumped over."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.pieces, self._at, self._end = [bytearray()], 0, 0
+        super().__init__(0)
+        self.pieces = [bytearray()]
 
     def writable(self) -> bool:
+        """As of io.RawIOBase."""
         return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset if whence == os.SEEK_SET else offset + (self._at if whence == os.SEEK_CUR else self._end)
-        return self._at
 
     def write(self, data: Any) -> int:
-        if self._at != self._end:
+        """As of io.RawIOBase."""
+        if self.at != self.end:
             self.pieces.append(bytearray())
         self.pieces[-1] += bytes(data)
-        self._at += len(data)
-        self._end = self._at
+        self.at += len(data)
+        self.end = self.at
         return len(data)
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from endprompt_megatron.checkpoint.directory import sync_path
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import get_logger
 
@@ -112,19 +113,11 @@ class Workspace:
                 path.unlink()
         for path in self.partial.rglob("*") if self._wait else ():
             if path.is_file():
-                _sync(path)
-        _sync(self.partial)
+                sync_path(path)
+        sync_path(self.partial)
         if self.destination.exists():
             raise CheckpointError(f"{self.destination} appeared meanwhile: nothing is overwritten. The result stands in {self.partial}.")
         self.partial.rename(self.destination)
         (self.destination / _IDENTITY).unlink()  # only now: until here it is the lock that keeps others out
-        _sync(self.destination.parent)
+        sync_path(self.destination.parent)
         return self.destination
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

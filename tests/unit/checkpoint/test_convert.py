@@ -48,11 +48,16 @@ def assert_same_weights(first: Path, second: Path) -> None:
         assert tensor.dtype == right[name].dtype and torch.equal(tensor, right[name]), name
 
 
-def test_folders_of_the_tokenizer_come_along(llama, tmp_path):
+def test_folders_of_the_tokenizer_come_along(llama, tmp_path, monkeypatch):
     hf = copy_model(llama, tmp_path / "hf")
     (hf / "additional_chat_templates").mkdir()
     (hf / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
-    back = megatron_to_hf(describe_megatron_model(hf_to_megatron(hf, tmp_path / "megatron")), tmp_path / "back")
+    model = describe_megatron_model(hf_to_megatron(hf, tmp_path / "megatron"))
+    monkeypatch.setattr(Workspace, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        megatron_to_hf(model, tmp_path / "back")
+    monkeypatch.undo()
+    back = megatron_to_hf(model, tmp_path / "back")  # goes on where the folder is already
     assert (back / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"
 
 

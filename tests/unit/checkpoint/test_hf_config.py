@@ -192,7 +192,8 @@ def test_every_field_that_the_installed_transformers_knows_is_understood(model_t
     """A field that a later transformers adds shows up here and has to be thought about."""
     config = AutoConfig.for_model(model_type)
     fields = config.to_dict() | {"architectures": [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]}
-    architecture_from_hf(fields | ({"sliding_window": None} if model_type == "mistral" else {}))
+    architecture = architecture_from_hf(fields | ({"sliding_window": None} if model_type == "mistral" else {}))
+    assert architecture.num_layers == config.num_hidden_layers and architecture.head_dim == (getattr(config, "head_dim", None) or 128)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +201,7 @@ def test_every_field_that_the_installed_transformers_knows_is_understood(model_t
     [
         ({"model_type": "mistral"}, "different models"),
         ({"is_causal": False}, "is_causal=False"),
+        ({"rope_interleaved": True}, "rope_interleaved=True"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false'"),
         ({"num_attention_heads": 0}, "wrong kind|at least 1"),
         ({"num_hidden_layers": "four"}, "wrong kind"),

@@ -1,0 +1,185 @@
+"""Which relative distances a position scheme shows a model in training, and how often: exactly for `contiguous` and `endprompt`
+(eq. 8-9), over drawn samples for the schemes that draw.
+
+A pair is a query token and a key token that it may attend to, itself included: a sample of n tokens has n (n + 1) / 2 of them under every
+scheme. What a scheme chooses is at which distances they stand. Distances are differences of position ids, before any division by s."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.positions.contiguous import contiguous_positions
+from endprompt_megatron.positions.endprompt import check_segments
+from endprompt_megatron.positions.scheme import SampleLayout, get_scheme
+
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How often every relative distance occurs in `samples` training samples of one scheme.
+
+    Attributes:
+        scheme: as written in `method.position_scheme`.
+        pairs: int64 [L], pairs at distance 0 .. L - 1, over all samples.
+        samples: how many samples were counted; 1 where all are alike.
+        is_exact: whether every sample has these counts; otherwise they are of drawn samples, and a distance that none of them showed may
+            still come in another.
+    """
+
+    scheme: str
+    pairs: IntArray
+    samples: int
+    is_exact: bool
+
+    @property
+    def target_context_length(self) -> int:
+        """L, in positions."""
+        return len(self.pairs)
+
+    @property
+    def pairs_per_sample(self) -> FloatArray:
+        """Mean pairs a sample by distance, float64 [L]."""
+        return self.pairs / self.samples
+
+    @property
+    def share(self) -> FloatArray:
+        """Share of all pairs by distance, float64 [L], sums to 1."""
+        return self.pairs / self.pairs.sum()
+
+    @property
+    def seen(self) -> BoolArray:
+        """Whether a distance occurs, bool [L]."""
+        return self.pairs > 0
+
+    @property
+    def seen_share(self) -> float:
+        """Share of the distances 0 .. L - 1 that occur."""
+        return float(self.seen.mean())
+
+    @property
+    def gaps(self) -> list[tuple[int, int]]:
+        """The distances that do not occur, as (first, last) of each run of them, ascending."""
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], ~self.seen, [False]]).astype(np.int8)))
+        return [(int(first), int(past) - 1) for first, past in zip(edges[::2], edges[1::2], strict=True)]
+
+    def share_from(self, distance: int) -> float:
+        """Share of the pairs that stand `distance` positions apart or more."""
+        return float(self.pairs[distance:].sum() / self.pairs.sum())
+
+    def binned(self, width: int) -> FloatArray:
+        """Mean pairs a sample and distance in bins of `width` distances, the last one perhaps narrower; float64 [ceil(L / width)]."""
+        starts = np.arange(0, len(self.pairs), width)
+        return np.add.reduceat(self.pairs_per_sample, starts) / np.diff(np.append(starts, len(self.pairs)))
+
+
+def coverage_of(scheme: str, layout: SampleLayout, *, samples: int = 1000, seed: int = 1234) -> Coverage:
+    """Count the pairs of a scheme.
+
+    Args:
+        scheme: as written in `method.position_scheme`.
+        layout: lengths of EndPrompt's sample; a scheme without an end prompt fills its b tokens with text, so that schemes are compared at
+            the same physical length.
+        samples: how many to draw; not looked at where all samples are alike.
+        seed: of the draws, as a training run's; samples 0 .. samples - 1.
+    Raises:
+        ConfigError: no such scheme, no samples, or lengths that do not fit.
+    Source: EndPrompt (arXiv 2605.14589), eq. 8.
+    """
+    if samples < 1:
+        raise ConfigError(f"samples={samples}: at least one is needed.")
+    found = get_scheme(scheme)
+    if not found.uses_end_prompt:
+        total = layout.num_context_tokens + layout.num_prompt_tokens
+        layout = replace(layout, num_context_tokens=total, num_prompt_tokens=0)
+    if scheme == "contiguous":
+        return Coverage(scheme, _contiguous_pairs(layout), 1, is_exact=True)
+    if scheme == "endprompt":
+        return Coverage(scheme, _endprompt_pairs(layout), 1, is_exact=True)
+    counted = 1 if not found.varies_by_sample else samples
+    counter = _PairCounter(layout.target_context_length)
+    for index in range(counted):
+        counter.add(found.place(layout, seed, index))
+    return Coverage(scheme, counter.pairs(), counted, is_exact=not found.varies_by_sample)
+
+
+def gap_of_endprompt(num_context_tokens: int, num_prompt_tokens: int, *, target_context_length: int) -> tuple[int, int] | None:
+    """The distances that no EndPrompt sample shows: (first, last), or None where every distance occurs.
+
+    Args:
+        num_context_tokens, num_prompt_tokens, target_context_length: a, b, L.
+    Raises:
+        ConfigError: a segment is empty, or a + b > L.
+    Source: EndPrompt (arXiv 2605.14589), eq. 9: [max(a, b), L - a - b].
+    """
+    check_segments(num_context_tokens, num_prompt_tokens, target_context_length)
+    first = max(num_context_tokens, num_prompt_tokens)
+    last = target_context_length - num_context_tokens - num_prompt_tokens
+    return (first, last) if first <= last else None
+
+
+def pairs_of_positions(positions: IntArray, *, target_context_length: int) -> IntArray:
+    """Pairs by distance of one sample: int64 [L].
+
+    Args:
+        positions: int64 [n], strictly increasing, within [0, L - 1].
+        target_context_length: L.
+    """
+    counter = _PairCounter(target_context_length)
+    counter.add(positions)
+    return counter.pairs()
+
+
+def _contiguous_pairs(layout: SampleLayout) -> IntArray:
+    total = layout.num_context_tokens
+    contiguous_positions(total, target_context_length=layout.target_context_length)  # for its errors
+    return np.maximum(total - np.arange(layout.target_context_length, dtype=np.int64), 0)
+
+
+def _endprompt_pairs(layout: SampleLayout) -> IntArray:
+    """The three parts of eq. 8 with their multiplicities: within the context, within the prompt, from the prompt back to the context."""
+    a, b, window = layout.num_context_tokens, layout.num_prompt_tokens, layout.target_context_length
+    check_segments(a, b, window)
+    distance = np.arange(window, dtype=np.int64)
+    from_centre = distance - (window - b)  # prompt token j and context token i stand L - b + j - i apart
+    across = np.minimum(np.minimum(from_centre + a, b - from_centre), min(a, b))
+    return np.maximum(a - distance, 0) + np.maximum(b - distance, 0) + np.maximum(across, 0)
+
+
+class _PairCounter:
+    """Counts pairs by distance, sample by sample, in time that goes with the segments of a sample and not with its tokens.
+
+    Two runs of consecutive positions meet at distances whose counts form a trapezoid, and one run meets itself in a falling ramp: both
+    are a few points in the second difference over the distance, so all samples are added up there and summed twice at the end.
+    """
+
+    def __init__(self, target_context_length: int):
+        self._window = target_context_length
+        self._second_difference = np.zeros(target_context_length + 2, dtype=np.int64)
+
+    def add(self, positions: IntArray) -> None:
+        """Count a sample: int64 [n], strictly increasing."""
+        ends = np.append(np.flatnonzero(np.diff(positions) != 1), len(positions) - 1)
+        lengths = np.diff(ends, prepend=-1)
+        starts = positions[ends] - lengths + 1
+        change = self._second_difference
+        for index, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+            change[0] += length
+            change[1] -= length + 1
+            change[length + 1] += 1
+            for earlier, earlier_length in zip(starts[:index].tolist(), lengths[:index].tolist(), strict=True):
+                nearest = start - earlier - earlier_length + 1
+                change[nearest] += 1
+                change[nearest + length] -= 1
+                change[nearest + earlier_length] -= 1
+                change[nearest + length + earlier_length] += 1
+
+    def pairs(self) -> IntArray:
+        """Pairs by distance so far, int64 [L]."""
+        return np.cumsum(np.cumsum(self._second_difference))[: self._window]

@@ -1,0 +1,229 @@
+"""The attention score of one query and one key as a function S(d) of their relative distance, how steep it is, and the bound that EndPrompt
+derives from its highest frequency (eq. 3).
+
+RoPE turns dimension pair i of query and key by theta_i / s a position, so that for the vectors before rotation
+
+    S(d) = sum_i A_i cos(theta_i d / s + phi_i),    A_i = |q_i| |k_i| / sqrt(head_dim),    phi_i = arg q_i - arg k_i,
+
+with q_i the pair (i, i + head_dim / 2) read as a complex number. Scores are those before the softmax, 1 / sqrt(head_dim) and the attention
+factor of YaRN included; distances are in positions, slopes in score a position.
+
+What eq. 3 needs, and what is measured here. sup|S'| <= (theta_0 / s) sup|S| is Bernstein's inequality for almost periodic functions: both
+suprema run over ALL real d. On a finite window the measured sup|S| may be smaller, and then nothing forbids a violation; the ratio is
+reported as it is found. Without any such caveat sup|S'| <= sum_i A_i theta_i / s and sup|S| <= sum_i A_i; where the frequencies are
+independent over the rationals (Kronecker) the two are the suprema over all real d. Query and key are held fixed: the bound says nothing on
+how they change in training.
+
+Shapes: ... any number of leading dimensions (layers, heads, pairs of tokens), f = head_dim / 2 frequencies, g distances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.rope.scaling import RopeScaling
+
+FloatArray = npt.NDArray[np.float64]
+ComplexArray = npt.NDArray[np.complex128]
+
+# Radians of the highest frequency between two points of a grid: a peak between them is missed by at most 0.125^2 / 8 = 0.2 % of sum A.
+_GRID_RADIANS = 0.125
+_VALUES_AT_ONCE = 2**23  # 64 MiB of float64
+
+
+@dataclass(frozen=True)
+class ScoreFunctions:
+    """S(d) of many pairs of a query and a key.
+
+    Attributes:
+        coefficients: A_i exp(j phi_i), complex128 [..., f].
+        frequencies: theta_i / s in radians a position, float64 [f].
+    """
+
+    coefficients: ComplexArray
+    frequencies: FloatArray
+
+    @property
+    def amplitudes(self) -> FloatArray:
+        """A_i, float64 [..., f]."""
+        return np.abs(self.coefficients)
+
+    @property
+    def highest_frequency(self) -> float:
+        """theta_0 / s, in radians a position."""
+        return float(self.frequencies.max())
+
+    def at(self, distances: FloatArray, *, derivative: int = 0) -> FloatArray:
+        """S or a derivative of it.
+
+        Args:
+            distances: in positions, real numbers [g].
+            derivative: 0 for S, 1 for S' (a position), 2 for S'' (a position squared), and so on.
+        Returns:
+            float64 [..., g].
+        """
+        angles = np.outer(self.frequencies, np.asarray(distances, dtype=np.float64))
+        coefficients = self.coefficients * (1j * self.frequencies) ** derivative
+        return coefficients.real @ np.cos(angles) - coefficients.imag @ np.sin(angles)
+
+    def amplitude_share_below(self, frequency: float) -> FloatArray:
+        """Share of sum_i A_i that belongs to frequencies up to `frequency` (radians a position), float64 [...]."""
+        return self.amplitudes[..., self.frequencies <= frequency].sum(axis=-1) / self.amplitudes.sum(axis=-1)
+
+
+@dataclass(frozen=True)
+class Smoothness:
+    """Suprema of |S|, |S'| and |S''| over the window [0, last_distance], and the bounds of eq. 3 from the first of them; arrays [...].
+
+    Attributes:
+        last_distance: in positions.
+        grid_step: positions between the points looked at.
+        highest_frequency: theta_0 / s, in radians a position.
+        sup_score: of |S|.
+        sup_slope: of |S'|, in score a position.
+        sup_curvature: of |S''|, in score a position squared.
+        amplitude_sum: sum_i A_i, which |S| cannot exceed anywhere.
+        slope_sum: sum_i A_i theta_i / s, which |S'| cannot exceed anywhere.
+    """
+
+    last_distance: int
+    grid_step: float
+    highest_frequency: float
+    sup_score: FloatArray
+    sup_slope: FloatArray
+    sup_curvature: FloatArray
+    amplitude_sum: FloatArray
+    slope_sum: FloatArray
+
+    @property
+    def bound_slope(self) -> FloatArray:
+        """(theta_0 / s) sup|S| with the sup|S| of the window."""
+        return self.highest_frequency * self.sup_score
+
+    @property
+    def bound_curvature(self) -> FloatArray:
+        """(theta_0 / s)^2 sup|S| with the sup|S| of the window."""
+        return self.highest_frequency**2 * self.sup_score
+
+    @property
+    def ratio(self) -> FloatArray:
+        """sup|S'| / bound_slope: 1 is where the bound is attained, above 1 the window's sup|S| is too small for it."""
+        return self.sup_slope / self.bound_slope
+
+    @property
+    def curvature_ratio(self) -> FloatArray:
+        """sup|S''| / bound_curvature."""
+        return self.sup_curvature / self.bound_curvature
+
+    @property
+    def ratio_everywhere(self) -> FloatArray:
+        """sum A_i theta_i / (theta_0 sum A_i), never above 1: eq. 3 over all real d where the frequencies are independent."""
+        return self.slope_sum / (self.highest_frequency * self.amplitude_sum)
+
+
+def score_functions(queries: npt.ArrayLike, keys: npt.ArrayLike, rope: RopeScaling) -> ScoreFunctions:
+    """S(d) for pairs of vectors before rotation.
+
+    Args:
+        queries, keys: [..., head_dim], leading dimensions alike or broadcast; halves hold the real and the imaginary parts, as
+            transformers' rotate_half and Megatron's rotary embedding pair them.
+        rope: frequencies and attention factor.
+    Raises:
+        ConfigError: vectors of another size than the frequencies are for.
+    """
+    queries, keys = (np.asarray(vectors, dtype=np.float64) for vectors in (queries, keys))
+    if {queries.shape[-1], keys.shape[-1]} != {rope.head_dim}:
+        raise ConfigError(
+            f"queries of {queries.shape[-1]} and keys of {keys.shape[-1]} dimensions with head_dim={rope.head_dim}: all must be equal."
+        )
+    half = rope.head_dim // 2
+    turned = (queries[..., :half] + 1j * queries[..., half:]) * (keys[..., :half] - 1j * keys[..., half:])
+    return ScoreFunctions(turned * rope.attention_factor**2 / np.sqrt(rope.head_dim), rope.inv_freq().astype(np.float64))
+
+
+def measure_smoothness(functions: ScoreFunctions, *, last_distance: int) -> Smoothness:
+    """Suprema over the window, on a grid of an eighth of a radian of the highest frequency.
+
+    Args:
+        functions: of any number of pairs.
+        last_distance: L - 1, in positions; the window is the real interval [0, L - 1].
+    """
+    shape = functions.coefficients.shape[:-1]
+    points = int(np.ceil(last_distance * functions.highest_frequency / _GRID_RADIANS)) + 1
+    grid = np.linspace(0, last_distance, max(points, 2))
+    flat = ScoreFunctions(functions.coefficients.reshape(-1, len(functions.frequencies)), functions.frequencies)
+    suprema = np.zeros((3, flat.coefficients.shape[0]))
+    for part in _in_parts(grid, len(suprema[0])):
+        for derivative in range(3):
+            values = np.abs(flat.at(part, derivative=derivative)).max(axis=-1)
+            np.maximum(suprema[derivative], values, out=suprema[derivative])
+    return Smoothness(
+        last_distance=last_distance,
+        grid_step=float(grid[1] - grid[0]),
+        highest_frequency=functions.highest_frequency,
+        sup_score=suprema[0].reshape(shape),
+        sup_slope=suprema[1].reshape(shape),
+        sup_curvature=suprema[2].reshape(shape),
+        amplitude_sum=functions.amplitudes.sum(axis=-1),
+        slope_sum=functions.amplitudes @ functions.frequencies,
+    )
+
+
+def reach_of_bound(frequency: float) -> float:
+    """How far from a known value a slope bound of `frequency` times sup|S| still says something, in positions: 2 / frequency.
+
+    A change by 2 sup|S| is possible for any function of that supremum, so a bound that allows it has said nothing. Bernstein and Szego's
+    sharper S'^2 + frequency^2 S^2 <= frequency^2 sup|S|^2 reaches pi / frequency.
+    """
+    return 2 / frequency
+
+
+def frequency_held_across(gap: tuple[int, int]) -> float:
+    """The highest frequency (radians a position) whose bound reaches the middle of a gap from one of its edges.
+
+    Args:
+        gap: (first, last) distance that is not observed; those beside it are.
+    """
+    first, last = gap
+    return 4 / (last - first + 2)
+
+
+def outside_of_observed(functions: ScoreFunctions, gap: tuple[int, int], *, last_distance: int) -> tuple[FloatArray, FloatArray]:
+    """Whether scores in the gap leave the range that the observed distances show, for the same query and key.
+
+    Args:
+        functions: of any number of pairs.
+        gap: (first, last) unobserved distance; whole distances 0 .. last_distance outside of it are observed.
+        last_distance: L - 1.
+    Returns:
+        Both float64 [...]: the share of the distances of the gap with a score outside of [min, max] of the observed ones, and the largest
+        excess as a share of max - min.
+    """
+    first, last = gap
+    flat = ScoreFunctions(functions.coefficients.reshape(-1, len(functions.frequencies)), functions.frequencies)
+    rows = len(flat.coefficients)
+    observed = np.concatenate([np.arange(first), np.arange(last + 1, last_distance + 1)])
+    low, high = np.full(rows, np.inf), np.full(rows, -np.inf)
+    for part in _in_parts(observed, rows):
+        scores = flat.at(part)
+        low, high = np.minimum(low, scores.min(axis=-1)), np.maximum(high, scores.max(axis=-1))
+    outside, excess = np.zeros(rows), np.zeros(rows)
+    for part in _in_parts(np.arange(first, last + 1), rows):
+        scores = flat.at(part)
+        over = np.maximum(scores - high[:, None], low[:, None] - scores)
+        outside += (over > 0).sum(axis=-1)
+        excess = np.maximum(excess, over.max(axis=-1))
+    shape = functions.coefficients.shape[:-1]
+    return (outside / (last - first + 1)).reshape(shape), (excess / (high - low)).reshape(shape)
+
+
+def _in_parts(distances: npt.NDArray, rows: int) -> Iterator[npt.NDArray]:
+    """The distances in parts, so that a table of rows x part stays small."""
+    width = max(1, _VALUES_AT_ONCE // max(1, rows))
+    for start in range(0, len(distances), width):
+        yield distances[start : start + width]

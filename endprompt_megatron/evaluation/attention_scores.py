@@ -42,20 +42,21 @@ class QueriesAndKeys:
     keys: FloatArray
 
     def pairs(self, count: int, *, seed: int) -> tuple[FloatArray, FloatArray]:
-        """Queries and keys of the same randomly drawn pairs of tokens for every head, the key's token before the query's.
+        """Queries and keys of randomly drawn pairs of tokens, every head with pairs of its own, the key's token before the query's.
 
         Args:
             count: p, pairs a head.
             seed: of the draw.
         Returns:
-            Both [layers, n, p, d]; a key/value head stands once for each query head of its group.
+            Both [layers, n, p, d]; a query head meets the key/value head of its group.
         """
         random = np.random.default_rng(seed)
-        query_tokens = random.integers(1, self.queries.shape[1], size=count)
+        num_layers, num_tokens, num_heads = self.queries.shape[:3]
+        query_tokens = random.integers(1, num_tokens, size=(num_layers, num_heads, count))
         key_tokens = random.integers(0, query_tokens)
-        group_size = self.queries.shape[2] // self.keys.shape[2]
-        queries = self.queries[:, query_tokens].transpose(0, 2, 1, 3)
-        keys = np.repeat(self.keys[:, key_tokens], group_size, axis=2).transpose(0, 2, 1, 3)
+        layer, head = np.arange(num_layers)[:, None, None], np.arange(num_heads)[:, None]
+        queries = self.queries[layer, query_tokens, head]
+        keys = self.keys[layer, key_tokens, head // (num_heads // self.keys.shape[2])]
         return queries, keys
 
 

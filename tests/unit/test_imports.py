@@ -42,6 +42,7 @@ OWNERS = {
     "hydra": set(),
     "omegaconf": set(),
     "matplotlib": {"report"},
+    "PIL": {"report"},
     "datasets": {"data/preprocess.py"},
     "transformers": {"checkpoint"},
     "safetensors": {"checkpoint"},

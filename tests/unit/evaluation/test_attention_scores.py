@@ -56,18 +56,19 @@ def test_chosen_layers_are_the_same_and_nothing_stays_hooked(tiny_model_dir):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_pairs_are_causal_and_the_same_for_every_head():
-    """Vectors that tell their token and head."""
+def test_pairs_are_causal_and_keep_to_their_head():
+    """Vectors that tell their layer, token and head."""
     layers, tokens, heads, groups = 2, 9, 4, 2
-    queries, keys = (np.zeros((layers, tokens, count, 2), dtype=np.float32) for count in (heads, groups))
-    for array in (queries, keys):
-        array[..., 0] = np.arange(tokens)[:, None]
-        array[..., 1] = np.arange(array.shape[2])
+    queries, keys = (np.stack(np.indices((layers, tokens, count)), axis=-1).astype(np.float32) for count in (heads, groups))
     found_queries, found_keys = QueriesAndKeys((0, 1), queries, keys).pairs(50, seed=1)
-    assert found_queries.shape == found_keys.shape == (layers, heads, 50, 2)
-    assert (found_keys[..., 0] < found_queries[..., 0]).all()
-    assert (found_queries[..., 0] == found_queries[0, 0, :, 0]).all() and (found_keys[..., 0] == found_keys[0, 0, :, 0]).all()
-    assert found_queries[0, :, 0, 1].tolist() == [0, 1, 2, 3] and found_keys[0, :, 0, 1].tolist() == [0, 0, 1, 1]
+    assert found_queries.shape == found_keys.shape == (layers, heads, 50, 3)
+    assert (found_keys[..., 1] < found_queries[..., 1]).all()
+    assert {*found_keys[..., 1].ravel()} == {*range(8)} and {*found_queries[..., 1].ravel()} == {*range(1, 9)}
+    for array in (found_queries, found_keys):
+        assert (array[..., 0] == np.arange(layers)[:, None, None]).all()
+    assert (found_queries[..., 2] == np.arange(heads)[:, None]).all()
+    assert (found_keys[..., 2] == np.array([0, 0, 1, 1])[:, None]).all()
+    assert (found_queries[0, 0] != found_queries[0, 1])[..., 1].any()
     again, other = (QueriesAndKeys((0, 1), queries, keys).pairs(50, seed=seed)[0] for seed in (1, 2))
     np.testing.assert_array_equal(found_queries, again)
     assert (found_queries != other).any()

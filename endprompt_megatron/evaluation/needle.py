@@ -10,8 +10,9 @@ Shapes: t tokens of a haystack, q tokens of a question with its answer, v vocabu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,12 +46,14 @@ class Question:
     """One question about a haystack.
 
     Attributes:
+        task: single | multi_key | variable_tracking.
         prompt, answer: token ids.
         num_graded_tokens: tokens at the end of the answer whose share right is reported; some tokenizers put a space of its own before
             the digits of a key.
         depth: where the fact stands, 0 = start, 1 = end; None for a chain of facts.
     """
 
+    task: str
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     num_graded_tokens: int
@@ -62,13 +65,11 @@ class Haystack:
     """A text with facts in it, and the questions about them.
 
     Attributes:
-        task: single | multi_key | variable_tracking.
         length: context length it was made for, in tokens; text, question and answer together fill it to within one noise sentence.
         tokens: the text's token ids.
         questions: each asked by itself.
     """
 
-    task: str
     length: int
     tokens: tuple[int, ...]
     questions: tuple[Question, ...]
@@ -85,13 +86,14 @@ class _Writer:
     def __post_init__(self):
         self.noise = self.encode(_NOISE)
 
-    def haystack(self, task: str, introduction: str, facts: list[tuple[float, str]], questions: list[Question]) -> Haystack:
+    def haystack(self, introduction: str, facts: list[tuple[float, str]], questions: list[Question]) -> Haystack:
         start, planted = self.encode(introduction), [(depth, self.encode(text)) for depth, text in sorted(facts, key=lambda fact: fact[0])]
         taken = len(start) + sum(len(fact) for _, fact in planted) + max(len(asked.prompt) + len(asked.answer) for asked in questions)
         sentences = (self.length - taken) // len(self.noise)
         if sentences < 1:
+            tasks = "+".join(dict.fromkeys(asked.task for asked in questions))
             raise DataError(
-                f"evaluation.lengths: {self.length} tokens leave no room for noise around the facts of evaluation.tasks={task} with this "
+                f"evaluation.lengths: {self.length} tokens leave no room for noise around the facts of evaluation.tasks={tasks} with this "
                 f"tokenizer ({taken} tokens are taken). Use lengths of at least {taken + len(self.noise)}."
             )
         tokens, written = list(start), 0
@@ -100,13 +102,13 @@ class _Writer:
             tokens += self.noise * (before - written) + fact
             written = before
         tokens += self.noise * (sentences - written)
-        return Haystack(task, self.length, tuple(tokens), tuple(questions))
+        return Haystack(self.length, tuple(tokens), tuple(questions))
 
 
 def make_haystacks(
     encode: Encode,
     *,
-    tasks: Iterable[str],
+    tasks: list[str],
     lengths: list[int],
     depths: list[float],
     trials: int,
@@ -119,29 +121,29 @@ def make_haystacks(
     Args:
         encode: text -> token ids without special tokens.
         tasks: single (one key a haystack; the haystacks of a length go round the depths, from one that depends on the seed),
-            multi_key (a key at every depth, each asked for), variable_tracking (a chain of assignments at random places).
+            multi_key (a key at every depth, each asked for), variable_tracking (a chain of assignments at random places); the last two
+            share their haystacks.
         lengths: context lengths in tokens.
         depths: between 0 and 1.
-        trials: haystacks a length and task.
+        trials: haystacks a length.
         digits: of a key.
         seed: of keys, names and places.
-        max_tokens: of the haystacks of a length and task together; at least one is made; 0 sets no bound.
+        max_tokens: of the haystacks of a length together, those of `single` and the others each; at least one is made; 0 sets no bound.
     Raises:
         DataError: a length too short for the facts and the question.
     """
+    makers = [_single] if "single" in tasks else []
+    several = [plant for task, plant in (("multi_key", _keys), ("variable_tracking", _chain)) if task in tasks]
+    if several:
+        makers.append(partial(_several, several))
     made = []
-    for task in tasks:
+    for make in makers:
         for length in lengths:
             count = min(trials, max(1, max_tokens // length)) if max_tokens else trials
             for trial in range(count):
                 random = np.random.default_rng([seed, length, trial])
-                writer = _Writer(encode, length)
-                if task == "single":
-                    made.append(_single(writer, random, depths[(trial + seed) % len(depths)], digits))
-                elif task == "multi_key":
-                    made.append(_multi_key(writer, random, depths, digits))
-                else:
-                    made.append(_variable_tracking(writer, random, digits))
+                turned = (trial + seed) % len(depths)
+                made.append(make(_Writer(encode, length), random, [*depths[turned:], *depths[:turned]], digits))
     return made
 
 
@@ -149,36 +151,45 @@ def _key(random: np.random.Generator, digits: int) -> str:
     return str(random.integers(10 ** (digits - 1), 10**digits))
 
 
-def _ask(writer: _Writer, question: str, answer: str, depth: float | None) -> Question:
+def _ask(writer: _Writer, task: str, question: str, answer: str, depth: float | None) -> Question:
     has_own_space = writer.encode(" 1")[0] == writer.encode(" 2")[0]
     tokens = writer.encode(" " + answer)
-    return Question(tuple(writer.encode(question)), tuple(tokens), len(tokens) - has_own_space, depth)
+    return Question(task, tuple(writer.encode(question)), tuple(tokens), len(tokens) - has_own_space, depth)
 
 
-def _single(writer: _Writer, random: np.random.Generator, depth: float, digits: int) -> Haystack:
+def _single(writer: _Writer, random: np.random.Generator, depths: list[float], digits: int) -> Haystack:
+    """One key at the first of the depths."""
     key = _key(random, digits)
-    return writer.haystack("single", _INTRODUCTION, [(depth, _FACT.format(key=key))], [_ask(writer, _QUESTION, key, depth)])
+    return writer.haystack(_INTRODUCTION, [(depths[0], _FACT.format(key=key))], [_ask(writer, "single", _QUESTION, key, depths[0])])
 
 
-def _multi_key(writer: _Writer, random: np.random.Generator, depths: list[float], digits: int) -> Haystack:
+def _several(planters: list[Callable], writer: _Writer, random: np.random.Generator, depths: list[float], digits: int) -> Haystack:
+    """What several planters put in: introductions one after the other, facts between each other, every question asked."""
+    introductions, facts, questions = zip(*(plant(writer, random, depths, digits) for plant in planters), strict=True)
+    return writer.haystack("".join(introductions), sum(facts, []), sum(questions, []))
+
+
+def _keys(writer: _Writer, random: np.random.Generator, depths: list[float], digits: int) -> tuple[str, list, list[Question]]:
+    """A named key at every depth, each asked for."""
     turns = range(1, 2 + len(depths) // len(_NAMES))  # more depths than names: "London", "London 2", ...
     names = random.permutation([name if turn == 1 else f"{name} {turn}" for turn in turns for name in _NAMES])
     facts, questions = [], []
-    for depth, name in zip(depths, names, strict=False):
+    for depth, name in zip(sorted(depths), names, strict=False):
         key = _key(random, digits)
         facts.append((depth, _NAMED_FACT.format(name=name, key=key)))
-        questions.append(_ask(writer, _NAMED_QUESTION.format(name=name), key, depth))
-    return writer.haystack("multi_key", _INTRODUCTION, facts, questions)
+        questions.append(_ask(writer, "multi_key", _NAMED_QUESTION.format(name=name), key, depth))
+    return _INTRODUCTION, facts, questions
 
 
-def _variable_tracking(writer: _Writer, random: np.random.Generator, digits: int) -> Haystack:
+def _chain(writer: _Writer, random: np.random.Generator, depths: list[float], digits: int) -> tuple[str, list, list[Question]]:
+    """A chain of assignments at random places."""
     value = _key(random, digits)
     names = ["".join(letters) for letters in random.choice(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"), (_CHAIN_LENGTH, 5))]
     assigned = [value, *(f"VAR {name}" for name in names[:-1])]
     places = np.sort(random.random(_CHAIN_LENGTH))
     facts = [(float(place), f" VAR {name} = {what} ") for place, name, what in zip(places, names, assigned, strict=True)]
     question = _CHAIN_QUESTION.format(value=value, count=_CHAIN_LENGTH)
-    return writer.haystack("variable_tracking", _CHAIN_INTRODUCTION, facts, [_ask(writer, question, " ".join(names), None)])
+    return _CHAIN_INTRODUCTION, facts, [_ask(writer, "variable_tracking", question, " ".join(names), None)]
 
 
 @torch.no_grad()
@@ -199,12 +210,11 @@ def score_haystacks(
     """
     scored: dict[str, dict[int, list[tuple[float | None, float, float, float]]]] = {}
     for haystack in track(haystacks, f"retrieval, {label}", total=len(haystacks)):
-        rows = scored.setdefault(haystack.task, {}).setdefault(haystack.length, [])
         for question, logits in zip(haystack.questions, _answer_logits(model, haystack, device), strict=True):
             answer = torch.tensor(question.answer, device=device)
             hits = (logits.argmax(dim=-1) == answer).float()
             log_probability = torch.log_softmax(logits, dim=-1).gather(1, answer[:, None]).sum()
-            rows.append(
+            scored.setdefault(question.task, {}).setdefault(haystack.length, []).append(
                 (question.depth, float(hits.all()), float(hits[-question.num_graded_tokens :].mean()), float(log_probability))
             )
     return {task: {str(length): _described(rows) for length, rows in found.items()} for task, found in scored.items()}

@@ -30,7 +30,9 @@ MAY_IMPORT = {
     "checkpoint": {"model", "rope", "config_rules", "config", "mcore"},
     "training": {"data", "model", "checkpoint", "config", "mcore", "planning"},
     "evaluation": {"model", "checkpoint", "config"},
-    "report": {"evaluation"},
+    "comparison": {"mcore"},
+    "report": {"evaluation", "comparison"},
+    "compare": {"comparison", "report"},
     "preflight": {"checkpoint", "config", "config_rules", "data", "model", "planning", "positions", "rope"},
     "extend": {
         "preflight", "checkpoint", "config", "data", "evaluation", "launch", "mcore", "model", "report", "rope", "training",
@@ -47,6 +49,7 @@ OWNERS = {
     "tokenizers": {"checkpoint"},
     "transformer_engine": {"model"},
     "lm_eval": {"evaluation/harness.py"},
+    "scipy": {"comparison"},
 }
 NO_TORCH = ("positions", "planning", "errors", "log", "config", "rope/scaling.py", "model/architecture.py", "checkpoint/hf_config.py")
 

@@ -44,7 +44,7 @@ def both(tiny_model_dir, single_process):
 
 
 def test_haystacks_are_the_same_for_every_model_and_fill_their_length(encode):
-    arguments = dict(tasks=TASKS, lengths=[512, 1024], depths=[0.0, 0.5, 1.0], trials=6, digits=5, seed=3)
+    arguments = dict(tasks=TASKS, lengths=[1024, 1536], depths=[0.0, 0.5, 1.0], trials=6, digits=5, seed=3)
     made = make_haystacks(encode, **arguments)
     assert made == make_haystacks(encode, **arguments)
     assert made != make_haystacks(encode, **{**arguments, "seed": 4})
@@ -52,19 +52,17 @@ def test_haystacks_are_the_same_for_every_model_and_fill_their_length(encode):
     for haystack in made:
         longest = max(len(question.prompt) + len(question.answer) for question in haystack.questions)
         assert haystack.length - noise < len(haystack.tokens) + longest <= haystack.length
-        assert len({question.answer for question in haystack.questions}) == len(haystack.questions) == (3 if haystack.task == "multi_key" else 1)
+        assert len({question.answer for question in haystack.questions}) == len(haystack.questions)
+        assert [question.task for question in haystack.questions] in (["single"], ["multi_key"] * 3 + ["variable_tracking"])
         assert all(question.num_graded_tokens in (len(question.answer), len(question.answer) - 1) for question in haystack.questions)
     assert [haystack.questions[0].depth for haystack in made[:6]] == [0.0, 0.5, 1.0, 0.0, 0.5, 1.0]
-    assert len(made) == len(set(made)) == 3 * 2 * 6
+    assert len(made) == len(set(made)) == 2 * 2 * 6
 
 
 def test_a_bound_on_tokens_leaves_at_least_one_haystack(encode):
-    arguments = dict(tasks=TASKS, lengths=[512, 1024, 2048], depths=[0.2, 0.8], trials=5, digits=5)
-    made = make_haystacks(encode, **arguments, seed=1, max_tokens=1024)
-    counts = {(haystack.task, haystack.length): 0 for haystack in made}
-    for haystack in made:
-        counts[haystack.task, haystack.length] += 1
-    assert counts == {(task, length): count for task in TASKS for length, count in ((512, 2), (1024, 1), (2048, 1))}
+    arguments = dict(tasks=TASKS, lengths=[1024, 2048, 4096], depths=[0.2, 0.8], trials=5, digits=5)
+    made = make_haystacks(encode, **arguments, seed=1, max_tokens=2048)
+    assert [haystack.length for haystack in made] == [1024, 1024, 2048, 4096] * 2
     depths = [make_haystacks(encode, **arguments, seed=seed, max_tokens=1)[0].questions[0].depth for seed in (0, 1)]
     assert depths == [0.2, 0.8]  # a length with one trial asks at another depth with the next seed
 
@@ -103,7 +101,7 @@ def test_exact_match_is_what_greedy_generation_does(both):
     tokens, key = tuple(prompt[0].tolist()), tuple(continued.tolist())
     wrong = (*key[:-1], (key[-1] + 1) % 512)
     for answer, exact, digits in ((key, 1.0, 1.0), (wrong, 0.0, 0.8)):
-        haystack = Haystack("single", 65, tokens[:50], (Question(tokens[50:], answer, 5, 0.5),))
+        haystack = Haystack(65, tokens[:50], (Question("single", tokens[50:], answer, 5, 0.5),))
         scored = score_haystacks(chunk, [haystack], device=torch.device("cpu"), label="test")["single"]["65"]
         assert (scored["exact_match"], scored["trials"]) == (exact, 1)
         assert scored["digit_accuracy"] == pytest.approx(digits)
@@ -118,10 +116,10 @@ def test_questions_that_share_a_haystack_score_as_if_asked_alone(both):
     random = np.random.default_rng(0)
     tokens = tuple(random.integers(0, 512, 70).tolist())
     questions = tuple(
-        Question(tuple(random.integers(0, 512, size).tolist()), tuple(random.integers(0, 512, 4).tolist()), 4, depth)
+        Question("multi_key", tuple(random.integers(0, 512, size).tolist()), tuple(random.integers(0, 512, 4).tolist()), 4, depth)
         for size, depth in ((3, 0.1), (9, 0.5), (5, 0.9))
     )
-    scored = score_haystacks(chunk, [Haystack("multi_key", 90, tokens, questions)], device=torch.device("cpu"), label="test")
+    scored = score_haystacks(chunk, [Haystack(90, tokens, questions)], device=torch.device("cpu"), label="test")
     records = scored["multi_key"]["90"]["records"]
     for question, (depth, _, _, log_probability) in zip(questions, records, strict=True):
         logits = reference(torch.tensor([tokens + question.prompt + question.answer]), use_cache=False).logits[0, -5:-1].float()

@@ -58,15 +58,14 @@ def compare(study: StudyConfig, *, command: list[str], known_methods: tuple[str,
         return results, failed
 
     extra: list[RunRequest] = []
-    for number, request in enumerate(requests if not study.write_only else [], 1):
-        runner.run(request, f"run {number} of {len(requests)}")
-        write(extra)
+    if not study.write_only:
+        runner.run_all(requests, jobs=study.jobs, after=lambda: write(extra))
     results, failed = write(extra)
     if "seconds" in study.budgets:
         extra = _requests_of_same_time(study, results, requests)
         runner.check(extra)
-        for number, request in enumerate(extra if not study.write_only else [], 1):
-            runner.run(request, f"run {number} of {len(extra)} for the same time")
+        if extra and not study.write_only:
+            runner.run_all(extra, jobs=study.jobs, after=lambda: write(extra))
         results, failed = write(extra)
     return not failed and all(runner.outcome(request) is not None for request in [*requests, *extra])
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from endprompt_megatron.log import get_logger
 from endprompt_megatron.mcore.children import STOP_SIGNALS, end_with_parent
 
 _RECORD_SUFFIX = ".run.json"
+_POLL_SECONDS = 0.1
 _WEIGHTS = {"evaluation": ("checkpoints", "hf", "adapter"), "model": ("checkpoints",), "all": ()}
 
 
@@ -37,8 +39,17 @@ class RunOutcome:
     failure: str | None
 
 
+@dataclass(frozen=True)
+class _Running:
+    request: RunRequest
+    process: subprocess.Popen
+    log: Path
+    note: str
+    started: float
+
+
 class Runner:
-    """Runs requests one after the other.
+    """Runs requests, one or several at a time.
 
     Args:
         command: of recipes/extend.py; overrides are appended.
@@ -74,39 +85,75 @@ class Runner:
             return None
         return RunOutcome(request, self.directory / request.name, stored.get("failure"))
 
-    def run(self, request: RunRequest, note: str = "") -> RunOutcome:
-        """Carry one run out, unless it is finished.
+    def run_all(self, requests: list[RunRequest], *, jobs: int, after: Callable[[], None]) -> None:
+        """Carry out every run that is not finished, those that failed before included.
 
         Args:
-            note: for the log, e.g. "3 of 14".
+            jobs: runs at once.
+            after: called after every run that ended.
         Raises:
-            RunInterrupted: a signal asked to stop; the run was passed it and goes on with the next start.
+            RunInterrupted: a signal asked to stop; the runs under way were passed it, and go on with the next start.
         """
-        found = self.outcome(request)
-        if found and found.failure is None:
-            self._drop_weights(found.directory)
-            return found
-        directory = self.directory / request.name
-        log = directory.with_suffix(".log")
+        waiting = []
+        for request in requests:
+            found = self.outcome(request)
+            if found and found.failure is None:
+                self._drop_weights(found.directory)
+            else:
+                waiting.append(request)
         self.directory.mkdir(parents=True, exist_ok=True)
+        count, running, asked = len(waiting), [], []
+
+        def pass_on(number: int, frame: object) -> None:
+            """Signal handler while runs are under way."""
+            asked.append(number)
+            for run in running:
+                with suppress(ProcessLookupError):
+                    run.process.send_signal(number)
+
+        previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+        try:
+            while running or (waiting and not asked):
+                while waiting and len(running) < jobs and not asked:
+                    running.append(self._start(waiting.pop(0), f"run {count - len(waiting)} of {count}"))
+                time.sleep(_POLL_SECONDS)
+                for run in [run for run in running if run.process.poll() is not None]:
+                    running.remove(run)
+                    self._finish(run)
+                    after()
+        except KeyboardInterrupt:  # the runs got it too
+            for run in running:
+                run.process.wait()
+            raise
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        if asked:
+            name = signal.Signals(asked[0]).name
+            raise RunInterrupted(f"stopped by {name}; start the same command again: it goes on where it stood")
+
+    def _start(self, request: RunRequest, note: str) -> _Running:
+        directory = self.directory / request.name
+        log = self.directory / f"{request.name}.log"
         get_logger().info(f"{note}: {request.name} (log {log})")
-        started = time.monotonic()
         self._write_record(request, status="started")
         arguments = [*self.command, *request.overrides, f"seed={request.seed}", f"output_dir={directory}", f"name={request.name}"]
         with log.open("a") as stream:
-            status = _call(arguments, stream)
+            process = subprocess.Popen(arguments, stdout=stream, stderr=subprocess.STDOUT, preexec_fn=end_with_parent)
+        return _Running(request, process, log, note, time.monotonic())
+
+    def _finish(self, run: _Running) -> None:
+        directory, status, failure = self.directory / run.request.name, run.process.returncode, None
         if status == EXIT_RESUME:
-            raise RunInterrupted(f"{request.name} was stopped; start the same command again: it goes on where it stood")
-        failure = None
+            return  # its record says started
         if status != 0:
-            failure = f"exit status {status}: {_last_words(log)}"
+            failure = f"exit status {status}: {_last_words(run.log)}"
         elif not (directory / "summary.json").is_file():
             failure = "it ended without a summary.json"
-        self._write_record(request, status="failed" if failure else "finished", failure=failure)
-        get_logger().info(f"{note}: {request.name} {failure or 'finished'} after {time.monotonic() - started:.0f} s")
+        self._write_record(run.request, status="failed" if failure else "finished", failure=failure)
+        get_logger().info(f"{run.note}: {run.request.name} {failure or 'finished'} after {time.monotonic() - run.started:.0f} s")
         if not failure:
             self._drop_weights(directory)
-        return RunOutcome(request, directory, failure)
 
     def _drop_weights(self, directory: Path) -> None:
         for name in _WEIGHTS[self.keep]:
@@ -124,29 +171,6 @@ class Runner:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps({"overrides": list(request.overrides), **values}, indent=2) + "\n")
         temporary.replace(path)
-
-
-def _call(arguments: list[str], stream: Any) -> int:
-    """Exit status of a command whose output goes to `stream`; a request to stop is passed on to it."""
-    asked: list[int] = []
-    process = subprocess.Popen(arguments, stdout=stream, stderr=subprocess.STDOUT, preexec_fn=end_with_parent)
-
-    def pass_on(number: int, frame: object) -> None:
-        """Signal handler while the run goes on."""
-        asked.append(number)
-        with suppress(ProcessLookupError):
-            process.send_signal(number)
-
-    previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
-    try:
-        status = process.wait()
-    except KeyboardInterrupt:  # the run got it too
-        process.wait()
-        raise
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    return EXIT_RESUME if asked else status
 
 
 def _last_words(log: Path) -> str:

@@ -27,6 +27,7 @@ class StudyConfig:
         budgets: tokens: every run as configured; seconds: methods whose steps cost more or less than the reference's are trained again
             with as many steps as fit into its time.
         same_time_within: how far (as a share) two methods' times for a step may differ and still count as the same time.
+        jobs: runs at once; they share the machine, so give each its part (cpu_threads).
         keep: of a finished run: evaluation (no weights), model (the export), all (training checkpoints too).
         write_only: start no run; write the page from what is there.
         collect: output directories of runs made elsewhere; they become rows by their own method and seed.
@@ -43,6 +44,7 @@ class StudyConfig:
     reference: str = "control_short_pi"
     budgets: list[str] = field(default_factory=lambda: ["tokens"])
     same_time_within: float = 0.1
+    jobs: int = 1
     keep: str = "model"
     write_only: bool = False
     collect: list[str] = field(default_factory=list)
@@ -80,6 +82,8 @@ class StudyConfig:
             problems.append(f"budgets={self.budgets}: choose from {', '.join(BUDGETS)}.")
         if self.keep not in KEPT:
             problems.append(f"keep={self.keep}: choose one of {', '.join(KEPT)}.")
+        if self.jobs < 1:
+            problems.append(f"jobs={self.jobs}: must be >= 1.")
         if not 0 < self.same_time_within < 1:
             problems.append(f"same_time_within={self.same_time_within}: must be between 0 and 1. The default is 0.1.")
         for text in [*self.overrides, *(text for texts in self.overrides_of.values() for text in texts)]:

@@ -4,6 +4,7 @@ values; the rules that cross groups are in config_rules.py."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -47,6 +48,8 @@ class MethodConfig:
         end_prompt_length: b in tokens; null means what the tokenizer says; a number cuts or repeats the prompt.
         end_prompt_loss_weight: weight of the loss on tokens of the prompt, >= 0; the context weighs 1.
         num_chunks: pieces of the text (pose) or of the end prompt (endprompt_pose) between which positions skip, >= 1.
+        full_length: train on samples of target_context_length tokens, whatever data.seq_length says.
+        trained: false leaves the weights alone: the model comes out with its new RoPE only, whatever trainer.max_steps says.
     """
 
     name: str = "endprompt"
@@ -55,6 +58,8 @@ class MethodConfig:
     end_prompt_length: Optional[int] = None
     end_prompt_loss_weight: float = 0.1
     num_chunks: int = 2
+    full_length: bool = False
+    trained: bool = True
 
 
 @dataclass
@@ -63,19 +68,19 @@ class RopeConfig:
 
     Attributes:
         type: none | pi | ntk | yarn | llama3 (rope/scaling.py says what they do).
-        factor: s; must equal target_context_length / original_context_length.
+        factor: s; null means target_context_length / original_context_length, and a number must equal it.
         target_context_length: L, positions of the extended window.
         original_context_length: window that `factor` counts from; null means the base's own (max_position_embeddings, or with
             existing_scaling=replace the window before that scaling).
         existing_scaling: what happens to RoPE scaling that the base has already (Llama-3.1, YaRN); must be chosen there, null elsewhere.
             replace: dropped; training starts from the unscaled frequencies. multiply: kept and stretched further; linear scaling only.
-        ntk_dynamic_factor: of ntk: f of the dynamic rule pinned at the target window; null is the static rule.
+        ntk_dynamic_factor: of ntk: f of the dynamic rule pinned at the target window; 0 means ceil(s / 2), null is the static rule.
         beta_fast, beta_slow: of yarn: rotations over the native window above which a frequency is kept, below which it is divided.
         low_freq_factor, high_freq_factor: of llama3: the ends of the band between divided and kept frequencies.
     """
 
     type: str = "pi"
-    factor: float = "???"  # type: ignore[assignment]
+    factor: Optional[float] = None
     target_context_length: int = "???"  # type: ignore[assignment]
     original_context_length: Optional[int] = None
     existing_scaling: Optional[str] = None
@@ -179,7 +184,7 @@ class TrainerConfig:
     """Steps, batches and intervals (all in steps; 0 switches an interval off).
 
     Attributes:
-        max_steps: optimizer steps in all, those of earlier sittings included.
+        max_steps: optimizer steps in all, those of earlier sittings included; 0 with method.trained=false only.
         micro_batch_size: samples a rank holds at once.
         global_batch_size: samples a step over all ranks.
         eval_interval, eval_batches: how often, and on how many global batches, the held-out loss is taken; also before the first and
@@ -214,19 +219,28 @@ class EvaluationConfig:
 
     Attributes:
         enabled: whether to probe at all.
-        lengths: context lengths in tokens, for retrieval and perplexity.
-        needle_trials: planted facts a length.
+        systems: what is probed: base (as it came), untrained (base with the new RoPE), trained (the result).
+        lengths: context lengths in tokens, for retrieval and, unless perplexity_lengths says otherwise, for perplexity.
+        tasks: forms of retrieval (evaluation/needle.py): single, multi_key, variable_tracking.
+        needle_trials: haystacks a length and task; one haystack holds one key (single), one a depth (multi_key) or one chain of
+            variables (variable_tracking).
+        needle_tokens: the haystacks of a length and task hold at most so many tokens together, but there is at least one; 0: no bound.
         needle_depths: where the fact stands, 0 = start, 1 = end; trials go round.
         needle_digits: digits of the key.
+        perplexity_lengths: windows in tokens; empty means `lengths`.
         perplexity_tokens: held-out tokens scored a length.
         text: held-out corpora (as data.train) for the haystacks and for perplexity.
     """
 
     enabled: bool = True
+    systems: list[str] = field(default_factory=lambda: ["base", "untrained", "trained"])
     lengths: list[int] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=lambda: ["single"])
     needle_trials: int = 10
+    needle_tokens: int = 0
     needle_depths: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
     needle_digits: int = 5
+    perplexity_lengths: list[int] = field(default_factory=list)
     perplexity_tokens: int = 16384
     text: list[TextSource] = field(default_factory=list)
 
@@ -298,6 +312,31 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict of every value, as config.yaml stores it."""
         return dataclasses.asdict(self)
+
+    def resolve(self, *, window: int) -> list[str]:
+        """Fill in, in place, what follows from other values: rope.factor, rope.ntk_dynamic_factor, the length and the steps of methods
+        that fix them.
+
+        Args:
+            window: positions that the stretch starts from.
+        Returns:
+            what was given and is not used, in words.
+        """
+        rope, notes = self.rope, []
+        if rope.factor is None:
+            rope.factor = 1.0 if rope.type == "none" else rope.target_context_length / window
+        if rope.ntk_dynamic_factor == 0:
+            rope.ntk_dynamic_factor = float(math.ceil(rope.factor / 2))
+        if self.method.full_length and self.data.seq_length != rope.target_context_length:
+            notes.append(
+                f"method={self.method.name} trains at full length: samples have rope.target_context_length={rope.target_context_length} "
+                f"tokens, and data.seq_length={self.data.seq_length} is not used"
+            )
+            self.data.seq_length = rope.target_context_length
+        if not self.method.trained and self.trainer.max_steps:
+            notes.append(f"method={self.method.name} trains nothing: trainer.max_steps={self.trainer.max_steps} is not used")
+            self.trainer.max_steps = 0
+        return notes
 
     def data_parallel_size(self, world_size: int) -> int:
         """Copies of the model in `world_size` ranks."""

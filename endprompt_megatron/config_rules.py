@@ -35,6 +35,8 @@ _FREE_KEYS = (
     "export",
     "launch",
 )
+EVALUATED_SYSTEMS = ("base", "untrained", "trained")
+RETRIEVAL_TASKS = ("single", "multi_key", "variable_tracking")
 # Megatron's distributed and plain optimizers store different things
 _BOUND_KEYS = ("parallel.use_distributed_optimizer",)
 
@@ -51,7 +53,7 @@ def find_problems(
     """Every broken rule, one sentence each: the value, the rule, the way out. Arguments as RunConfig.validate."""
     return [
         *_existing_scaling_problems(config, architecture, base_rope),
-        *_window_problems(config, _window_to_stretch(config, architecture, base_rope)),
+        *_window_problems(config, window_to_stretch(config, architecture, base_rope)),
         *_method_problems(config, schemes, prompt_lengths),
         *_layout_problems(config, world_size, architecture),
         *_number_problems(config),
@@ -108,7 +110,8 @@ def _existing_scaling_problems(config: RunConfig, architecture: ModelArchitectur
     return []
 
 
-def _window_to_stretch(config: RunConfig, architecture: ModelArchitecture, base_rope: RopeScaling | None) -> int:
+def window_to_stretch(config: RunConfig, architecture: ModelArchitecture, base_rope: RopeScaling | None) -> int:
+    """Positions that rope.factor counts from: the base's window, or the one before its own scaling where that is replaced."""
     native = architecture.max_position_embeddings
     return base_rope.unscaled_window(native) if base_rope and config.rope.existing_scaling == "replace" else native
 
@@ -258,7 +261,7 @@ def _number_problems(config: RunConfig) -> list[str]:
     if config.model.source not in (None, "smollm2_135m", "tiny_random"):
         problems.append(f"model.source={config.model.source}: choose smollm2_135m, tiny_random or null.")
     least_of = {
-        "max_steps": 1,
+        "max_steps": 1 if config.method.trained else 0,
         "log_interval": 1,
         "eval_interval": 0,
         "eval_batches": 0,
@@ -312,10 +315,18 @@ def _number_problems(config: RunConfig) -> list[str]:
     if evaluation.enabled:
         if not evaluation.lengths or min(evaluation.lengths) < 128:
             problems.append(f"evaluation.lengths={evaluation.lengths}: name at least one length, none under 128 tokens.")
+        if evaluation.perplexity_lengths and min(evaluation.perplexity_lengths) < 2:
+            problems.append(f"evaluation.perplexity_lengths={evaluation.perplexity_lengths}: windows have at least 2 tokens.")
+        for key, known in (("systems", EVALUATED_SYSTEMS), ("tasks", RETRIEVAL_TASKS)):
+            named = getattr(evaluation, key)
+            if not named or set(named) - set(known):
+                problems.append(f"evaluation.{key}={named}: name at least one of {', '.join(known)}, and no other.")
         if not evaluation.text:
             problems.append("evaluation.text is empty: name a held-out corpus, or set evaluation.enabled=false.")
         if not evaluation.needle_depths or any(not 0 <= depth <= 1 for depth in evaluation.needle_depths):
             problems.append(f"evaluation.needle_depths={evaluation.needle_depths}: depths are between 0 (start) and 1 (end).")
+        if evaluation.needle_tokens < 0:
+            problems.append(f"evaluation.needle_tokens={evaluation.needle_tokens}: must be >= 0; 0 sets no bound.")
         for key in ("needle_trials", "needle_digits", "perplexity_tokens"):
             if getattr(evaluation, key) < 1:
                 problems.append(f"evaluation.{key}={getattr(evaluation, key)}: must be >= 1.")

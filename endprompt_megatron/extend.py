@@ -15,6 +15,7 @@ import torch
 
 from endprompt_megatron import launch, preflight
 from endprompt_megatron.checkpoint.companions import PROVENANCE_FILE
+from endprompt_megatron.checkpoint.distributed import RunState
 from endprompt_megatron.checkpoint.hf_export import export_hf
 from endprompt_megatron.checkpoint.hf_import import load_hf_weights
 from endprompt_megatron.checkpoint.hf_sources import ensure_base_model
@@ -23,7 +24,7 @@ from endprompt_megatron.checkpoint.model_card import MODEL_CARD, model_card, sou
 from endprompt_megatron.config import RunConfig
 from endprompt_megatron.data.corpora import check_corpora, corpus_texts, prepare_corpora
 from endprompt_megatron.data.dataset import TokenizerFacts, build_datasets
-from endprompt_megatron.evaluation.needle import make_trials
+from endprompt_megatron.evaluation.needle import make_haystacks
 from endprompt_megatron.evaluation.perplexity import held_out_blocks
 from endprompt_megatron.evaluation.results import Probes, probe_system
 from endprompt_megatron.log import get_logger, global_rank
@@ -34,6 +35,7 @@ from endprompt_megatron.model.build import build_model_chunks
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from endprompt_megatron.report.report import format_table, format_terminal_table, write_report
 from endprompt_megatron.rope.scaling import RopeScaling
+from endprompt_megatron.training.metrics import peak_memory_gib
 from endprompt_megatron.training.signals import StopRequests
 from endprompt_megatron.training.trainer import Trainer, TrainingResult
 
@@ -138,16 +140,18 @@ def _extend(run: _Run, started: float) -> dict[str, Any]:
     if config.rope.existing_scaling:
         get_logger().info(f"the base's own RoPE scaling ({_words(run.base.rope)}): {config.rope.existing_scaling}; now {_words(run.rope)}")
     systems: dict[str, Any] = {}
-    if probes:
+    wanted = config.evaluation.systems if probes else []
+    if "base" in wanted:
         systems["base"] = _probe(run, probes, chunks, "base", "base model, untouched", rope=run.base.rope)
+    if "untrained" in wanted or (wanted and not config.method.trained):
         systems["untrained"] = _probe(run, probes, chunks, "untrained", f"base with {_words(run.rope)}, no training", rope=run.rope)
     provenance = _provenance(run, data_hashes)
     result = _train(run, chunks, blends, run.output_dir, config, provenance)
     export = _export(run, chunks, result, provenance)
-    if probes:
+    if "trained" in wanted and config.method.trained:
         label = f"after {config.method.name}, {result.state.step} steps"
         systems["trained"] = _probe(run, probes, chunks, "trained", label, rope=run.rope, step=result.state.step)
-    if config.control:
+    if config.control and config.method.trained:
         systems["control"] = _train_control(run, blends, probes)
     summary = _summary(run, result, systems, export, time.monotonic() - started)
     if global_rank() == 0:
@@ -180,21 +184,23 @@ def _make_probes(run: _Run) -> Probes:
     def encode(text: str) -> list[int]:
         return run.base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    trials = make_trials(
+    haystacks = make_haystacks(
         encode,
+        tasks=evaluation.tasks,
         lengths=evaluation.lengths,
         depths=evaluation.needle_depths,
         trials=evaluation.needle_trials,
         digits=evaluation.needle_digits,
         seed=run.config.seed,
+        max_tokens=evaluation.needle_tokens,
     )
     blocks = held_out_blocks(
         corpus_texts(evaluation.text, directory=Path(run.config.data.directory)),
         encode,
-        block_length=max(evaluation.lengths),
+        block_length=max(evaluation.perplexity_lengths or evaluation.lengths),
         num_tokens=evaluation.perplexity_tokens,
     )
-    return Probes(trials, blocks, evaluation, run.config.seed)
+    return Probes(haystacks, blocks, evaluation, run.config.seed)
 
 
 def _base_chunks(run: _Run) -> list[EndPromptGPTModel]:
@@ -236,6 +242,8 @@ def _train(
 ) -> TrainingResult:
     for chunk in chunks:
         chunk.assert_rope(run.rope)
+    if not config.method.trained:
+        return TrainingResult(RunState(), 0.0, peak_memory_gib(run.runtime.device))
     trainer_config = config.trainer
     evaluations = trainer_config.eval_batches * trainer_config.global_batch_size if trainer_config.eval_interval else 0
     train_dataset, validation_dataset = build_datasets(

@@ -12,9 +12,10 @@ import yaml
 from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config, rope_from_hf
 from endprompt_megatron.checkpoint.hf_tokenizer import hash_tokenizer, load_tokenizer
 from endprompt_megatron.config import RunConfig
-from endprompt_megatron.config_rules import resume_differences
+from endprompt_megatron.config_rules import resume_differences, window_to_stretch
 from endprompt_megatron.data.prompts import EndPromptSet, tokenize_end_prompts
 from endprompt_megatron.errors import CheckpointError, ConfigError
+from endprompt_megatron.log import get_logger
 from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.planning.flops import ModelShape
 from endprompt_megatron.planning.planner import PlanRequest, describe_plan
@@ -70,7 +71,7 @@ def known_base(config: RunConfig) -> tuple[ModelArchitecture, RopeScaling]:
 
 
 def validate(config: RunConfig, *, world_size: int, prompt_lengths: list[int] | None = None) -> tuple[ModelArchitecture, RopeScaling]:
-    """Every rule of the config against the base model's numbers.
+    """Fill in what follows from other values (RunConfig.resolve), then every rule of the config against the base model's numbers.
 
     Returns:
         as known_base.
@@ -78,6 +79,8 @@ def validate(config: RunConfig, *, world_size: int, prompt_lengths: list[int] | 
         ConfigError: with all problems at once.
     """
     architecture, rope = known_base(config)
+    for note in config.resolve(window=window_to_stretch(config, architecture, rope)):
+        get_logger().info(note)
     config.validate(
         world_size=world_size, architecture=architecture, schemes=tuple(SCHEMES), prompt_lengths=prompt_lengths, base_rope=rope
     )

@@ -1,6 +1,7 @@
 """Benchmarks that print figures with their conditions; nothing here passes or fails.
 
     python tools/bench.py step [--model models/smollm2_135m] [--micro-batch-size 2] [--repeats 15]
+    python tools/bench.py length [--lengths 8192 16384] [--seq-length 1024]
 
 `step` times one optimizer step of the Megatron model at EndPrompt positions, the same step at contiguous positions, and the same step of
 transformers' own Llama with SDPA, in turn, in one process: same weights, same tokens, same number of threads.
@@ -22,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bench_convert  # noqa: E402
+import bench_length  # noqa: E402
 
 from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config  # noqa: E402
 from endprompt_megatron.checkpoint.hf_import import load_hf_weights  # noqa: E402
@@ -163,6 +165,7 @@ def main() -> None:
     step.add_argument("--warmup", type=int, default=1)
     step.set_defaults(run=bench_step)
     bench_convert.add_to(benchmarks)
+    bench_length.add_to(benchmarks)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -1,15 +1,19 @@
-"""Retrieval of a planted fact by context length and depth, on ordinary positions: the pass-key test, graded.
+"""Retrieval of planted facts by context length and depth, on ordinary positions: one pass key, one of several, or a chain of variables;
+graded.
 
-One forward pass scores a trial: under teacher forcing greedy decoding reproduces the key exactly when every token of it is the most
-likely one, so exact match needs no generation, and the log-probability of the key shows progress before exactness.
+One forward pass scores a haystack: under teacher forcing greedy decoding reproduces an answer exactly when every token of it is the most
+likely one, so exact match needs no generation, and the log-probability of the answer shows progress before exactness. The questions of
+a haystack share its prefill and do not see one another.
 
-Shapes: s tokens of a prompt, k tokens of the key, v vocabulary.
+Shapes: t tokens of a haystack, q tokens of a question with its answer, v vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,105 +22,228 @@ from endprompt_megatron.errors import DataError
 from endprompt_megatron.log import track
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 
+Encode = Callable[[str], list[int]]
 # Source: pass-key retrieval of landmark attention (arXiv 2305.16300), as used by the position-interpolation literature.
 _INTRODUCTION = "There is an important piece of information hidden in a long text. Find it and memorize it.\n"
 _FACT = " The pass key is {key}. Remember it. {key} is the pass key. "
 _QUESTION = "\nWhat is the pass key? The pass key is"
 _NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+# The same with a name to each key, as RULER's multi-key needle (arXiv 2404.06654) has.
+_NAMED_FACT = " The pass key of {name} is {key}. Remember it. {key} is the pass key of {name}. "
+_NAMED_QUESTION = "\nWhat is the pass key of {name}? The pass key of {name} is"
+_NAMES = ("London", "Paris", "Berlin", "Madrid", "Rome", "Vienna", "Oslo", "Athens", "Dublin", "Prague", "Cairo", "Tokyo", "Lima", "Quito")
+# Form of RULER's variable tracking: one chain, four hops.
+_CHAIN_INTRODUCTION = "Memorize and track the chain of variable assignment hidden in the following text.\n\n"
+_CHAIN_QUESTION = (
+    "\nQuestion: Find all variables that are assigned the value {value} in the text above. Answer: According to the chain of variable "
+    "assignment in the text above, {count} variables are assigned the value {value}, they are:"
+)
+_CHAIN_LENGTH = 5
 
 
 @dataclass(frozen=True)
-class NeedleTrial:
-    """One prompt.
+class Question:
+    """One question about a haystack.
 
     Attributes:
-        length: context length it was made for, in tokens; prompt and key together fill it to within one noise sentence.
-        depth: where the fact stands, 0 = start, 1 = end.
-        prompt, key: token ids.
-        num_digit_tokens: tokens at the end of the key that carry its digits; some tokenizers put a space of its own before them.
+        task: single | multi_key | variable_tracking.
+        prompt, answer: token ids.
+        num_graded_tokens: tokens at the end of the answer whose share right is reported; some tokenizers put a space of its own before
+            the digits of a key.
+        depth: where the fact stands, 0 = start, 1 = end; None for a chain of facts.
+    """
+
+    task: str
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    num_graded_tokens: int
+    depth: float | None
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """A text with facts in it, and the questions about them.
+
+    Attributes:
+        length: context length it was made for, in tokens; text, question and answer together fill it to within one noise sentence.
+        tokens: the text's token ids.
+        questions: each asked by itself.
     """
 
     length: int
-    depth: float
-    prompt: tuple[int, ...]
-    key: tuple[int, ...]
-    num_digit_tokens: int
+    tokens: tuple[int, ...]
+    questions: tuple[Question, ...]
 
 
-def make_trials(
-    encode: Callable[[str], list[int]], *, lengths: list[int], depths: list[float], trials: int, digits: int, seed: int
-) -> list[NeedleTrial]:
-    """The same prompts for every model that is compared: a pure function of the arguments.
+@dataclass
+class _Writer:
+    """Lays facts between noise sentences."""
+
+    encode: Encode
+    length: int
+    noise: list[int] = field(init=False)
+
+    def __post_init__(self):
+        self.noise = self.encode(_NOISE)
+
+    def haystack(self, introduction: str, facts: list[tuple[float, str]], questions: list[Question]) -> Haystack:
+        start, planted = self.encode(introduction), [(depth, self.encode(text)) for depth, text in sorted(facts, key=lambda fact: fact[0])]
+        taken = len(start) + sum(len(fact) for _, fact in planted) + max(len(asked.prompt) + len(asked.answer) for asked in questions)
+        sentences = (self.length - taken) // len(self.noise)
+        if sentences < 1:
+            tasks = "+".join(dict.fromkeys(asked.task for asked in questions))
+            raise DataError(
+                f"evaluation.lengths: {self.length} tokens leave no room for noise around the facts of evaluation.tasks={tasks} with this "
+                f"tokenizer ({taken} tokens are taken). Use lengths of at least {taken + len(self.noise)}."
+            )
+        tokens, written = list(start), 0
+        for depth, fact in planted:
+            before = round(depth * sentences)
+            tokens += self.noise * (before - written) + fact
+            written = before
+        tokens += self.noise * (sentences - written)
+        return Haystack(self.length, tuple(tokens), tuple(questions))
+
+
+def make_haystacks(
+    encode: Encode,
+    *,
+    tasks: list[str],
+    lengths: list[int],
+    depths: list[float],
+    trials: int,
+    digits: int,
+    seed: int,
+    max_tokens: int = 0,
+) -> list[Haystack]:
+    """The same haystacks for every model that is compared: a pure function of the arguments.
 
     Args:
         encode: text -> token ids without special tokens.
+        tasks: single (one key a haystack; the haystacks of a length go round the depths, from one that depends on the seed),
+            multi_key (a key at every depth, each asked for), variable_tracking (a chain of assignments at random places); the last two
+            share their haystacks.
         lengths: context lengths in tokens.
-        depths: the trials of a length go round these.
-        trials: prompts a length.
-        digits: of the key.
-        seed: of the keys.
+        depths: between 0 and 1.
+        trials: haystacks a length.
+        digits: of a key.
+        seed: of keys, names and places.
+        max_tokens: of the haystacks of a length together, those of `single` and the others each; at least one is made; 0 sets no bound.
     Raises:
-        DataError: a length too short for the question itself.
+        DataError: a length too short for the facts and the question.
     """
-    introduction, noise, question = encode(_INTRODUCTION), encode(_NOISE), encode(_QUESTION)
-    has_own_space = encode(" 1")[0] == encode(" 2")[0]
+    makers = [_single] if "single" in tasks else []
+    several = [plant for task, plant in (("multi_key", _keys), ("variable_tracking", _chain)) if task in tasks]
+    if several:
+        makers.append(partial(_several, several))
     made = []
-    for length in lengths:
-        for trial in range(trials):
-            random = np.random.default_rng([seed, length, trial])
-            key_text = str(random.integers(10 ** (digits - 1), 10**digits))
-            fact, key = encode(_FACT.format(key=key_text)), encode(" " + key_text)
-            room = length - len(introduction) - len(fact) - len(question) - len(key)
-            sentences = room // len(noise)
-            if sentences < 1:
-                raise DataError(
-                    f"evaluation.lengths: {length} tokens leave no room for noise around the fact with this tokenizer "
-                    f"({length - room} tokens are taken). Use lengths of at least {length - room + len(noise)}."
-                )
-            depth = depths[trial % len(depths)]
-            before = round(depth * sentences)
-            prompt = introduction + noise * before + fact + noise * (sentences - before) + question
-            made.append(NeedleTrial(length, depth, tuple(prompt), tuple(key), len(key) - has_own_space))
+    for make in makers:
+        for length in lengths:
+            count = min(trials, max(1, max_tokens // length)) if max_tokens else trials
+            for trial in range(count):
+                random = np.random.default_rng([seed, length, trial])
+                turned = (trial + seed) % len(depths)
+                made.append(make(_Writer(encode, length), random, [*depths[turned:], *depths[:turned]], digits))
     return made
 
 
+def _key(random: np.random.Generator, digits: int) -> str:
+    return str(random.integers(10 ** (digits - 1), 10**digits))
+
+
+def _ask(writer: _Writer, task: str, question: str, answer: str, depth: float | None) -> Question:
+    has_own_space = writer.encode(" 1")[0] == writer.encode(" 2")[0]
+    tokens = writer.encode(" " + answer)
+    return Question(task, tuple(writer.encode(question)), tuple(tokens), len(tokens) - has_own_space, depth)
+
+
+def _single(writer: _Writer, random: np.random.Generator, depths: list[float], digits: int) -> Haystack:
+    """One key at the first of the depths."""
+    key = _key(random, digits)
+    return writer.haystack(_INTRODUCTION, [(depths[0], _FACT.format(key=key))], [_ask(writer, "single", _QUESTION, key, depths[0])])
+
+
+def _several(planters: list[Callable], writer: _Writer, random: np.random.Generator, depths: list[float], digits: int) -> Haystack:
+    """What several planters put in: introductions one after the other, facts between each other, every question asked."""
+    introductions, facts, questions = zip(*(plant(writer, random, depths, digits) for plant in planters), strict=True)
+    return writer.haystack("".join(introductions), sum(facts, []), sum(questions, []))
+
+
+def _keys(writer: _Writer, random: np.random.Generator, depths: list[float], digits: int) -> tuple[str, list, list[Question]]:
+    """A named key at every depth, each asked for."""
+    turns = range(1, 2 + len(depths) // len(_NAMES))  # more depths than names: "London", "London 2", ...
+    names = random.permutation([name if turn == 1 else f"{name} {turn}" for turn in turns for name in _NAMES])
+    facts, questions = [], []
+    for depth, name in zip(sorted(depths), names, strict=False):
+        key = _key(random, digits)
+        facts.append((depth, _NAMED_FACT.format(name=name, key=key)))
+        questions.append(_ask(writer, "multi_key", _NAMED_QUESTION.format(name=name), key, depth))
+    return _INTRODUCTION, facts, questions
+
+
+def _chain(writer: _Writer, random: np.random.Generator, depths: list[float], digits: int) -> tuple[str, list, list[Question]]:
+    """A chain of assignments at random places."""
+    value = _key(random, digits)
+    names = ["".join(letters) for letters in random.choice(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"), (_CHAIN_LENGTH, 5))]
+    assigned = [value, *(f"VAR {name}" for name in names[:-1])]
+    places = np.sort(random.random(_CHAIN_LENGTH))
+    facts = [(float(place), f" VAR {name} = {what} ") for place, name, what in zip(places, names, assigned, strict=True)]
+    question = _CHAIN_QUESTION.format(value=value, count=_CHAIN_LENGTH)
+    return _CHAIN_INTRODUCTION, facts, [_ask(writer, "variable_tracking", question, " ".join(names), None)]
+
+
 @torch.no_grad()
-def score_trials(model: EndPromptGPTModel, trials: list[NeedleTrial], *, device: torch.device, label: str) -> dict[str, dict]:
-    """Score every trial with the model on ordinary positions.
+def score_haystacks(
+    model: EndPromptGPTModel, haystacks: list[Haystack], *, device: torch.device, label: str
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Score every question with the model on ordinary positions.
 
     Args:
         model: whole on this rank, in evaluation mode.
-        trials: from make_trials.
+        haystacks: from make_haystacks.
         device: of the model.
         label: for the progress display.
     Returns:
-        {length: {"exact_match", "digit_accuracy", "key_log_probability", "trials", "by_depth": {depth: the same}}}; accuracies are
-        fractions, the log-probability is the mean over trials of the sum over the key's tokens, in nats.
+        {task: {length: {"exact_match", "digit_accuracy", "key_log_probability", "trials", "by_depth": {depth: the same}, "records"}}};
+        accuracies are fractions (digit_accuracy: of the graded tokens), the log-probability is the mean over questions of the sum over
+        the answer's tokens, in nats; a record is [depth, exact, digits, log-probability] of a question, in the order asked.
     """
-    scored: dict[int, list[tuple[float, float, float, float]]] = {}
-    for trial in track(trials, f"needle, {label}", total=len(trials)):
-        ids = torch.tensor([trial.prompt + trial.key], device=device)[:, :-1]
-        size = len(trial.key)
-        with model.last_logits_only(size):
-            logits = model(ids, torch.arange(ids.shape[1], device=device))[0, -size:, : model.num_real_tokens].float()
-        key = torch.tensor(trial.key, device=device)
-        hits = (logits.argmax(dim=-1) == key).float()
-        log_probability = torch.log_softmax(logits, dim=-1).gather(1, key[:, None]).sum()
-        row = (trial.depth, float(hits.all()), float(hits[-trial.num_digit_tokens :].mean()), float(log_probability))
-        scored.setdefault(trial.length, []).append(row)
-    return {str(length): {**_summary(rows), "by_depth": _by_depth(rows)} for length, rows in scored.items()}
+    scored: dict[str, dict[int, list[tuple[float | None, float, float, float]]]] = {}
+    for haystack in track(haystacks, f"retrieval, {label}", total=len(haystacks)):
+        for question, logits in zip(haystack.questions, _answer_logits(model, haystack, device), strict=True):
+            answer = torch.tensor(question.answer, device=device)
+            hits = (logits.argmax(dim=-1) == answer).float()
+            log_probability = torch.log_softmax(logits, dim=-1).gather(1, answer[:, None]).sum()
+            scored.setdefault(question.task, {}).setdefault(haystack.length, []).append(
+                (question.depth, float(hits.all()), float(hits[-question.num_graded_tokens :].mean()), float(log_probability))
+            )
+    return {task: {str(length): _described(rows) for length, rows in found.items()} for task, found in scored.items()}
 
 
-def _summary(rows: list[tuple[float, float, float, float]]) -> dict[str, float]:
-    _, exact, digits, log_probability = np.array(rows).mean(axis=0)
+def _answer_logits(model: EndPromptGPTModel, haystack: Haystack, device: torch.device) -> list[torch.Tensor]:
+    """Logits that predict the answer of each question, float32 [answer tokens, v]."""
+    asked = [question.prompt + question.answer[:-1] for question in haystack.questions]
+    trunk = len(haystack.tokens)
+    ids = torch.tensor([[*haystack.tokens, *(token for tokens in asked for token in tokens)]], device=device)
+    positions = torch.cat([torch.arange(trunk), *(torch.arange(trunk, trunk + len(tokens)) for tokens in asked)]).to(device)
+    sizes = [len(tokens) for tokens in asked]
+    with model.last_logits_only(sum(sizes)), model.branches_after(trunk, sizes):
+        logits = model(ids, positions)[0, -sum(sizes) :, : model.num_real_tokens]
+    parts = logits.split(sizes)
+    return [part[-len(question.answer) :].float() for part, question in zip(parts, haystack.questions, strict=True)]
+
+
+def _described(rows: list[tuple[float | None, float, float, float]]) -> dict[str, Any]:
+    depths = sorted({row[0] for row in rows if row[0] is not None})
+    by_depth = {str(depth): _summary([row for row in rows if row[0] == depth]) for depth in depths}
+    return {**_summary(rows), "by_depth": by_depth, "records": [list(row) for row in rows]}
+
+
+def _summary(rows: list[tuple[float | None, float, float, float]]) -> dict[str, float]:
+    exact, digits, log_probability = np.array([row[1:] for row in rows]).mean(axis=0)
     return {
         "exact_match": float(exact),
         "digit_accuracy": float(digits),
         "key_log_probability": float(log_probability),
         "trials": len(rows),
     }
-
-
-def _by_depth(rows: list[tuple[float, float, float, float]]) -> dict[str, dict[str, float]]:
-    depths = sorted({row[0] for row in rows})
-    return {str(depth): _summary([row for row in rows if row[0] == depth]) for depth in depths}

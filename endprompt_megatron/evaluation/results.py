@@ -11,9 +11,11 @@ import numpy as np
 import torch
 
 from endprompt_megatron.config import EvaluationConfig
-from endprompt_megatron.evaluation.needle import NeedleTrial, score_trials
+from endprompt_megatron.evaluation.needle import Haystack, score_haystacks
 from endprompt_megatron.evaluation.perplexity import perplexity_by_window
 from endprompt_megatron.model.gpt import EndPromptGPTModel
+
+_KEY = {"single": "needle"}  # as summary.json and evaluation.json have always called it
 
 
 @dataclass(frozen=True)
@@ -21,13 +23,13 @@ class Probes:
     """What every system of a comparison is asked, the same for all.
 
     Attributes:
-        trials: needle prompts.
+        haystacks: for retrieval.
         blocks: held-out tokens, int64 [blocks, longest window].
         evaluation: the config that they were made from.
         seed: of the needle keys.
     """
 
-    trials: list[NeedleTrial]
+    haystacks: list[Haystack]
     blocks: np.ndarray
     evaluation: EvaluationConfig
     seed: int
@@ -38,6 +40,7 @@ class Probes:
         return {
             "haystack": "repeated sentences (pass-key test), raw prompts without a chat template",
             "needle_trials": evaluation.needle_trials,
+            "retrieval_tasks": ", ".join(evaluation.tasks),
             "needle_digits": evaluation.needle_digits,
             "needle_depths": ", ".join(f"{depth:g}" for depth in evaluation.needle_depths),
             "heldout_text": ", ".join(source.path for source in evaluation.text),
@@ -60,7 +63,8 @@ def probe_system(
         device: of the model.
         cache: file of earlier results; None probes anew and keeps nothing.
     Returns:
-        {"label", "perplexity": {length: value}, "needle": {length: figures}}.
+        {"label", "perplexity": {length: value}} and, by task (needle, which is evaluation.tasks' single, multi_key, variable_tracking),
+        {length: figures of score_haystacks}.
     """
     conditions = {**probes.conditions(), "evaluation": asdict(probes.evaluation), "system": name}
     if cache is not None and cache.is_file():
@@ -69,10 +73,11 @@ def probe_system(
             return stored["result"]
     was_training = model.training
     model.eval()
+    lengths = probes.evaluation.perplexity_lengths or probes.evaluation.lengths
     result = {
         "label": description,
-        "perplexity": perplexity_by_window(model, probes.blocks, probes.evaluation.lengths, device=device, label=name),
-        "needle": score_trials(model, probes.trials, device=device, label=name),
+        "perplexity": perplexity_by_window(model, probes.blocks, lengths, device=device, label=name),
+        **{_KEY.get(task, task): found for task, found in score_haystacks(model, probes.haystacks, device=device, label=name).items()},
     }
     model.train(was_training)
     if cache is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from endprompt_megatron.mcore.rope_concentration import rope_concentrations, set_rope_concentration
 from endprompt_megatron.model.cross_entropy import sliced_cross_entropy
+from endprompt_megatron.model.sdpa import TorchSDPA
 from endprompt_megatron.rope.embedding import PositionRotaryEmbedding
 from endprompt_megatron.rope.scaling import RopeScaling
 
@@ -99,6 +100,26 @@ class EndPromptGPTModel(GPTModel):
             yield
         finally:
             hook.remove()
+
+    @contextmanager
+    def branches_after(self, trunk: int, lengths: list[int]) -> Iterator[None]:
+        """Inside the block the sequence is a trunk and branches: each branch sees the trunk and itself, as if it alone followed. Several
+        questions about one long context thus share its prefill. For whole sequences on this rank, and the `torch` backend's attention.
+
+        Args:
+            trunk: tokens before the first branch, >= 1.
+            lengths: tokens of each branch; with the trunk they fill the sequence.
+        """
+        attentions = [module for module in self.modules() if isinstance(module, TorchSDPA)]
+        if len(lengths) > 1 and (len(attentions) != len(self.decoder.layers) or trunk < 1 or self.config.context_parallel_size > 1):
+            raise AssertionError(f"{len(attentions)} of {len(self.decoder.layers)} layers can branch after {trunk} tokens")
+        for module in attentions if len(lengths) > 1 else []:
+            module.branches = list(lengths)
+        try:
+            yield
+        finally:
+            for module in attentions:
+                module.branches = []
 
     def assert_rope(self, rope: RopeScaling) -> None:
         """Refuse to train with frequencies other than the configured ones.

@@ -38,6 +38,7 @@ class TorchSDPA(MegatronModule):
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
         self.attention_dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.branches: list[int] = []
 
     def forward(
         self,
@@ -58,6 +59,8 @@ class TorchSDPA(MegatronModule):
         """
         if self.config.context_parallel_size > 1:
             return self._over_context_parallel_group(query, key, value)
+        if self.branches:
+            return self._over_branches(query, key, value)
         return self._attend(query, key, value, first_row=0)
 
     def _over_context_parallel_group(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -67,6 +70,16 @@ class TorchSDPA(MegatronModule):
         for number, chunk in zip(chunks_of_rank(group.rank(), group.size()), query.chunk(2), strict=True):
             first_row, seen = number * chunk.shape[0], (number + 1) * chunk.shape[0]
             outputs.append(self._attend(chunk, key[:seen], value[:seen], first_row=first_row))
+        return torch.cat(outputs)
+
+    def _over_branches(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The last tokens are branches of `branches` tokens each: a branch sees what stands before the first, and itself."""
+        trunk = query.shape[0] - sum(self.branches)
+        outputs = [self._attend(query[:trunk], key[:trunk], value[:trunk], first_row=0)]
+        parts = zip(*(tensor[trunk:].split(self.branches) for tensor in (query, key, value)), strict=True)
+        for its_query, its_key, its_value in parts:
+            seen = (torch.cat([key[:trunk], its_key]), torch.cat([value[:trunk], its_value]))
+            outputs.append(self._attend(its_query, *seen, first_row=trunk))
         return torch.cat(outputs)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, first_row: int) -> Tensor:

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
 
 BLUE, VERMILLION, GREEN, ORANGE, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#767676"
-_WIDTH_INCHES, _DPI = 10.0, 120  # 1,200 px: text of 11 points stays readable when a page shows it at 1,000
-_STYLE = {
+WIDTH_INCHES, DPI = 10.0, 120  # 1,200 px: text of 11 points stays readable when a page shows it at 1,000
+STYLE = {
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.spines.top": False,
@@ -35,17 +35,19 @@ _STYLE = {
 
 
 @dataclass(frozen=True)
-class _SystemStyle:
+class SystemStyle:
+    """How one system is drawn."""
+
     color: str
     marker: str
     line: str
 
 
 SYSTEM_STYLES = {
-    "base": _SystemStyle("#000000", "o", "-"),
-    "untrained": _SystemStyle(ORANGE, "s", "--"),
-    "control": _SystemStyle(GREEN, "^", "-."),
-    "trained": _SystemStyle(BLUE, "D", "-"),
+    "base": SystemStyle("#000000", "o", "-"),
+    "untrained": SystemStyle(ORANGE, "s", "--"),
+    "control": SystemStyle(GREEN, "^", "-."),
+    "trained": SystemStyle(BLUE, "D", "-"),
 }
 
 
@@ -66,8 +68,8 @@ def plot_positions(
     """
     context, prompt, target = num_context_tokens, num_prompt_tokens, target_context_length
     physical = context + prompt
-    with plt.rc_context(_STYLE):
-        figure, (upper, strip) = plt.subplots(2, 1, figsize=(_WIDTH_INCHES, 7.8), height_ratios=[5, 1], layout="constrained")
+    with plt.rc_context(STYLE):
+        figure, (upper, strip) = plt.subplots(2, 1, figsize=(WIDTH_INCHES, 7.8), height_ratios=[5, 1], layout="constrained")
         figure.get_layout_engine().set(h_pad=0.1)
         _draw_positions(upper, context, prompt, target, original_context_length)
         upper.set_title(f"Where the {physical:,} tokens of a training sample sit in a window of {target:,} positions", loc="left")
@@ -143,10 +145,10 @@ def plot_loss(path: Path, records: Sequence[Mapping[str, Any]]) -> Path:
         context, context_label = _series(records, "loss"), "all tokens"
     prompt = _series(records, "prompt_loss")
     validation = _series(records, "validation_loss")
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         rows = 2 if prompt else 1
         figure, panels = plt.subplots(
-            rows, 1, figsize=(_WIDTH_INCHES, 6.2 if prompt else 4.8), height_ratios=[3, 1][:rows], sharex=True, squeeze=False,
+            rows, 1, figsize=(WIDTH_INCHES, 6.2 if prompt else 4.8), height_ratios=[3, 1][:rows], sharex=True, squeeze=False,
             layout="constrained",
         )  # fmt: skip
         upper, lower = panels[0][0], panels[-1][0]
@@ -210,8 +212,8 @@ def plot_needle(path: Path, systems: Mapping[str, Mapping[str, Any]], *, origina
     Returns:
         path.
     """
-    with plt.rc_context(_STYLE):
-        figure, (exact, graded) = plt.subplots(1, 2, figsize=(_WIDTH_INCHES, 4.9), layout="constrained")
+    with plt.rc_context(STYLE):
+        figure, (exact, graded) = plt.subplots(1, 2, figsize=(WIDTH_INCHES, 4.9), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12)
         dodge = min(0.1, 0.6 * _closest_octaves(_lengths(systems, "needle")) / len(systems))
         _draw_systems(exact, systems, "needle", lambda score: _percent(score.get("exact_match")), dodge=dodge, intervals=True)
@@ -221,7 +223,7 @@ def plot_needle(path: Path, systems: Mapping[str, Mapping[str, Any]], *, origina
         graded.set(ylabel="log-probability (nats a key, 0 = certain)")
         graded.set_title("Log-probability of the right key", loc="left")
         for axes in (exact, graded):
-            _length_axis(axes, _lengths(systems, "needle"), original_context_length, "context length (tokens)")
+            length_axis(axes, _lengths(systems, "needle"), original_context_length, "context length (tokens)")
         _shared_legend(figure, exact)
         return _save(figure, path)
 
@@ -236,8 +238,8 @@ def plot_perplexity(path: Path, systems: Mapping[str, Mapping[str, Any]], *, ori
     Returns:
         path.
     """
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(figsize=(_WIDTH_INCHES, 5.2), layout="constrained")
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(WIDTH_INCHES, 5.2), layout="constrained")
         _draw_systems(axes, systems, "perplexity", lambda score: score)
         values = [
             number for system in systems.values() for number in map(_number, (system.get("perplexity") or {}).values()) if number
@@ -247,7 +249,7 @@ def plot_perplexity(path: Path, systems: Mapping[str, Mapping[str, Any]], *, ori
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
         axes.set(ylabel="perplexity (lower is better)")
         axes.set_title("Perplexity of held-out text", loc="left")
-        _length_axis(axes, _lengths(systems, "perplexity"), original_context_length, "window (tokens)")
+        length_axis(axes, _lengths(systems, "perplexity"), original_context_length, "window (tokens)")
         _shared_legend(figure, axes)
         return _save(figure, path)
 
@@ -263,7 +265,7 @@ def _draw_systems(
 ) -> None:
     ordered = sorted(systems, key=lambda name: list(SYSTEM_STYLES).index(name) if name in SYSTEM_STYLES else len(SYSTEM_STYLES))
     for index, name in enumerate(ordered):
-        style = SYSTEM_STYLES.get(name, _SystemStyle("#CC79A7", "v", ":"))
+        style = SYSTEM_STYLES.get(name, SystemStyle("#CC79A7", "v", ":"))
         points = []
         for length, score in sorted(
             (int(length), score) for length, score in (systems[name].get(key) or {}).items() if score is not None
@@ -300,7 +302,8 @@ def wilson_interval(share: float, trials: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _length_axis(axes: Axes, lengths: list[int], native: int, label: str) -> None:
+def length_axis(axes: Axes, lengths: list[int], native: int, label: str) -> None:
+    """Make the x axis one of lengths in octaves, ticked at `lengths` and at the native window, which is marked."""
     axes.axvline(native, color=SKY, lw=2.5, zorder=1.5, label=f"native window ({native:,})")
     axes.set_xscale("log", base=2)
     ticks = sorted({*lengths, native})
@@ -348,6 +351,6 @@ def _number(value: Any) -> float | None:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=_DPI)
+    figure.savefig(path, dpi=DPI)
     plt.close(figure)
     return Path(path)

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from PIL import Image  # matplotlib's own writer of PNG files
 
-from endprompt_megatron.report.plots import _DPI, _STYLE, _WIDTH_INCHES, BLUE, GREEN, ORANGE, SKY, VERMILLION, length_label
+from endprompt_megatron.report.plots import BLUE, DPI, GREEN, ORANGE, SKY, STYLE, VERMILLION, WIDTH_INCHES, length_label
 from endprompt_megatron.theory.coverage import Coverage
 from endprompt_megatron.theory.smoothness import ScoreFunctions, Smoothness
 
@@ -64,9 +64,9 @@ def plot_coverage(
     heights = [coverage.binned(width) for coverage in coverages]
     positive = np.concatenate([height[height > 0] for height in heights])
     low, high = positive.min() / 3, positive.max() * 3
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, panels = plt.subplots(
-            len(coverages), 1, figsize=(_WIDTH_INCHES, 1.2 + 1.75 * len(coverages)), sharex=True, sharey=True, squeeze=False,
+            len(coverages), 1, figsize=(WIDTH_INCHES, 1.2 + 1.75 * len(coverages)), sharex=True, sharey=True, squeeze=False,
             layout="constrained",
         )  # fmt: skip
         for axes, coverage, height in zip(panels[:, 0], coverages, heights, strict=True):
@@ -125,8 +125,8 @@ def plot_smoothness(
     Source: EndPrompt (arXiv 2605.14589), eq. 3 (bound), eq. 9 (gap).
     """
     last = examples[0].smoothness.last_distance
-    with plt.rc_context(_STYLE):
-        figure, panels = plt.subplots(3, 2, figsize=(_WIDTH_INCHES, 11.2), layout="constrained")
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(3, 2, figsize=(WIDTH_INCHES, 11.2), layout="constrained")
         figure.get_layout_engine().set(h_pad=0.06, w_pad=0.08)
         for column, example in enumerate(examples):
             upper, middle = panels[0, column], panels[1, column]
@@ -230,7 +230,7 @@ def _draw_ratios(axes: Axes, steepest: FloatArray, median: FloatArray) -> None:
 def _save(figure: plt.Figure, path: Path) -> Path:
     """As in plots.py, with a palette: a third of the bytes shows the same."""
     drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=_DPI)
+    figure.savefig(drawn, dpi=DPI)
     plt.close(figure)
     Image.open(drawn).convert("RGB").quantize(_PALETTE).save(path, format="PNG", optimize=True)
     return Path(path)

@@ -11,7 +11,7 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 
 from endprompt_megatron import launch
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.preflight import plan
+from endprompt_megatron.preflight import plan, validate
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 
@@ -25,7 +25,7 @@ def _compose(*overrides: str):
 def test_experiment_composes_validates_and_plans(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # no models/ here: the plan needs none
     config = to_run_config(_compose(f"+experiment={name}"))
-    assert config.name == name and config.output_dir == f"outputs/{name}"
+    assert config.name == ("llama3_8b_endprompt_65536" if name == "paper" else name) and config.output_dir == f"outputs/{config.name}"
     lines = plan(config, world_size=launch.planned_world_size(config))
     assert f"{config.rope.target_context_length:,}" in "\n".join(lines)
     assert list(tmp_path.iterdir()) == []
@@ -42,23 +42,68 @@ def test_model_numbers_are_the_published_ones(name):
     from endprompt_megatron.planning.flops import count_parameters
     from endprompt_megatron.preflight import known_base, model_shape
 
-    published = {"smollm2_135m": 134_515_008, "llama3_8b": 8_030_261_248}
+    published = {
+        "smollm2_135m": 134_515_008,
+        "llama2_7b": 6_738_415_616,
+        "mistral_7b": 7_248_023_552,
+        "llama3_8b": 8_030_261_248,
+        "llama3_70b": 70_553_706_496,
+    }
     config = to_run_config(_compose("+experiment=tiny_random", f"model={name}", f"model.hf_path=/nonexistent/{name}"))
     if name in published:
         assert count_parameters(model_shape(known_base(config)[0])) == published[name]
     else:
-        assert known_base(config)[0].num_layers == 2
+        assert name == "tiny_random" and known_base(config)[0].num_layers == 2
+
+
+METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
+LENGTHS = sorted(path.stem for path in (ROOT / "conf" / "length").glob("*.yaml"))
+MODELS = ("llama2_7b", "mistral_7b", "llama3_8b", "llama3_70b")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_goes_with_every_model_and_length(method, tmp_path, monkeypatch):
+    """By composition: the factor, the sample length and NTK's f follow from the base's own window."""
+    monkeypatch.chdir(tmp_path)
+    windows = {"llama2_7b": 4096, "mistral_7b": 32768, "llama3_8b": 8192, "llama3_70b": 8192}
+    for model in MODELS:
+        for length in LENGTHS:
+            config = to_run_config(_compose("+experiment=paper", f"model={model}", f"length={length}", f"method={method}"))
+            target = config.rope.target_context_length
+            assert target == int(length.removesuffix("k")) * 1024
+            if target <= windows[model]:
+                with pytest.raises(ConfigError, match="must be larger than the native window"):
+                    validate(config, world_size=8)
+                continue
+            validate(config, world_size=8)
+            assert config.name == f"{model}_{method}_{target}" and config.method.name == method
+            assert config.rope.factor == target / windows[model]
+            assert config.data.seq_length == (target if method in FULL_LENGTH else 8192)
+            assert config.trainer.max_steps == (0 if method == "untrained_pi" else 1907)
+            if method == "lceg_ntk":
+                assert config.rope.ntk_dynamic_factor == -(-target // (2 * windows[model]))
+            assert config.rope.type == {"lceg_ntk": "ntk", "lceg_yarn": "yarn"}.get(method, "pi")
+
+
+FULL_LENGTH = ("full", "lceg_pi", "lceg_ntk", "lceg_yarn")
+
+
+def test_the_methods_of_the_paper_are_all_there():
+    assert set(METHODS) >= {
+        *FULL_LENGTH, "longlora", "pose", "endprompt", "endprompt_random", "endprompt_pose", "control_short_pi", "untrained_pi",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("rope", sorted(path.stem for path in (ROOT / "conf" / "rope").glob("*.yaml")))
-@pytest.mark.parametrize("method", sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")))
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_goes_with_every_scaling(method, rope, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = to_run_config(_compose("+experiment=smollm2_135m_64k", f"method={method}", f"rope={rope}"))
     assert config.method.name == method and config.rope.type == rope.removesuffix("_dynamic")
     assert plan(config, world_size=launch.planned_world_size(config))
     for folder, name in (("method", method), ("rope", rope)):
-        assert (ROOT / "conf" / folder / f"{name}.yaml").read_text().startswith("# ")
+        text = (ROOT / "conf" / folder / f"{name}.yaml").read_text()
+        assert text.removeprefix("# @package _global_\n").startswith("# ")
 
 
 def test_every_key_of_the_schema_is_read_somewhere():
@@ -81,9 +126,11 @@ def test_every_key_of_the_schema_is_read_somewhere():
         return found
 
     rules_only = {"original_context_length"}  # compared with the base's own window, nothing else
-    unread = [key for key in keys(RunConfig) if f".{key}" not in text and key not in rules_only]
+    resolved = {"full_length"}  # RunConfig.resolve makes data.seq_length of it
+    unread = [key for key in keys(RunConfig) if f".{key}" not in text and key not in rules_only | resolved]
     assert unread == []
     assert all(f".{key}" in rules for key in rules_only)
+    assert all(f".{key}" in (ROOT / "endprompt_megatron" / "config.py").read_text() for key in resolved)
 
 
 def test_unknown_experiment_key_and_type():

@@ -31,7 +31,9 @@ MAY_IMPORT = {
     "checkpoint": {"model", "rope", "config_rules", "config", "mcore"},
     "training": {"data", "model", "checkpoint", "config", "mcore", "planning"},
     "evaluation": {"model", "checkpoint", "config"},
-    "report": {"evaluation", "theory"},
+    "comparison": {"mcore"},
+    "report": {"evaluation", "comparison", "theory"},
+    "compare": {"comparison", "report"},
     "preflight": {"checkpoint", "config", "config_rules", "data", "model", "planning", "positions", "rope"},
     "extend": {
         "preflight", "checkpoint", "config", "data", "evaluation", "launch", "mcore", "model", "report", "rope", "training",
@@ -49,6 +51,7 @@ OWNERS = {
     "tokenizers": {"checkpoint"},
     "transformer_engine": {"model"},
     "lm_eval": {"evaluation/harness.py"},
+    "scipy": {"comparison"},
 }
 NO_TORCH = (
     "positions", "theory", "planning", "errors", "log", "config", "rope/scaling.py", "model/architecture.py", "checkpoint/hf_config.py",

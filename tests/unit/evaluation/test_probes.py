@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from endprompt_megatron.checkpoint.hf_import import load_hf_weights
 from endprompt_megatron.checkpoint.hf_tokenizer import load_tokenizer
 from endprompt_megatron.config import ParallelConfig
 from endprompt_megatron.errors import DataError
-from endprompt_megatron.evaluation.needle import NeedleTrial, make_trials, score_trials
+from endprompt_megatron.evaluation.needle import Haystack, Question, make_haystacks, score_haystacks
 from endprompt_megatron.evaluation.perplexity import held_out_blocks, perplexity_by_window
 from endprompt_megatron.model.backends import resolve
 from endprompt_megatron.model.build import build_model_chunks
 from endprompt_megatron.rope.scaling import RopeScaling
+
+TASKS = ["single", "multi_key", "variable_tracking"]
 
 
 @pytest.fixture(scope="module")
@@ -40,47 +43,91 @@ def both(tiny_model_dir, single_process):
     return chunk, AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
 
 
-def test_trials_are_the_same_for_every_model_and_fill_their_length(encode):
-    arguments = dict(lengths=[256, 512], depths=[0.0, 0.5, 1.0], trials=6, digits=5, seed=3)
-    trials = make_trials(encode, **arguments)
-    assert trials == make_trials(encode, **arguments)
-    assert trials != make_trials(encode, **{**arguments, "seed": 4})
+def test_haystacks_are_the_same_for_every_model_and_fill_their_length(encode):
+    arguments = dict(tasks=TASKS, lengths=[1024, 1536], depths=[0.0, 0.5, 1.0], trials=6, digits=5, seed=3)
+    made = make_haystacks(encode, **arguments)
+    assert made == make_haystacks(encode, **arguments)
+    assert made != make_haystacks(encode, **{**arguments, "seed": 4})
     noise = len(encode("The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "))
-    for trial in trials:
-        used = len(trial.prompt) + len(trial.key)
-        assert trial.length - noise < used <= trial.length
-    assert len({trial.key for trial in trials}) == len(trials)
-    assert all(trial.num_digit_tokens in (len(trial.key), len(trial.key) - 1) for trial in trials)
-    assert [trial.depth for trial in trials[:6]] == [0.0, 0.5, 1.0, 0.0, 0.5, 1.0]
+    for haystack in made:
+        longest = max(len(question.prompt) + len(question.answer) for question in haystack.questions)
+        assert haystack.length - noise < len(haystack.tokens) + longest <= haystack.length
+        assert len({question.answer for question in haystack.questions}) == len(haystack.questions)
+        assert [question.task for question in haystack.questions] in (["single"], ["multi_key"] * 3 + ["variable_tracking"])
+        assert all(question.num_graded_tokens in (len(question.answer), len(question.answer) - 1) for question in haystack.questions)
+    assert [haystack.questions[0].depth for haystack in made[:6]] == [0.0, 0.5, 1.0, 0.0, 0.5, 1.0]
+    assert len(made) == len(set(made)) == 2 * 2 * 6
+
+
+def test_a_bound_on_tokens_leaves_at_least_one_haystack(encode):
+    arguments = dict(tasks=TASKS, lengths=[1024, 2048, 4096], depths=[0.2, 0.8], trials=5, digits=5)
+    made = make_haystacks(encode, **arguments, seed=1, max_tokens=2048)
+    assert [haystack.length for haystack in made] == [1024, 1024, 2048, 4096] * 2
+    depths = [make_haystacks(encode, **arguments, seed=seed, max_tokens=1)[0].questions[0].depth for seed in (0, 1)]
+    assert depths == [0.2, 0.8]  # a length with one trial asks at another depth with the next seed
 
 
 def test_the_fact_stands_at_its_depth(encode):
-    for trial in make_trials(encode, lengths=[512], depths=[0.0, 0.5, 1.0], trials=3, digits=5, seed=0):
-        text, key = list(trial.prompt), list(trial.key)
-        first = next(i for i in range(len(text)) if text[i : i + len(key) - 1] == key[1:])
-        assert abs(first / len(text) - trial.depth) < 0.25
+    for haystack in make_haystacks(encode, tasks=["single", "multi_key"], lengths=[1024], depths=[0.0, 0.5, 1.0], trials=3, digits=5, seed=0):
+        text = list(haystack.tokens)
+        for question in haystack.questions:
+            key = list(question.answer)
+            first = next(i for i in range(len(text)) if text[i : i + len(key) - 1] == key[1:])
+            assert abs(first / len(text) - question.depth) < 0.25
+
+
+def test_a_chain_of_variables_leads_from_the_value_to_every_name(tiny_model_dir, encode):
+    tokenizer = load_tokenizer(tiny_model_dir)
+    for haystack in make_haystacks(encode, tasks=["variable_tracking"], lengths=[1024], depths=[0.5], trials=3, digits=5, seed=0):
+        text, question = tokenizer.decode(haystack.tokens), haystack.questions[0]
+        value = tokenizer.decode(question.prompt).split("assigned the value ")[1].split(" ")[0]
+        told = dict(re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", text))
+        names = tokenizer.decode(question.answer).split()
+        assert len(told) == len(names) == 5
+        assert [told[name] for name in names] == [value, *names[:-1]]
 
 
 def test_a_length_without_room_is_refused(encode):
-    with pytest.raises(DataError, match="Use lengths of at least"):
-        make_trials(encode, lengths=[64], depths=[0.5], trials=1, digits=5, seed=0)
+    for task in TASKS:
+        with pytest.raises(DataError, match=f"{task} with this tokenizer .*Use lengths of at least"):
+            make_haystacks(encode, tasks=[task], lengths=[64], depths=[0.5], trials=1, digits=5, seed=0)
 
 
 def test_exact_match_is_what_greedy_generation_does(both):
-    """A key made of the model's own greedy continuation scores 1; with its last token changed it scores 0 and loses one digit."""
+    """An answer made of the model's own greedy continuation scores 1; with its last token changed it scores 0 and loses one digit."""
     chunk, reference = both
     prompt = torch.randint(0, 512, (1, 60), generator=torch.Generator().manual_seed(0))
     continued = reference.generate(prompt, max_new_tokens=5, do_sample=False, eos_token_id=None)[0, 60:]
-    key = tuple(continued.tolist())
+    tokens, key = tuple(prompt[0].tolist()), tuple(continued.tolist())
     wrong = (*key[:-1], (key[-1] + 1) % 512)
     for answer, exact, digits in ((key, 1.0, 1.0), (wrong, 0.0, 0.8)):
-        trial = NeedleTrial(65, 0.5, tuple(prompt[0].tolist()), answer, 5)
-        scored = score_trials(chunk, [trial], device=torch.device("cpu"), label="test")["65"]
+        haystack = Haystack(65, tokens[:50], (Question("single", tokens[50:], answer, 5, 0.5),))
+        scored = score_haystacks(chunk, [haystack], device=torch.device("cpu"), label="test")["single"]["65"]
         assert (scored["exact_match"], scored["trials"]) == (exact, 1)
         assert scored["digit_accuracy"] == pytest.approx(digits)
-        logits = reference(torch.tensor([trial.prompt + answer]), use_cache=False).logits[0, 59:-1].float()
+        logits = reference(torch.tensor([tokens + answer]), use_cache=False).logits[0, 59:-1].float()
         expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(answer)[:, None]).sum()
         assert scored["key_log_probability"] == pytest.approx(float(expected), abs=1e-4)
+        assert scored["records"] == [[0.5, exact, scored["digit_accuracy"], scored["key_log_probability"]]]
+
+
+def test_questions_that_share_a_haystack_score_as_if_asked_alone(both):
+    chunk, reference = both
+    random = np.random.default_rng(0)
+    tokens = tuple(random.integers(0, 512, 70).tolist())
+    questions = tuple(
+        Question("multi_key", tuple(random.integers(0, 512, size).tolist()), tuple(random.integers(0, 512, 4).tolist()), 4, depth)
+        for size, depth in ((3, 0.1), (9, 0.5), (5, 0.9))
+    )
+    scored = score_haystacks(chunk, [Haystack(90, tokens, questions)], device=torch.device("cpu"), label="test")
+    records = scored["multi_key"]["90"]["records"]
+    for question, (depth, _, _, log_probability) in zip(questions, records, strict=True):
+        logits = reference(torch.tensor([tokens + question.prompt + question.answer]), use_cache=False).logits[0, -5:-1].float()
+        expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(question.answer)[:, None]).sum()
+        assert depth == question.depth and log_probability == pytest.approx(float(expected), abs=1e-4)
+    assert scored["multi_key"]["90"]["by_depth"].keys() == {"0.1", "0.5", "0.9"}
+    again = chunk(torch.tensor([tokens]), torch.arange(70))  # branching ends with the scoring
+    torch.testing.assert_close(again, reference(torch.tensor([tokens]), use_cache=False).logits, atol=1e-4, rtol=0)
 
 
 def test_perplexity_is_exp_of_transformers_loss(both):

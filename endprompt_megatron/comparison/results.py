@@ -1,0 +1,157 @@
+"""The numbers of a study: what finished runs measured, by method and seed, and what each cost."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from endprompt_megatron.comparison.runner import RunOutcome
+from endprompt_megatron.errors import DataError
+from endprompt_megatron.log import read_metrics
+
+TASKS = ("needle", "multi_key", "variable_tracking")
+BASE = "base, untouched"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What one run measured.
+
+    Attributes:
+        label: its row.
+        seed: its seed.
+        summary: its summary.json.
+        system: the trained system of its evaluation.json (the untrained one where the method trains nothing).
+        conditions: of its evaluation.json.
+        step_seconds: time of its fastest step, in seconds: other jobs on the machine only ever add; NaN without training.
+    """
+
+    label: str
+    seed: int
+    summary: dict[str, Any]
+    system: dict[str, Any]
+    conditions: dict[str, Any]
+    step_seconds: float
+
+    @property
+    def train_seconds(self) -> float:
+        """What its training costs on this machine when nothing else runs."""
+        return self.summary["steps"] * self.step_seconds if self.summary["steps"] else 0.0
+
+    def scores(self, task: str) -> dict[int, dict[str, Any]]:
+        """{length: figures} of a retrieval task."""
+        return {int(length): found for length, found in (self.system.get(task) or {}).items()}
+
+    def perplexity(self) -> dict[int, float]:
+        """{window: perplexity}."""
+        return {int(length): value for length, value in (self.system.get("perplexity") or {}).items()}
+
+
+def read_run(directory: Path, *, label: str | None = None, seed: int | None = None) -> list[RunResult]:
+    """The results of a finished run; beside its own row that of the untouched base, where the run probed it.
+
+    Args:
+        directory: output directory of recipes/extend.py.
+        label: of the row; None takes the run's method.
+        seed: None takes the run's own.
+    Raises:
+        DataError: the directory holds no finished run with probes.
+    """
+    try:
+        summary = json.loads((Path(directory) / "summary.json").read_text())
+        evaluation = json.loads((Path(directory) / "evaluation.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise DataError(
+            f"{directory} holds no finished run with probes ({error}). Finish it with recipes/extend.py and evaluation.enabled=true."
+        ) from error
+    systems = evaluation["systems"]
+    own = systems.get("trained") or systems.get("untrained")
+    if own is None:
+        raise DataError(f"{directory} did not probe its result: run it with evaluation.systems=[trained].")
+    steps = [record["step_seconds"] for record in read_metrics(Path(directory) / "metrics.jsonl") if "step_seconds" in record]
+    common = dict(seed=summary["seed"] if seed is None else seed, summary=summary, conditions=evaluation["conditions"])
+    results = [RunResult(label=label or summary["method"], system=own, step_seconds=min(steps, default=math.nan), **common)]
+    if "base" in systems:
+        untrained = {**summary, "steps": 0, "tokens": 0}
+        results.append(
+            RunResult(BASE, common["seed"], untrained, systems["base"], common["conditions"], step_seconds=math.nan)
+        )
+    return results
+
+
+def read_outcomes(outcomes: Iterable[RunOutcome]) -> tuple[list[RunResult], list[RunOutcome]]:
+    """(results of finished runs, runs that failed or left no readable result)."""
+    results, failed = [], []
+    for outcome in outcomes:
+        if outcome.failure is not None:
+            failed.append(outcome)
+            continue
+        try:
+            results += read_run(outcome.directory, label=outcome.request.label, seed=outcome.request.seed)
+        except DataError as error:
+            failed.append(RunOutcome(outcome.request, outcome.directory, str(error)))
+    return results, failed
+
+
+def check_comparable(results: list[RunResult]) -> list[str]:
+    """Where runs were not asked the same: a line each. Different windows or probes make their numbers no comparison."""
+    notes = []
+    first = results[0] if results else None
+    free = {"seed", "end_prompt_tokens", "learning_rate", "global_batch_size", "device"}
+    for result in results[1:]:
+        differing = [key for key, value in first.conditions.items() if key not in free and result.conditions.get(key) != value]
+        if result.summary["target_length"] != first.summary["target_length"]:
+            differing.append("target_length")
+        if differing:
+            notes.append(f"{result.label} seed {result.seed} differs from {first.label} seed {first.seed} in {', '.join(differing)}")
+    return notes
+
+
+def by_label(results: Iterable[RunResult]) -> dict[str, list[RunResult]]:
+    """{label: its runs in the order of seeds}, labels in order of appearance."""
+    grouped: dict[str, list[RunResult]] = {}
+    for result in results:
+        grouped.setdefault(result.label, []).append(result)
+    return {label: sorted(runs, key=lambda run: run.seed) for label, runs in grouped.items()}
+
+
+def log_perplexity(run: RunResult) -> float:
+    """Mean over windows of the logarithm of the perplexity, in nats a token; NaN where none was measured."""
+    values = list(run.perplexity().values())
+    return float(np.mean(np.log(values))) if values else math.nan
+
+
+def task_mean(run: RunResult, task: str, figure: str, *, beyond: int = 0) -> float:
+    """Mean over lengths > `beyond` of a figure (exact_match, digit_accuracy, key_log_probability); NaN where none was measured."""
+    values = [found[figure] for length, found in run.scores(task).items() if length > beyond]
+    return float(np.mean(values)) if values else math.nan
+
+
+def native_window(run: RunResult) -> int:
+    """Positions before the stretch."""
+    return round(run.summary["target_length"] / run.summary["rope_factor"])
+
+
+def equal_time_steps(runs: list[RunResult], reference: list[RunResult], *, within: float) -> int | None:
+    """Steps of a method that cost as much time as the reference's run.
+
+    Args:
+        runs, reference: runs of the method and of the reference.
+        within: share by which the times may differ and still count as equal.
+    Returns:
+        the steps, or None where the runs stand for the equal time already (or train nothing).
+    """
+    own = min((run.step_seconds for run in runs if run.summary["steps"]), default=math.nan)
+    theirs = min((run.step_seconds for run in reference if run.summary["steps"]), default=math.nan)
+    if math.isnan(own) or math.isnan(theirs):
+        return None
+    allowed = reference[0].summary["steps"] * theirs
+    if abs(runs[0].summary["steps"] * own / allowed - 1) <= within:
+        return None
+    return max(1, round(allowed / own))

@@ -1,0 +1,180 @@
+"""Carry the runs of a study out, each in a process of its own: what is finished stays, what failed is remembered with its reason and tried
+again by the next start, and a stop reaches the run that is going on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from endprompt_megatron.comparison.study import RunRequest
+from endprompt_megatron.errors import EXIT_RESUME, ConfigError, RunInterrupted
+from endprompt_megatron.log import get_logger
+from endprompt_megatron.mcore.children import STOP_SIGNALS, end_with_parent
+
+_RECORD_SUFFIX = ".run.json"
+_POLL_SECONDS = 0.1
+_WEIGHTS = {"evaluation": ("checkpoints", "hf", "adapter"), "model": ("checkpoints",), "all": ()}
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """How a run ended.
+
+    Attributes:
+        request: what was asked.
+        directory: its output directory.
+        failure: why it failed, in its own words; None where it is finished.
+    """
+
+    request: RunRequest
+    directory: Path
+    failure: str | None
+
+
+@dataclass(frozen=True)
+class _Running:
+    request: RunRequest
+    process: subprocess.Popen
+    log: Path
+    note: str
+    started: float
+
+
+class Runner:
+    """Runs requests, one or several at a time.
+
+    Args:
+        command: of recipes/extend.py; overrides are appended.
+        directory: where the runs' directories, logs and records go.
+        keep: evaluation | model | all (StudyConfig.keep).
+    """
+
+    def __init__(self, command: list[str], directory: Path, *, keep: str):
+        self.command, self.directory, self.keep = command, Path(directory), keep
+
+    def check(self, requests: list[RunRequest]) -> None:
+        """Whether what is there was made with the overrides that are wanted now.
+
+        Raises:
+            ConfigError: names every run that was not.
+        """
+        problems = []
+        for request in requests:
+            stored = self._record(request)
+            if stored and stored["overrides"] != list(request.overrides):
+                changed = sorted(set(stored["overrides"]) ^ set(request.overrides))
+                problems.append(
+                    f"{self.directory / request.name} was made with other overrides (differing: {', '.join(changed)}). Choose another "
+                    f"output_dir for the study, give the variant a label of its own, or remove that folder and its {_RECORD_SUFFIX}."
+                )
+        if problems:
+            raise ConfigError(*problems)
+
+    def outcome(self, request: RunRequest) -> RunOutcome | None:
+        """How a run ended, or None if it has not been started or was interrupted."""
+        stored = self._record(request)
+        if not stored or stored["status"] == "started":
+            return None
+        return RunOutcome(request, self.directory / request.name, stored.get("failure"))
+
+    def run_all(self, requests: list[RunRequest], *, jobs: int, after: Callable[[], None]) -> None:
+        """Carry out every run that is not finished, those that failed before included.
+
+        Args:
+            jobs: runs at once.
+            after: called after every run that ended.
+        Raises:
+            RunInterrupted: a signal asked to stop; the runs under way were passed it, and go on with the next start.
+        """
+        waiting = []
+        for request in requests:
+            found = self.outcome(request)
+            if found and found.failure is None:
+                self._drop_weights(found.directory)
+            else:
+                waiting.append(request)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        count, running, asked = len(waiting), [], []
+
+        def pass_on(number: int, frame: object) -> None:
+            """Signal handler while runs are under way."""
+            asked.append(number)
+            for run in running:
+                with suppress(ProcessLookupError):
+                    run.process.send_signal(number)
+
+        previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+        try:
+            while running or (waiting and not asked):
+                while waiting and len(running) < jobs and not asked:
+                    running.append(self._start(waiting.pop(0), f"run {count - len(waiting)} of {count}"))
+                time.sleep(_POLL_SECONDS)
+                for run in [run for run in running if run.process.poll() is not None]:
+                    running.remove(run)
+                    self._finish(run)
+                    after()
+        except KeyboardInterrupt:  # the runs got it too
+            for run in running:
+                run.process.wait()
+            raise
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        if asked:
+            name = signal.Signals(asked[0]).name
+            raise RunInterrupted(f"stopped by {name}; start the same command again: it goes on where it stood")
+
+    def _start(self, request: RunRequest, note: str) -> _Running:
+        directory = self.directory / request.name
+        log = self.directory / f"{request.name}.log"
+        get_logger().info(f"{note}: {request.name} (log {log})")
+        self._write_record(request, status="started")
+        arguments = [*self.command, *request.overrides, f"seed={request.seed}", f"output_dir={directory}", f"name={request.name}"]
+        with log.open("a") as stream:
+            process = subprocess.Popen(arguments, stdout=stream, stderr=subprocess.STDOUT, preexec_fn=end_with_parent)
+        return _Running(request, process, log, note, time.monotonic())
+
+    def _finish(self, run: _Running) -> None:
+        directory, status, failure = self.directory / run.request.name, run.process.returncode, None
+        if status == EXIT_RESUME:
+            return  # its record says started
+        if status != 0:
+            failure = f"exit status {status}: {_last_words(run.log)}"
+        elif not (directory / "summary.json").is_file():
+            failure = "it ended without a summary.json"
+        self._write_record(run.request, status="failed" if failure else "finished", failure=failure)
+        get_logger().info(f"{run.note}: {run.request.name} {failure or 'finished'} after {time.monotonic() - run.started:.0f} s")
+        if not failure:
+            self._drop_weights(directory)
+
+    def _drop_weights(self, directory: Path) -> None:
+        for name in _WEIGHTS[self.keep]:
+            shutil.rmtree(directory / name, ignore_errors=True)
+
+    def _record_path(self, request: RunRequest) -> Path:
+        return self.directory / f"{request.name}{_RECORD_SUFFIX}"
+
+    def _record(self, request: RunRequest) -> dict[str, Any] | None:
+        path = self._record_path(request)
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def _write_record(self, request: RunRequest, **values: Any) -> None:
+        path = self._record_path(request)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"overrides": list(request.overrides), **values}, indent=2) + "\n")
+        temporary.replace(path)
+
+
+def _last_words(log: Path) -> str:
+    """The last line of a log that says what went wrong."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    named = [line for line in lines if "Error" in line.split(":")[0]]
+    return (named or lines or ["it said nothing"])[-1][:300]

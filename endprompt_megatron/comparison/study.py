@@ -1,0 +1,130 @@
+"""What a study is: which methods, how many seeds, compared with which. One dataclass, its rules, and the runs it asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from endprompt_megatron.errors import ConfigError
+
+BUDGETS = ("tokens", "seconds")
+KEPT = ("evaluation", "model", "all")
+
+
+@dataclass
+class StudyConfig:
+    """One comparison, as recipes/compare.py takes it.
+
+    Attributes:
+        name: of the study.
+        output_dir: where its runs, its page and its pictures go.
+        experiment: of conf/experiment, what every run starts from; may be null where only `collect` names runs.
+        methods: labels of rows: names of conf/method, or labels of your own whose `overrides_of` holds a `method=`.
+        seeds: every method's, unless seeds_of names others.
+        seeds_of: {label: seeds}.
+        overrides: of every run, as recipes/extend.py takes them.
+        overrides_of: {label: further overrides}.
+        reference: label that the others are tested against.
+        budgets: tokens: every run as configured; seconds: methods whose steps cost more or less than the reference's are trained again
+            with as many steps as fit into its time.
+        same_time_within: how far (as a share) two methods' times for a step may differ and still count as the same time.
+        jobs: runs at once; they share the machine, so give each its part (cpu_threads).
+        keep: of a finished run: evaluation (no weights), model (the export), all (training checkpoints too).
+        write_only: start no run; write the page from what is there.
+        collect: output directories of runs made elsewhere; they become rows by their own method and seed.
+    """
+
+    name: str = "???"
+    output_dir: str = "outputs/${name}"
+    experiment: str | None = None
+    methods: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [1])
+    seeds_of: dict[str, list[int]] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
+    overrides_of: dict[str, list[str]] = field(default_factory=dict)
+    reference: str = "control_short_pi"
+    budgets: list[str] = field(default_factory=lambda: ["tokens"])
+    same_time_within: float = 0.1
+    jobs: int = 1
+    keep: str = "model"
+    write_only: bool = False
+    collect: list[str] = field(default_factory=list)
+
+    def validate(self, known_methods: tuple[str, ...]) -> None:
+        """Check every rule at once.
+
+        Args:
+            known_methods: names in conf/method.
+        Raises:
+            ConfigError: with every problem found.
+        """
+        problems = []
+        if not (self.methods or self.collect):
+            problems.append("methods=[]: name at least one method, or finished runs in collect.")
+        if self.methods and not self.experiment:
+            problems.append("experiment=null: the runs of `methods` start from an experiment, e.g. experiment=tiny_random.")
+        for label in self.methods:
+            if label not in known_methods and not any(text.startswith("method=") for text in self.overrides_of.get(label, [])):
+                problems.append(
+                    f"methods: {label} is none of {', '.join(known_methods)}. For a variant name its method, e.g. "
+                    f"overrides_of.{label}=[method=endprompt, optim.lr=1e-4]."
+                )
+            if not self.seeds_of.get(label, self.seeds):
+                problems.append(f"seeds of {label}: name at least one.")
+        if len(set(self.methods)) < len(self.methods):
+            problems.append(f"methods={self.methods}: each label once.")
+        for key in ("seeds_of", "overrides_of"):
+            strange = sorted(set(getattr(self, key)) - set(self.methods))
+            if strange:
+                problems.append(f"{key}.{strange[0]}: {strange[0]} is not in methods={self.methods}.")
+        if not self.collect and self.reference not in self.methods:
+            problems.append(f"reference={self.reference}: must be one of methods={self.methods}.")
+        if not self.budgets or set(self.budgets) - set(BUDGETS):
+            problems.append(f"budgets={self.budgets}: choose from {', '.join(BUDGETS)}.")
+        if self.keep not in KEPT:
+            problems.append(f"keep={self.keep}: choose one of {', '.join(KEPT)}.")
+        if self.jobs < 1:
+            problems.append(f"jobs={self.jobs}: must be >= 1.")
+        if not 0 < self.same_time_within < 1:
+            problems.append(f"same_time_within={self.same_time_within}: must be between 0 and 1. The default is 0.1.")
+        for text in [*self.overrides, *(text for texts in self.overrides_of.values() for text in texts)]:
+            for key in ("seed", "output_dir", "+experiment"):
+                if text.startswith(f"{key}="):
+                    problems.append(f"override {text}: the study sets {key} itself.")
+        if problems:
+            raise ConfigError(*problems)
+
+    def runs(self) -> list[RunRequest]:
+        """The runs of the token budget, one seed of every method before the next: what there is after an hour compares them all."""
+        requests = [
+            RunRequest(label, seed, tuple(self._overrides(label)))
+            for label in self.methods
+            for seed in self.seeds_of.get(label, self.seeds)
+        ]
+        return sorted(requests, key=lambda run: self.seeds_of.get(run.label, self.seeds).index(run.seed))
+
+    def _overrides(self, label: str) -> list[str]:
+        own = self.overrides_of.get(label, [])
+        method = [] if any(text.startswith("method=") for text in own) else [f"method={label}"]
+        return [f"+experiment={self.experiment}", *method, *self.overrides, *own]
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """One run of a study.
+
+    Attributes:
+        label: its row.
+        seed: of weights, sample order, positions and probes.
+        overrides: of recipes/extend.py, without seed and output_dir.
+        budget: tokens | seconds.
+    """
+
+    label: str
+    seed: int
+    overrides: tuple[str, ...]
+    budget: str = "tokens"
+
+    @property
+    def name(self) -> str:
+        """Of its directory."""
+        return f"{self.label}_seed{self.seed}" + ("" if self.budget == "tokens" else f"_same_{self.budget}")

@@ -1,0 +1,265 @@
+"""The page of a study: every method's numbers as mean and standard deviation over seeds, paired tests against the reference, costs,
+pictures, and the runs that failed. It states numbers and leaves the verdict to the reader."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from endprompt_megatron.comparison.results import (
+    BASE,
+    TASKS,
+    RunResult,
+    by_label,
+    check_comparable,
+    log_perplexity,
+    native_window,
+    task_mean,
+)
+from endprompt_megatron.comparison.runner import RunOutcome
+from endprompt_megatron.comparison.statistics import PairedTest, Summary, paired_tests, summarize
+from endprompt_megatron.comparison.study import StudyConfig
+from endprompt_megatron.report.comparison_plots import plot_cost, plot_scores_by_distance, plot_scores_by_length
+from endprompt_megatron.report.plots import length_label
+
+PAGE, NUMBERS = "comparison.md", "comparison.json"
+TASK_NAMES = {"needle": "one key", "multi_key": "several keys", "variable_tracking": "variable tracking"}
+_MEASURE_NAMES = {"log_perplexity": "log-perplexity"} | TASK_NAMES
+_MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Section:
+    """The runs of one budget.
+
+    Attributes:
+        title: e.g. "The same number of tokens".
+        stem: of the pictures' file names.
+        results: of its finished runs.
+        note: what the reader has to know of how it was made.
+    """
+
+    title: str
+    stem: str
+    results: list[RunResult]
+    note: str = ""
+
+
+def write_comparison(
+    output_dir: Path, study: StudyConfig, sections: list[Section], failed: list[RunOutcome], *, pending: int, commands: list[str]
+) -> Path:
+    """Write comparison.md, comparison.json and the pictures.
+
+    Args:
+        output_dir: where they go.
+        study: what was compared.
+        sections: by budget; those without results are left out.
+        failed: runs without a result.
+        pending: runs that have not been started.
+        commands: that reproduce the study.
+    Returns:
+        Path of the page.
+    """
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    sections = [section for section in sections if section.results]
+    parts = [f"# {study.name}: methods compared", _opening(study, sections, pending, commands)]
+    for section in sections:
+        groups = _ordered(by_label(section.results), study)
+        tests = paired_tests(groups, study.reference)
+        parts += [f"## {section.title}", section.note, *_tables(groups, study, tests), *_pictures(output_dir, section, groups)]
+    if failed:
+        rows = [[outcome.request.label, str(outcome.request.seed), outcome.request.budget, outcome.failure] for outcome in failed]
+        parts += ["## Runs that failed", _table(["method", "seed", "budget", "reason"], rows), "The same command tries them again."]
+    if sections:
+        parts += ["## Conditions", _conditions(sections[0].results)]
+    page = output_dir / PAGE
+    page.write_text("\n\n".join(part for part in parts if part) + "\n")
+    (output_dir / NUMBERS).write_text(json.dumps(_numbers(study, sections, failed), indent=1) + "\n")
+    return page
+
+
+def _ordered(groups: dict[str, list[RunResult]], study: StudyConfig) -> dict[str, list[RunResult]]:
+    order = [BASE, *study.methods]
+    return dict(sorted(groups.items(), key=lambda pair: order.index(pair[0]) if pair[0] in order else len(order)))
+
+
+def _opening(study: StudyConfig, sections: list[Section], pending: int, commands: list[str]) -> str:
+    lines = [
+        "Mean ± standard deviation over seeds (a seed sets sample order, positions and the questions; one seed has no deviation). Every "
+        "method is asked the same questions at ordinary positions."
+    ]
+    if sections:
+        first = sections[0].results[0]
+        window, factor = first.summary["target_length"], first.summary["rope_factor"]
+        lines.append(f"Window {native_window(first):,} -> {window:,} positions (RoPE factor {factor:g}).")
+    if pending:
+        lines.append(f"**{pending} of the study's runs are still to be made; the command below goes on with them.**")
+    notes = [note for section in sections for note in check_comparable(section.results)]
+    lines += [f"Not asked the same: {note}." for note in notes]
+    return " ".join(lines) + "\n\n" + "\n".join(f"    {command}" for command in commands)
+
+
+def _tables(groups: dict[str, list[RunResult]], study: StudyConfig, tests: list[PairedTest]) -> list[str]:
+    runs = [run for group in groups.values() for run in group]
+    native = native_window(runs[0])
+    windows = sorted({window for run in runs for window in run.perplexity()})
+    tables = ["### Perplexity of held-out text (lower is better)"]
+    header = ["method", "seeds", *[length_label(window) for window in windows], "Δ log-perplexity to reference", "p (t, seeds)"]
+    rows = []
+    for label, group in groups.items():
+        values = [_cell(group, lambda run, window=window: run.perplexity().get(window, math.nan), ".1f") for window in windows]
+        rows.append([label, str(len(group)), *values, *_test_cells(tests, label, "log_perplexity", with_questions=False)])
+    tables.append(_table(header, rows))
+    for task in TASKS:
+        if not any(run.scores(task) for run in runs):
+            continue
+        unit = "keys exact" if task != "variable_tracking" else "chains exact"
+        beyond = any(length > native for run in runs for length in run.scores(task))
+        header = ["method", unit, "tokens of the answer right", "log-probability (nats)"]
+        header += [f"the same beyond {length_label(native)}"] if beyond else []
+        header += ["Δ log-probability", "p (t, seeds)", "p (sign flips, questions)"]
+        rows = []
+        for label, group in groups.items():
+            if not any(run.scores(task) for run in group):
+                continue
+            cells = [
+                _cell(group, lambda run, figure=figure, task=task: task_mean(run, task, figure), form)
+                for figure, form in (("exact_match", ".0%"), ("digit_accuracy", ".0%"), ("key_log_probability", ".2f"))
+            ]
+            if beyond:
+                cells.append(_cell(group, lambda run, task=task: task_mean(run, task, "key_log_probability", beyond=native), ".2f"))
+            rows.append([label, *cells, *_test_cells(tests, label, task, with_questions=True)])
+        lengths = sorted({length for run in runs for length in run.scores(task)})
+        tables += [f"### {TASK_NAMES[task].capitalize()}: means over {', '.join(map(length_label, lengths))} tokens", _table(header, rows)]
+    tables += ["### Cost", _cost_table(groups), _test_note(study, tests)]
+    return tables
+
+
+def _cost_table(groups: dict[str, list[RunResult]]) -> str:
+    header = ["method", "tokens a sample", "steps", "tokens", "fastest step (s)", "training (s) at that pace", "peak memory (GiB)"]
+    header.append("last loss")
+    rows = []
+    for label, group in groups.items():
+        summary = group[0].summary
+        if not summary["steps"]:
+            continue
+        rows.append(
+            [
+                label,
+                f"{summary['physical_length']:,}",
+                f"{summary['steps']:,}",
+                f"{summary['tokens']:,}",
+                _cell(group, lambda run: run.step_seconds, ".2f"),
+                _cell(group, lambda run: run.train_seconds, ",.0f"),
+                _cell(group, lambda run: run.summary["peak_memory_gib"], ".1f"),
+                _cell(group, lambda run: run.summary["loss_last"], ".3f"),
+            ]
+        )
+    return _table(header, rows) if rows else ""
+
+
+def _test_cells(tests: list[PairedTest], label: str, measure: str, *, with_questions: bool) -> list[str]:
+    found = next((test for test in tests if (test.label, test.measure) == (label, measure)), None)
+    count = 3 if with_questions else 2
+    if found is None:
+        return [_MISSING] * count
+    cells = [_signed(found.difference), _p(found.p_seeds), _p(found.p_questions)]
+    return cells[:count]
+
+
+def _test_note(study: StudyConfig, tests: list[PairedTest]) -> str:
+    if not tests:
+        return ""
+    seeds = sorted({test.seeds for test in tests})
+    questions = sorted({test.questions for test in tests if test.questions})
+    return (
+        f"Δ: minus `{study.reference}`, mean over the seeds that both have ({', '.join(map(str, seeds))}). p (t, seeds): two-sided paired "
+        f"t-test, a seed is a unit. p (sign flips, questions): two-sided permutation test, a question is a unit "
+        f"({_range(questions)} of them); it knows the noise of the questions, not that of training. No correction for many comparisons."
+    )
+
+
+def _range(values: list[int]) -> str:
+    if not values:
+        return "none"
+    return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
+
+
+def _pictures(output_dir: Path, section: Section, groups: dict[str, list[RunResult]]) -> list[str]:
+    drawn = [
+        (plot_scores_by_length, f"{section.stem}_by_length.png", "By context length: mean over seeds, bars one standard deviation."),
+        (
+            plot_scores_by_distance,
+            f"{section.stem}_by_distance.png",
+            "By the distance from the question back to the fact. Shaded: distances that EndPrompt's samples never show (eq. 9).",
+        ),
+        (plot_cost, f"{section.stem}_cost.png", "What training cost and what came of it."),
+    ]
+    parts = []
+    for draw, name, caption in drawn:
+        path = draw(output_dir / name, groups)
+        if path is not None:
+            parts.append(f"![{caption}]({path.name})\n\n{caption}")
+    return parts
+
+
+def _conditions(results: list[RunResult]) -> str:
+    first = results[0].conditions
+    rows = {key.replace("_", " "): value for key, value in first.items() if key not in ("seed", "end_prompt_tokens")}
+    rows["seeds"] = ", ".join(map(str, sorted({run.seed for run in results})))
+    prompts = sorted({run.conditions.get("end_prompt_tokens", 0) for run in results} - {0})
+    if prompts:
+        rows["end prompt tokens"] = ", ".join(map(str, prompts))
+    return "\n".join(f"- {key}: {value}" for key, value in rows.items())
+
+
+def _numbers(study: StudyConfig, sections: list[Section], failed: list[RunOutcome]) -> dict[str, object]:
+    return {
+        "study": asdict(study),
+        "sections": {
+            section.title: {
+                "runs": [
+                    {"label": run.label, "seed": run.seed, "step_seconds": run.step_seconds, "summary": run.summary, "system": run.system}
+                    for run in section.results
+                ],
+                "means": {
+                    label: {"log_perplexity": asdict(summarize([log_perplexity(run) for run in group]))}
+                    | {task: asdict(summarize([task_mean(run, task, "key_log_probability") for run in group])) for task in TASKS}
+                    for label, group in by_label(section.results).items()
+                },
+                "tests": [asdict(test) for test in paired_tests(by_label(section.results), study.reference)],
+            }
+            for section in sections
+        },
+        "failed": [{"run": outcome.request.name, "reason": outcome.failure} for outcome in failed],
+    }
+
+
+def _cell(group: list[RunResult], value: Callable[[RunResult], float], form: str) -> str:
+    return _spread(summarize([value(run) for run in group]), form)
+
+
+def _spread(summary: Summary, form: str) -> str:
+    if math.isnan(summary.mean):
+        return _MISSING
+    text = format(summary.mean, form)
+    if not math.isnan(summary.deviation):
+        text += f" ± {format(summary.deviation, form)}"
+    return text.replace("-", "−")
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def _p(value: float) -> str:
+    return _MISSING if math.isnan(value) else ("<0.001" if value < 0.001 else f"{value:.3f}")
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    aligned = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in (header, aligned, *rows))

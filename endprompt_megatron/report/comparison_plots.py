@@ -1,0 +1,211 @@
+"""The pictures of a study: retrieval by context length, by the distance back to the fact, and what the training cost. Every method keeps
+its colour, marker and line in all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from endprompt_megatron.comparison.results import BASE, TASKS, RunResult, log_perplexity, native_window, task_mean
+from endprompt_megatron.comparison.statistics import summarize
+from endprompt_megatron.report.plots import (
+    BLUE,
+    DPI,
+    GREEN,
+    GREY,
+    ORANGE,
+    SKY,
+    STYLE,
+    VERMILLION,
+    WIDTH_INCHES,
+    SystemStyle,
+    length_axis,
+    length_label,
+    plt,
+)
+
+_PURPLE = "#CC79A7"
+_TITLES = {"needle": "One key", "multi_key": "One of several keys", "variable_tracking": "Variable tracking"}
+_STYLES = {
+    BASE: SystemStyle("#000000", "o", "-"),
+    "untrained_pi": SystemStyle(GREY, "x", ":"),
+    "control_short_pi": SystemStyle(GREEN, "^", "-."),
+    "endprompt": SystemStyle(BLUE, "D", "-"),
+    "endprompt_random": SystemStyle(SKY, "s", "--"),
+    "endprompt_pose": SystemStyle(_PURPLE, "P", "--"),
+    "pose": SystemStyle(VERMILLION, "v", "-"),
+    "longlora": SystemStyle(ORANGE, "<", "-."),
+    "full": SystemStyle("#8c6d31", "h", "-"),
+}
+_MORE_STYLES = [SystemStyle(color, marker, ":") for marker in "*>p8Xd" for color in ("#8c6d31", ORANGE, GREEN, _PURPLE)]
+
+
+def styles_of(labels: Sequence[str]) -> dict[str, SystemStyle]:
+    """A style for each label, the same in every picture that has the same labels."""
+    more = iter(_MORE_STYLES * (1 + len(labels) // len(_MORE_STYLES)))
+    return {label: _STYLES.get(label) or next(more) for label in labels}
+
+
+def plot_scores_by_length(path: Path, groups: dict[str, list[RunResult]]) -> Path | None:
+    """Perplexity and, for each task, share of the answer's tokens right and log-probability by context length.
+
+    Args:
+        path: of the PNG.
+        groups: {label: runs}.
+    Returns:
+        path, or None where nothing was measured.
+    """
+    runs = [run for group in groups.values() for run in group]
+    tasks = [task for task in TASKS if any(run.scores(task) for run in runs)]
+    if not tasks:
+        return None
+    styles = styles_of(list(groups))
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(
+            2, len(tasks), figsize=(WIDTH_INCHES, 7.4), sharex=True, sharey="row", squeeze=False, layout="constrained"
+        )
+        for column, task in enumerate(tasks):
+            lengths = sorted({length for run in runs for length in run.scores(task)})
+            for row, figure_name in enumerate(("digit_accuracy", "key_log_probability")):
+                axes = panels[row][column]
+                for label, group in groups.items():
+                    by_length: dict[int, list[float]] = {}
+                    for run in group:
+                        for length, found in run.scores(task).items():
+                            by_length.setdefault(length, []).append(found[figure_name])
+                    _draw(axes, sorted(by_length.items()), styles[label], label)
+                length_axis(axes, lengths, native_window(runs[0]), "context length (tokens)" if row else "")
+            panels[0][column].set_title(_TITLES[task], loc="left")
+            panels[0][column].set_ylim(-0.04, 1.04)
+        panels[0][0].set_ylabel("tokens of the answer right (share)")
+        panels[1][0].set_ylabel("log-probability of the answer (nats)")
+        _legend(figure, panels[0][0])
+        return _save(figure, path)
+
+
+def plot_scores_by_distance(path: Path, groups: dict[str, list[RunResult]]) -> Path | None:
+    """Log-probability of the answer by how far the fact stands from the question, with the gap of eq. 9 shaded.
+
+    Args:
+        path: of the PNG.
+        groups: {label: runs}.
+    Returns:
+        path, or None where no task tells the depth of its facts.
+    Source: eq. 9 of EndPrompt (arXiv 2605.14589): distances in [max(a, b), L - a - b] never occur in its samples.
+    """
+    runs = [run for group in groups.values() for run in group]
+    tasks = [task for task in TASKS if any(found.get("by_depth") for run in runs for found in run.scores(task).values())]
+    if not tasks:
+        return None
+    styles = styles_of(list(groups))
+    gap = next((gap for run in runs if (gap := _gap(run)) is not None), None)
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(
+            len(tasks), 1, figsize=(WIDTH_INCHES, 1.2 + 3.4 * len(tasks)), sharex=True, squeeze=False, layout="constrained"
+        )
+        for axes, task in zip(panels[:, 0], tasks, strict=True):
+            if gap:
+                axes.axvspan(*gap, color="#f0e6c8", label=f"never seen by EndPrompt: {gap[0]:,} to {gap[1]:,}")
+            for label, group in groups.items():
+                by_distance: dict[int, list[float]] = {}
+                for run in group:
+                    for length, found in run.scores(task).items():
+                        for depth, figures in found.get("by_depth", {}).items():
+                            distance = max(1, round((1 - float(depth)) * length))
+                            by_distance.setdefault(distance, []).append(figures["key_log_probability"])
+                _draw(axes, _octave_bins(by_distance), styles[label], label)
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(lambda value, _: length_label(round(value)))
+            axes.set_ylabel("log-probability (nats)")
+            axes.set_title(f"{_TITLES[task]}: by distance, in bins of an octave", loc="left")
+        panels[-1][0].set_xlabel("distance from the question back to the fact (tokens)")
+        _legend(figure, panels[0][0])
+        return _save(figure, path)
+
+
+def plot_cost(path: Path, groups: dict[str, list[RunResult]]) -> Path | None:
+    """Seconds of training against perplexity and against retrieval, a point a method.
+
+    Args:
+        path: of the PNG.
+        groups: {label: runs}.
+    Returns:
+        path, or None where nothing was trained.
+    """
+    trained = {label: group for label, group in groups.items() if group[0].summary["steps"]}
+    if not trained:
+        return None
+    styles = styles_of(list(groups))
+    tasks = [task for task in TASKS if any(run.scores(task) for group in trained.values() for run in group)]
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(1, 2, figsize=(WIDTH_INCHES, 4.9), layout="constrained")
+        for label, group in trained.items():
+            seconds = float(np.mean([run.train_seconds for run in group]))
+            pairs = (
+                [math.exp(log_perplexity(run)) for run in group],
+                [float(np.mean([task_mean(run, task, "key_log_probability") for task in tasks])) if tasks else math.nan for run in group],
+            )
+            for axes, values in zip(panels, pairs, strict=True):
+                _draw(axes, [(seconds, values)], styles[label], label)
+        panels[0].set(ylabel="perplexity, mean over windows (lower is better)")
+        panels[1].set(ylabel="log-probability, mean over tasks (nats)")
+        for axes in panels:
+            axes.set_xlabel("training (s)")
+            axes.margins(x=0.15, y=0.15)
+        _legend(figure, panels[0])
+        return _save(figure, path)
+
+
+def _gap(run: RunResult) -> tuple[int, int] | None:
+    prompt = run.conditions.get("end_prompt_tokens", 0)
+    if not prompt or run.label != "endprompt":
+        return None
+    context, window = run.summary["physical_length"] - prompt, run.summary["target_length"]
+    first, last = max(context, prompt), window - context - prompt
+    return (first, last) if first <= last else None
+
+
+def _octave_bins(by_distance: dict[int, list[float]]) -> list[tuple[float, list[float]]]:
+    """Distances gathered in bins of an octave, each at its geometric mean."""
+    bins: dict[int, list[tuple[int, float]]] = {}
+    for distance, values in by_distance.items():
+        bins.setdefault(math.floor(math.log2(distance)), []).extend((distance, value) for value in values)
+    gathered = []
+    for _, pairs in sorted(bins.items()):
+        centre = math.exp(np.mean([math.log(distance) for distance, _ in pairs]))
+        gathered.append((centre, [value for _, value in pairs]))
+    return gathered
+
+
+def _draw(axes, points: list[tuple[float, list[float]]], style: SystemStyle, label: str) -> None:
+    points = [(x, summarize(values)) for x, values in points]
+    points = [(x, found) for x, found in points if not math.isnan(found.mean)]
+    if not points:
+        return
+    axes.errorbar(
+        [x for x, _ in points],
+        [found.mean for _, found in points],
+        yerr=[0.0 if math.isnan(found.deviation) else found.deviation for _, found in points],
+        color=style.color,
+        marker=style.marker,
+        ls=style.line,
+        lw=1.8,
+        ms=6.5,
+        elinewidth=0.9,
+        capsize=2.5,
+        label=label,
+    )
+
+
+def _legend(figure, axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+
+
+def _save(figure, path: Path) -> Path:
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+    return Path(path)

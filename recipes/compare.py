@@ -1,0 +1,60 @@
+"""Compare methods: `python recipes/compare.py +study=NAME [key=value ...]`.
+
+Runs recipes/extend.py for every method and seed of the study (each in a process of its own), and writes one page with means, standard
+deviations, paired tests, costs and pictures. The same command goes on where it stopped. `write_only=true` writes the page from what is
+there; `collect=[outputs/a,outputs/b]` compares runs that you made yourself.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import hydra
+from extend import ROOT
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from endprompt_megatron.compare import compare
+from endprompt_megatron.comparison.study import StudyConfig
+from endprompt_megatron.errors import EXIT_RESUME, EXIT_USER_ERROR, USER_ERRORS, ConfigError, RunInterrupted
+
+
+def to_study(composed: DictConfig) -> StudyConfig:
+    """The composed values as a StudyConfig; a key or type that the schema does not know fails with its dotted name."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StudyConfig), composed))
+    except OmegaConfBaseException as error:
+        message = f"{error.full_key or 'config'}: {error.msg or error}. endprompt_megatron/comparison/study.py explains the keys."
+        raise ConfigError(message) from error
+
+
+@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="compare")
+def run(composed: DictConfig) -> None:
+    """One study."""
+    try:
+        study = to_study(composed)
+        methods = tuple(sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")))
+        finished = compare(
+            study,
+            command=[sys.executable, "-W", "ignore", str(ROOT / "recipes" / "extend.py")],
+            known_methods=methods,
+            told=["python recipes/compare.py " + " ".join(_quoted(argument) for argument in sys.argv[1:])],
+        )
+    except USER_ERRORS as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except RunInterrupted as request:
+        print(request, file=sys.stderr)
+        sys.exit(EXIT_RESUME)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; start the same command again: it goes on where it stood")
+    if not finished and not study.write_only:
+        sys.exit(1)
+
+
+def _quoted(argument: str) -> str:
+    return argument if argument.replace("=", "").replace("/", "").replace("_", "").replace("+", "").isalnum() else f"'{argument}'"
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,42 @@
+"""The study of every method on a random model, by its command: what recipes/compare.py +study=smollm2_135m_16k does, in small."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+from tests.support.run_recipe import recipe_command
+
+
+def _run(*overrides: str, cwd) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        recipe_command("+study=tiny_random", *overrides, recipe="compare.py"),
+        cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+
+
+def test_every_method_is_a_row(tmp_path):
+    done = _run(cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    page = (tmp_path / "outputs" / "compare_tiny_random" / "comparison.md").read_text()
+    methods = (
+        "untrained_pi", "control_short_pi", "endprompt", "endprompt_random", "endprompt_pose", "pose", "full", "lceg_pi", "lceg_ntk",
+        "lceg_yarn", "longlora",
+    )  # fmt: skip
+    tokens = page.split("## The same time")[0]
+    for method in methods:
+        assert f"| {method} | {2 if method in ('endprompt', 'control_short_pi') else 1} |" in tokens, method
+    assert "failed" not in page
+    again = _run("write_only=true", cwd=tmp_path)
+    assert again.returncode == 0 and "run 1" not in again.stderr
+
+
+def test_wrong_studies_end_before_anything_starts(tmp_path):
+    for overrides, message in (
+        (("methods=[endpromt]",), "endpromt is none of"),
+        (("jobs=none",), "jobs"),
+        (("bugets=[tokens]",), "bugets"),
+    ):
+        done = _run(*overrides, cwd=tmp_path)
+        assert done.returncode != 0 and message in done.stderr, done.stderr[-2000:]
+    assert not (tmp_path / "outputs").exists()

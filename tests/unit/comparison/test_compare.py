@@ -1,0 +1,121 @@
+"""A study with a stand-in for recipes/extend.py: runs are made once, failures are rows and are tried again, a stop is passed on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from endprompt_megatron.compare import compare
+from endprompt_megatron.comparison.study import StudyConfig
+from endprompt_megatron.errors import ConfigError, DataError, RunInterrupted
+from tests.support.studies import stand_in_command, write_run
+
+METHODS = ("control_short_pi", "endprompt", "pose", "untrained_pi")
+
+
+def _compare(tmp_path, **changes) -> tuple[bool, str]:
+    study = StudyConfig(
+        **{"name": "s", "output_dir": str(tmp_path / "out"), "experiment": "tiny", "methods": ["endprompt", "control_short_pi"], **changes}
+    )
+    finished = compare(study, command=stand_in_command(tmp_path), known_methods=METHODS, told=["python recipes/compare.py +study=s"])
+    return finished, (tmp_path / "out" / "comparison.md").read_text()
+
+
+def _starts(tmp_path, run: str) -> int:
+    return len((tmp_path / "out" / "runs" / run / "starts").read_text())
+
+
+def test_a_study_is_made_once_and_grows(tmp_path):
+    finished, page = _compare(tmp_path, seeds=[1, 2], keep="evaluation", jobs=2, overrides_of={"endprompt": ["gain=0.5"]})
+    assert finished and "| endprompt | 2 |" in page and "| control_short_pi | 2 |" in page
+    assert "+0.500" in page and "−0.500" in page  # log-probabilities, log-perplexity
+    assert not (tmp_path / "out" / "runs" / "endprompt_seed1" / "hf").exists()
+    for picture in ("tokens_by_length.png", "tokens_by_distance.png", "tokens_cost.png"):
+        assert (tmp_path / "out" / picture).stat().st_size > 10_000 and picture in page
+    finished, page = _compare(tmp_path, seeds=[1, 2, 3], keep="evaluation", overrides_of={"endprompt": ["gain=0.5"]})
+    assert finished and "| endprompt | 3 |" in page
+    assert [_starts(tmp_path, f"endprompt_seed{seed}") for seed in (1, 2, 3)] == [1, 1, 1]
+    assert "python recipes/compare.py +study=s" in page
+    numbers = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert {(run["label"], run["seed"]) for run in numbers["sections"]["The same number of tokens"]["runs"]} == {
+        (label, seed) for label in ("endprompt", "control_short_pi") for seed in (1, 2, 3)
+    }
+
+
+def test_a_failed_run_is_a_row_and_is_tried_again(tmp_path):
+    options = dict(methods=["endprompt", "pose", "control_short_pi"], overrides_of={"pose": ["fail=once"], "endprompt": ["fail=always"]})
+    finished, page = _compare(tmp_path, **options)
+    assert not finished and page.count("DataError: the disk is made of cheese") == 2
+    assert "| control_short_pi | 1 |" in page
+    finished, page = _compare(tmp_path, **options)
+    assert not finished and page.count("the disk is made of cheese") == 1 and "| pose | 1 |" in page
+    assert [_starts(tmp_path, f"{label}_seed1") for label in ("endprompt", "pose", "control_short_pi")] == [2, 2, 1]
+
+
+def test_a_stop_reaches_the_run_and_the_next_start_goes_on(tmp_path):
+    def stop() -> None:
+        while not (tmp_path / "out" / "runs" / "endprompt_seed1" / "waiting").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(RunInterrupted, match="stopped by SIGTERM; start the same command again"):
+        _compare(tmp_path, overrides_of={"endprompt": ["wait=yes"]})
+    thread.join()
+    assert (tmp_path / "out" / "runs" / "endprompt_seed1" / "stopped").exists()
+    finished, page = _compare(tmp_path, overrides_of={"endprompt": ["wait=yes"]})
+    assert finished and _starts(tmp_path, "endprompt_seed1") == 2
+
+
+def test_other_overrides_are_refused_before_anything_starts(tmp_path):
+    _compare(tmp_path)
+    with pytest.raises(ConfigError, match="endprompt_seed1 was made with other overrides .differing: optim.lr=1"):
+        _compare(tmp_path, overrides=["optim.lr=1"], seeds=[1, 2])
+    assert not (tmp_path / "out" / "runs" / "endprompt_seed2").exists()
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match="holds files but no study.json"):
+        _compare(tmp_path, output_dir=str(tmp_path / "else"))
+
+
+def test_methods_of_other_cost_get_the_same_time(tmp_path):
+    options = dict(
+        methods=["endprompt", "pose", "control_short_pi", "untrained_pi"],
+        budgets=["tokens", "seconds"],
+        overrides=["trainer.max_steps=6"],
+        overrides_of={"pose": ["step_seconds=3"], "endprompt": ["step_seconds=1.05"], "untrained_pi": ["trainer.max_steps=0"]},
+    )
+    finished, page = _compare(tmp_path, **options)
+    again = json.loads((tmp_path / "out" / "runs" / "pose_seed1_same_seconds.run.json").read_text())
+    assert finished and again["overrides"][-1] == "trainer.max_steps=2"  # 6 steps of 1 s are 2 of 3 s
+    assert not (tmp_path / "out" / "runs" / "endprompt_seed1_same_seconds").exists()
+    tokens, seconds = page.split("## The same time")
+    assert "trained again with other numbers of steps: pose" in seconds
+    assert "| pose | 128 | 6 | 3,072 |" in tokens and "| pose | 128 | 2 | 1,024 |" in seconds
+
+
+def test_runs_made_elsewhere_are_collected(tmp_path):
+    directories = [
+        str(write_run(tmp_path / f"{method}{seed}", method=method, seed=seed, gain=0.1 * seed, base=method == "endprompt"))
+        for method in ("control_short_pi", "endprompt")
+        for seed in (4, 5)
+    ]
+    finished, page = _compare(tmp_path, methods=[], experiment=None, collect=directories)
+    assert finished and "| endprompt | 2 |" in page and "| base, untouched | 2 |" in page
+    with pytest.raises(DataError, match="holds no finished run with probes"):
+        _compare(tmp_path, methods=[], experiment=None, collect=[str(tmp_path)])
+
+
+def test_runs_that_were_asked_other_questions_are_named(tmp_path):
+    directories = [write_run(tmp_path / method, method=method, seed=1) for method in ("control_short_pi", "endprompt")]
+    evaluation = json.loads((directories[1] / "evaluation.json").read_text())
+    evaluation["conditions"]["haystack"] = "numbers"
+    (directories[1] / "evaluation.json").write_text(json.dumps(evaluation))
+    _, page = _compare(tmp_path, methods=[], experiment=None, collect=list(map(str, directories)))
+    assert "Not asked the same: endprompt seed 1 differs from control_short_pi seed 1 in haystack" in page

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 from endprompt_megatron.checkpoint.hf_mapping import bindings
 from endprompt_megatron.checkpoint.safetensors_io import BLOCK_BYTES, FileRange, empty, read_tensor
 from endprompt_megatron.errors import CheckpointError
+from endprompt_megatron.model.adapter_names import is_adapter
 from endprompt_megatron.model.architecture import ModelArchitecture
 
 METADATA_FILE = ".metadata"
@@ -186,6 +187,13 @@ class TorchDistReader:
                 raise CheckpointError(
                     f"{self.directory}: {key} holds {self._tensors[key].size[0]} layers, the model's config says {architecture.num_layers}."
                 )
+        adapters = [name for name in self._tensors if is_adapter(name) and not _NO_WEIGHTS.search(name)]
+        if adapters:
+            raise CheckpointError(
+                f"{self.directory} holds {len(adapters)} kinds of adapter weights beside its base, e.g. {adapters[0]}: a conversion would "
+                f"lose them. Start the run again by its own command: it goes on from this checkpoint and exports hf/ with the adapters "
+                f"merged, and adapter/ for peft."
+            )
         strange = [name for name in self.unknown_names(architecture) if re.search(r"(^|\.)(decoder|embedding|output_layer)\.", name)]
         if strange:
             raise CheckpointError(

@@ -32,6 +32,7 @@ from torch import Tensor
 from endprompt_megatron.config import AdapterConfig
 from endprompt_megatron.model.adapter_names import OUTPUT_TARGET, QKV_TARGETS, adapter_name, is_adapter
 
+
 def with_adapters(block: TransformerBlockSubmodules, adapter: AdapterConfig) -> TransformerBlockSubmodules:
     """The layers of `block` with adapters on their attention projections.
 

@@ -61,6 +61,16 @@ def test_every_method_goes_with_every_scaling(method, rope, tmp_path, monkeypatc
         assert (ROOT / "conf" / folder / f"{name}.yaml").read_text().startswith("# ")
 
 
+@pytest.mark.parametrize("adapter", sorted(path.stem for path in (ROOT / "conf" / "adapter").glob("*.yaml")))
+@pytest.mark.parametrize("method", sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")))
+def test_every_method_goes_with_adapters_and_with_s2_attention(method, adapter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = to_run_config(_compose("+experiment=smollm2_135m_64k", f"method={method}", f"adapter={adapter}", "method.attention=s2"))
+    assert config.adapter.type == adapter and config.adapter.rank == 8 and config.adapter.alpha == 16
+    assert plan(config, world_size=launch.planned_world_size(config))
+    assert (ROOT / "conf" / "adapter" / f"{adapter}.yaml").read_text().startswith("# ")
+
+
 def test_every_key_of_the_schema_is_read_somewhere():
     """A key that only the schema and its rules name would be a promise that nothing keeps."""
     import dataclasses

@@ -89,6 +89,22 @@ def test_is_full_attention_with_one_group_and_in_evaluation(attention_of, heads,
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 if heads[0] // 2 % (heads[0] // heads[1]) else 0)
 
 
+@pytest.mark.parametrize(("heads", "ranks"), [((4, 4), 2), ((8, 2), 2), ((9, 3), 3), ((4, 4), 4), ((12, 6), 3)])
+def test_ranks_of_a_tensor_parallel_group_make_the_whole(attention_of, heads, ranks, monkeypatch):
+    """The upper half of the heads of all ranks is shifted, wherever a rank's share begins."""
+    whole = attention_of(*heads, 4)
+    tensors = inputs(24, 2, *heads)
+    expected = whole(*tensors, None)
+    config = whole.config
+    config.tensor_model_parallel_size = ranks
+    outputs = []
+    for rank in range(ranks):
+        monkeypatch.setattr("megatron.core.parallel_state.get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        share = ShiftedSparseAttention(config, 1, AttnMaskType.causal, "self", inner=TorchSDPA, num_groups=4)
+        outputs.append(share(*(tensor.chunk(ranks, dim=2)[rank] for tensor in tensors), None))
+    torch.testing.assert_close(torch.cat(outputs, dim=-1), expected, rtol=0, atol=1e-6)
+
+
 def test_nothing_wraps_around(attention_of):
     """The first tokens of a shifted head see no others, and the last are seen by none before them."""
     attention = attention_of(4, 4, 4)

@@ -13,7 +13,7 @@ from endprompt_megatron.checkpoint.hf_mapping import Binding, bindings
 from endprompt_megatron.checkpoint.hf_weights import check_tensors
 from endprompt_megatron.checkpoint.safetensors_io import SafetensorsReader
 from endprompt_megatron.log import track
-from endprompt_megatron.model.adapter_names import is_adapter
+from endprompt_megatron.model.adapters import is_adapter
 from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from endprompt_megatron.model.lora import adapted_layers

@@ -23,9 +23,9 @@ from endprompt_megatron.checkpoint.hf_import import load_hf_weights, merged_weig
 from endprompt_megatron.checkpoint.hf_mapping import bindings
 from endprompt_megatron.checkpoint.hf_weights import count_weights, leftovers, missing
 from endprompt_megatron.checkpoint.megatron_model import MegatronModel
+from endprompt_megatron.checkpoint.merged_reader import open_torch_dist
 from endprompt_megatron.checkpoint.safetensors_io import SafetensorsReader, row_blocks, tensor_bytes
-from endprompt_megatron.checkpoint.torch_dist import TorchDistReader
-from endprompt_megatron.config import ParallelConfig
+from endprompt_megatron.config import AdapterConfig, ParallelConfig
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import track
 from endprompt_megatron.model.architecture import ModelArchitecture
@@ -146,7 +146,7 @@ def verify_megatron_model(
     reason = _why_no_logits(findings, model.architecture) if with_logits else "as asked"
     if reason:
         return [*findings, _no_logits(reason)]
-    chunk = _build(model.architecture, model.rope, model.context_length)
+    chunk = _build(model.architecture, model.rope, model.context_length, model.adapter)
     load_torch_dist([chunk], model.directory)
     return findings + compare_logits(chunk, export, model.architecture, target_context_length=model.context_length)
 
@@ -175,7 +175,10 @@ def largest_difference(stored: torch.Tensor, expected: torch.Tensor) -> float:
 def _verify_stored_tensors(export: Path, model: MegatronModel, dtype: torch.dtype | None) -> Finding:
     worst, where, count = 0.0, "", 0
     architecture = model.architecture
-    with SafetensorsReader(export, reuse_memory=True) as hugging_face, TorchDistReader(model.directory, reuse_memory=True) as megatron:
+    with (
+        SafetensorsReader(export, reuse_memory=True) as hugging_face,
+        open_torch_dist(model.directory, architecture, model.adapter, reuse_memory=True) as megatron,
+    ):
         megatron.check(architecture)
         every = list(bindings(architecture))
         wrong = [*leftovers(hugging_face, architecture), *missing(hugging_face, architecture)]
@@ -318,7 +321,9 @@ def _compare_greedy_text(chunk: EndPromptGPTModel, reference: Any, prompt: torch
     return Finding(f"greedy text ({_WRITTEN_TOKENS} tokens that differ)", float(differs.sum()), 0.0, where)
 
 
-def _build(architecture: ModelArchitecture, rope: RopeScaling, target_context_length: int) -> EndPromptGPTModel:
+def _build(
+    architecture: ModelArchitecture, rope: RopeScaling, target_context_length: int, adapter: AdapterConfig | None = None
+) -> EndPromptGPTModel:
     return build_model_chunks(
         architecture,
         rope=rope,
@@ -327,6 +332,7 @@ def _build(architecture: ModelArchitecture, rope: RopeScaling, target_context_le
         precision="fp32",
         backend=BACKENDS["torch"],
         device=torch.device("cpu"),
+        adapter=adapter,
     )[0].eval()
 
 

@@ -19,7 +19,7 @@ from endprompt_megatron.checkpoint.safetensors_io import TensorPlan, write_shard
 from endprompt_megatron.config import AdapterConfig
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import global_rank
-from endprompt_megatron.model.adapter_names import OUTPUT_TARGET, adapter_name
+from endprompt_megatron.model.adapters import OUTPUT_TARGET, adapter_name
 from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 

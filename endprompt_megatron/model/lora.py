@@ -30,7 +30,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from endprompt_megatron.config import AdapterConfig
-from endprompt_megatron.model.adapter_names import OUTPUT_TARGET, QKV_TARGETS, adapter_name, is_adapter
+from endprompt_megatron.model.adapters import OUTPUT_TARGET, QKV_TARGETS, adapter_name, is_adapter, low_rank_product, merge
 
 
 def with_adapters(block: TransformerBlockSubmodules, adapter: AdapterConfig) -> TransformerBlockSubmodules:
@@ -133,7 +133,7 @@ class AdaptedLinear(torch.nn.Module):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """W + alpha / r B A, summed in float32, of this rank's share and in the weight's type."""
-        return (self.weight.float() + self.scale * self._update()).to(self.weight.dtype)
+        return merge(self.weight, self._update(), self.scale)
 
     def _update(self) -> Tensor:
         raise NotImplementedError
@@ -197,7 +197,7 @@ class _QKVAdapters(AdaptedLinear):
         return torch.cat(rows, dim=inner).flatten(*((dim - 1, dim) if dim < 0 else (dim, dim + 1)))
 
     def _update(self) -> Tensor:
-        products = {target: self.matrix(target, "B").float() @ self.matrix(target, "A").float() for target in self.targets}
+        products = {target: low_rank_product(self.matrix(target, "B"), self.matrix(target, "A")) for target in self.targets}
         return self._interleave(products, 0)
 
 
@@ -231,7 +231,7 @@ class _OutputAdapter(AdaptedLinear):
         return output + self.scale * F.linear(hidden, self.matrix(OUTPUT_TARGET, "B")), bias
 
     def _update(self) -> Tensor:
-        return self.matrix(OUTPUT_TARGET, "B").float() @ self.matrix(OUTPUT_TARGET, "A").float()
+        return low_rank_product(self.matrix(OUTPUT_TARGET, "B"), self.matrix(OUTPUT_TARGET, "A"))
 
 
 def adapted_layers(model: torch.nn.Module) -> dict[str, AdaptedLinear]:

@@ -111,7 +111,7 @@ class ShiftedSparseAttention(MegatronModule):
         first_key = self.first_shifted // (heads // key.shape[2])
         folded = [_fold(tensor, self.num_groups, at) for tensor, at in ((query, self.first_shifted), (key, first_key), (value, first_key))]
         context = self.inner(*folded, None, *args, **options)
-        return _unfold(context.view(*context.shape[:2], heads, -1), self.num_groups, self.first_shifted, batch).reshape(sequence, batch, -1)
+        return _unfold(context.unflatten(-1, (heads, -1)), self.num_groups, self.first_shifted, batch).reshape(sequence, batch, -1)
 
 
 def _fold(tensor: Tensor, groups: int, first_shifted: int) -> Tensor:
@@ -140,9 +140,9 @@ def _fold(tensor: Tensor, groups: int, first_shifted: int) -> Tensor:
 
 def _unfold(tensor: Tensor, groups: int, first_shifted: int, batch: int) -> Tensor:
     """The way back: [S, b, n, d] from what attention made of `_fold`'s."""
-    size, _, heads, dim = tensor.shape
+    size, _, heads, _ = tensor.shape
     sequence, half = groups * size, size // 2
-    rows = tensor.view(size, -1, batch, heads, dim).transpose(0, 1).flatten(0, 1)
+    rows = tensor.unflatten(1, (-1, batch)).transpose(0, 1).flatten(0, 1)
     if first_shifted == heads:
         return rows
     shifted = rows[:, :, first_shifted:]

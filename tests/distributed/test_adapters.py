@@ -26,7 +26,7 @@ LAYOUTS = {
 }
 # model -> layouts in which it trains; the embedding moves the output layer where they are tied
 MODELS = {"tied": tuple(LAYOUTS), "untied": ("TP1", "TP2+SP", "PP2")}
-FROZEN = ("TP1", "TP2+SP", "PP2")
+FROZEN = ("TP1", "TP2+SP", "PP2", "DP2+DistributedOptimizer+overlap")
 RESUMED = ("TP1", "TP2+SP", "PP2")
 
 

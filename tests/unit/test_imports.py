@@ -48,7 +48,7 @@ OWNERS = {
     "transformer_engine": {"model"},
     "lm_eval": {"evaluation/harness.py"},
 }
-NO_TORCH = ("positions", "planning", "errors", "log", "config", "rope/scaling.py", "model/architecture.py", "model/adapter_names.py", "checkpoint/hf_config.py")
+NO_TORCH = ("positions", "planning", "errors", "log", "config", "rope/scaling.py", "model/architecture.py", "checkpoint/hf_config.py")
 
 
 def _imports(path: Path, *, top_level_only: bool = False) -> set[str]:

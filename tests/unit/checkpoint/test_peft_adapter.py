@@ -16,7 +16,7 @@ from endprompt_megatron.checkpoint.hf_verify import load_transformers_model, meg
 from endprompt_megatron.checkpoint.peft_adapter import export_peft_adapter
 from endprompt_megatron.config import AdapterConfig
 from endprompt_megatron.errors import CheckpointError
-from endprompt_megatron.model.adapter_names import is_adapter
+from endprompt_megatron.model.adapters import is_adapter
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from tests.support.families import build_family
 from tests.support.tiny import WINDOW, architecture_of, edit_tensors, load_model, rope_of, tokens_of

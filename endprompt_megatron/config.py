@@ -50,6 +50,9 @@ class MethodConfig:
         num_chunks: pieces of the text (pose) or of the end prompt (endprompt_pose) between which positions skip, >= 1.
         full_length: train on samples of target_context_length tokens, whatever data.seq_length says.
         trained: false leaves the weights alone: the model comes out with its new RoPE only, whatever trainer.max_steps says.
+        attention: full, or s2: while training, tokens attend within groups, and half of the heads within groups shifted by half a group
+            (LongLoRA); evaluation is always full.
+        attention_groups: of s2, groups of a sample; 1 is full attention.
     """
 
     name: str = "endprompt"
@@ -60,6 +63,30 @@ class MethodConfig:
     num_chunks: int = 2
     full_length: bool = False
     trained: bool = True
+    attention: str = "full"
+    attention_groups: int = 4
+
+
+@dataclass
+class AdapterConfig:
+    """What trains: the whole model, or low-rank adapters with the parts that have few numbers.
+
+    Attributes:
+        type: none: every weight trains. lora: adapters on the attention's projections; the keys below are of lora.
+        rank: r, of each adapter.
+        alpha: an adapter's product counts alpha / r.
+        target_modules: of q_proj, k_proj, v_proj, o_proj, each with an adapter of its own.
+        train_embeddings: whether the embedding trains in full beside them. Where the output layer is tied to it, it trains with it; an
+            output layer of its own never does.
+        train_norms: whether the norms' weights train beside them.
+    """
+
+    type: str = "none"
+    rank: int = 8
+    alpha: float = 16.0
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    train_embeddings: bool = True
+    train_norms: bool = True
 
 
 @dataclass
@@ -299,6 +326,7 @@ class RunConfig:
     cpu_threads: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     rope: RopeConfig = field(default_factory=RopeConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)

@@ -55,6 +55,8 @@ def find_problems(
         *_existing_scaling_problems(config, architecture, base_rope),
         *_window_problems(config, window_to_stretch(config, architecture, base_rope)),
         *_method_problems(config, schemes, prompt_lengths),
+        *_attention_problems(config),
+        *_adapter_problems(config),
         *_layout_problems(config, world_size, architecture),
         *_number_problems(config),
     ]
@@ -184,6 +186,47 @@ def _method_problems(config: RunConfig, schemes: tuple[str, ...], prompt_lengths
             f"a = S - b = {config.data.seq_length - max(lengths)} must be at least 1 token. "
             f"Set data.seq_length={max(lengths) * 8} or shorten the end prompt (method.end_prompt_length)."
         )
+    return problems
+
+
+def _attention_problems(config: RunConfig) -> list[str]:
+    attention, groups = config.method.attention, config.method.attention_groups
+    if attention not in ("full", "s2"):
+        return [f"method.attention={attention}: choose full or s2."]
+    if attention == "full":
+        return []
+    if groups < 1:
+        return [f"method.attention_groups={groups}: must be >= 1. LongLoRA's is 4."]
+    problems = []
+    seq_length, context = config.data.seq_length, config.parallel.context_parallel_size
+    if groups > 1 and seq_length % (2 * groups):
+        problems.append(
+            f"method.attention_groups={groups}: data.seq_length={seq_length} must be a multiple of 2*attention_groups={2 * groups}: "
+            f"groups are shifted by half a group. Set data.seq_length={-(-seq_length // (2 * groups)) * 2 * groups}."
+        )
+    if context > 1:
+        problems.append(
+            f"method.attention=s2 with parallel.context_parallel_size={context}: a group has to stand whole on a rank. "
+            f"Set parallel.context_parallel_size=1."
+        )
+    return problems
+
+
+def _adapter_problems(config: RunConfig) -> list[str]:
+    adapter = config.adapter
+    if adapter.type not in ("none", "lora"):
+        return [f"adapter.type={adapter.type}: choose none or lora."]
+    if adapter.type == "none":
+        return []
+    problems = []
+    if adapter.rank < 1:
+        problems.append(f"adapter.rank={adapter.rank}: must be >= 1. LongLoRA's is 8.")
+    if not 0 < adapter.alpha < math.inf:
+        problems.append(f"adapter.alpha={adapter.alpha}: must be a finite number > 0. LongLoRA's is 16.")
+    modules = ("q_proj", "k_proj", "v_proj", "o_proj")
+    found = list(adapter.target_modules)
+    if not found or len(set(found)) < len(found) or not set(found) <= set(modules):
+        problems.append(f"adapter.target_modules={found}: name at least one of {', '.join(modules)}, each once.")
     return problems
 
 

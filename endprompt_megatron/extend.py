@@ -21,6 +21,7 @@ from endprompt_megatron.checkpoint.hf_import import load_hf_weights
 from endprompt_megatron.checkpoint.hf_sources import ensure_base_model
 from endprompt_megatron.checkpoint.hf_verify import format_findings, verify_export
 from endprompt_megatron.checkpoint.model_card import MODEL_CARD, model_card, source_version
+from endprompt_megatron.checkpoint.peft_adapter import export_peft_adapter
 from endprompt_megatron.config import RunConfig
 from endprompt_megatron.data.corpora import check_corpora, corpus_texts, prepare_corpora
 from endprompt_megatron.data.dataset import TokenizerFacts, build_datasets
@@ -212,6 +213,9 @@ def _base_chunks(run: _Run) -> list[EndPromptGPTModel]:
         precision=run.config.precision.name,
         backend=run.backend,
         device=run.runtime.device,
+        adapter=run.config.adapter,
+        attention_groups=run.config.method.attention_groups if run.config.method.attention == "s2" else None,
+        seed=run.config.seed,
     )
     load_hf_weights(chunks, run.base.hf_path, run.base.architecture)
     return chunks
@@ -299,6 +303,7 @@ def _provenance(run: _Run, data_hashes: dict[str, str]) -> dict[str, Any]:
         "end_prompt_lengths": prompts.lengths if prompts else [],
         "end_prompt_loss_weight": config.method.end_prompt_loss_weight,
         "num_chunks": config.method.num_chunks,
+        **_adapter_provenance(config),
         "base": config.model.name,
         # the window that is stretched: the unscaled one where existing scaling is replaced
         "original_context_length": round(config.rope.target_context_length / config.rope.factor),
@@ -315,6 +320,19 @@ def _provenance(run: _Run, data_hashes: dict[str, str]) -> dict[str, Any]:
         "commit": source_version(),
         "megatron_core": f"{version.megatron_core_version()}, torch {torch.__version__}",
     }
+
+
+def _adapter_provenance(config: RunConfig) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    if config.method.attention == "s2":
+        told["attention"] = f"S2 in training, {config.method.attention_groups} groups"
+    if config.adapter.type == "lora":
+        adapter = config.adapter
+        in_full = [name for name, trains in (("embedding", adapter.train_embeddings), ("norms", adapter.train_norms)) if trains]
+        told["adapter"] = f"LoRA r {adapter.rank}, alpha {adapter.alpha:g}: {', '.join(adapter.target_modules)}" + (
+            f"; in full: {', '.join(in_full)}" if in_full else ""
+        )
+    return told
 
 
 def _export(run: _Run, chunks: list[EndPromptGPTModel], result: TrainingResult, provenance: dict[str, Any]) -> Path:
@@ -343,6 +361,15 @@ def _export(run: _Run, chunks: list[EndPromptGPTModel], result: TrainingResult, 
             target_context_length=config.rope.target_context_length,
         )
         get_logger().info(f"{export} verified with transformers\n{format_findings(findings)}")
+    if config.adapter.type == "lora":
+        adapter = export_peft_adapter(
+            chunks,
+            run.output_dir / "adapter",
+            base_hf_path=run.base.hf_path,
+            architecture=run.base.architecture,
+            adapter=config.adapter,
+        )
+        get_logger().info(f"adapter {adapter} (peft; it wants the base with the RoPE scaling of {export / 'config.json'})")
     return export
 
 

@@ -18,6 +18,7 @@ from endprompt_megatron.errors import CheckpointError, ConfigError
 from endprompt_megatron.log import get_logger
 from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.planning.flops import ModelShape
+from endprompt_megatron.planning.memory import TrainedParts
 from endprompt_megatron.planning.planner import PlanRequest, describe_plan
 from endprompt_megatron.positions.scheme import SCHEMES
 from endprompt_megatron.rope.scaling import RopeScaling
@@ -192,8 +193,19 @@ def plan(config: RunConfig, *, world_size: int, gpu_name: str = "H100-80GB") -> 
         rope_factor=config.rope.factor,
         hardware=gpu_name if on_gpu else None,
         device_memory_gib=None if on_gpu else _host_memory_gib(),
+        trained=_trained_parts(config, model_shape(architecture)),
     )
     return describe_plan(request)
+
+
+def _trained_parts(config: RunConfig, shape: ModelShape) -> TrainedParts | None:
+    adapter = config.adapter
+    if adapter.type == "none":
+        return None
+    key_size = shape.key_value_size // 2
+    sizes = {"q_proj": shape.query_size, "k_proj": key_size, "v_proj": key_size, "o_proj": shape.query_size}  # beside hidden_size
+    per_layer = sum(adapter.rank * (shape.hidden_size + sizes[target]) for target in adapter.target_modules)
+    return TrainedParts(per_layer, adapter.train_embeddings, adapter.train_norms)
 
 
 def model_shape(architecture: ModelArchitecture) -> ModelShape:

@@ -22,6 +22,7 @@ from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, extend
 from endprompt_megatron.checkpoint.hf_mapping import Binding, bindings
 from endprompt_megatron.checkpoint.hf_weights import check_hf_weights, planned_tensors
 from endprompt_megatron.checkpoint.megatron_model import COMPANIONS, MegatronModel
+from endprompt_megatron.checkpoint.merged_reader import open_torch_dist
 from endprompt_megatron.checkpoint.model_card import MODEL_CARD, model_card
 from endprompt_megatron.checkpoint.safetensors_io import (
     BLOCK_BYTES,
@@ -161,7 +162,8 @@ def megatron_to_hf(
     max_shard_bytes: int = 5 * 10**9,
     sync: bool = True,
 ) -> Path:
-    """Convert a torch_dist directory, of whatever layout, into a Hugging Face directory that carries everything a model needs.
+    """Convert a torch_dist directory, of whatever layout, into a Hugging Face directory that carries everything a model needs. Adapters of
+    a training run are merged.
 
     Args:
         model: what to convert (megatron_model.describe_megatron_model).
@@ -175,7 +177,7 @@ def megatron_to_hf(
         CheckpointError: weights are missing or belong to another model; destination exists or cannot be written.
     """
     architecture = model.architecture
-    with TorchDistReader(model.directory) as reader:
+    with open_torch_dist(model.directory, architecture, model.adapter) as reader:
         reader.check(architecture)
         for name in reader.unknown_names(architecture):
             get_logger().warning(f"{model.directory}: {name} is no weight of this model and stays behind")
@@ -184,7 +186,7 @@ def megatron_to_hf(
         shards = plan_shards(planned_tensors(architecture, dtype), max_shard_bytes)
         source_of = {name: (binding, index) for binding in every for index, name in enumerate(binding.hugging_face)}
         files = [*reader.files(), model.directory / ".metadata", model.base_hf_path / "config.json"]
-        meaning = {"rope": str(model.rope), "window": model.context_length}
+        meaning = {"rope": str(model.rope), "window": model.context_length, "adapter": str(model.adapter)}
         identity = _identity(files, dtype=str(dtype), files=list(shards), boot=_boot(sync), **meaning)
         with Workspace(destination, identity, sync=sync) as workspace, Progress("converting", len(source_of)) as progress:
 
@@ -192,7 +194,10 @@ def megatron_to_hf(
                 if workspace.note_of(file) is not None:
                     progress.advance(len(shards[file]))
                     return
-                with TorchDistReader(model.directory, reuse_memory=True) as own, workspace.making(file) as (path, _):
+                with (
+                    open_torch_dist(model.directory, architecture, model.adapter, reuse_memory=True) as own,
+                    workspace.making(file) as (path, _),
+                ):
                     write_shard(path, shards[file], partial(blocks, own), sync=sync)
 
             def blocks(own: TorchDistReader, tensor: TensorPlan) -> Iterator[torch.Tensor | FileRange]:

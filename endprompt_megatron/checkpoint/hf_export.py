@@ -1,11 +1,11 @@
-"""Write Megatron model chunks as a Hugging Face model directory: safetensors, config.json, tokenizer, provenance. Written beside its
-final name and renamed into place."""
+"""Write Megatron model chunks as a Hugging Face model directory: safetensors, config.json, tokenizer, provenance. Adapters are merged into
+the weights on the way. Written beside its final name and renamed into place."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 
 from endprompt_megatron.checkpoint.companions import PROVENANCE_FILE, copy_companions
 from endprompt_megatron.checkpoint.hf_config import extended_hf_config, read_hf_config
-from endprompt_megatron.checkpoint.hf_import import named_parameters_of_whole_model
+from endprompt_megatron.checkpoint.hf_import import merged_weights_of_whole_model
 from endprompt_megatron.checkpoint.hf_mapping import Binding, bindings
 from endprompt_megatron.checkpoint.hf_weights import planned_tensors
 from endprompt_megatron.checkpoint.model_card import MODEL_CARD, model_card
@@ -69,7 +69,7 @@ def export_hf(
     if global_rank() != 0:
         for _ in tensors:
             pass
-        _barrier()
+        barrier()
         return destination
     if partial.exists():
         shutil.rmtree(partial)
@@ -83,8 +83,8 @@ def export_hf(
     copy_companions(Path(base_hf_path), partial, target_context_length)
     (partial / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n")
     (partial / MODEL_CARD).write_text(model_card(provenance, base_hf_path=base_hf_path))
-    _move_into_place(partial, destination)
-    _barrier()
+    move_into_place(partial, destination)
+    barrier()
     return destination
 
 
@@ -95,14 +95,27 @@ def gather_hf_tensors(chunks: list[EndPromptGPTModel], architecture: ModelArchit
         chunks: this rank's model.
         architecture: of the whole model.
     """
-    mine = dict(pair for chunk in chunks for pair in named_parameters_of_whole_model(chunk))
+    mine = {name: weight for chunk in chunks for name, weight in merged_weights_of_whole_model(chunk).items()}
+    yield from gather_tensors(bindings(architecture), mine, architecture)
+
+
+def gather_tensors(
+    wanted: Iterable[Binding], mine: dict[str, Callable[[], torch.Tensor]], architecture: ModelArchitecture
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (HF name, whole tensor on the CPU) on rank 0, one binding at a time; other ranks yield nothing but take part.
+
+    Args:
+        wanted: what to gather.
+        mine: {Megatron name in the whole model: this rank's share}.
+        architecture: of the whole model.
+    """
     writes = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
     owners = _owners(mine if writes else {})
-    for binding in bindings(architecture):
+    for binding in wanted:
         owner = owners[binding.megatron]
         whole: list[torch.Tensor] | None = None
         if writes and binding.megatron in mine and _stage_of_owner_is_mine(owner):
-            shards = _gather_shards(mine[binding.megatron].detach(), binding)
+            shards = _gather_shards(mine[binding.megatron](), binding)
             if global_rank() == owner:
                 whole = [tensor.contiguous().cpu() for tensor in binding.layout.join(architecture, shards)]
         yield from _hand_to_rank_zero(binding, whole, owner)
@@ -170,7 +183,8 @@ def _write_weights(
     write_index(directory, shards)
 
 
-def _move_into_place(partial: Path, destination: Path) -> None:
+def move_into_place(partial: Path, destination: Path) -> None:
+    """Rename a directory that is whole to its final name; an earlier one there goes."""
     old = destination.with_name(destination.name + ".replaced")
     if old.exists():
         shutil.rmtree(old)
@@ -182,6 +196,7 @@ def _move_into_place(partial: Path, destination: Path) -> None:
         shutil.rmtree(old)
 
 
-def _barrier() -> None:
+def barrier() -> None:
+    """Wait for every rank."""
     if torch.distributed.get_world_size() > 1:
         torch.distributed.barrier()

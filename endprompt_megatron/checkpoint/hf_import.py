@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,12 +13,14 @@ from endprompt_megatron.checkpoint.hf_mapping import Binding, bindings
 from endprompt_megatron.checkpoint.hf_weights import check_tensors
 from endprompt_megatron.checkpoint.safetensors_io import SafetensorsReader
 from endprompt_megatron.log import track
+from endprompt_megatron.model.adapters import is_adapter
 from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.model.gpt import EndPromptGPTModel
+from endprompt_megatron.model.lora import adapted_layers
 
 
 def load_hf_weights(chunks: list[EndPromptGPTModel], hf_path: Path, architecture: ModelArchitecture) -> None:
-    """Fill every parameter of the chunks from a Hugging Face directory.
+    """Fill every parameter of the chunks, but for adapters, from a Hugging Face directory.
 
     Args:
         chunks: this rank's model, before Megatron's wrappers; parameters keep their dtype.
@@ -57,17 +60,31 @@ def _parameters_by_whole_model_name(chunks: list[EndPromptGPTModel]) -> dict[str
     found: dict[str, list[torch.nn.Parameter]] = {}
     for chunk in chunks:
         for name, parameter in named_parameters_of_whole_model(chunk):
-            found.setdefault(name, []).append(parameter)
+            if not is_adapter(name):
+                found.setdefault(name, []).append(parameter)
     return found
 
 
 def named_parameters_of_whole_model(chunk: EndPromptGPTModel) -> list[tuple[str, torch.nn.Parameter]]:
     """(name, parameter) of a chunk, its layers numbered as in the whole model."""
-    offset = get_transformer_layer_offset(chunk.config, vp_stage=chunk.vp_stage)
-    named = []
-    for name, parameter in chunk.named_parameters():
-        parts = name.split(".")
-        if parts[:2] == ["decoder", "layers"]:
-            parts[2] = str(int(parts[2]) + offset)
-        named.append((".".join(parts), parameter))
-    return named
+    return [(_name_in_whole_model(chunk, name), parameter) for name, parameter in chunk.named_parameters()]
+
+
+def merged_weights_of_whole_model(chunk: EndPromptGPTModel) -> dict[str, Callable[[], torch.Tensor]]:
+    """{name: this rank's weight} of a chunk as the Hugging Face model has it: where there are adapters, merged with them, at the moment of
+    the call and not before; the chunk keeps its own."""
+    weights = {name: parameter.detach for name, parameter in named_parameters_of_whole_model(chunk) if not is_adapter(name)}
+    merged = {_name_in_whole_model(chunk, f"{name}.weight"): layer.merged_weight for name, layer in adapted_layers(chunk).items()}
+    return weights | merged
+
+
+def adapters_of_whole_model(chunk: EndPromptGPTModel) -> dict[str, Callable[[], torch.Tensor]]:
+    """{name: this rank's share} of the adapters of a chunk."""
+    return {name: parameter.detach for name, parameter in named_parameters_of_whole_model(chunk) if is_adapter(name)}
+
+
+def _name_in_whole_model(chunk: EndPromptGPTModel, name: str) -> str:
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        parts[2] = str(int(parts[2]) + get_transformer_layer_offset(chunk.config, vp_stage=chunk.vp_stage))
+    return ".".join(parts)

@@ -19,23 +19,25 @@ from megatron.core import parallel_state
 
 from endprompt_megatron.checkpoint.distributed import load_torch_dist
 from endprompt_megatron.checkpoint.hf_config import architecture_from_hf
-from endprompt_megatron.checkpoint.hf_import import load_hf_weights, named_parameters_of_whole_model
+from endprompt_megatron.checkpoint.hf_import import load_hf_weights, merged_weights_of_whole_model
 from endprompt_megatron.checkpoint.hf_mapping import bindings
 from endprompt_megatron.checkpoint.hf_weights import count_weights, leftovers, missing
 from endprompt_megatron.checkpoint.megatron_model import MegatronModel
+from endprompt_megatron.checkpoint.merged_reader import open_torch_dist
 from endprompt_megatron.checkpoint.safetensors_io import SafetensorsReader, row_blocks, tensor_bytes
-from endprompt_megatron.checkpoint.torch_dist import TorchDistReader
-from endprompt_megatron.config import ParallelConfig
+from endprompt_megatron.config import AdapterConfig, ParallelConfig
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import track
 from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.model.backends import BACKENDS
 from endprompt_megatron.model.build import build_model_chunks
 from endprompt_megatron.model.gpt import EndPromptGPTModel
+from endprompt_megatron.model.lora import adapted_layers
 from endprompt_megatron.rope.scaling import RopeScaling
 
 FREQUENCY_TOLERANCE = 1e-6
 LOGIT_TOLERANCE = 1e-3
+BF16_LOGIT_TOLERANCE = 0.1  # of a live model in bfloat16, in standard deviations of the logits
 _PROBE_TOKENS = 64
 _PROMPT_TOKENS, _WRITTEN_TOKENS = 16, 24
 
@@ -85,7 +87,7 @@ def verify_export(
     if reason:
         findings.append(_no_logits(reason))
     else:
-        findings += verify_logits(export, architecture, rope, target_context_length=target_context_length)
+        findings += verify_logits(export, architecture, rope, target_context_length=target_context_length, live=chunks[0])
     if not all(finding.passed for finding in findings):
         raise CheckpointError(f"{export} is not the trained model:\n{format_findings(findings)}")
     return findings
@@ -102,10 +104,10 @@ def format_findings(findings: list[Finding]) -> str:
 
 
 def _verify_tensors(chunks: list[EndPromptGPTModel], export: Path, architecture: ModelArchitecture) -> Finding:
-    """Read this rank's slices of the export back and compare them with the live parameters, bit for bit."""
+    """Read this rank's slices of the export back and compare them with the live parameters, adapters merged, bit for bit."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
-    live = dict(pair for chunk in chunks for pair in named_parameters_of_whole_model(chunk))
+    live = {name: weight for chunk in chunks for name, weight in merged_weights_of_whole_model(chunk).items()}
     worst, where, count = 0.0, "", 0
     with SafetensorsReader(export) as reader:
         wrong = [*leftovers(reader, architecture), *missing(reader, architecture)]
@@ -116,7 +118,7 @@ def _verify_tensors(chunks: list[EndPromptGPTModel], export: Path, architecture:
                 continue
             count += 1
             stored = binding.layout.read(architecture, binding.hugging_face, reader.rows, reader.columns, rank, size)
-            difference = largest_difference(stored, live[binding.megatron].detach().cpu())
+            difference = largest_difference(stored, live[binding.megatron]().cpu())
             if difference > worst:
                 worst, where = difference, binding.megatron
     return Finding(f"tensors ({count} parameters, bit for bit)", worst, 0.0, where)
@@ -144,7 +146,7 @@ def verify_megatron_model(
     reason = _why_no_logits(findings, model.architecture) if with_logits else "as asked"
     if reason:
         return [*findings, _no_logits(reason)]
-    chunk = _build(model.architecture, model.rope, model.context_length)
+    chunk = _build(model.architecture, model.rope, model.context_length, model.adapter)
     load_torch_dist([chunk], model.directory)
     return findings + compare_logits(chunk, export, model.architecture, target_context_length=model.context_length)
 
@@ -173,7 +175,10 @@ def largest_difference(stored: torch.Tensor, expected: torch.Tensor) -> float:
 def _verify_stored_tensors(export: Path, model: MegatronModel, dtype: torch.dtype | None) -> Finding:
     worst, where, count = 0.0, "", 0
     architecture = model.architecture
-    with SafetensorsReader(export, reuse_memory=True) as hugging_face, TorchDistReader(model.directory, reuse_memory=True) as megatron:
+    with (
+        SafetensorsReader(export, reuse_memory=True) as hugging_face,
+        open_torch_dist(model.directory, architecture, model.adapter, reuse_memory=True) as megatron,
+    ):
         megatron.check(architecture)
         every = list(bindings(architecture))
         wrong = [*leftovers(hugging_face, architecture), *missing(hugging_face, architecture)]
@@ -229,19 +234,53 @@ def _transformers_rope(config) -> tuple[np.ndarray, float]:
 
 
 def verify_logits(
-    export: Path, architecture: ModelArchitecture, rope: RopeScaling, *, target_context_length: int
+    export: Path,
+    architecture: ModelArchitecture,
+    rope: RopeScaling,
+    *,
+    target_context_length: int,
+    live: EndPromptGPTModel | None = None,
 ) -> list[Finding]:
     """Logits of transformers, which believes the export's config.json, and of Megatron, which believes what was trained; both with the
-    export's weights in float32 in this process.
+    export's weights in float32 in this process. Where adapters were merged into these weights, also logits of the model that has them yet.
 
     Args:
         export: model directory.
         architecture, rope: what was trained.
         target_context_length: L; positions reach L - 1.
+        live: the trained model, whole on this process.
     """
     chunk = _build(architecture, rope, target_context_length)
     load_hf_weights([chunk], export, architecture)
-    return compare_logits(chunk, export, architecture, target_context_length=target_context_length)
+    findings = compare_logits(chunk, export, architecture, target_context_length=target_context_length)
+    if live is not None and adapted_layers(live):
+        findings.append(_compare_with_adapters(live, chunk, architecture, target_context_length))
+    return findings
+
+
+@torch.no_grad()
+def _compare_with_adapters(
+    live: EndPromptGPTModel, merged: EndPromptGPTModel, architecture: ModelArchitecture, target_context_length: int
+) -> Finding:
+    """The root mean square of the logits' difference, in standard deviations of the logits: bfloat16 rounds the merged weights, and every
+    step of the live model."""
+    was_training = live.training
+    live.eval()
+    tokens, device = _probe_tokens(architecture), next(live.parameters()).device
+    worst, where = 0.0, ""
+    for label, positions in probe_positions(_PROBE_TOKENS, target_context_length).items():
+        ours = megatron_logits(live, tokens.to(device), positions.to(device)).cpu()[..., : architecture.vocab_size]
+        expected = megatron_logits(merged, tokens, positions)[..., : architecture.vocab_size]
+        difference = float((ours - expected).square().mean().sqrt() / expected.std())
+        if not difference <= worst:
+            worst, where = difference, f"{label} positions"
+    live.train(was_training)
+    tolerance = LOGIT_TOLERANCE if live.config.params_dtype == torch.float32 else BF16_LOGIT_TOLERANCE
+    return Finding("logits with adapters and merged (RMS / deviation)", worst, tolerance, where)
+
+
+def _probe_tokens(architecture: ModelArchitecture) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, architecture.vocab_size, _PROBE_TOKENS))[None]
 
 
 def compare_logits(
@@ -254,7 +293,7 @@ def compare_logits(
         target_context_length: L; positions reach L - 1.
     """
     reference = load_transformers_model(export)
-    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, architecture.vocab_size, _PROBE_TOKENS))[None]
+    tokens = _probe_tokens(architecture)
     findings = []
     for label, positions in probe_positions(_PROBE_TOKENS, target_context_length).items():
         ours = megatron_logits(chunk, tokens, positions)[..., : architecture.vocab_size]
@@ -282,7 +321,9 @@ def _compare_greedy_text(chunk: EndPromptGPTModel, reference: Any, prompt: torch
     return Finding(f"greedy text ({_WRITTEN_TOKENS} tokens that differ)", float(differs.sum()), 0.0, where)
 
 
-def _build(architecture: ModelArchitecture, rope: RopeScaling, target_context_length: int) -> EndPromptGPTModel:
+def _build(
+    architecture: ModelArchitecture, rope: RopeScaling, target_context_length: int, adapter: AdapterConfig | None = None
+) -> EndPromptGPTModel:
     return build_model_chunks(
         architecture,
         rope=rope,
@@ -291,6 +332,7 @@ def _build(architecture: ModelArchitecture, rope: RopeScaling, target_context_le
         precision="fp32",
         backend=BACKENDS["torch"],
         device=torch.device("cpu"),
+        adapter=adapter,
     )[0].eval()
 
 

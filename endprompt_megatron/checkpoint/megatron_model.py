@@ -11,6 +11,7 @@ from typing import Any
 from endprompt_megatron.checkpoint.directory import RUN_FILE
 from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config, rope_from_hf
 from endprompt_megatron.checkpoint.torch_dist import find_torch_dist
+from endprompt_megatron.config import AdapterConfig
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.rope.scaling import RopeScaling
@@ -32,6 +33,7 @@ class MegatronModel:
         context_length: its window, in positions.
         origin: how that is known, in words.
         provenance: how the model was made, where a training run of ours made it; else None.
+        adapter: the low-rank adapters that stand beside its weights, where a training run of ours trained some; else None.
     """
 
     directory: Path
@@ -42,6 +44,7 @@ class MegatronModel:
     context_length: int
     origin: str
     provenance: dict[str, Any] | None = None
+    adapter: AdapterConfig | None = None
 
 
 def describe_megatron_model(
@@ -111,4 +114,5 @@ def _of_training_run(directory: Path, record: dict[str, Any], hf_base: Path | No
         int(run["rope"]["target_context_length"]),
         f"{RUN_FILE} of the training run",
         {**record.get("provenance", {}), "steps": record["state"]["step"], "tokens": record["state"]["tokens"]},
+        AdapterConfig(**run["adapter"]) if run.get("adapter", {}).get("type", "none") != "none" else None,
     )

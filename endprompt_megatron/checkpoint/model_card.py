@@ -19,6 +19,8 @@ _ROWS = (
     ("Physical length of a sample S", "seq_length"),
     ("Position scheme", "position_scheme"),
     ("End prompts", "end_prompts"),
+    ("Attention", "attention"),
+    ("Adapters", "adapter"),
     ("Steps", "steps"),
     ("Tokens trained on", "tokens"),
     ("Sequences a step", "global_batch_size"),

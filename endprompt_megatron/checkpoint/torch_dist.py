@@ -27,9 +27,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from endprompt_megatron.checkpoint.directory import RUN_FILE
 from endprompt_megatron.checkpoint.hf_mapping import bindings
 from endprompt_megatron.checkpoint.safetensors_io import BLOCK_BYTES, FileRange, empty, read_tensor
 from endprompt_megatron.errors import CheckpointError
+from endprompt_megatron.model.adapters import is_adapter
 from endprompt_megatron.model.architecture import ModelArchitecture
 
 METADATA_FILE = ".metadata"
@@ -157,6 +159,14 @@ class TorchDistReader:
         known = {self._locate(binding.megatron)[0] for binding in bindings(architecture)}
         return sorted(name for name in self._tensors if name not in known and not _NO_WEIGHTS.search(name))
 
+    def adapters(self) -> list[str]:
+        """Weights of low-rank adapters, by their keys."""
+        return sorted(name for name in self._tensors if is_adapter(name) and not _NO_WEIGHTS.search(name))
+
+    def holds(self, name: str) -> bool:
+        """Whether a parameter of the whole model stands in it."""
+        return self._locate(name)[0] in self._tensors
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a parameter of the whole model (a Megatron name, its layer numbered)."""
         key, layer = self._locate(name)
@@ -186,6 +196,12 @@ class TorchDistReader:
                 raise CheckpointError(
                     f"{self.directory}: {key} holds {self._tensors[key].size[0]} layers, the model's config says {architecture.num_layers}."
                 )
+        adapters = self.adapters()
+        if adapters:
+            raise CheckpointError(
+                f"{self.directory} holds {len(adapters)} weights of adapters, e.g. {adapters[0]}, and does not say how they count (alpha): "
+                f"name the checkpoint of the run that trained them, with its {RUN_FILE}."
+            )
         strange = [name for name in self.unknown_names(architecture) if re.search(r"(^|\.)(decoder|embedding|output_layer)\.", name)]
         if strange:
             raise CheckpointError(

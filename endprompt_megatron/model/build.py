@@ -9,11 +9,13 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from endprompt_megatron.config import ParallelConfig
+from endprompt_megatron.config import AdapterConfig, ParallelConfig
 from endprompt_megatron.mcore.runtime import fuses_gradient_accumulation
 from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.model.backends import Backend
 from endprompt_megatron.model.gpt import EndPromptGPTModel
+from endprompt_megatron.model.lora import prepare_adapters, with_adapters
+from endprompt_megatron.model.shifted_sparse import with_shifted_sparse_attention
 from endprompt_megatron.rope.scaling import RopeScaling
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -90,6 +92,9 @@ def build_model_chunks(
     precision: str,
     backend: Backend,
     device: torch.device,
+    adapter: AdapterConfig | None = None,
+    attention_groups: int | None = None,
+    seed: int = 0,
 ) -> list[EndPromptGPTModel]:
     """This rank's model chunks (one, or one a virtual pipeline stage), weights not yet loaded.
 
@@ -99,15 +104,24 @@ def build_model_chunks(
         max_sequence_length: L, for Megatron's bookkeeping.
         parallel, precision, backend: how it is cut, in which numbers and with which kernels.
         device: where the weights go.
+        adapter: adapters, and what trains beside them; None, or one of type none, trains everything.
+        attention_groups: groups of S2-attention; None is full attention.
+        seed: of the run; adapters are drawn from it.
     """
     config = transformer_config(architecture, parallel=parallel, precision=precision)
     virtual = parallel.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in range(virtual or 1):
         vp_stage = stage if virtual else None
+        block = backend.block_spec(config, vp_stage=vp_stage)
+        if attention_groups is not None:
+            block = with_shifted_sparse_attention(block, num_groups=attention_groups)
+        has_adapters = adapter is not None and adapter.type == "lora"
+        if has_adapters:
+            block = with_adapters(block, adapter)
         chunk = EndPromptGPTModel(
             config,
-            backend.block_spec(config, vp_stage=vp_stage),
+            block,
             architecture.padded_vocab_size(parallel.tensor_model_parallel_size),
             max_sequence_length,
             num_real_tokens=architecture.vocab_size,
@@ -117,6 +131,8 @@ def build_model_chunks(
             share_embeddings_and_output_weights=architecture.tied_embeddings,
             vp_stage=vp_stage,
         )
+        if has_adapters:
+            prepare_adapters(chunk, adapter, seed=seed)
         chunks.append(chunk.to(device))
     return chunks
 

@@ -55,6 +55,21 @@ class MemoryEstimate:
         return self.weights_gib + self.gradients_gib + self.optimizer_gib + self.activations_gib + self.logits_gib
 
 
+@dataclass(frozen=True)
+class TrainedParts:
+    """What has gradients and optimizer state where not every weight trains.
+
+    Attributes:
+        adapter_parameters_per_layer: numbers of the adapters of a layer; they come on top of its weights.
+        embedding: whether the embedding trains; a tied output layer trains with it, another one never does.
+        norms: whether the norms train.
+    """
+
+    adapter_parameters_per_layer: int
+    embedding: bool
+    norms: bool
+
+
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
     """Rows of the embedding as Megatron holds it: a multiple of 128 * tensor_model_parallel_size."""
     multiple = 128 * tensor_model_parallel_size
@@ -76,12 +91,14 @@ def estimate_memory(
     recompute_granularity: str | None,
     num_micro_batches: int,
     virtual_pipeline_model_parallel_size: int | None = None,
+    trained: TrainedParts | None = None,
 ) -> MemoryEstimate:
     """Memory of one device during a training step, on the first or the last pipeline stage, whichever needs more.
 
     Assumptions, each on the side of Megatron-Core's defaults:
-    - Full-parameter AdamW. Bytes a parameter: bf16 2 (weight) + 4 (fp32 gradient) + 12 (fp32 master, two moments); fp32 4 + 4 + 8.
-      The distributed optimizer splits the last part over data *and* context parallel ranks, as Megatron does.
+    - AdamW over every weight, or over `trained`, whose adapters are counted whole on every tensor parallel rank. Bytes a parameter:
+      bf16 2 (weight) + 4 (fp32 gradient) + 12 (fp32 master, two moments); fp32 4 + 4 + 8. The distributed optimizer splits the last
+      part over data *and* context parallel ranks, as Megatron does.
     - Attention keeps query, key, value, output and one fp32 number a head and token (flash kernels, SDPA); no s x s scores.
     - A layer keeps: the inputs and outputs of its two norms, query/key/value, the attention output, the MLP's first output and its
       activated half. SwiGLU and norms are fused (SwiGLU in plain torch keeps one more ffn_hidden_size a token, a norm in plain
@@ -105,6 +122,7 @@ def estimate_memory(
         recompute_granularity: None, "selective" or "full".
         num_micro_batches: micro-batches a rank accumulates a step.
         virtual_pipeline_model_parallel_size: model chunks a stage of the interleaved schedule; None without it.
+        trained: what trains, where that is not every weight.
     Returns:
         The estimate of the stage that needs most.
     Raises:
@@ -135,6 +153,13 @@ def estimate_memory(
         owns_output_matrix = has_output and not (has_embedding and shape.tied_embeddings)
         parameters = layers * layer_parameters + embedding_parameters * (has_embedding + owns_output_matrix)
         parameters += shape.hidden_size * has_output
+        trains = parameters
+        if trained is not None:
+            adapters = layers * trained.adapter_parameters_per_layer
+            parameters += adapters
+            embeddings = has_embedding or (has_output and shape.tied_embeddings)
+            trains = adapters + trained.embedding * embedding_parameters * embeddings
+            trains += trained.norms * (layers * shape.norm_parameters_per_layer + shape.hidden_size * has_output)
         layers_in_flight = layers * _micro_batches_in_flight(
             index, pipeline, num_micro_batches, virtual_pipeline_model_parallel_size or 1
         )
@@ -145,8 +170,8 @@ def estimate_memory(
         activations += 2 * residual_bytes * has_output  # the final norm's input and output
         return MemoryEstimate(
             weights_gib=parameters * sizes.element / GIB,
-            gradients_gib=parameters * sizes.gradient / GIB,
-            optimizer_gib=parameters * sizes.optimizer / optimizer_split / GIB,
+            gradients_gib=trains * sizes.gradient / GIB,
+            optimizer_gib=trains * sizes.optimizer / optimizer_split / GIB,
             activations_gib=activations / GIB,
             logits_gib=has_output * tokens * vocab / tensor * sizes.logit / GIB,
             stage=name,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.planning.flops import ModelShape, count_parameters, training_flops_per_token
-from endprompt_megatron.planning.memory import MemoryEstimate, estimate_memory
+from endprompt_megatron.planning.memory import MemoryEstimate, TrainedParts, estimate_memory
 from endprompt_megatron.planning.throughput import estimate_step_seconds, get_hardware
 
 # Above this share of the device memory, what the estimate leaves out (CUDA context, communication buffers, fragmentation) decides.
@@ -36,6 +36,7 @@ class PlanRequest:
         hardware: a name in throughput.HARDWARE, or None (a CPU, an unknown GPU): then no time is estimated.
         device_memory_gib: memory of one rank; None takes the hardware's, and without hardware nothing is compared.
         model_flops_utilization: assumed share of the peak while busy.
+        trained: what trains, where that is not every weight; the FLOPs and the time are those of training everything all the same.
     """
 
     experiment: str
@@ -62,6 +63,7 @@ class PlanRequest:
     hardware: str | None = None
     device_memory_gib: float | None = None
     model_flops_utilization: float = 0.4
+    trained: TrainedParts | None = None
 
     @property
     def model_parallel_size(self) -> int:
@@ -132,6 +134,7 @@ def _memory(request: PlanRequest, seq_length: int) -> MemoryEstimate:
         recompute_granularity=request.recompute_granularity,
         num_micro_batches=request.num_micro_batches,
         virtual_pipeline_model_parallel_size=request.virtual_pipeline_model_parallel_size,
+        trained=request.trained,
     )
 
 

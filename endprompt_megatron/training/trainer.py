@@ -23,6 +23,7 @@ from endprompt_megatron.mcore.checked_step import checked_step
 from endprompt_megatron.mcore.runtime import Runtime, agree_on_any
 from endprompt_megatron.model.build import wrap_for_training
 from endprompt_megatron.model.gpt import EndPromptGPTModel
+from endprompt_megatron.model.lora import count_parameters
 from endprompt_megatron.training.guard import StepGuard
 from endprompt_megatron.training.metrics import Stopwatch, peak_memory_gib, reduce_loss_figures
 from endprompt_megatron.training.optimizer import build_optimizer, build_scheduler
@@ -75,6 +76,8 @@ class Trainer:
         self.output_dir = Path(output_dir)
         self.stop = stop or StopRequests()
         parallel, optim = config.parallel, config.optim
+        trainable, every = count_parameters(chunks)
+        get_logger().info(f"training {trainable:,} of {every:,} parameters ({trainable / every:.2%}; padding of the vocabulary included)")
         self.model = wrap_for_training(chunks, parallel)
         self.optimizer = build_optimizer(
             self.model,

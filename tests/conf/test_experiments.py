@@ -85,12 +85,12 @@ def test_every_method_goes_with_every_model_and_length(method, tmp_path, monkeyp
             assert config.rope.type == {"lceg_ntk": "ntk", "lceg_yarn": "yarn"}.get(method, "pi")
 
 
-FULL_LENGTH = ("full", "lceg_pi", "lceg_ntk", "lceg_yarn")
+FULL_LENGTH = ("full", "lceg_pi", "lceg_ntk", "lceg_yarn", "longlora")
 
 
 def test_the_methods_of_the_paper_are_all_there():
     assert set(METHODS) >= {
-        *FULL_LENGTH, "longlora", "pose", "endprompt", "endprompt_random", "endprompt_pose", "control_short_pi", "untrained_pi",
+        *FULL_LENGTH, "pose", "endprompt", "endprompt_random", "endprompt_pose", "control_short_pi", "untrained_pi",
     }  # fmt: skip
 
 
@@ -104,6 +104,16 @@ def test_every_method_goes_with_every_scaling(method, rope, tmp_path, monkeypatc
     for folder, name in (("method", method), ("rope", rope)):
         text = (ROOT / "conf" / folder / f"{name}.yaml").read_text()
         assert text.removeprefix("# @package _global_\n").startswith("# ")
+
+
+@pytest.mark.parametrize("adapter", sorted(path.stem for path in (ROOT / "conf" / "adapter").glob("*.yaml")))
+@pytest.mark.parametrize("method", sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")))
+def test_every_method_goes_with_adapters_and_with_s2_attention(method, adapter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = to_run_config(_compose("+experiment=smollm2_135m_64k", f"method={method}", f"adapter={adapter}", "method.attention=s2"))
+    assert config.adapter.type == adapter and config.adapter.rank == 8 and config.adapter.alpha == 16
+    assert plan(config, world_size=launch.planned_world_size(config))
+    assert (ROOT / "conf" / "adapter" / f"{adapter}.yaml").read_text().startswith("# ")
 
 
 def test_every_key_of_the_schema_is_read_somewhere():

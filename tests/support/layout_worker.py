@@ -1,7 +1,8 @@
 """Trains one described job on this rank, from a Hugging Face directory to metrics and checkpoints, through the library's own parts.
 
-A job: {"output": dir, "model": dir, "data": dir, "scheme": name, "steps": n, "parallel": {...}, "trainer": {...}}. What it trained is in its
-metrics.jsonl; a job whose output holds a checkpoint resumes it.
+A job: {"output": dir, "model": dir, "data": dir, "scheme": name, "steps": n, "parallel": {...}, "trainer": {...}}; optionally "adapter": {...},
+"attention_groups": m of S2-attention, "export": true. What it trained is in its metrics.jsonl, and in hf/ and adapter/ where it exports; a job
+whose output holds a checkpoint resumes it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config
+from endprompt_megatron.checkpoint.hf_export import export_hf
 from endprompt_megatron.checkpoint.hf_import import load_hf_weights
 from endprompt_megatron.checkpoint.hf_tokenizer import hash_tokenizer, load_tokenizer
+from endprompt_megatron.checkpoint.hf_verify import verify_export
+from endprompt_megatron.checkpoint.peft_adapter import export_peft_adapter
 from endprompt_megatron.config import (
+    AdapterConfig,
     DataConfig,
     LaunchConfig,
     MethodConfig,
@@ -63,11 +68,18 @@ def run_job(job: dict, prepare: Callable[[Trainer], None] = lambda trainer: None
     architecture = architecture_from_hf(read_hf_config(Path(job["model"])))
     target = 2 * architecture.max_position_embeddings
     source = TextSource(path="package:tiny/train")
+    groups = job.get("attention_groups")
     config = RunConfig(
         name="layouts",
         output_dir=job["output"],
         model=ModelConfig("tiny", job["model"]),
-        method=MethodConfig(position_scheme=job["scheme"], end_prompts=["EP_1", "EP_3"] if job["scheme"] == "scattered" else ["EP_1"]),
+        method=MethodConfig(
+            position_scheme=job["scheme"],
+            end_prompts=["EP_1", "EP_3"] if job["scheme"] == "scattered" else ["EP_1"],
+            attention="s2" if groups else "full",
+            attention_groups=groups or 4,
+        ),
+        adapter=AdapterConfig(**job.get("adapter", {})),
         rope=RopeConfig("pi", 2.0, target),
         parallel=parallel,
         precision=PrecisionConfig(job.get("precision", "fp32")),
@@ -89,6 +101,9 @@ def run_job(job: dict, prepare: Callable[[Trainer], None] = lambda trainer: None
             precision=config.precision.name,
             backend=resolve("torch"),
             device=runtime.device,
+            adapter=config.adapter,
+            attention_groups=groups,
+            seed=config.seed,
         )
         load_hf_weights(chunks, Path(job["model"]), architecture)
         train_dataset, _ = build_datasets(
@@ -121,7 +136,24 @@ def run_job(job: dict, prepare: Callable[[Trainer], None] = lambda trainer: None
             )
             prepare(trainer)
             trainer.train()
+            if job.get("export"):
+                _export(job, chunks, architecture, rope, target, config.adapter)
             return trainer
     finally:
         mcore_runtime.shut_down(keep_process_group=True)
 
+
+def _export(job: dict, chunks: list, architecture, rope: RopeScaling, target: int, adapter: AdapterConfig) -> None:
+    base, output = Path(job["model"]), Path(job["output"])
+    exported = export_hf(
+        chunks,
+        output / "hf",
+        base_hf_path=base,
+        architecture=architecture,
+        rope=rope,
+        target_context_length=target,
+        max_shard_bytes=2**30,
+        provenance={},
+    )
+    verify_export(chunks, exported, architecture=architecture, rope=rope, target_context_length=target)
+    export_peft_adapter(chunks, output / "adapter", base_hf_path=base, architecture=architecture, adapter=adapter)

@@ -38,8 +38,12 @@ def rope_of(hf_path: Path, factor: float = 1.0) -> RopeScaling:
     return RopeScaling(kind, architecture.rope_theta, architecture.head_dim, factor=factor)
 
 
-def load_model(hf_path: Path, *, factor: float = 1.0, precision: str = "fp32") -> EndPromptGPTModel:
-    """The directory on Megatron, whole on this process, in evaluation mode. Needs `single_process`."""
+def load_model(hf_path: Path, *, factor: float = 1.0, precision: str = "fp32", **options: Any) -> EndPromptGPTModel:
+    """The directory on Megatron, whole on this process, in evaluation mode. Needs `single_process`.
+
+    Args:
+        options: further arguments of build_model_chunks, e.g. `adapter`.
+    """
     architecture = architecture_of(hf_path)
     chunks = build_model_chunks(
         architecture,
@@ -49,6 +53,7 @@ def load_model(hf_path: Path, *, factor: float = 1.0, precision: str = "fp32") -
         precision=precision,
         backend=BACKENDS["torch"],
         device=torch.device("cpu"),
+        **options,
     )
     load_hf_weights(chunks, hf_path, architecture)
     return chunks[0].eval()

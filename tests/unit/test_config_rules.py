@@ -73,6 +73,55 @@ def test_settings_that_cannot_work_are_refused(world_size, changes, quoted):
 @pytest.mark.parametrize(
     ("changes", "quoted"),
     [
+        ({"method__attention": "s3"}, "method.attention=s3: choose full or s2"),
+        ({"method__attention": "s2", "method__attention_groups": 0}, "attention_groups=0: must be >= 1"),
+        ({"method__attention": "s2", "data__seq_length": 500}, "multiple of 2*attention_groups=8: groups are shifted by half a group. Set data.seq_length=504"),
+        ({"adapter__type": "dora"}, "adapter.type=dora: choose none or lora"),
+        ({"adapter__type": "lora", "adapter__rank": 0}, "adapter.rank=0: must be >= 1"),
+        ({"adapter__type": "lora", "adapter__alpha": float("nan")}, "adapter.alpha=nan: must be a finite number > 0"),
+        ({"adapter__type": "lora", "adapter__alpha": -1.0}, "adapter.alpha=-1.0"),
+        ({"adapter__type": "lora", "adapter__target_modules": []}, "adapter.target_modules=[]: name at least one of q_proj"),
+        ({"adapter__type": "lora", "adapter__target_modules": ["q_proj", "q_proj"]}, "each once"),
+        ({"adapter__type": "lora", "adapter__target_modules": ["gate_proj"]}, "adapter.target_modules=['gate_proj']"),
+    ],
+)
+def test_adapters_and_attention(changes, quoted):
+    (problem,) = problems_of(**changes)
+    assert quoted in problem
+
+
+def test_s2_attention_wants_whole_groups_on_a_rank():
+    problems = problems_of(2, method__attention="s2", parallel__context_parallel_size=2)
+    assert problems == [
+        "method.attention=s2 with parallel.context_parallel_size=2: a group has to stand whole on a rank. Set parallel.context_parallel_size=1."
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method__attention": "s2"},
+        {"method__attention": "s2", "method__attention_groups": 1, "data__seq_length": 511},
+        {"method__attention": "s2", "adapter__type": "lora", "adapter__target_modules": ["o_proj"]},
+        {"adapter__type": "none", "adapter__rank": 0},
+        {"method__attention": "full", "data__seq_length": 500},
+    ],
+)
+def test_adapters_and_attention_that_work(changes):
+    assert problems_of(**changes) == []
+
+
+def test_other_adapters_make_another_run():
+    from endprompt_megatron.config_rules import resume_differences
+
+    stored, current = RunConfig().to_dict(), RunConfig().to_dict()
+    current["adapter"]["alpha"], current["method"]["attention"] = 32.0, "s2"
+    assert resume_differences(stored, current) == [("adapter.alpha", 16.0, 32.0), ("method.attention", "full", "s2")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "quoted"),
+    [
         ({"evaluation__needle_trials": 0}, "needle_trials=0"),
         ({"evaluation__needle_digits": 0}, "needle_digits=0"),
         ({"evaluation__perplexity_tokens": 0}, "perplexity_tokens=0"),

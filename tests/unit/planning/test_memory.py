@@ -6,7 +6,7 @@ import pytest
 
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.planning.flops import ModelShape, count_parameters
-from endprompt_megatron.planning.memory import GIB, estimate_memory, padded_vocab_size
+from endprompt_megatron.planning.memory import GIB, TrainedParts, estimate_memory, padded_vocab_size
 
 # Vocabulary 128 * 16, so that no tensor parallel size used here pads it.
 SHAPE = ModelShape(8, 64, 96, 8, 4, 8, 2048, tied_embeddings=False)
@@ -134,3 +134,16 @@ def test_full_length_training_of_8b_outgrows_a_gpu_where_8k_does_not():
 def test_unknown_values_are_refused(override, key):
     with pytest.raises(ConfigError, match=key):
         _bytes(**override)
+
+
+def test_adapters_alone_have_gradients_and_optimizer_state():
+    """Of 8 layers: 100 numbers of adapters each, 2 x 64 of norms; 64 of the final norm; 2048 x 64 of the embedding, never an output layer's own."""
+    frozen = _bytes(trained=TrainedParts(100, embedding=False, norms=False))
+    assert frozen["weights_gib"] == pytest.approx(2 * (count_parameters(SHAPE) + 800))
+    assert frozen["gradients_gib"] == pytest.approx(4 * 800) and frozen["optimizer_gib"] == pytest.approx(12 * 800)
+    longlora = _bytes(trained=TrainedParts(100, embedding=True, norms=True))
+    assert longlora["gradients_gib"] == pytest.approx(4 * (800 + 8 * 128 + 64 + 2048 * 64))
+    tied = dataclasses.replace(SHAPE, tied_embeddings=True)
+    last = _bytes(tied, trained=TrainedParts(100, embedding=True, norms=False), pipeline_model_parallel_size=2)
+    assert last["stage"] == "last" and last["gradients_gib"] == pytest.approx(4 * (400 + 2048 * 64))
+    assert _bytes(trained=None) == _bytes()

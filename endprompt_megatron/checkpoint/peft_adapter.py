@@ -1,0 +1,165 @@
+"""The trained adapters as a directory of peft: adapter_config.json and adapter_model.safetensors, with the embedding and the norms that
+trained beside them. It belongs on the base with the extended RoPE, which an adapter cannot carry. Written beside its final name and renamed
+into place."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from endprompt_megatron.checkpoint.hf_export import barrier, gather_tensors, move_into_place
+from endprompt_megatron.checkpoint.hf_import import adapters_of_whole_model, merged_weights_of_whole_model
+from endprompt_megatron.checkpoint.hf_mapping import Binding, Layout, Segment, bindings
+from endprompt_megatron.checkpoint.safetensors_io import TensorPlan, write_shard
+from endprompt_megatron.config import AdapterConfig
+from endprompt_megatron.errors import CheckpointError
+from endprompt_megatron.log import global_rank
+from endprompt_megatron.model.adapters import OUTPUT_TARGET, adapter_name
+from endprompt_megatron.model.architecture import ModelArchitecture
+from endprompt_megatron.model.gpt import EndPromptGPTModel
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_README = """# LoRA adapter in peft's format
+
+It was trained with another RoPE than the base's `config.json` says, and an adapter cannot carry that. Load the base with the configuration
+of the merged model, then the adapter:
+
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained("../hf")  # the RoPE scaling and the window
+    model = AutoModelForCausalLM.from_pretrained({base!r}, config=config)
+    model = PeftModel.from_pretrained(model, ".")
+
+`../hf` is the same model with the adapter merged, and needs no peft.
+"""
+
+
+def export_peft_adapter(
+    chunks: list[EndPromptGPTModel], destination: Path, *, base_hf_path: Path, architecture: ModelArchitecture, adapter: AdapterConfig
+) -> Path:
+    """Write the adapters; every rank takes part, rank 0 writes.
+
+    Args:
+        chunks: this rank's model, without Megatron's wrappers.
+        destination: the directory to make; an adapter that stands there is replaced, anything else is refused.
+        base_hf_path: the model that the adapters belong to.
+        architecture: of the whole model.
+        adapter: what was trained.
+    Returns:
+        destination.
+    Raises:
+        CheckpointError: destination holds something that is no adapter.
+    """
+    destination = Path(destination)
+    if destination.exists() and not (destination / CONFIG_FILE).is_file():
+        raise CheckpointError(f"{destination} exists and is no adapter of this tool: choose another output_dir, or move it away.")
+    mine: dict[str, Callable[[], torch.Tensor]] = {}
+    for chunk in chunks:
+        mine |= merged_weights_of_whole_model(chunk) | adapters_of_whole_model(chunk)
+    wanted = list(_wanted(architecture, adapter))
+    tensors = gather_tensors(wanted, mine, architecture)
+    if global_rank() != 0:
+        for _ in tensors:
+            pass
+        barrier()
+        return destination
+    partial = destination.with_name(destination.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    _write_weights(tensors, wanted, partial / WEIGHTS_FILE, architecture, adapter, chunks[0].config.params_dtype)
+    (partial / CONFIG_FILE).write_text(json.dumps(_peft_config(adapter, architecture, base_hf_path), indent=2) + "\n")
+    (partial / "README.md").write_text(_README.format(base=str(base_hf_path)))
+    move_into_place(partial, destination)
+    barrier()
+    return destination
+
+
+def _wanted(architecture: ModelArchitecture, adapter: AdapterConfig) -> Iterator[Binding]:
+    """Embedding and norms as far as they train, then each adapter's two matrices, in the order of the file."""
+    for binding in bindings(architecture):
+        first = binding.hugging_face[0]
+        if (adapter.train_embeddings and first == _EMBEDDING) or (adapter.train_norms and first.endswith("norm.weight")):
+            yield Binding(binding.megatron, (_PREFIX + first,), binding.layout)
+    for layer in range(architecture.num_layers):
+        for target in adapter.target_modules:
+            is_output = target == OUTPUT_TARGET
+            linear = f"decoder.layers.{layer}.self_attention.linear_{'proj' if is_output else 'qkv'}."
+            inputs, outputs = _sizes(architecture, target)
+            cut = (1, None) if is_output else (None, 0)  # the dimension of A and of B that tensor-parallel ranks share
+            for matrix, shape, dim in zip("AB", ((adapter.rank, inputs), (outputs, adapter.rank)), cut, strict=True):
+                name = f"{_PREFIX}model.layers.{layer}.self_attn.{target}.lora_{matrix}.weight"
+                yield Binding(linear + adapter_name(target, matrix), (name,), _layout(dim, shape))
+
+
+def _sizes(architecture: ModelArchitecture, target: str) -> tuple[int, int]:
+    """(inputs, outputs) of a projection."""
+    queries = architecture.num_attention_heads * architecture.head_dim
+    if target == OUTPUT_TARGET:
+        return queries, architecture.hidden_size
+    return architecture.hidden_size, queries if target == "q_proj" else architecture.num_query_groups * architecture.head_dim
+
+
+def _layout(dim: int | None, shape: tuple[int, int]) -> Layout:
+    return Layout(dim, lambda arch: [shape], lambda arch: [Segment(0, 0, shape[0])])
+
+
+def _write_weights(
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    wanted: list[Binding],
+    path: Path,
+    architecture: ModelArchitecture,
+    adapter: AdapterConfig,
+    dtype: torch.dtype,
+) -> None:
+    plans: list[TensorPlan] = []
+    for binding in wanted:
+        shape = binding.layout.shapes(architecture)[0]
+        plans.append(TensorPlan(binding.hugging_face[0], dtype, shape))
+        if binding.hugging_face[0] == _PREFIX + _EMBEDDING and architecture.tied_embeddings:
+            plans.append(TensorPlan(_PREFIX + _HEAD, dtype, shape))  # peft unties what it saves in full: both need the trained rows
+    last: list[tuple[str, torch.Tensor]] = []
+
+    def next_tensor(planned: TensorPlan) -> list[torch.Tensor]:
+        if planned.name != _PREFIX + _HEAD:
+            last[:] = [next(tensors)]
+            if last[0][0] != planned.name:
+                raise AssertionError(f"{last[0][0]} gathered, {planned.name} planned")
+        return [last[0][1]]
+
+    write_shard(path, plans, next_tensor)
+    for _ in tensors:
+        raise AssertionError("more tensors than planned")
+
+
+def _peft_config(adapter: AdapterConfig, architecture: ModelArchitecture, base_hf_path: Path) -> dict[str, Any]:
+    saved = []
+    if adapter.train_embeddings:
+        saved += ["embed_tokens", *(["lm_head"] if architecture.tied_embeddings else [])]
+    if adapter.train_norms:
+        saved += ["input_layernorm", "post_attention_layernorm", "norm", *(["q_norm", "k_norm"] if architecture.qk_norm else [])]
+    alpha = int(adapter.alpha) if float(adapter.alpha).is_integer() else adapter.alpha
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base_hf_path),
+        "inference_mode": True,
+        "r": adapter.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "target_modules": list(adapter.target_modules),
+        "modules_to_save": saved or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+    }

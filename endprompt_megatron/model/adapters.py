@@ -1,0 +1,53 @@
+"""What the parameters of low-rank adapters are called, in a model and in its checkpoints, and how they merge with the weight that they
+adapt. No Megatron here: the converter reads them without it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+QKV_TARGETS = ("q_proj", "k_proj", "v_proj")
+OUTPUT_TARGET = "o_proj"
+_SUFFIXES = ("_lora_A", "_lora_B")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter's name (in a module, a model or a checkpoint) is that of an adapter's."""
+    return name.endswith(_SUFFIXES)
+
+
+def adapter_name(target: str, matrix: str) -> str:
+    """Name of an adapter's parameter in its linear layer.
+
+    Args:
+        target: q_proj | k_proj | v_proj | o_proj.
+        matrix: A | B.
+    """
+    return f"{target}_lora_{matrix}"
+
+
+def merge(weight: Tensor, update: Tensor, scale: float) -> Tensor:
+    """W + alpha / r B A in float32, rounded to the weight's type.
+
+    Args:
+        weight: rows of W.
+        update: float32, the same rows of B A (low_rank_product).
+        scale: alpha / r.
+    """
+    return (weight.float() + update * scale).to(weight.dtype)
+
+
+def low_rank_product(b: Tensor, a: Tensor) -> Tensor:
+    """B A in float32, summed over the rank from the first to the last by plain products and sums: unlike a matrix product's, its bits
+    depend neither on which rows are computed together nor on the device, so that every layout merges to the same weight.
+
+    Args:
+        b: [rows, r]; a: [r, columns].
+    Returns:
+        [rows, columns].
+    """
+    b, a = b.float(), a.float()
+    product = torch.zeros(b.shape[0], a.shape[1], device=b.device)
+    for index in range(a.shape[0]):
+        product += b[:, index : index + 1] * a[index]
+    return product

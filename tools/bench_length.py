@@ -19,12 +19,12 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 
 def _run(arguments: argparse.Namespace, method: str, length: int, directory: Path) -> tuple[list[float], float]:
-    """(seconds of each step but the first, peak memory in GiB) of one run over `length` tokens a step."""
+    """(seconds of each measured step, peak memory in GiB) of one run over `length` tokens a step."""
     samples = 1 if method == "full" else length // arguments.seq_length
     command = [
         sys.executable, "-W", "ignore", str(_ROOT / "recipes" / "extend.py"), f"+experiment={arguments.experiment}", f"method={method}",
         f"output_dir={directory}", f"rope.target_context_length={length}", f"data.seq_length={arguments.seq_length}",
-        f"trainer.max_steps={arguments.steps + 1}", "trainer.micro_batch_size=1", f"trainer.global_batch_size={samples}",
+        f"trainer.max_steps={arguments.steps + arguments.warmup}", "trainer.micro_batch_size=1", f"trainer.global_batch_size={samples}",
         "trainer.eval_interval=0", "trainer.save_interval=0", "evaluation.enabled=false", "export.verify=false",
         f"parallel.recompute_granularity={arguments.recompute}", *arguments.override,
     ]  # fmt: skip
@@ -33,7 +33,7 @@ def _run(arguments: argparse.Namespace, method: str, length: int, directory: Pat
         sys.exit(f"{' '.join(command[3:])} ended with exit status {done.returncode}:\n{done.stderr[-2000:]}")
     records = [record for record in read_metrics(directory / "metrics.jsonl") if "step_seconds" in record]
     peak = json.loads((directory / "summary.json").read_text())["peak_memory_gib"]
-    return [record["step_seconds"] for record in records[1:]], peak
+    return [record["step_seconds"] for record in records[arguments.warmup :]], peak
 
 
 def bench_length(arguments: argparse.Namespace) -> None:
@@ -70,7 +70,8 @@ def add_to(benchmarks: argparse._SubParsersAction) -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[16384], help="L, tokens of a sample of the full-length method")
     parser.add_argument("--seq-length", type=int, default=1024, help="S, tokens of a sample of EndPrompt")
     parser.add_argument("--recompute", choices=["full", "selective", "null"], default="full")
-    parser.add_argument("--steps", type=int, default=1, help="measured steps a run, after one that is not")
+    parser.add_argument("--steps", type=int, default=1, help="measured steps a run")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before them that are not measured")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--override", nargs="*", default=[], help="further overrides of recipes/extend.py")
     parser.set_defaults(run=bench_length)

@@ -66,26 +66,27 @@ def test_every_method_goes_with_every_model_and_length(method, tmp_path, monkeyp
     """By composition: the factor, the sample length and NTK's f follow from the base's own window."""
     monkeypatch.chdir(tmp_path)
     windows = {"llama2_7b": 4096, "mistral_7b": 32768, "llama3_8b": 8192, "llama3_70b": 8192}
-    for model in MODELS:
-        for length in LENGTHS:
-            config = to_run_config(_compose("+experiment=paper", f"model={model}", f"length={length}", f"method={method}"))
-            target = config.rope.target_context_length
-            assert target == int(length.removesuffix("k")) * 1024
-            if target <= windows[model]:
-                with pytest.raises(ConfigError, match="must be larger than the native window"):
-                    validate(config, world_size=8)
-                continue
-            validate(config, world_size=8)
-            assert config.name == f"{model}_{method}_{target}" and config.method.name == method
-            assert config.rope.factor == target / windows[model]
-            assert config.data.seq_length == (target if method in FULL_LENGTH else 8192)
-            assert config.trainer.max_steps == (0 if method == "untrained_pi" else 1907)
-            if method == "lceg_ntk":
-                assert config.rope.ntk_dynamic_factor == -(-target // (2 * windows[model]))
-            assert config.rope.type == {"lceg_ntk": "ntk", "lceg_yarn": "yarn"}.get(method, "pi")
+    for model, length in [("llama3_8b", length) for length in LENGTHS] + [(model, "64k") for model in MODELS if model != "llama3_8b"]:
+        config = to_run_config(_compose("+experiment=paper", f"model={model}", f"length={length}", f"method={method}"))
+        target = config.rope.target_context_length
+        assert target == int(length.removesuffix("k")) * 1024
+        validate(config, world_size=8)
+        assert config.name == f"{model}_{method}_{target}" and config.method.name == method
+        assert config.rope.factor == target / windows[model]
+        assert config.data.seq_length == (target if method in FULL_LENGTH else 8192)
+        assert config.trainer.max_steps == (0 if method == "untrained_pi" else 1907)
+        if method == "lceg_ntk":
+            assert config.rope.ntk_dynamic_factor == -(-target // (2 * windows[model]))
+        assert config.rope.type == {"lceg_ntk": "ntk", "lceg_yarn": "yarn"}.get(method, "pi")
 
 
 FULL_LENGTH = ("full", "lceg_pi", "lceg_ntk", "lceg_yarn", "longlora")
+
+
+def test_a_window_that_is_none_is_refused():
+    config = to_run_config(_compose("+experiment=paper", "model=mistral_7b", "length=32k"))
+    with pytest.raises(ConfigError, match="must be larger than the native window of 32768"):
+        validate(config, world_size=8)
 
 
 def test_the_methods_of_the_paper_are_all_there():

@@ -27,7 +27,7 @@ LAYOUTS = {
 # model -> layouts in which it trains; the embedding moves the output layer where they are tied
 MODELS = {"tied": tuple(LAYOUTS), "untied": ("TP1", "TP2+SP", "PP2")}
 FROZEN = ("TP1", "TP2+SP", "PP2", "DP2+DistributedOptimizer+overlap")
-RESUMED = ("TP1", "TP2+SP", "PP2")
+RESUMED = ("TP1", "TP2+SP")
 
 
 def _job(place: Path, model: str, output: str, layout: str, **more) -> dict:
@@ -57,13 +57,13 @@ def place(tmp_path_factory) -> Path:
         jobs = [_job(place, model, f"{model}/{layout}", layout, export=True) for model in MODELS for layout in mine if layout in MODELS[model]]
         frozen = {"type": "lora", "train_embeddings": False, "train_norms": False}
         jobs += [_job(place, "tied", f"frozen/{layout}", layout, adapter=frozen) for layout in mine if layout in FROZEN]
-        for layout in set(mine) & set(RESUMED):
+        for layout in [layout for layout in mine if layout in RESUMED]:
             jobs += [_job(place, "tied", f"resumed/{layout}", layout, steps=steps) for steps in (SAVED_AT, STEPS)]
-            jobs.append(_job(place, "tied", f"saved/{layout}", layout, steps=SAVED_AT))
-        if world_size == 1:
+        if world_size == 2:
+            jobs.append(_job(place, "tied", "elsewhere", "TP2+SP", steps=SAVED_AT))
+        else:
+            jobs.append(_job(place, "tied", "elsewhere", "TP1"))
             jobs += [_job(place, "tied", f"{groups} groups", "TP1", attention_groups=groups) for groups in (None, 1)]
-            for saved in ("TP2+SP", "PP2"):
-                jobs.append(_job(place, "tied", f"saved/{saved}", "TP1"))
         run_ranks(world_size, jobs)
     return place
 
@@ -117,5 +117,4 @@ def test_a_checkpoint_goes_on_as_if_nothing_had_happened(place):
     """In its own layout bit for bit, in one process within rounding."""
     for layout in RESUMED:
         assert _figures(place / "resumed" / layout) == _figures(place / "tied" / layout)
-    for saved in ("TP2+SP", "PP2"):
-        assert _difference(_figures(place / "saved" / saved), _figures(place / "tied" / "TP1")) <= 1e-4
+    assert _difference(_figures(place / "elsewhere"), _figures(place / "tied" / "TP1")) <= 1e-4

@@ -62,24 +62,28 @@ def find_problems(
     ]
 
 
-def resume_differences(stored: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+def resume_differences(stored: dict[str, Any], current: dict[str, Any], defaults: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Where two configurations train different things.
 
     Args:
         stored, current: of RunConfig.to_dict().
+        defaults: of RunConfig().to_dict(): what a key meant before there was such a key.
     Returns:
         (dotted key, stored value, current value) of each key that one run must keep.
     """
-    return _differences(stored, current, "")
+    return _differences(stored, current, defaults, "")
 
 
-def _differences(stored: dict[str, Any], current: dict[str, Any], prefix: str) -> list[tuple[str, Any, Any]]:
+def _differences(
+    stored: dict[str, Any], current: dict[str, Any], defaults: dict[str, Any], prefix: str
+) -> list[tuple[str, Any, Any]]:
     found = []
     for key in sorted(stored.keys() | current.keys()):
         dotted = f"{prefix}{key}"
-        was, now = stored.get(key), current.get(key)
+        default = defaults.get(key)
+        was, now = stored.get(key, default), current.get(key)
         if isinstance(was, dict) and isinstance(now, dict):
-            found += _differences(was, now, f"{dotted}.")
+            found += _differences(was, now, default if isinstance(default, dict) else {}, f"{dotted}.")
         elif not _is_free(dotted) and json.dumps(was, default=str) != json.dumps(now, default=str):
             found.append((dotted, was, now))
     return found

@@ -124,7 +124,7 @@ def check_output_dir(config: RunConfig) -> None:
     output_dir = Path(config.output_dir)
     stored_path = output_dir / _CONFIG_FILE
     if stored_path.is_file():
-        differing = resume_differences(yaml.safe_load(stored_path.read_text()), config.to_dict())
+        differing = resume_differences(yaml.safe_load(stored_path.read_text()), config.to_dict(), RunConfig().to_dict())
         if differing:
             shown = "; ".join(f"{key}: {was!r} there, {now!r} now" for key, was, now in differing[:5])
             raise ConfigError(

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from endprompt_megatron.checkpoint import directory as checkpoint_directory
 from endprompt_megatron.checkpoint.directory import LATEST, RUN_FILE
 from endprompt_megatron.checkpoint.torch_dist import TorchDistReader
+from endprompt_megatron.config import RunConfig
 from endprompt_megatron.config_rules import resume_differences
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import get_logger, global_rank
@@ -250,7 +251,7 @@ def _newest_whole(directory: Path) -> Path | None:
 
 
 def _check_same_run(path: Path, stored: dict[str, Any], current: dict[str, Any]) -> None:
-    differing = resume_differences(stored, current)
+    differing = resume_differences(stored, current, RunConfig().to_dict())
     if differing:
         shown = "; ".join(f"{key}: {was!r} there, {now!r} now" for key, was, now in differing[:5])
         raise CheckpointError(

@@ -116,7 +116,7 @@ def test_other_adapters_make_another_run():
 
     stored, current = RunConfig().to_dict(), RunConfig().to_dict()
     current["adapter"]["alpha"], current["method"]["attention"] = 32.0, "s2"
-    assert resume_differences(stored, current) == [("adapter.alpha", 16.0, 32.0), ("method.attention", "full", "s2")]
+    assert resume_differences(stored, current, RunConfig().to_dict()) == [("adapter.alpha", 16.0, 32.0), ("method.attention", "full", "s2")]
 
 
 @pytest.mark.parametrize(
@@ -131,3 +131,16 @@ def test_other_adapters_make_another_run():
 def test_messages_quote_the_value(changes, quoted):
     (problem,) = problems_of(**changes)
     assert quoted in problem
+
+
+def test_a_key_that_came_later_meant_its_default_before():
+    """A run of an earlier version resumes as long as new keys say what it did then."""
+    from endprompt_megatron.config_rules import resume_differences
+
+    defaults = RunConfig().to_dict()
+    stored = RunConfig().to_dict()
+    del stored["adapter"], stored["method"]["attention"]
+    assert resume_differences(stored, RunConfig().to_dict(), defaults) == []
+    current = RunConfig().to_dict()
+    current["adapter"]["rank"], current["method"]["attention"] = 4, "s2"
+    assert resume_differences(stored, current, defaults) == [("adapter.rank", 8, 4), ("method.attention", "full", "s2")]

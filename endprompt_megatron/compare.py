@@ -17,7 +17,7 @@ _STUDY_FILE = "study.json"
 
 
 def compare(study: StudyConfig, *, command: list[str], known_methods: tuple[str, ...], told: list[str]) -> bool:
-    """Carry a study out, or on; the page is written anew after every run.
+    """Carry a study out, or on; the page is written anew after every run, its pictures at the end.
 
     Args:
         study: what to compare.
@@ -42,7 +42,7 @@ def compare(study: StudyConfig, *, command: list[str], known_methods: tuple[str,
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / _STUDY_FILE).write_text(json.dumps(asdict(study), indent=2) + "\n")
 
-    def write(extra: list[RunRequest]) -> tuple[list[RunResult], list[RunOutcome]]:
+    def write(extra: list[RunRequest], *, draw: bool = False) -> tuple[list[RunResult], list[RunOutcome]]:
         found = [outcome for outcome in map(runner.outcome, requests) if outcome is not None]
         results, failed = read_outcomes(found)
         results = collected + results
@@ -51,52 +51,53 @@ def compare(study: StudyConfig, *, command: list[str], known_methods: tuple[str,
         if "seconds" in study.budgets:
             replaced, also_failed = read_outcomes(more)
             failed += also_failed
-            sections.append(_same_time(study, results, replaced))
+            sections.append(_same_time(study, results, extra, replaced))
         pending = len(requests) + len(extra) - len(found) - len(more)
-        page = write_comparison(output_dir, study, sections, failed, pending=pending, commands=told)
-        get_logger().info(f"page {page}")
+        page = write_comparison(output_dir, study, sections, failed, pending=pending, commands=told, draw=draw)
+        if draw:
+            get_logger().info(f"page {page}")
         return results, failed
 
     extra: list[RunRequest] = []
     if not study.write_only:
         runner.run_all(requests, jobs=study.jobs, after=lambda: write(extra))
     results, failed = write(extra)
-    if "seconds" in study.budgets:
-        extra = _requests_of_same_time(study, results, requests)
+    if "seconds" in study.budgets and requests:
+        extra = _requests_of_same_time(study, results, requests, runner)
         runner.check(extra)
         if extra and not study.write_only:
             runner.run_all(extra, jobs=study.jobs, after=lambda: write(extra))
-        results, failed = write(extra)
+    results, failed = write(extra, draw=True)
     return not failed and all(runner.outcome(request) is not None for request in [*requests, *extra])
 
 
-def _requests_of_same_time(study: StudyConfig, results: list[RunResult], requests: list[RunRequest]) -> list[RunRequest]:
+def _requests_of_same_time(
+    study: StudyConfig, results: list[RunResult], requests: list[RunRequest], runner: Runner
+) -> list[RunRequest]:
+    """Stand-ins for the runs of methods whose time is not the reference's. Once a method has one, all its seeds get as many steps, however
+    the measured times move afterwards."""
     groups = by_label(results)
+    reference = groups.get(study.reference)
     found = []
-    for request in requests:
-        runs, reference = groups.get(request.label), groups.get(study.reference)
-        steps = equal_time_steps(runs, reference, within=study.same_time_within) if runs and reference else None
+    for label in study.methods if reference else []:
+        mine = [replace(request, budget="seconds") for request in requests if request.label == label]
+        steps = next((told for told in map(runner.steps_of, mine) if told is not None), None)
+        if steps is None and label in groups:
+            steps = equal_time_steps(groups[label], reference, within=study.same_time_within)
         if steps is not None:
-            kept = tuple(text for text in request.overrides if not text.startswith("trainer.max_steps="))
-            found.append(replace(request, overrides=(*kept, f"trainer.max_steps={steps}"), budget="seconds"))
+            found += [request.with_steps(steps) for request in mine]
     return found
 
 
-def _same_time(study: StudyConfig, results: list[RunResult], replaced: list[RunResult]) -> Section:
+def _same_time(study: StudyConfig, results: list[RunResult], extra: list[RunRequest], replaced: list[RunResult]) -> Section:
     """Runs whose time is the reference's: those of the token budget, or their stand-ins with more or fewer steps."""
-    groups = by_label(results)
-    reference = groups.get(study.reference)
-    if not reference:
+    if not any(result.label == study.reference for result in results):
         return Section("The same time", "seconds", [])
-    stand_ins = {result.label for result in replaced}
-    unlike = {
-        label for label, runs in groups.items() if equal_time_steps(runs, reference, within=study.same_time_within) is not None
-    }
-    kept = [result for result in results if result.label not in unlike]
+    unlike, stand_ins = {request.label for request in extra}, {result.label for result in replaced}
     note = (
         f"Runs whose training takes the reference's time (`{study.reference}`) to within {study.same_time_within:.0%}, by the fastest step "
         f"of each; "
-        + (f"trained again with other numbers of steps: {', '.join(sorted(stand_ins))}." if stand_ins else "none had to be trained again.")
-        + (f" Left out until then: {', '.join(sorted(unlike - stand_ins))}." if unlike - stand_ins else "")
+        + (f"trained again with other numbers of steps: {', '.join(sorted(stand_ins))}." if stand_ins else "none was trained again.")
+        + (f" Left out, because that is still to be done: {', '.join(sorted(unlike - stand_ins))}." if unlike - stand_ins else "")
     )
-    return Section("The same time", "seconds", kept + replaced, note)
+    return Section("The same time", "seconds", [result for result in results if result.label not in unlike] + replaced, note)

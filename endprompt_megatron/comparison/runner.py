@@ -85,6 +85,11 @@ class Runner:
             return None
         return RunOutcome(request, self.directory / request.name, stored.get("failure"))
 
+    def steps_of(self, request: RunRequest) -> int | None:
+        """Optimizer steps that a run was started with, or None if it was never started."""
+        stored = self._record(request)
+        return RunRequest.steps_in(stored["overrides"]) if stored else None
+
     def run_all(self, requests: list[RunRequest], *, jobs: int, after: Callable[[], None]) -> None:
         """Carry out every run that is not finished, those that failed before included.
 

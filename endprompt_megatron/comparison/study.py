@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from endprompt_megatron.errors import ConfigError
 
 BUDGETS = ("tokens", "seconds")
+_STEPS = "trainer.max_steps="
 KEPT = ("evaluation", "model", "all")
 
 
@@ -128,3 +129,14 @@ class RunRequest:
     def name(self) -> str:
         """Of its directory."""
         return f"{self.label}_seed{self.seed}" + ("" if self.budget == "tokens" else f"_same_{self.budget}")
+
+    def with_steps(self, steps: int) -> RunRequest:
+        """The same run over another number of optimizer steps."""
+        kept = tuple(text for text in self.overrides if not text.startswith(_STEPS))
+        return replace(self, overrides=(*kept, f"{_STEPS}{steps}"))
+
+    @staticmethod
+    def steps_in(overrides: list[str]) -> int | None:
+        """The number of optimizer steps that overrides name; the last counts."""
+        named = [text.removeprefix(_STEPS) for text in overrides if text.startswith(_STEPS)]
+        return int(named[-1]) if named else None

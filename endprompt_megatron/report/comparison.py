@@ -49,7 +49,14 @@ class Section:
 
 
 def write_comparison(
-    output_dir: Path, study: StudyConfig, sections: list[Section], failed: list[RunOutcome], *, pending: int, commands: list[str]
+    output_dir: Path,
+    study: StudyConfig,
+    sections: list[Section],
+    failed: list[RunOutcome],
+    *,
+    pending: int,
+    commands: list[str],
+    draw: bool = True,
 ) -> Path:
     """Write comparison.md, comparison.json and the pictures.
 
@@ -60,6 +67,7 @@ def write_comparison(
         failed: runs without a result.
         pending: runs that have not been started.
         commands: that reproduce the study.
+        draw: whether to draw the pictures anew; else the page shows those that are there.
     Returns:
         Path of the page.
     """
@@ -68,9 +76,13 @@ def write_comparison(
     sections = [section for section in sections if section.results]
     parts = [f"# {study.name}: methods compared", _opening(study, sections, pending, commands)]
     for section in sections:
+        parts += [f"## {section.title}", section.note]
+        if section is not sections[0] and section.results == sections[0].results:
+            parts.append(f"These are the runs of \"{sections[0].title}\", and so are the numbers.")
+            continue
         groups = _ordered(by_label(section.results), study)
         tests = paired_tests(groups, study.reference)
-        parts += [f"## {section.title}", section.note, *_tables(groups, study, tests), *_pictures(output_dir, section, groups)]
+        parts += [*_tables(groups, study, tests), *_pictures(output_dir, section, groups, draw=draw)]
     if failed:
         rows = [[outcome.request.label, str(outcome.request.seed), outcome.request.budget, outcome.failure] for outcome in failed]
         parts += ["## Runs that failed", _table(["method", "seed", "budget", "reason"], rows), "The same command tries them again."]
@@ -189,7 +201,7 @@ def _range(values: list[int]) -> str:
     return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
 
 
-def _pictures(output_dir: Path, section: Section, groups: dict[str, list[RunResult]]) -> list[str]:
+def _pictures(output_dir: Path, section: Section, groups: dict[str, list[RunResult]], *, draw: bool) -> list[str]:
     drawn = [
         (plot_scores_by_length, f"{section.stem}_by_length.png", "By context length: mean over seeds, bars one standard deviation."),
         (
@@ -200,9 +212,9 @@ def _pictures(output_dir: Path, section: Section, groups: dict[str, list[RunResu
         (plot_cost, f"{section.stem}_cost.png", "What training cost and what came of it."),
     ]
     parts = []
-    for draw, name, caption in drawn:
-        path = draw(output_dir / name, groups)
-        if path is not None:
+    for plot, name, caption in drawn:
+        path = output_dir / name
+        if plot(path, groups) is not None if draw else path.is_file():
             parts.append(f"![{caption}]({path.name})\n\n{caption}")
     return parts
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import hydra
 import pytest
+from compare import to_study  # recipes/compare.py
 from extend import ROOT, to_run_config  # recipes/extend.py
 from hydra.errors import ConfigCompositionException, MissingConfigException
 
@@ -93,6 +94,19 @@ def test_the_methods_of_the_paper_are_all_there():
     assert set(METHODS) >= {
         *FULL_LENGTH, "pose", "endprompt", "endprompt_random", "endprompt_pose", "control_short_pi", "untrained_pi",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("study", sorted(path.stem for path in (ROOT / "conf" / "study").glob("*.yaml")))
+def test_every_study_asks_for_runs_that_can_be(study, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        asked = to_study(hydra.compose("compare", overrides=[f"+study={study}"]))
+    asked.validate(tuple(METHODS))
+    first = {run.label: run for run in reversed(asked.runs())}
+    assert set(first) == set(asked.methods)
+    for run in first.values():
+        validate(to_run_config(_compose(*run.overrides, f"seed={run.seed}")), world_size=1)
+    assert (ROOT / "conf" / "study" / f"{study}.yaml").read_text().count(f"recipes/compare.py +study={study}\n") == 1
 
 
 @pytest.mark.parametrize("rope", sorted(path.stem for path in (ROOT / "conf" / "rope").glob("*.yaml")))

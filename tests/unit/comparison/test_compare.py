@@ -98,6 +98,16 @@ def test_methods_of_other_cost_get_the_same_time(tmp_path):
     tokens, seconds = page.split("## The same time")
     assert "trained again with other numbers of steps: pose" in seconds
     assert "| pose | 128 | 6 | 3,072 |" in tokens and "| pose | 128 | 2 | 1,024 |" in seconds
+    # a stand-in stays what it is when a faster step of the reference is seen later
+    metrics = tmp_path / "out" / "runs" / "control_short_pi_seed1" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace(": 1.0}", ": 0.5}"))
+    finished, page = _compare(tmp_path, **options)
+    assert finished and "| pose | 128 | 2 | 1,024 |" in page and _starts(tmp_path, "pose_seed1_same_seconds") == 1
+
+
+def test_the_same_time_is_one_line_where_nothing_differs(tmp_path):
+    _, page = _compare(tmp_path, budgets=["tokens", "seconds"])
+    assert page.count("### Cost") == 1 and 'These are the runs of "The same number of tokens"' in page
 
 
 def test_runs_made_elsewhere_are_collected(tmp_path):

@@ -30,6 +30,7 @@ class RunResult:
         system: the trained system of its evaluation.json (the untrained one where the method trains nothing).
         conditions: of its evaluation.json.
         step_seconds: time of its fastest step, in seconds: other jobs on the machine only ever add; NaN without training.
+        peak_memory_gib: of one rank in training, over all sittings.
     """
 
     label: str
@@ -38,6 +39,7 @@ class RunResult:
     system: dict[str, Any]
     conditions: dict[str, Any]
     step_seconds: float
+    peak_memory_gib: float
 
     @property
     def train_seconds(self) -> float:
@@ -74,14 +76,14 @@ def read_run(directory: Path, *, label: str | None = None, seed: int | None = No
     own = systems.get("trained") or systems.get("untrained")
     if own is None:
         raise DataError(f"{directory} did not probe its result: run it with evaluation.systems=[trained].")
-    steps = [record["step_seconds"] for record in read_metrics(Path(directory) / "metrics.jsonl") if "step_seconds" in record]
-    common = dict(seed=summary["seed"] if seed is None else seed, summary=summary, conditions=evaluation["conditions"])
-    results = [RunResult(label=label or summary["method"], system=own, step_seconds=min(steps, default=math.nan), **common)]
+    steps = [record for record in read_metrics(Path(directory) / "metrics.jsonl") if "step_seconds" in record]
+    seed, conditions = summary["seed"] if seed is None else seed, evaluation["conditions"]
+    seconds = min((record["step_seconds"] for record in steps), default=math.nan)
+    memory = max((record["peak_memory_gib"] for record in steps), default=math.nan)
+    results = [RunResult(label or summary["method"], seed, summary, own, conditions, seconds, memory)]
     if "base" in systems:
         untrained = {**summary, "steps": 0, "tokens": 0}
-        results.append(
-            RunResult(BASE, common["seed"], untrained, systems["base"], common["conditions"], step_seconds=math.nan)
-        )
+        results.append(RunResult(BASE, seed, untrained, systems["base"], conditions, math.nan, math.nan))
     return results
 
 

@@ -167,7 +167,7 @@ def _cost_table(groups: dict[str, list[RunResult]]) -> str:
                 f"{summary['tokens']:,}",
                 _cell(group, lambda run: run.step_seconds, ".2f"),
                 _cell(group, lambda run: run.train_seconds, ",.0f"),
-                _cell(group, lambda run: run.summary["peak_memory_gib"], ".1f"),
+                _cell(group, lambda run: run.peak_memory_gib, ".1f"),
                 _cell(group, lambda run: run.summary["loss_last"], ".3f"),
             ]
         )

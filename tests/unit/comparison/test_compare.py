@@ -100,7 +100,7 @@ def test_methods_of_other_cost_get_the_same_time(tmp_path):
     assert "| pose | 128 | 6 | 3,072 |" in tokens and "| pose | 128 | 2 | 1,024 |" in seconds
     # a stand-in stays what it is when a faster step of the reference is seen later
     metrics = tmp_path / "out" / "runs" / "control_short_pi_seed1" / "metrics.jsonl"
-    metrics.write_text(metrics.read_text().replace(": 1.0}", ": 0.5}"))
+    metrics.write_text(metrics.read_text().replace('"step_seconds": 1.0', '"step_seconds": 0.5'))
     finished, page = _compare(tmp_path, **options)
     assert finished and "| pose | 128 | 2 | 1,024 |" in page and _starts(tmp_path, "pose_seed1_same_seconds") == 1
 

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from endprompt_megatron.comparison.results import (
@@ -82,7 +83,7 @@ def write_comparison(
             continue
         groups = _ordered(by_label(section.results), study)
         tests = paired_tests(groups, study.reference)
-        parts += [*_tables(groups, study, tests), *_pictures(output_dir, section, groups, draw=draw)]
+        parts += [*_tables(groups, study, tests), *_pictures(output_dir, section, groups, reference=study.reference, draw=draw)]
     if failed:
         rows = [[outcome.request.label, str(outcome.request.seed), outcome.request.budget, outcome.failure] for outcome in failed]
         parts += ["## Runs that failed", _table(["method", "seed", "budget", "reason"], rows), "The same command tries them again."]
@@ -201,13 +202,16 @@ def _range(values: list[int]) -> str:
     return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
 
 
-def _pictures(output_dir: Path, section: Section, groups: dict[str, list[RunResult]], *, draw: bool) -> list[str]:
+def _pictures(
+    output_dir: Path, section: Section, groups: dict[str, list[RunResult]], *, reference: str, draw: bool
+) -> list[str]:
     drawn = [
         (plot_scores_by_length, f"{section.stem}_by_length.png", "By context length: mean over seeds, bars one standard deviation."),
         (
-            plot_scores_by_distance,
+            partial(plot_scores_by_distance, reference=reference),
             f"{section.stem}_by_distance.png",
-            "By the distance from the question back to the fact. Shaded: distances that EndPrompt's samples never show (eq. 9).",
+            f"By the distance from the question back to the fact, in bins of an octave. Right: minus `{reference}` for the same questions, "
+            "bars one standard error. Shaded: distances that EndPrompt's samples never show (eq. 9).",
         ),
         (plot_cost, f"{section.stem}_cost.png", "What training cost and what came of it."),
     ]

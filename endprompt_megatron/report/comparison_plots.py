@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from endprompt_megatron.comparison.results import BASE, TASKS, RunResult, log_perplexity, native_window, task_mean
-from endprompt_megatron.comparison.statistics import summarize
+from endprompt_megatron.comparison.statistics import Summary, summarize
 from endprompt_megatron.report.plots import (
     BLUE,
     DPI,
@@ -65,7 +65,7 @@ def plot_scores_by_length(path: Path, groups: dict[str, list[RunResult]]) -> Pat
     styles = styles_of(list(groups))
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(
-            2, len(tasks), figsize=(WIDTH_INCHES, 7.4), sharex=True, sharey="row", squeeze=False, layout="constrained"
+            2, len(tasks), figsize=(WIDTH_INCHES, 7.4), sharex=True, squeeze=False, layout="constrained"
         )
         for column, task in enumerate(tasks):
             lengths = sorted({length for run in runs for length in run.scores(task)})
@@ -86,12 +86,14 @@ def plot_scores_by_length(path: Path, groups: dict[str, list[RunResult]]) -> Pat
         return _save(figure, path)
 
 
-def plot_scores_by_distance(path: Path, groups: dict[str, list[RunResult]]) -> Path | None:
-    """Log-probability of the answer by how far the fact stands from the question, with the gap of eq. 9 shaded.
+def plot_scores_by_distance(path: Path, groups: dict[str, list[RunResult]], *, reference: str) -> Path | None:
+    """Log-probability of the answer by how far the fact stands from the question, and the same minus the reference's for the same
+    questions, with the gap of eq. 9 shaded.
 
     Args:
         path: of the PNG.
         groups: {label: runs}.
+        reference: a label of them.
     Returns:
         path, or None where no task tells the depth of its facts.
     Source: eq. 9 of EndPrompt (arXiv 2605.14589): distances in [max(a, b), L - a - b] never occur in its samples.
@@ -104,26 +106,42 @@ def plot_scores_by_distance(path: Path, groups: dict[str, list[RunResult]]) -> P
     gap = next((gap for run in runs if (gap := _gap(run)) is not None), None)
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(
-            len(tasks), 1, figsize=(WIDTH_INCHES, 1.2 + 3.4 * len(tasks)), sharex=True, squeeze=False, layout="constrained"
+            len(tasks), 2, figsize=(WIDTH_INCHES, 1.2 + 3.4 * len(tasks)), sharex=True, squeeze=False, layout="constrained"
         )
-        for axes, task in zip(panels[:, 0], tasks, strict=True):
-            if gap:
-                axes.axvspan(*gap, color="#f0e6c8", label=f"never seen by EndPrompt: {gap[0]:,} to {gap[1]:,}")
+        for (absolute, relative), task in zip(panels, tasks, strict=True):
+            for axes in (absolute, relative):
+                if gap:
+                    axes.axvspan(*gap, color="#f0e6c8", label=f"never seen by EndPrompt: {gap[0]:,} to {gap[1]:,}")
+                axes.set_xscale("log", base=2)
+                axes.xaxis.set_major_formatter(lambda value, _: length_label(round(value)))
+            theirs = {run.seed: _by_question(run, task) for run in groups.get(reference, [])}
             for label, group in groups.items():
-                by_distance: dict[int, list[float]] = {}
+                scores: dict[int, list[float]] = {}
+                differences: dict[int, list[float]] = {}
                 for run in group:
-                    for length, found in run.scores(task).items():
-                        for depth, figures in found.get("by_depth", {}).items():
-                            distance = max(1, round((1 - float(depth)) * length))
-                            by_distance.setdefault(distance, []).append(figures["key_log_probability"])
-                _draw(axes, _octave_bins(by_distance), styles[label], label)
-            axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter(lambda value, _: length_label(round(value)))
-            axes.set_ylabel("log-probability (nats)")
-            axes.set_title(f"{_TITLES[task]}: by distance, in bins of an octave", loc="left")
-        panels[-1][0].set_xlabel("distance from the question back to the fact (tokens)")
+                    for question, score in _by_question(run, task).items():
+                        scores.setdefault(question[0], []).append(score)
+                        if label != reference and question in theirs.get(run.seed, {}):
+                            differences.setdefault(question[0], []).append(score - theirs[run.seed][question])
+                _draw(absolute, _octave_bins(scores), styles[label], label, bars=False)
+                _draw(relative, _octave_bins(differences), styles[label], label, of_mean=True)
+            relative.axhline(0, color=styles[reference].color if reference in styles else GREY, lw=1.2)
+            absolute.set_ylabel("log-probability (nats)")
+            absolute.set_title(_TITLES[task], loc="left")
+            relative.set_title(f"minus {reference}, same questions", loc="left")
+        for axes in panels[-1]:
+            axes.set_xlabel("distance from the question back to the fact (tokens)")
         _legend(figure, panels[0][0])
         return _save(figure, path)
+
+
+def _by_question(run: RunResult, task: str) -> dict[tuple[int, int, float], float]:
+    """{(distance, length, depth): log-probability}."""
+    return {
+        (max(1, round((1 - float(depth)) * length)), length, float(depth)): figures["key_log_probability"]
+        for length, found in run.scores(task).items()
+        for depth, figures in found.get("by_depth", {}).items()
+    }
 
 
 def plot_cost(path: Path, groups: dict[str, list[RunResult]]) -> Path | None:
@@ -155,6 +173,7 @@ def plot_cost(path: Path, groups: dict[str, list[RunResult]]) -> Path | None:
         for axes in panels:
             axes.set_xlabel("training (s)")
             axes.margins(x=0.15, y=0.15)
+            axes.set_xlim(left=0)
         _legend(figure, panels[0])
         return _save(figure, path)
 
@@ -180,7 +199,10 @@ def _octave_bins(by_distance: dict[int, list[float]]) -> list[tuple[float, list[
     return gathered
 
 
-def _draw(axes, points: list[tuple[float, list[float]]], style: SystemStyle, label: str) -> None:
+def _draw(
+    axes, points: list[tuple[float, list[float]]], style: SystemStyle, label: str, *, bars: bool = True, of_mean: bool = False
+) -> None:
+    """Means of values at each x; bars of one standard deviation of the values, or of their mean."""
     points = [(x, summarize(values)) for x, values in points]
     points = [(x, found) for x, found in points if not math.isnan(found.mean)]
     if not points:
@@ -188,7 +210,7 @@ def _draw(axes, points: list[tuple[float, list[float]]], style: SystemStyle, lab
     axes.errorbar(
         [x for x, _ in points],
         [found.mean for _, found in points],
-        yerr=[0.0 if math.isnan(found.deviation) else found.deviation for _, found in points],
+        yerr=[_bar(found, of_mean) for _, found in points] if bars else None,
         color=style.color,
         marker=style.marker,
         ls=style.line,
@@ -198,6 +220,12 @@ def _draw(axes, points: list[tuple[float, list[float]]], style: SystemStyle, lab
         capsize=2.5,
         label=label,
     )
+
+
+def _bar(found: Summary, of_mean: bool) -> float:
+    if math.isnan(found.deviation):
+        return 0.0
+    return found.deviation / math.sqrt(found.count) if of_mean else found.deviation
 
 
 def _legend(figure, axes) -> None:

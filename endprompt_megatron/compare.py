@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from endprompt_megatron.comparison.results import RunResult, by_label, equal_time_steps, read_outcomes, read_run
+from endprompt_megatron.comparison.results import RunResult, by_label, distinct, equal_time_steps, fault_of, read_outcomes, read_run
 from endprompt_megatron.comparison.runner import Runner, RunOutcome
 from endprompt_megatron.comparison.study import RunRequest, StudyConfig
 from endprompt_megatron.errors import ConfigError
@@ -16,7 +19,9 @@ from endprompt_megatron.report.comparison import Section, write_comparison
 _STUDY_FILE = "study.json"
 
 
-def compare(study: StudyConfig, *, command: list[str], known_methods: tuple[str, ...], told: list[str]) -> bool:
+def compare(
+    study: StudyConfig, *, command: list[str], known_methods: tuple[str, ...], told: list[str], check: Callable[[RunRequest], None]
+) -> bool:
     """Carry a study out, or on; the page is written anew after every run, its pictures at the end.
 
     Args:
@@ -24,51 +29,115 @@ def compare(study: StudyConfig, *, command: list[str], known_methods: tuple[str,
         command: of recipes/extend.py.
         known_methods: names in conf/method.
         told: commands that the page names as its own.
+        check: raises ConfigError where a run cannot be; asked before anything starts.
     Returns:
         Whether every run that was asked for is finished.
     Raises:
-        ConfigError: the study, or what is in its output directory, cannot be.
+        ConfigError: the study, or what is in its output directory, cannot be; or another process carries it out.
         DataError: a directory of `collect` holds no finished run.
         RunInterrupted: a signal asked to stop.
     """
     study.validate(known_methods)
+    for note in study.unused():
+        get_logger().info(note)
     output_dir = Path(study.output_dir)
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / _STUDY_FILE).is_file():
-        raise ConfigError(f"output_dir={output_dir} holds files but no {_STUDY_FILE} of a study. Set output_dir to another directory.")
-    collected = [result for directory in study.collect for result in read_run(Path(directory))]
-    runner = Runner(command, output_dir / "runs", keep=study.keep)
+    collected = [result for entry in study.collect for result in _collected(entry)]
+    if study.reference not in {*study.methods, *(result.label for result in collected)}:
+        labels = ", ".join(dict.fromkeys(result.label for result in collected))
+        raise ConfigError(f"reference={study.reference}: no run has this label. Choose one of {labels}.")
     requests = study.runs()
-    runner.check(requests)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / _STUDY_FILE).write_text(json.dumps(asdict(study), indent=2) + "\n")
+    first = {request.label: request for request in reversed(requests)}
+    for request in first.values():
+        check(request)
+    runner = Runner(command, output_dir / "runs", keep=study.keep, fault_of=fault_of)
+    if not study.write_only:
+        runner.check(requests)
+    with _claimed(output_dir):
+        (output_dir / _STUDY_FILE).write_text(json.dumps(asdict(study), indent=2) + "\n")
+        return _Comparison(study, runner, collected, requests, told).carry_out()
 
-    def write(extra: list[RunRequest], *, draw: bool = False) -> tuple[list[RunResult], list[RunOutcome]]:
-        found = [outcome for outcome in map(runner.outcome, requests) if outcome is not None]
-        results, failed = read_outcomes(found)
-        results = collected + results
-        sections = [Section("The same number of tokens" if requests else "Runs", "tokens", results)]
-        more = [outcome for outcome in map(runner.outcome, extra) if outcome is not None]
-        if "seconds" in study.budgets:
-            replaced, also_failed = read_outcomes(more)
+
+@contextmanager
+def _claimed(output_dir: Path) -> Iterator[None]:
+    """The study's directory, for this process alone.
+
+    Raises:
+        ConfigError: it is no study's, cannot be written, or another process has it.
+    """
+    try:
+        if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / _STUDY_FILE).is_file():
+            raise ConfigError(f"output_dir={output_dir} holds files but no {_STUDY_FILE} of a study. Set output_dir to another directory.")
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = (output_dir / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"output_dir={output_dir} cannot be written ({error}). Set output_dir to a writable directory.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"output_dir={output_dir}: another process carries this study out. Wait for it, or stop it.") from None
+        yield
+
+
+def _collected(entry: str) -> list[RunResult]:
+    label, _, directory = entry.rpartition("=")
+    return read_run(Path(directory), label=label or None)
+
+
+@dataclass
+class _Comparison:
+    """One study under way."""
+
+    study: StudyConfig
+    runner: Runner
+    collected: list[RunResult]
+    requests: list[RunRequest]
+    told: list[str]
+    stand_ins: list[RunRequest] = field(default_factory=list)
+
+    def carry_out(self) -> bool:
+        """As compare."""
+        if not self.study.write_only:
+            self.runner.run_all(self.requests, jobs=self.study.jobs, after=self.write)
+        if "seconds" in self.study.budgets and not self.pending(self.requests):
+            results, _ = self.results()
+            self.stand_ins = _requests_of_same_time(self.study, results, self.requests, self.runner)
+            if not self.study.write_only:
+                self.runner.run_all(self.stand_ins, jobs=self.study.jobs, after=self.write)
+        self.write(draw=True)
+        outcomes = [self.runner.outcome(request) for request in [*self.requests, *self.stand_ins]]
+        return all(outcome is not None and outcome.failure is None for outcome in outcomes)
+
+    def results(self) -> tuple[list[RunResult], list[RunOutcome]]:
+        """Of the token budget: what finished runs measured, and the runs that failed."""
+        results, failed = read_outcomes(outcome for outcome in map(self.runner.outcome, self.requests) if outcome)
+        return distinct(self.collected + results), failed
+
+    def pending(self, requests: list[RunRequest]) -> int:
+        """Runs that have not ended, well or not."""
+        return sum(self.runner.outcome(request) is None for request in requests)
+
+    def write(self, *, draw: bool = False) -> None:
+        """The page, from what is there."""
+        results, failed = self.results()
+        sections = [_same_tokens(results)]
+        pending = self.pending([*self.requests, *self.stand_ins])
+        if "seconds" in self.study.budgets and self.requests and not self.pending(self.requests):
+            replaced, also_failed = read_outcomes(outcome for outcome in map(self.runner.outcome, self.stand_ins) if outcome)
             failed += also_failed
-            sections.append(_same_time(study, results, extra, replaced))
-        pending = len(requests) + len(extra) - len(found) - len(more)
-        page = write_comparison(output_dir, study, sections, failed, pending=pending, commands=told, draw=draw)
+            sections.append(_same_time(self.study, results, self.stand_ins, replaced))
+        output_dir = Path(self.study.output_dir)
+        page = write_comparison(output_dir, self.study, sections, failed, pending=pending, commands=self.told, draw=draw)
         if draw:
             get_logger().info(f"page {page}")
-        return results, failed
 
-    extra: list[RunRequest] = []
-    if not study.write_only:
-        runner.run_all(requests, jobs=study.jobs, after=lambda: write(extra))
-    results, failed = write(extra)
-    if "seconds" in study.budgets and requests:
-        extra = _requests_of_same_time(study, results, requests, runner)
-        runner.check(extra)
-        if extra and not study.write_only:
-            runner.run_all(extra, jobs=study.jobs, after=lambda: write(extra))
-    results, failed = write(extra, draw=True)
-    return not failed and all(runner.outcome(request) is not None for request in [*requests, *extra])
+
+def _same_tokens(results: list[RunResult]) -> Section:
+    trained = sorted({result.summary["tokens"] for result in results if result.summary["steps"]})
+    if len(trained) < 2:
+        return Section("The same number of tokens", "tokens", results)
+    note = f"Not the same number of tokens: {trained[0]:,} to {trained[-1]:,}; the table of costs says who trained on how many."
+    return Section("As configured", "tokens", results, note)
 
 
 def _requests_of_same_time(
@@ -94,10 +163,15 @@ def _same_time(study: StudyConfig, results: list[RunResult], extra: list[RunRequ
     if not any(result.label == study.reference for result in results):
         return Section("The same time", "seconds", [])
     unlike, stand_ins = {request.label for request in extra}, {result.label for result in replaced}
+    compared = [result for result in results if result.label not in unlike] + replaced
+    seconds = {label: min(run.train_seconds for run in runs) for label, runs in by_label(compared).items() if runs[0].summary["steps"]}
+    shares = {label: value / seconds[study.reference] for label, value in seconds.items() if label != study.reference}
+    outside = [f"{label} {share:.2f}x" for label, share in shares.items() if abs(share - 1) > study.same_time_within]
     note = (
-        f"Runs whose training takes the reference's time (`{study.reference}`) to within {study.same_time_within:.0%}, by the fastest step "
-        f"of each; "
-        + (f"trained again with other numbers of steps: {', '.join(sorted(stand_ins))}." if stand_ins else "none was trained again.")
+        f"Training takes the reference's time (`{study.reference}`) to within {study.same_time_within:.0%}, by the fastest step of each"
+        + (f", but for {', '.join(outside)}: steps come whole" if outside else "")
+        + ". "
+        + (f"Trained again with other numbers of steps: {', '.join(sorted(stand_ins))}." if stand_ins else "None was trained again.")
         + (f" Left out, because that is still to be done: {', '.join(sorted(unlike - stand_ins))}." if unlike - stand_ins else "")
     )
-    return Section("The same time", "seconds", [result for result in results if result.label not in unlike] + replaced, note)
+    return Section("The same time", "seconds", compared, note)

@@ -353,7 +353,7 @@ class RunConfig:
         rope, notes = self.rope, []
         if rope.factor is None:
             rope.factor = 1.0 if rope.type == "none" else rope.target_context_length / window
-        if rope.ntk_dynamic_factor == 0:
+        if rope.ntk_dynamic_factor == 0 and math.isfinite(rope.factor):
             rope.ntk_dynamic_factor = float(math.ceil(rope.factor / 2))
         if self.method.full_length and self.data.seq_length != rope.target_context_length:
             notes.append(
@@ -364,6 +364,16 @@ class RunConfig:
         if not self.method.trained and self.trainer.max_steps:
             notes.append(f"method={self.method.name} trains nothing: trainer.max_steps={self.trainer.max_steps} is not used")
             self.trainer.max_steps = 0
+        if not self.method.trained and self.control:
+            notes.append(f"method={self.method.name} trains nothing: control=true is not used")
+            self.control = False
+        if not self.method.trained and self.adapter.type != "none":
+            notes.append(f"method={self.method.name} trains nothing: adapter.type={self.adapter.type} is not used")
+            self.adapter = AdapterConfig()
+        if self.adapter.type == "none" and self.adapter != AdapterConfig():
+            notes.append("adapter.type=none: the other keys of adapter are not used; adapter=lora uses them")
+        if self.method.attention == "full" and self.method.attention_groups != MethodConfig().attention_groups:
+            notes.append(f"method.attention=full: method.attention_groups={self.method.attention_groups} is not used; s2 uses it")
         return notes
 
     def data_parallel_size(self, world_size: int) -> int:

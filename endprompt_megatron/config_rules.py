@@ -303,6 +303,8 @@ def _number_problems(config: RunConfig) -> list[str]:
     problems = []
     if config.accelerator not in ("auto", "gpu", "cpu"):
         problems.append(f"accelerator={config.accelerator}: choose auto, gpu or cpu.")
+    if config.seed < 0:
+        problems.append(f"seed={config.seed}: must be >= 0.")
     if config.backend not in ("auto", "torch"):
         problems.append(f"backend={config.backend}: choose auto or torch.")
     if config.model.source not in (None, "smollm2_135m", "tiny_random"):
@@ -339,7 +341,7 @@ def _number_problems(config: RunConfig) -> list[str]:
         problems.append(f"optim.lr={config.optim.lr}, optim.min_lr={config.optim.min_lr}: needs 0 <= min_lr <= lr and lr > 0.")
     if config.optim.lr_schedule not in ("constant", "cosine", "linear"):
         problems.append(f"optim.lr_schedule={config.optim.lr_schedule}: choose constant, cosine or linear.")
-    if config.optim.lr_schedule != "constant" and config.optim.warmup_steps >= config.trainer.max_steps:
+    if config.method.trained and config.optim.lr_schedule != "constant" and config.optim.warmup_steps >= config.trainer.max_steps:
         problems.append(
             f"optim.warmup_steps={config.optim.warmup_steps}: must be less than trainer.max_steps={config.trainer.max_steps} "
             f"for lr_schedule={config.optim.lr_schedule}."
@@ -372,6 +374,8 @@ def _number_problems(config: RunConfig) -> list[str]:
             problems.append("evaluation.text is empty: name a held-out corpus, or set evaluation.enabled=false.")
         if not evaluation.needle_depths or any(not 0 <= depth <= 1 for depth in evaluation.needle_depths):
             problems.append(f"evaluation.needle_depths={evaluation.needle_depths}: depths are between 0 (start) and 1 (end).")
+        if evaluation.needle_digits > 18:
+            problems.append(f"evaluation.needle_digits={evaluation.needle_digits}: must be <= 18. The default is 5.")
         if evaluation.needle_tokens < 0:
             problems.append(f"evaluation.needle_tokens={evaluation.needle_tokens}: must be >= 0; 0 sets no bound.")
         for key in ("needle_trials", "needle_digits", "perplexity_tokens"):

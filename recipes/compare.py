@@ -7,16 +7,21 @@ there; `collect=[outputs/a,outputs/b]` compares runs that you made yourself.
 
 from __future__ import annotations
 
+import shlex
 import sys
 
 import hydra
-from extend import ROOT
+from extend import ROOT, to_run_config
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from endprompt_megatron.compare import compare
-from endprompt_megatron.comparison.study import StudyConfig
+from endprompt_megatron.comparison.study import RunRequest, StudyConfig
 from endprompt_megatron.errors import EXIT_RESUME, EXIT_USER_ERROR, USER_ERRORS, ConfigError, RunInterrupted
+from endprompt_megatron.launch import planned_world_size
+from endprompt_megatron.preflight import validate
 
 
 def to_study(composed: DictConfig) -> StudyConfig:
@@ -26,6 +31,18 @@ def to_study(composed: DictConfig) -> StudyConfig:
     except OmegaConfBaseException as error:
         message = f"{error.full_key or 'config'}: {error.msg or error}. endprompt_megatron/comparison/study.py explains the keys."
         raise ConfigError(message) from error
+
+
+def check_run(request: RunRequest) -> None:
+    """Compose and validate what a run would be, as recipes/extend.py will."""
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            composed = hydra.compose("extend", overrides=[*request.overrides, f"name={request.name}", f"seed={request.seed}"])
+        config = to_run_config(composed)
+        validate(config, world_size=planned_world_size(config))
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"{request.name} cannot be run: {str(error).strip()}") from error
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="compare")
@@ -38,7 +55,8 @@ def run(composed: DictConfig) -> None:
             study,
             command=[sys.executable, "-W", "ignore", str(ROOT / "recipes" / "extend.py")],
             known_methods=methods,
-            told=["python recipes/compare.py " + " ".join(_quoted(argument) for argument in sys.argv[1:])],
+            told=["python recipes/compare.py " + shlex.join(text for text in sys.argv[1:] if not text.startswith("write_only="))],
+            check=check_run,
         )
     except USER_ERRORS as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -50,10 +68,6 @@ def run(composed: DictConfig) -> None:
         sys.exit("interrupted; start the same command again: it goes on where it stood")
     if not finished and not study.write_only:
         sys.exit(1)
-
-
-def _quoted(argument: str) -> str:
-    return argument if argument.replace("=", "").replace("/", "").replace("_", "").replace("+", "").isalnum() else f"'{argument}'"
 
 
 if __name__ == "__main__":

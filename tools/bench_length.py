@@ -38,6 +38,9 @@ def _run(arguments: argparse.Namespace, method: str, length: int, directory: Pat
 
 def bench_length(arguments: argparse.Namespace) -> None:
     """Run both methods in turn at every length and print medians and ratios."""
+    for length in arguments.lengths:
+        if length % arguments.seq_length:
+            sys.exit(f"--lengths {length}: must be a multiple of --seq-length {arguments.seq_length}, for as many tokens a step.")
     print(
         f"{arguments.experiment}, samples of {arguments.seq_length} tokens against samples of L, as many tokens a step, "
         f"recompute={arguments.recompute}, {arguments.rounds} rounds of {arguments.steps} steps; torch {version('torch')}, "

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from endprompt_megatron.comparison.runner import RunOutcome
-from endprompt_megatron.errors import DataError
+from endprompt_megatron.errors import ConfigError, DataError
 from endprompt_megatron.log import read_metrics
 
 TASKS = ("needle", "multi_key", "variable_tracking")
@@ -73,9 +73,9 @@ def read_run(directory: Path, *, label: str | None = None, seed: int | None = No
             f"{directory} holds no finished run with probes ({error}). Finish it with recipes/extend.py and evaluation.enabled=true."
         ) from error
     systems = evaluation["systems"]
-    own = systems.get("trained") or systems.get("untrained")
+    own = systems.get("trained" if summary["steps"] else "untrained")
     if own is None:
-        raise DataError(f"{directory} did not probe its result: run it with evaluation.systems=[trained].")
+        raise DataError(f"{directory} did not probe its result. Start it again with evaluation.systems=[trained].")
     steps = [record for record in read_metrics(Path(directory) / "metrics.jsonl") if "step_seconds" in record]
     seed, conditions = summary["seed"] if seed is None else seed, evaluation["conditions"]
     seconds = min((record["step_seconds"] for record in steps), default=math.nan)
@@ -87,18 +87,42 @@ def read_run(directory: Path, *, label: str | None = None, seed: int | None = No
     return results
 
 
+def fault_of(directory: Path) -> str | None:
+    """Why the results of a run cannot be read, or None."""
+    try:
+        read_run(directory)
+    except DataError as error:
+        return str(error)
+    return None
+
+
 def read_outcomes(outcomes: Iterable[RunOutcome]) -> tuple[list[RunResult], list[RunOutcome]]:
-    """(results of finished runs, runs that failed or left no readable result)."""
+    """(results of finished runs, runs that failed)."""
     results, failed = [], []
     for outcome in outcomes:
-        if outcome.failure is not None:
-            failed.append(outcome)
-            continue
-        try:
+        if outcome.failure is None:
             results += read_run(outcome.directory, label=outcome.request.label, seed=outcome.request.seed)
-        except DataError as error:
-            failed.append(RunOutcome(outcome.request, outcome.directory, str(error)))
+        else:
+            failed.append(outcome)
     return results, failed
+
+
+def distinct(results: list[RunResult]) -> list[RunResult]:
+    """One run a label and seed; of the untouched base, which many runs may have probed, the first.
+
+    Raises:
+        ConfigError: two runs of one label and seed: they would count as two seeds.
+    """
+    kept: dict[tuple[str, int], RunResult] = {}
+    for result in results:
+        if (result.label, result.seed) not in kept:
+            kept[result.label, result.seed] = result
+        elif result.label != BASE:
+            raise ConfigError(
+                f"two runs are {result.label} with seed {result.seed} ({kept[result.label, result.seed].summary['experiment']} and "
+                f"{result.summary['experiment']}): give one a label of its own, collect=['LABEL=DIR']."
+            )
+    return list(kept.values())
 
 
 def check_comparable(results: list[RunResult]) -> list[str]:
@@ -107,9 +131,12 @@ def check_comparable(results: list[RunResult]) -> list[str]:
     first = results[0] if results else None
     free = {"seed", "end_prompt_tokens", "learning_rate", "global_batch_size", "device"}
     for result in results[1:]:
-        differing = [key for key, value in first.conditions.items() if key not in free and result.conditions.get(key) != value]
+        differing = [key for key, value in first.conditions.items() if key not in free and result.conditions.get(key, value) != value]
         if result.summary["target_length"] != first.summary["target_length"]:
             differing.append("target_length")
+        differing += [task for task in TASKS if result.scores(task).keys() != first.scores(task).keys()]
+        if result.perplexity().keys() != first.perplexity().keys():
+            differing.append("perplexity windows")
         if differing:
             notes.append(f"{result.label} seed {result.seed} differs from {first.label} seed {first.seed} in {', '.join(differing)}")
     return notes

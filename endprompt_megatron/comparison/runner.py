@@ -4,6 +4,7 @@ again by the next start, and a stop reaches the run that is going on."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -44,6 +45,7 @@ class _Running:
     request: RunRequest
     process: subprocess.Popen
     log: Path
+    said_before: int  # bytes of the log that are of earlier attempts
     note: str
     started: float
 
@@ -54,11 +56,12 @@ class Runner:
     Args:
         command: of recipes/extend.py; overrides are appended.
         directory: where the runs' directories, logs and records go.
-        keep: evaluation | model | all (StudyConfig.keep).
+        keep: evaluation | model | all (StudyConfig.keep); what a run loses when it finishes.
+        fault_of: output directory -> why its results cannot be read, or None.
     """
 
-    def __init__(self, command: list[str], directory: Path, *, keep: str):
-        self.command, self.directory, self.keep = command, Path(directory), keep
+    def __init__(self, command: list[str], directory: Path, *, keep: str, fault_of: Callable[[Path], str | None]):
+        self.command, self.directory, self.keep, self.fault_of = command, Path(directory), keep, fault_of
 
     def check(self, requests: list[RunRequest]) -> None:
         """Whether what is there was made with the overrides that are wanted now.
@@ -69,8 +72,9 @@ class Runner:
         problems = []
         for request in requests:
             stored = self._record(request)
-            if stored and stored["overrides"] != list(request.overrides):
-                changed = sorted(set(stored["overrides"]) ^ set(request.overrides))
+            was, now = sorted((stored or {}).get("overrides") or request.overrides), sorted(request.overrides)
+            if was != now:  # their order matters to none but a key named twice
+                changed = sorted(set(was) ^ set(now)) or ["how often each is named"]
                 problems.append(
                     f"{self.directory / request.name} was made with other overrides (differing: {', '.join(changed)}). Choose another "
                     f"output_dir for the study, give the variant a label of its own, or remove that folder and its {_RECORD_SUFFIX}."
@@ -83,12 +87,13 @@ class Runner:
         stored = self._record(request)
         if not stored or stored["status"] == "started":
             return None
-        return RunOutcome(request, self.directory / request.name, stored.get("failure"))
+        directory = self.directory / request.name
+        return RunOutcome(request, directory, stored.get("failure") or self.fault_of(directory))
 
     def steps_of(self, request: RunRequest) -> int | None:
         """Optimizer steps that a run was started with, or None if it was never started."""
         stored = self._record(request)
-        return RunRequest.steps_in(stored["overrides"]) if stored else None
+        return RunRequest.steps_in(stored.get("overrides") or []) if stored else None
 
     def run_all(self, requests: list[RunRequest], *, jobs: int, after: Callable[[], None]) -> None:
         """Carry out every run that is not finished, those that failed before included.
@@ -102,9 +107,7 @@ class Runner:
         waiting = []
         for request in requests:
             found = self.outcome(request)
-            if found and found.failure is None:
-                self._drop_weights(found.directory)
-            else:
+            if found is None or found.failure is not None:
                 waiting.append(request)
         self.directory.mkdir(parents=True, exist_ok=True)
         count, running, asked = len(waiting), [], []
@@ -124,8 +127,11 @@ class Runner:
                 time.sleep(_POLL_SECONDS)
                 for run in [run for run in running if run.process.poll() is not None]:
                     running.remove(run)
-                    self._finish(run)
-                    after()
+                    self._finish(run, stopped=bool(asked))
+                    try:
+                        after()
+                    except OSError as error:  # the other runs are worth more than a page
+                        get_logger().warning(f"the page could not be written: {error}")
         except KeyboardInterrupt:  # the runs got it too
             for run in running:
                 run.process.wait()
@@ -142,19 +148,17 @@ class Runner:
         log = self.directory / f"{request.name}.log"
         get_logger().info(f"{note}: {request.name} (log {log})")
         self._write_record(request, status="started")
-        arguments = [*self.command, *request.overrides, f"seed={request.seed}", f"output_dir={directory}", f"name={request.name}"]
+        arguments = [*self.command, *request.overrides, f"seed={request.seed}", f"output_dir={_quoted(directory)}", f"name={request.name}"]
+        said_before = log.stat().st_size if log.is_file() else 0
         with log.open("a") as stream:
             process = subprocess.Popen(arguments, stdout=stream, stderr=subprocess.STDOUT, preexec_fn=end_with_parent)
-        return _Running(request, process, log, note, time.monotonic())
+        return _Running(request, process, log, said_before, note, time.monotonic())
 
-    def _finish(self, run: _Running) -> None:
-        directory, status, failure = self.directory / run.request.name, run.process.returncode, None
-        if status == EXIT_RESUME:
+    def _finish(self, run: _Running, *, stopped: bool) -> None:
+        directory, status = self.directory / run.request.name, run.process.returncode
+        if status == EXIT_RESUME or (stopped and -status in STOP_SIGNALS):
             return  # its record says started
-        if status != 0:
-            failure = f"exit status {status}: {_last_words(run.log)}"
-        elif not (directory / "summary.json").is_file():
-            failure = "it ended without a summary.json"
+        failure = f"exit status {status}: {_last_words(run)}" if status else self.fault_of(directory)
         self._write_record(run.request, status="failed" if failure else "finished", failure=failure)
         get_logger().info(f"{run.note}: {run.request.name} {failure or 'finished'} after {time.monotonic() - run.started:.0f} s")
         if not failure:
@@ -168,8 +172,12 @@ class Runner:
         return self.directory / f"{request.name}{_RECORD_SUFFIX}"
 
     def _record(self, request: RunRequest) -> dict[str, Any] | None:
-        path = self._record_path(request)
-        return json.loads(path.read_text()) if path.is_file() else None
+        try:
+            return json.loads(self._record_path(request).read_text())
+        except FileNotFoundError:
+            return None
+        except json.JSONDecodeError:  # cut short: the run itself knows where it stood, and refuses another config
+            return {"status": "started"}
 
     def _write_record(self, request: RunRequest, **values: Any) -> None:
         path = self._record_path(request)
@@ -178,8 +186,15 @@ class Runner:
         temporary.replace(path)
 
 
-def _last_words(log: Path) -> str:
-    """The last line of a log that says what went wrong."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+def _quoted(path: Path) -> str:
+    """A path as the value of an override: Hydra's grammar takes most characters only in quotes."""
+    text = str(path)
+    return text if re.fullmatch(r"[\w./-]+", text, re.ASCII) else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _last_words(run: _Running) -> str:
+    """The last line that a run said went wrong."""
+    text = run.log.read_bytes()[run.said_before :].decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     named = [line for line in lines if "Error" in line.split(":")[0]]
     return (named or lines or ["it said nothing"])[-1][:300]

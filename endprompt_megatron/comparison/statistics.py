@@ -1,5 +1,5 @@
 """Is a difference more than chance? Two paired tests against a reference, each of which says what it counts: a t-test whose unit is the
-seed (training and probes anew), and a sign-flip permutation test whose unit is the question (the same prompt put to both models)."""
+seed (training and probes anew), and a sign-flip permutation test whose unit is the haystack (the same one put to both models)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from endprompt_megatron.comparison.results import TASKS, RunResult, log_perplexity, task_mean
+from endprompt_megatron.comparison.results import TASKS, RunResult
 
 _RESAMPLES = 9999
 MEASURES = ("log_perplexity", *TASKS)
@@ -39,12 +39,12 @@ class PairedTest:
     Attributes:
         label, measure: what is compared; log_perplexity in nats a token (less is better), tasks by the log-probability of the answer in
             nats (more is better), means over lengths.
-        difference: method minus reference, mean over common seeds.
+        difference: method minus reference over what both were asked, mean over common seeds.
         seeds: common seeds.
         p_seeds: two-sided paired t-test over seeds; NaN with fewer than two.
-        questions: questions put to both (0 for perplexity).
-        p_questions: two-sided sign-flip permutation test over these; NaN without any. It knows the noise of the prompts, not that of
-            training: read it as what these very models do.
+        haystacks: put to both (0 for perplexity).
+        p_haystacks: two-sided sign-flip permutation test of the same difference over these; NaN with fewer than two. It knows the noise of
+            the haystacks, not that of training: read it as what these very models do.
     """
 
     label: str
@@ -52,8 +52,8 @@ class PairedTest:
     difference: float
     seeds: int
     p_seeds: float
-    questions: int
-    p_questions: float
+    haystacks: int
+    p_haystacks: float
 
 
 def paired_tests(groups: dict[str, list[RunResult]], reference: str) -> list[PairedTest]:
@@ -68,10 +68,11 @@ def paired_tests(groups: dict[str, list[RunResult]], reference: str) -> list[Pai
     for label, runs in groups.items():
         pairs = [(run, theirs[run.seed]) for run in runs if run.seed in theirs]
         for measure in MEASURES if label != reference else ():
-            differences = [_value(run, measure) - _value(other, measure) for run, other in pairs]
-            differences = [value for value in differences if not math.isnan(value)]
-            if differences:
-                questions = np.concatenate([_question_differences(run, other, measure) for run, other in pairs])
+            shares = [_shares(run, other, measure) for run, other in pairs]
+            shares = [share for share in shares if len(share)]
+            if shares:
+                differences = [float(share.sum()) for share in shares]
+                units = np.concatenate(shares) / len(shares) if measure in TASKS else np.array([])
                 tests.append(
                     PairedTest(
                         label,
@@ -79,27 +80,41 @@ def paired_tests(groups: dict[str, list[RunResult]], reference: str) -> list[Pai
                         float(np.mean(differences)),
                         len(differences),
                         _t_test(differences),
-                        len(questions),
-                        _sign_flip_test(questions),
+                        len(units),
+                        _sign_flip_test(units),
                     )
                 )
     return tests
 
 
-def _value(run: RunResult, measure: str) -> float:
-    return log_perplexity(run) if measure == "log_perplexity" else task_mean(run, measure, "key_log_probability")
+def _shares(run: RunResult, other: RunResult, measure: str) -> np.ndarray:
+    """What each haystack (for perplexity: each window) adds to the difference of two runs: they sum to the mean over common lengths of
+    the mean over a length's haystacks. Empty where the runs have nothing in common."""
+    if measure not in TASKS:
+        mine, theirs = run.perplexity(), other.perplexity()
+        windows = sorted(mine.keys() & theirs.keys())
+        return np.array([math.log(mine[window] / theirs[window]) / len(windows) for window in windows])
+    mine, theirs = run.scores(measure), other.scores(measure)
+    by_length = []
+    for length in sorted(mine.keys() & theirs.keys()):
+        rows, other_rows = mine[length].get("records", []), theirs[length].get("records", [])
+        if rows and [row[0] for row in rows] == [row[0] for row in other_rows]:
+            differences = [row[3] - other_row[3] for row, other_row in zip(rows, other_rows, strict=True)]
+            by_length.append(_by_haystack([row[0] for row in rows], differences, several=measure == "multi_key"))
+    return np.concatenate([np.array(found) / (len(found) * len(by_length)) for found in by_length]) if by_length else np.array([])
 
 
-def _question_differences(run: RunResult, other: RunResult, measure: str) -> np.ndarray:
-    """Differences of log-probability, question by question."""
-    found: list[float] = []
-    if measure in TASKS:
-        mine, theirs = run.scores(measure), other.scores(measure)
-        for length in sorted(mine.keys() & theirs.keys()):
-            rows, other_rows = mine[length].get("records", []), theirs[length].get("records", [])
-            if [row[0] for row in rows] == [row[0] for row in other_rows]:
-                found += [row[3] - other_row[3] for row, other_row in zip(rows, other_rows, strict=True)]
-    return np.array(found)
+def _by_haystack(depths: list[float | None], differences: list[float], *, several: bool) -> list[float]:
+    """Means over the questions of a haystack. Those of one haystack go from its start to its end, so a depth that is not behind the one
+    before begins the next haystack."""
+    haystacks: list[list[float]] = []
+    previous = None
+    for depth, difference in zip(depths, differences, strict=True):
+        if not (several and haystacks and depth is not None and depth > previous):
+            haystacks.append([])
+        haystacks[-1].append(difference)
+        previous = depth
+    return [float(np.mean(found)) for found in haystacks]
 
 
 def _t_test(differences: list[float]) -> float:
@@ -115,7 +130,7 @@ def _sign_flip_test(differences: np.ndarray) -> float:
         return math.nan
     test = stats.permutation_test(
         (differences,),
-        lambda values, axis: np.mean(values, axis=axis),
+        lambda values, axis: np.sum(values, axis=axis),
         permutation_type="samples",
         vectorized=True,
         n_resamples=_RESAMPLES,

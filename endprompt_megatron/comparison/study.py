@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 
 from endprompt_megatron.errors import ConfigError
@@ -18,7 +19,7 @@ class StudyConfig:
     Attributes:
         name: of the study.
         output_dir: where its runs, its page and its pictures go.
-        experiment: of conf/experiment, what every run starts from; may be null where only `collect` names runs.
+        base_experiment: of conf/experiment, what every run starts from; may be null where only `collect` names runs.
         methods: labels of rows: names of conf/method, or labels of your own whose `overrides_of` holds a `method=`.
         seeds: every method's, unless seeds_of names others.
         seeds_of: {label: seeds}.
@@ -31,12 +32,12 @@ class StudyConfig:
         jobs: runs at once; they share the machine, so give each its part (cpu_threads).
         keep: of a finished run: evaluation (no weights), model (the export), all (training checkpoints too).
         write_only: start no run; write the page from what is there.
-        collect: output directories of runs made elsewhere; they become rows by their own method and seed.
+        collect: output directories of runs made elsewhere, as DIR, a row by its own method, or LABEL=DIR.
     """
 
     name: str = "???"
     output_dir: str = "outputs/${name}"
-    experiment: str | None = None
+    base_experiment: str | None = None
     methods: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [1])
     seeds_of: dict[str, list[int]] = field(default_factory=dict)
@@ -61,24 +62,25 @@ class StudyConfig:
         problems = []
         if not (self.methods or self.collect):
             problems.append("methods=[]: name at least one method, or finished runs in collect.")
-        if self.methods and not self.experiment:
-            problems.append("experiment=null: the runs of `methods` start from an experiment, e.g. experiment=tiny_random.")
+        if self.methods and not self.base_experiment:
+            problems.append("base_experiment=null: the runs of `methods` start from an experiment, e.g. base_experiment=tiny_random.")
         for label in self.methods:
             if label not in known_methods and not any(text.startswith("method=") for text in self.overrides_of.get(label, [])):
                 problems.append(
                     f"methods: {label} is none of {', '.join(known_methods)}. For a variant name its method, e.g. "
                     f"overrides_of.{label}=[method=endprompt, optim.lr=1e-4]."
                 )
-            if not self.seeds_of.get(label, self.seeds):
-                problems.append(f"seeds of {label}: name at least one.")
+            seeds = self.seeds_of.get(label, self.seeds)
+            if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+                problems.append(f"seeds of {label}: {list(seeds)}. Name at least one, each once, none below 0.")
+            if not re.fullmatch(r"[\w.+-]+", label):
+                problems.append(f"methods: the label {label!r} names a directory: use letters, digits and . _ + - alone.")
         if len(set(self.methods)) < len(self.methods):
             problems.append(f"methods={self.methods}: each label once.")
-        for key in ("seeds_of", "overrides_of"):
-            strange = sorted(set(getattr(self, key)) - set(self.methods))
-            if strange:
-                problems.append(f"{key}.{strange[0]}: {strange[0]} is not in methods={self.methods}.")
+        if len({entry.split("=")[-1] for entry in self.collect}) < len(self.collect):
+            problems.append(f"collect={self.collect}: each directory once.")
         if not self.collect and self.reference not in self.methods:
-            problems.append(f"reference={self.reference}: must be one of methods={self.methods}.")
+            problems.append(f"reference={self.reference}: must be one of methods={self.methods}. Set reference to one of them.")
         if not self.budgets or set(self.budgets) - set(BUDGETS):
             problems.append(f"budgets={self.budgets}: choose from {', '.join(BUDGETS)}.")
         if self.keep not in KEPT:
@@ -88,11 +90,21 @@ class StudyConfig:
         if not 0 < self.same_time_within < 1:
             problems.append(f"same_time_within={self.same_time_within}: must be between 0 and 1. The default is 0.1.")
         for text in [*self.overrides, *(text for texts in self.overrides_of.values() for text in texts)]:
-            for key in ("seed", "output_dir", "+experiment"):
+            for key in ("seed", "output_dir", "name", "+experiment"):
                 if text.startswith(f"{key}="):
                     problems.append(f"override {text}: the study sets {key} itself.")
+            if text.replace(" ", "").lower() == "evaluation.enabled=false":
+                problems.append(f"override {text}: a run without probes has nothing to compare. Leave it out.")
         if problems:
             raise ConfigError(*problems)
+
+    def unused(self) -> list[str]:
+        """What is said of labels that are not in methods, in words."""
+        return [
+            f"{key}.{label} is not used: {label} is not in methods"
+            for key in ("seeds_of", "overrides_of")
+            for label in sorted(set(getattr(self, key)) - set(self.methods))
+        ]
 
     def runs(self) -> list[RunRequest]:
         """The runs of the token budget, one seed of every method before the next: what there is after an hour compares them all."""
@@ -106,7 +118,7 @@ class StudyConfig:
     def _overrides(self, label: str) -> list[str]:
         own = self.overrides_of.get(label, [])
         method = [] if any(text.startswith("method=") for text in own) else [f"method={label}"]
-        return [f"+experiment={self.experiment}", *method, *self.overrides, *own]
+        return [f"+experiment={self.base_experiment}", *method, *self.overrides, *own]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ Shapes: t tokens of a haystack, q tokens of a question with its answer, v vocabu
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,8 @@ _CHAIN_QUESTION = (
     "assignment in the text above, {count} variables are assigned the value {value}, they are:"
 )
 _CHAIN_LENGTH = 5
+# depth, exact, digits, log-probability, distance
+_Row = tuple[float | None, float, float, float, int | None]
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,18 @@ class Question:
     Attributes:
         task: single | multi_key | variable_tracking.
         prompt, answer: token ids.
-        num_graded_tokens: tokens at the end of the answer whose share right is reported; some tokenizers put a space of its own before
-            the digits of a key.
+        units: (first, past the last) token of each part of the answer whose share right is reported: a digit token of a key, a name of
+            a chain. Some tokenizers put a space of its own before them, which is no part.
         depth: where the fact stands, 0 = start, 1 = end; None for a chain of facts.
+        distance: tokens from the end of the fact to the first token of the answer; None for a chain of facts.
     """
 
     task: str
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
-    num_graded_tokens: int
+    units: tuple[tuple[int, int], ...]
     depth: float | None
+    distance: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,13 +100,17 @@ class _Writer:
                 f"evaluation.lengths: {self.length} tokens leave no room for noise around the facts of evaluation.tasks={tasks} with this "
                 f"tokenizer ({taken} tokens are taken). Use lengths of at least {taken + len(self.noise)}."
             )
-        tokens, written = list(start), 0
+        tokens, written, ends = list(start), 0, {}
         for depth, fact in planted:
             before = round(depth * sentences)
             tokens += self.noise * (before - written) + fact
-            written = before
+            written, ends[depth] = before, len(tokens)
         tokens += self.noise * (sentences - written)
-        return Haystack(self.length, tuple(tokens), tuple(questions))
+        asked = [
+            question if question.depth is None else replace(question, distance=len(tokens) - ends[question.depth] + len(question.prompt))
+            for question in questions
+        ]
+        return Haystack(self.length, tuple(tokens), tuple(asked))
 
 
 def make_haystacks(
@@ -152,9 +160,11 @@ def _key(random: np.random.Generator, digits: int) -> str:
 
 
 def _ask(writer: _Writer, task: str, question: str, answer: str, depth: float | None) -> Question:
-    has_own_space = writer.encode(" 1")[0] == writer.encode(" 2")[0]
     tokens = writer.encode(" " + answer)
-    return Question(task, tuple(writer.encode(question)), tuple(tokens), len(tokens) - has_own_space, depth)
+    space = writer.encode(" ")
+    first = int(len(space) == 1 and tokens[0] == space[0])  # a space of its own before the answer
+    units = tuple((index, index + 1) for index in range(first, len(tokens)))
+    return Question(task, tuple(writer.encode(question)), tuple(tokens), units, depth)
 
 
 def _single(writer: _Writer, random: np.random.Generator, depths: list[float], digits: int) -> Haystack:
@@ -189,7 +199,9 @@ def _chain(writer: _Writer, random: np.random.Generator, depths: list[float], di
     places = np.sort(random.random(_CHAIN_LENGTH))
     facts = [(float(place), f" VAR {name} = {what} ") for place, name, what in zip(places, names, assigned, strict=True)]
     question = _CHAIN_QUESTION.format(value=value, count=_CHAIN_LENGTH)
-    return _CHAIN_INTRODUCTION, facts, [_ask(writer, "variable_tracking", question, " ".join(names), None)]
+    asked = _ask(writer, "variable_tracking", question, " ".join(names), None)
+    ends = [len(writer.encode(" " + " ".join(names[: count + 1]))) for count in range(_CHAIN_LENGTH)]
+    return _CHAIN_INTRODUCTION, facts, [replace(asked, units=tuple(zip([0, *ends[:-1]], ends, strict=True)))]
 
 
 @torch.no_grad()
@@ -205,18 +217,18 @@ def score_haystacks(
         label: for the progress display.
     Returns:
         {task: {length: {"exact_match", "digit_accuracy", "key_log_probability", "trials", "by_depth": {depth: the same}, "records"}}};
-        accuracies are fractions (digit_accuracy: of the graded tokens), the log-probability is the mean over questions of the sum over
-        the answer's tokens, in nats; a record is [depth, exact, digits, log-probability] of a question, in the order asked.
+        accuracies are fractions (digit_accuracy: of the answer's units), the log-probability is the mean over questions of the sum over
+        the answer's tokens, in nats; a record is [depth, exact, digits, log-probability, distance] of a question, in the order asked.
     """
-    scored: dict[str, dict[int, list[tuple[float | None, float, float, float]]]] = {}
+    scored: dict[str, dict[int, list[_Row]]] = {}
     for haystack in track(haystacks, f"retrieval, {label}", total=len(haystacks)):
         for question, logits in zip(haystack.questions, _answer_logits(model, haystack, device), strict=True):
             answer = torch.tensor(question.answer, device=device)
             hits = (logits.argmax(dim=-1) == answer).float()
             log_probability = torch.log_softmax(logits, dim=-1).gather(1, answer[:, None]).sum()
-            scored.setdefault(question.task, {}).setdefault(haystack.length, []).append(
-                (question.depth, float(hits.all()), float(hits[-question.num_graded_tokens :].mean()), float(log_probability))
-            )
+            right = float(np.mean([float(hits[first:past].all()) for first, past in question.units]))
+            row = (question.depth, float(hits.all()), right, float(log_probability), question.distance)
+            scored.setdefault(question.task, {}).setdefault(haystack.length, []).append(row)
     return {task: {str(length): _described(rows) for length, rows in found.items()} for task, found in scored.items()}
 
 
@@ -233,14 +245,14 @@ def _answer_logits(model: EndPromptGPTModel, haystack: Haystack, device: torch.d
     return [part[-len(question.answer) :].float() for part, question in zip(parts, haystack.questions, strict=True)]
 
 
-def _described(rows: list[tuple[float | None, float, float, float]]) -> dict[str, Any]:
+def _described(rows: list[_Row]) -> dict[str, Any]:
     depths = sorted({row[0] for row in rows if row[0] is not None})
     by_depth = {str(depth): _summary([row for row in rows if row[0] == depth]) for depth in depths}
     return {**_summary(rows), "by_depth": by_depth, "records": [list(row) for row in rows]}
 
 
-def _summary(rows: list[tuple[float | None, float, float, float]]) -> dict[str, float]:
-    exact, digits, log_probability = np.array([row[1:] for row in rows]).mean(axis=0)
+def _summary(rows: list[_Row]) -> dict[str, float]:
+    exact, digits, log_probability = np.array([row[1:4] for row in rows]).mean(axis=0)
     return {
         "exact_match": float(exact),
         "digit_accuracy": float(digits),

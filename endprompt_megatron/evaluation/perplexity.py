@@ -48,7 +48,7 @@ def held_out_blocks(
     if not blocks:
         raise DataError(
             f"evaluation.text: no held-out document has {block_length} tokens (the longest has {longest}). "
-            f"Use longer documents, or a smaller maximum in evaluation.lengths."
+            f"Use longer documents, or a smaller maximum in evaluation.perplexity_lengths (evaluation.lengths where that is empty)."
         )
     return np.array(blocks, dtype=np.int64)
 

@@ -41,6 +41,7 @@ class Probes:
             "haystack": "repeated sentences (pass-key test), raw prompts without a chat template",
             "needle_trials": evaluation.needle_trials,
             "retrieval_tasks": ", ".join(evaluation.tasks),
+            "needle_tokens": evaluation.needle_tokens,
             "needle_digits": evaluation.needle_digits,
             "needle_depths": ", ".join(f"{depth:g}" for depth in evaluation.needle_depths),
             "heldout_text": ", ".join(source.path for source in evaluation.text),

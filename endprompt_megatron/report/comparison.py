@@ -23,12 +23,10 @@ from endprompt_megatron.comparison.results import (
 from endprompt_megatron.comparison.runner import RunOutcome
 from endprompt_megatron.comparison.statistics import PairedTest, Summary, paired_tests, summarize
 from endprompt_megatron.comparison.study import StudyConfig
-from endprompt_megatron.report.comparison_plots import plot_cost, plot_scores_by_distance, plot_scores_by_length
+from endprompt_megatron.report.comparison_plots import TASK_NAMES, plot_cost, plot_scores_by_distance, plot_scores_by_length
 from endprompt_megatron.report.plots import length_label
 
 PAGE, NUMBERS = "comparison.md", "comparison.json"
-TASK_NAMES = {"needle": "one key", "multi_key": "several keys", "variable_tracking": "variable tracking"}
-_MEASURE_NAMES = {"log_perplexity": "log-perplexity"} | TASK_NAMES
 _MISSING = "–"
 
 
@@ -91,7 +89,7 @@ def write_comparison(
         parts += ["## Conditions", _conditions(sections[0].results)]
     page = output_dir / PAGE
     page.write_text("\n\n".join(part for part in parts if part) + "\n")
-    (output_dir / NUMBERS).write_text(json.dumps(_numbers(study, sections, failed), indent=1) + "\n")
+    (output_dir / NUMBERS).write_text(json.dumps(_json(_numbers(study, sections, failed)), indent=1) + "\n")
     return page
 
 
@@ -102,8 +100,8 @@ def _ordered(groups: dict[str, list[RunResult]], study: StudyConfig) -> dict[str
 
 def _opening(study: StudyConfig, sections: list[Section], pending: int, commands: list[str]) -> str:
     lines = [
-        "Mean ± standard deviation over seeds (a seed sets sample order, positions and the questions; one seed has no deviation). Every "
-        "method is asked the same questions at ordinary positions."
+        "Mean ± standard deviation over seeds; one seed has no deviation. A seed sets sample order, positions and the questions, which are "
+        "put at ordinary positions: methods with the same seeds are asked the same, others compare through Δ alone."
     ]
     if sections:
         first = sections[0].results[0]
@@ -111,7 +109,7 @@ def _opening(study: StudyConfig, sections: list[Section], pending: int, commands
         lines.append(f"Window {native_window(first):,} -> {window:,} positions (RoPE factor {factor:g}).")
     if pending:
         lines.append(f"**{pending} of the study's runs are still to be made; the command below goes on with them.**")
-    notes = [note for section in sections for note in check_comparable(section.results)]
+    notes = dict.fromkeys(note for section in sections for note in check_comparable(section.results))
     lines += [f"Not asked the same: {note}." for note in notes]
     return " ".join(lines) + "\n\n" + "\n".join(f"    {command}" for command in commands)
 
@@ -125,29 +123,32 @@ def _tables(groups: dict[str, list[RunResult]], study: StudyConfig, tests: list[
     rows = []
     for label, group in groups.items():
         values = [_cell(group, lambda run, window=window: run.perplexity().get(window, math.nan), ".1f") for window in windows]
-        rows.append([label, str(len(group)), *values, *_test_cells(tests, label, "log_perplexity", with_questions=False)])
+        rows.append([label, str(len(group)), *values, *_test_cells(tests, label, "log_perplexity", with_haystacks=False)])
     tables.append(_table(header, rows))
     for task in TASKS:
         if not any(run.scores(task) for run in runs):
             continue
         unit = "keys exact" if task != "variable_tracking" else "chains exact"
         beyond = any(length > native for run in runs for length in run.scores(task))
-        header = ["method", unit, "tokens of the answer right", "log-probability (nats)"]
+        # pieces of a name that is begun are copied: only whole chains tell of tracking
+        shares = {"exact_match": unit} | ({} if task == "variable_tracking" else {"digit_accuracy": "digits right"})
+        figures = [*((figure, ".0%") for figure in shares), ("key_log_probability", ".2f")]
+        header = ["method", "seeds", *shares.values(), "log-probability (nats)"]
         header += [f"the same beyond {length_label(native)}"] if beyond else []
-        header += ["Δ log-probability", "p (t, seeds)", "p (sign flips, questions)"]
+        header += ["Δ log-probability", "p (t, seeds)", "p (sign flips, haystacks)"]
         rows = []
         for label, group in groups.items():
             if not any(run.scores(task) for run in group):
                 continue
             cells = [
                 _cell(group, lambda run, figure=figure, task=task: task_mean(run, task, figure), form)
-                for figure, form in (("exact_match", ".0%"), ("digit_accuracy", ".0%"), ("key_log_probability", ".2f"))
+                for figure, form in figures
             ]
             if beyond:
                 cells.append(_cell(group, lambda run, task=task: task_mean(run, task, "key_log_probability", beyond=native), ".2f"))
-            rows.append([label, *cells, *_test_cells(tests, label, task, with_questions=True)])
+            rows.append([label, str(len(group)), *cells, *_test_cells(tests, label, task, with_haystacks=True)])
         lengths = sorted({length for run in runs for length in run.scores(task)})
-        tables += [f"### {TASK_NAMES[task].capitalize()}: means over {', '.join(map(length_label, lengths))} tokens", _table(header, rows)]
+        tables += [f"### {TASK_NAMES[task]}: means over {', '.join(map(length_label, lengths))} tokens", _table(header, rows)]
     tables += ["### Cost", _cost_table(groups), _test_note(study, tests)]
     return tables
 
@@ -175,12 +176,12 @@ def _cost_table(groups: dict[str, list[RunResult]]) -> str:
     return _table(header, rows) if rows else ""
 
 
-def _test_cells(tests: list[PairedTest], label: str, measure: str, *, with_questions: bool) -> list[str]:
+def _test_cells(tests: list[PairedTest], label: str, measure: str, *, with_haystacks: bool) -> list[str]:
     found = next((test for test in tests if (test.label, test.measure) == (label, measure)), None)
-    count = 3 if with_questions else 2
+    count = 3 if with_haystacks else 2
     if found is None:
         return [_MISSING] * count
-    cells = [_signed(found.difference), _p(found.p_seeds), _p(found.p_questions)]
+    cells = [_signed(found.difference), _p(found.p_seeds), _p(found.p_haystacks)]
     return cells[:count]
 
 
@@ -188,11 +189,11 @@ def _test_note(study: StudyConfig, tests: list[PairedTest]) -> str:
     if not tests:
         return ""
     seeds = sorted({test.seeds for test in tests})
-    questions = sorted({test.questions for test in tests if test.questions})
+    haystacks = sorted({test.haystacks for test in tests if test.haystacks})
     return (
         f"Δ: minus `{study.reference}`, mean over the seeds that both have ({', '.join(map(str, seeds))}). p (t, seeds): two-sided paired "
-        f"t-test, a seed is a unit. p (sign flips, questions): two-sided permutation test, a question is a unit "
-        f"({_range(questions)} of them); it knows the noise of the questions, not that of training. No correction for many comparisons."
+        f"t-test, a seed is a unit. p (sign flips, haystacks): two-sided permutation test of Δ, a haystack is a unit "
+        f"({_range(haystacks)} of them); it knows the noise of the haystacks, not that of training. No correction for many comparisons."
     )
 
 
@@ -253,6 +254,15 @@ def _numbers(study: StudyConfig, sections: list[Section], failed: list[RunOutcom
         },
         "failed": [{"run": outcome.request.name, "reason": outcome.failure} for outcome in failed],
     }
+
+
+def _json(value: object) -> object:
+    """What is not a number as null: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _cell(group: list[RunResult], value: Callable[[RunResult], float], form: str) -> str:

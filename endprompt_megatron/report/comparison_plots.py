@@ -28,7 +28,7 @@ from endprompt_megatron.report.plots import (
 )
 
 _PURPLE = "#CC79A7"
-_TITLES = {"needle": "One key", "multi_key": "One of several keys", "variable_tracking": "Variable tracking"}
+TASK_NAMES = {"needle": "One key", "multi_key": "One of several keys", "variable_tracking": "Variable tracking"}
 _STYLES = {
     BASE: SystemStyle("#000000", "o", "-"),
     "untrained_pi": SystemStyle(GREY, "x", ":"),
@@ -69,7 +69,8 @@ def plot_scores_by_length(path: Path, groups: dict[str, list[RunResult]]) -> Pat
         )
         for column, task in enumerate(tasks):
             lengths = sorted({length for run in runs for length in run.scores(task)})
-            for row, figure_name in enumerate(("digit_accuracy", "key_log_probability")):
+            share = "exact_match" if task == "variable_tracking" else "digit_accuracy"
+            for row, figure_name in enumerate((share, "key_log_probability")):
                 axes = panels[row][column]
                 for label, group in groups.items():
                     by_length: dict[int, list[float]] = {}
@@ -78,9 +79,9 @@ def plot_scores_by_length(path: Path, groups: dict[str, list[RunResult]]) -> Pat
                             by_length.setdefault(length, []).append(found[figure_name])
                     _draw(axes, sorted(by_length.items()), styles[label], label)
                 length_axis(axes, lengths, native_window(runs[0]), "context length (tokens)" if row else "")
-            panels[0][column].set_title(_TITLES[task], loc="left")
+            panels[0][column].set_title(TASK_NAMES[task], loc="left")
             panels[0][column].set_ylim(-0.04, 1.04)
-        panels[0][0].set_ylabel("tokens of the answer right (share)")
+            panels[0][column].set_ylabel("chains exact (share)" if task == "variable_tracking" else "digits right (share)")
         panels[1][0].set_ylabel("log-probability of the answer (nats)")
         _legend(figure, panels[0][0])
         return _save(figure, path)
@@ -127,7 +128,7 @@ def plot_scores_by_distance(path: Path, groups: dict[str, list[RunResult]], *, r
                 _draw(relative, _octave_bins(differences), styles[label], label, of_mean=True)
             relative.axhline(0, color=styles[reference].color if reference in styles else GREY, lw=1.2)
             absolute.set_ylabel("log-probability (nats)")
-            absolute.set_title(_TITLES[task], loc="left")
+            absolute.set_title(TASK_NAMES[task], loc="left")
             relative.set_title(f"minus {reference}, same questions", loc="left")
         for axes in panels[-1]:
             axes.set_xlabel("distance from the question back to the fact (tokens)")
@@ -135,13 +136,16 @@ def plot_scores_by_distance(path: Path, groups: dict[str, list[RunResult]], *, r
         return _save(figure, path)
 
 
-def _by_question(run: RunResult, task: str) -> dict[tuple[int, int, float], float]:
-    """{(distance, length, depth): log-probability}."""
-    return {
-        (max(1, round((1 - float(depth)) * length)), length, float(depth)): figures["key_log_probability"]
-        for length, found in run.scores(task).items()
-        for depth, figures in found.get("by_depth", {}).items()
-    }
+def _by_question(run: RunResult, task: str) -> dict[tuple[float, int, int], float]:
+    """{(distance, length, number of the question): log-probability}; where a record does not tell its distance, it is taken from depth and
+    length, which at short lengths is too far by the question and the other facts (a fifth at 512 tokens, little from 4K on)."""
+    found = {}
+    for length, figures in run.scores(task).items():
+        for number, (depth, _, _, log_probability, *more) in enumerate(figures.get("records", [])):
+            if depth is not None:
+                distance = more[0] if more and more[0] else max(1, round((1 - float(depth)) * length))
+                found[distance, length, number] = log_probability
+    return found
 
 
 def plot_cost(path: Path, groups: dict[str, list[RunResult]]) -> Path | None:
@@ -180,7 +184,7 @@ def plot_cost(path: Path, groups: dict[str, list[RunResult]]) -> Path | None:
 
 def _gap(run: RunResult) -> tuple[int, int] | None:
     prompt = run.conditions.get("end_prompt_tokens", 0)
-    if not prompt or run.label != "endprompt":
+    if not prompt or run.summary["method"] != "endprompt":
         return None
     context, window = run.summary["physical_length"] - prompt, run.summary["target_length"]
     first, last = max(context, prompt), window - context - prompt

@@ -33,6 +33,11 @@ def test_experiment_composes_validates_and_plans(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_obeys_another_length(name):
+    assert to_run_config(_compose(f"+experiment={name}", "length=128k")).rope.target_context_length == 131072
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_opens_with_its_command(name):
     text = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
     assert text.startswith("# @package _global_\n# ") and "python recipes/extend.py" in text
@@ -58,7 +63,7 @@ def test_model_numbers_are_the_published_ones(name):
 
 
 METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
-LENGTHS = sorted(path.stem for path in (ROOT / "conf" / "length").glob("*.yaml"))
+LENGTHS = sorted(path.stem for path in (ROOT / "conf" / "length").glob("*k.yaml"))
 MODELS = ("llama2_7b", "mistral_7b", "llama3_8b", "llama3_70b")
 
 

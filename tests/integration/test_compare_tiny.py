@@ -23,7 +23,8 @@ def test_every_method_is_a_row(tmp_path):
         "untrained_pi", "control_short_pi", "endprompt", "endprompt_random", "endprompt_pose", "pose", "full", "lceg_pi", "lceg_ntk",
         "lceg_yarn", "longlora",
     )  # fmt: skip
-    tokens = page.split("## The same time")[0]
+    tokens, same_time = page.split("## The same time")
+    assert "## The same number of tokens" in tokens and "Training takes the reference's time" in same_time
     for method in methods:
         assert f"| {method} | {2 if method in ('endprompt', 'control_short_pi') else 1} |" in tokens, method
     assert "failed" not in page
@@ -36,6 +37,9 @@ def test_wrong_studies_end_before_anything_starts(tmp_path):
         (("methods=[endpromt]",), "endpromt is none of"),
         (("jobs=none",), "jobs"),
         (("bugets=[tokens]",), "bugets"),
+        (("overrides=[optim.lrr=1]",), "untrained_pi_seed1 cannot be run"),
+        (("base_experiment=huge",), "huge"),
+        (("overrides=[data.seq_length=4096]",), "data.seq_length=4096"),
     ):
         done = _run(*overrides, cwd=tmp_path)
         assert done.returncode != 0 and message in done.stderr, done.stderr[-2000:]

@@ -27,6 +27,9 @@ if "wait" in told and not (directory / "stopped").exists():
     time.sleep(60)
 (directory / "checkpoints").mkdir(exist_ok=True)
 (directory / "hf").mkdir(exist_ok=True)
+if told.get("probes") == "none":
+    (directory / "summary.json").write_text("{{}}")
+    sys.exit(0)
 write_run(directory, method=told["method"], seed=int(told["seed"]), steps=int(told.get("trainer.max_steps", 4)),
           step_seconds=float(told.get("step_seconds", 1.0)), gain=float(told.get("gain", 0.0)))
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -9,8 +10,10 @@ import threading
 import time
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from endprompt_megatron.compare import compare
+from endprompt_megatron.comparison.runner import _quoted
 from endprompt_megatron.comparison.study import StudyConfig
 from endprompt_megatron.errors import ConfigError, DataError, RunInterrupted
 from tests.support.studies import stand_in_command, write_run
@@ -18,11 +21,12 @@ from tests.support.studies import stand_in_command, write_run
 METHODS = ("control_short_pi", "endprompt", "pose", "untrained_pi")
 
 
-def _compare(tmp_path, **changes) -> tuple[bool, str]:
+def _compare(tmp_path, check=lambda request: None, **changes) -> tuple[bool, str]:
     study = StudyConfig(
-        **{"name": "s", "output_dir": str(tmp_path / "out"), "experiment": "tiny", "methods": ["endprompt", "control_short_pi"], **changes}
+        **{"name": "s", "output_dir": str(tmp_path / "out"), "base_experiment": "tiny", "methods": ["endprompt", "control_short_pi"], **changes}
     )
-    finished = compare(study, command=stand_in_command(tmp_path), known_methods=METHODS, told=["python recipes/compare.py +study=s"])
+    told = ["python recipes/compare.py +study=s"]
+    finished = compare(study, command=stand_in_command(tmp_path), known_methods=METHODS, told=told, check=check)
     return finished, (tmp_path / "out" / "comparison.md").read_text()
 
 
@@ -96,7 +100,7 @@ def test_methods_of_other_cost_get_the_same_time(tmp_path):
     assert finished and again["overrides"][-1] == "trainer.max_steps=2"  # 6 steps of 1 s are 2 of 3 s
     assert not (tmp_path / "out" / "runs" / "endprompt_seed1_same_seconds").exists()
     tokens, seconds = page.split("## The same time")
-    assert "trained again with other numbers of steps: pose" in seconds
+    assert "Trained again with other numbers of steps: pose" in seconds
     assert "| pose | 128 | 6 | 3,072 |" in tokens and "| pose | 128 | 2 | 1,024 |" in seconds
     # a stand-in stays what it is when a faster step of the reference is seen later
     metrics = tmp_path / "out" / "runs" / "control_short_pi_seed1" / "metrics.jsonl"
@@ -110,16 +114,76 @@ def test_the_same_time_is_one_line_where_nothing_differs(tmp_path):
     assert page.count("### Cost") == 1 and 'These are the runs of "The same number of tokens"' in page
 
 
+def test_a_run_that_leaves_no_probes_is_a_failure_and_keeps_its_weights(tmp_path):
+    finished, page = _compare(tmp_path, keep="evaluation", overrides_of={"endprompt": ["probes=none"]})
+    assert not finished and "holds no finished run with probes" in page
+    _compare(tmp_path, keep="evaluation", overrides_of={"endprompt": ["probes=none"]})
+    assert _starts(tmp_path, "endprompt_seed1") == 2
+    assert (tmp_path / "out" / "runs" / "endprompt_seed1" / "hf").is_dir()
+
+
+def test_weights_stay_as_they_were_when_keep_changes(tmp_path):
+    _compare(tmp_path, keep="all")
+    _compare(tmp_path, keep="evaluation")
+    assert (tmp_path / "out" / "runs" / "endprompt_seed1" / "checkpoints").is_dir()
+
+
+def test_a_record_cut_short_is_a_run_to_go_on_with(tmp_path):
+    _compare(tmp_path)
+    (tmp_path / "out" / "runs" / "endprompt_seed1.run.json").write_text('{"overr')
+    finished, _ = _compare(tmp_path)
+    assert finished and _starts(tmp_path, "endprompt_seed1") == 2
+
+
+def test_only_one_process_carries_a_study_out(tmp_path):
+    _compare(tmp_path)
+    with (tmp_path / "out" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process carries this study out"):
+            _compare(tmp_path)
+
+
+def test_a_run_that_cannot_be_is_refused_before_any_starts(tmp_path):
+    def check(request) -> None:
+        if request.label == "control_short_pi":
+            raise ConfigError("control_short_pi_seed1 cannot be run: no such key")
+
+    with pytest.raises(ConfigError, match="no such key"):
+        _compare(tmp_path, check=check)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_with_odd_characters_is_quoted_for_hydra(tmp_path):
+    odd = tmp_path / "a, 'b' (c)=é"
+    study = dict(output_dir=str(odd))
+    with pytest.raises(FileNotFoundError):  # this helper looks for the page where it usually is
+        _compare(tmp_path, **study)
+    command = json.loads((odd / "study.json").read_text())
+    assert command["output_dir"] == str(odd)
+    parsed = OverridesParser.create().parse_override(f"output_dir={_quoted(odd)}")
+    assert parsed.value() == str(odd)
+
+
 def test_runs_made_elsewhere_are_collected(tmp_path):
     directories = [
         str(write_run(tmp_path / f"{method}{seed}", method=method, seed=seed, gain=0.1 * seed, base=method == "endprompt"))
         for method in ("control_short_pi", "endprompt")
         for seed in (4, 5)
     ]
-    finished, page = _compare(tmp_path, methods=[], experiment=None, collect=directories)
+    finished, page = _compare(tmp_path, methods=[], base_experiment=None, collect=directories)
     assert finished and "| endprompt | 2 |" in page and "| base, untouched | 2 |" in page
+    write_run(tmp_path / "control_short_pi4", method="control_short_pi", seed=4, base=True)  # the same base again is no further seed
+    _, page = _compare(tmp_path, methods=[], base_experiment=None, collect=directories)
+    assert "| base, untouched | 2 |" in page
+    more = [*directories, str(write_run(tmp_path / "hot", method="endprompt", seed=4))]
+    with pytest.raises(ConfigError, match="two runs are endprompt with seed 4 .endprompt4 and hot"):
+        _compare(tmp_path, methods=[], base_experiment=None, collect=more)
+    _, page = _compare(tmp_path, methods=[], base_experiment=None, collect=[*directories, f"hot={more[-1]}"])
+    assert "| hot | 1 |" in page and "| endprompt | 2 |" in page
+    with pytest.raises(ConfigError, match="reference=pose: no run has this label. Choose one of control_short_pi, base, untouched, endprompt"):
+        _compare(tmp_path, methods=[], base_experiment=None, collect=[*directories], reference="pose")
     with pytest.raises(DataError, match="holds no finished run with probes"):
-        _compare(tmp_path, methods=[], experiment=None, collect=[str(tmp_path)])
+        _compare(tmp_path, methods=[], base_experiment=None, collect=[str(tmp_path)])
 
 
 def test_runs_that_were_asked_other_questions_are_named(tmp_path):
@@ -127,5 +191,5 @@ def test_runs_that_were_asked_other_questions_are_named(tmp_path):
     evaluation = json.loads((directories[1] / "evaluation.json").read_text())
     evaluation["conditions"]["haystack"] = "numbers"
     (directories[1] / "evaluation.json").write_text(json.dumps(evaluation))
-    _, page = _compare(tmp_path, methods=[], experiment=None, collect=list(map(str, directories)))
+    _, page = _compare(tmp_path, methods=[], base_experiment=None, collect=list(map(str, directories)))
     assert "Not asked the same: endprompt seed 1 differs from control_short_pi seed 1 in haystack" in page

@@ -11,7 +11,7 @@ METHODS = ("control_short_pi", "endprompt", "pose")
 
 
 def _study(**changes) -> StudyConfig:
-    return StudyConfig(**{"name": "s", "experiment": "tiny_random", "methods": ["endprompt", "control_short_pi"], **changes})
+    return StudyConfig(**{"name": "s", "base_experiment": "tiny_random", "methods": ["endprompt", "control_short_pi"], **changes})
 
 
 def test_runs_go_seed_by_seed_so_that_early_results_compare_everything():
@@ -33,12 +33,15 @@ def test_a_variant_names_its_method():
     ("changes", "message"),
     [
         ({"methods": []}, "name at least one method"),
-        ({"experiment": None}, "start from an experiment"),
+        ({"base_experiment": None}, "start from an experiment"),
         ({"methods": ["endpromt", "control_short_pi"]}, "endpromt is none of control_short_pi, endprompt, pose"),
         ({"methods": ["endprompt", "endprompt", "control_short_pi"]}, "each label once"),
-        ({"seeds": []}, "seeds of endprompt: name at least one"),
-        ({"seeds_of": {"pose": [1]}}, "seeds_of.pose: pose is not in methods"),
-        ({"overrides_of": {"pose": []}}, "overrides_of.pose"),
+        ({"seeds": []}, "seeds of endprompt: .*Name at least one"),
+        ({"seeds": [1, 1]}, "each once"),
+        ({"seeds": [-1]}, "none below 0"),
+        ({"methods": ["a/b", "control_short_pi"], "overrides_of": {"a/b": ["method=pose"]}}, "the label 'a/b' names a directory"),
+        ({"collect": ["outputs/a", "mine=outputs/a"]}, "each directory once"),
+        ({"overrides": ["evaluation.enabled=false"]}, "nothing to compare"),
         ({"reference": "pose"}, "reference=pose: must be one of methods"),
         ({"budgets": ["minutes"]}, "choose from tokens, seconds"),
         ({"keep": "nothing"}, "keep=nothing"),
@@ -51,3 +54,9 @@ def test_a_variant_names_its_method():
 def test_wrong_studies_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         _study(**changes).validate(METHODS)
+
+
+def test_what_is_said_of_labels_that_do_not_run_is_told():
+    study = _study(seeds_of={"pose": [1]}, overrides_of={"pose": ["x=1"]})
+    study.validate(METHODS)
+    assert study.unused() == ["seeds_of.pose is not used: pose is not in methods", "overrides_of.pose is not used: pose is not in methods"]

@@ -54,7 +54,6 @@ def test_haystacks_are_the_same_for_every_model_and_fill_their_length(encode):
         assert haystack.length - noise < len(haystack.tokens) + longest <= haystack.length
         assert len({question.answer for question in haystack.questions}) == len(haystack.questions)
         assert [question.task for question in haystack.questions] in (["single"], ["multi_key"] * 3 + ["variable_tracking"])
-        assert all(question.num_graded_tokens in (len(question.answer), len(question.answer) - 1) for question in haystack.questions)
     assert [haystack.questions[0].depth for haystack in made[:6]] == [0.0, 0.5, 1.0, 0.0, 0.5, 1.0]
     assert len(made) == len(set(made)) == 2 * 2 * 6
 
@@ -74,6 +73,27 @@ def test_the_fact_stands_at_its_depth(encode):
             key = list(question.answer)
             first = next(i for i in range(len(text)) if text[i : i + len(key) - 1] == key[1:])
             assert abs(first / len(text) - question.depth) < 0.25
+            last = max(i for i in range(len(text)) if text[i : i + len(key) - 1] == key[1:])
+            behind = len(text) + len(question.prompt) - last  # from the key's last mention; the fact's own words follow it
+            assert len(question.prompt) <= question.distance < behind < question.distance + 40
+
+
+@pytest.mark.parametrize("name", ["tiny", "word pieces"])
+def test_what_counts_as_part_of_an_answer(encode, name):
+    """Each digit of a key, each name of a chain; not the space of its own that some tokenizers put first."""
+
+    def word_pieces(text: str) -> list[int]:
+        """A tokenizer that joins a space with what follows, in pieces of three characters."""
+        return [hash(text[i : i + 3]) % 2**31 for i in range(0, len(text), 3)]
+
+    used = encode if name == "tiny" else word_pieces
+    for haystack in make_haystacks(used, tasks=TASKS, lengths=[2048], depths=[0.2, 0.8], trials=1, digits=5, seed=0):
+        for question in haystack.questions:
+            covered = [index for first, past in question.units for index in range(first, past)]
+            if question.task == "variable_tracking":
+                assert len(question.units) == 5 and covered == list(range(len(question.answer)))
+            else:
+                assert covered == list(range(len(question.answer)))[name == "tiny" :]
 
 
 def test_a_chain_of_variables_leads_from_the_value_to_every_name(tiny_model_dir, encode):
@@ -101,14 +121,14 @@ def test_exact_match_is_what_greedy_generation_does(both):
     tokens, key = tuple(prompt[0].tolist()), tuple(continued.tolist())
     wrong = (*key[:-1], (key[-1] + 1) % 512)
     for answer, exact, digits in ((key, 1.0, 1.0), (wrong, 0.0, 0.8)):
-        haystack = Haystack(65, tokens[:50], (Question("single", tokens[50:], answer, 5, 0.5),))
+        haystack = Haystack(65, tokens[:50], (Question("single", tokens[50:], answer, tuple((index, index + 1) for index in range(5)), 0.5, 10),))
         scored = score_haystacks(chunk, [haystack], device=torch.device("cpu"), label="test")["single"]["65"]
         assert (scored["exact_match"], scored["trials"]) == (exact, 1)
         assert scored["digit_accuracy"] == pytest.approx(digits)
         logits = reference(torch.tensor([tokens + answer]), use_cache=False).logits[0, 59:-1].float()
         expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(answer)[:, None]).sum()
         assert scored["key_log_probability"] == pytest.approx(float(expected), abs=1e-4)
-        assert scored["records"] == [[0.5, exact, scored["digit_accuracy"], scored["key_log_probability"]]]
+        assert scored["records"] == [[0.5, exact, scored["digit_accuracy"], scored["key_log_probability"], 10]]
 
 
 def test_questions_that_share_a_haystack_score_as_if_asked_alone(both):
@@ -116,12 +136,12 @@ def test_questions_that_share_a_haystack_score_as_if_asked_alone(both):
     random = np.random.default_rng(0)
     tokens = tuple(random.integers(0, 512, 70).tolist())
     questions = tuple(
-        Question("multi_key", tuple(random.integers(0, 512, size).tolist()), tuple(random.integers(0, 512, 4).tolist()), 4, depth)
+        Question("multi_key", tuple(random.integers(0, 512, size).tolist()), tuple(random.integers(0, 512, 4).tolist()), ((0, 2), (2, 4)), depth)
         for size, depth in ((3, 0.1), (9, 0.5), (5, 0.9))
     )
     scored = score_haystacks(chunk, [Haystack(90, tokens, questions)], device=torch.device("cpu"), label="test")
     records = scored["multi_key"]["90"]["records"]
-    for question, (depth, _, _, log_probability) in zip(questions, records, strict=True):
+    for question, (depth, _, _, log_probability, _) in zip(questions, records, strict=True):
         logits = reference(torch.tensor([tokens + question.prompt + question.answer]), use_cache=False).logits[0, -5:-1].float()
         expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(question.answer)[:, None]).sum()
         assert depth == question.depth and log_probability == pytest.approx(float(expected), abs=1e-4)

@@ -37,9 +37,9 @@ def test_wrong_studies_end_before_anything_starts(tmp_path):
         (("methods=[endpromt]",), "endpromt is none of"),
         (("jobs=none",), "jobs"),
         (("bugets=[tokens]",), "bugets"),
-        (("overrides=[optim.lrr=1]",), "untrained_pi_seed1 cannot be run"),
+        (('overrides=["optim.lrr=1"]',), "untrained_pi_seed1 cannot be run"),
         (("base_experiment=huge",), "huge"),
-        (("overrides=[data.seq_length=4096]",), "data.seq_length=4096"),
+        (('overrides=["data.seq_length=4096"]',), "data.seq_length=4096"),
     ):
         done = _run(*overrides, cwd=tmp_path)
         assert done.returncode != 0 and message in done.stderr, done.stderr[-2000:]

@@ -28,6 +28,7 @@ from endprompt_megatron.report.plots import (
 )
 
 _PURPLE = "#CC79A7"
+_SMALL_DIFFERENCE = 0.5  # nats; an axis of differences is linear up to here
 TASK_NAMES = {"needle": "One key", "multi_key": "One of several keys", "variable_tracking": "Variable tracking"}
 _STYLES = {
     BASE: SystemStyle("#000000", "o", "-"),
@@ -126,6 +127,10 @@ def plot_scores_by_distance(path: Path, groups: dict[str, list[RunResult]], *, r
                             differences.setdefault(question[0], []).append(score - theirs[run.seed][question])
                 _draw(absolute, _octave_bins(scores), styles[label], label, bars=False)
                 _draw(relative, _octave_bins(differences), styles[label], label, of_mean=True)
+            if max(abs(limit) for limit in relative.get_ylim()) > 10 * _SMALL_DIFFERENCE:  # far methods would hide near ones
+                relative.set_yscale("symlog", linthresh=_SMALL_DIFFERENCE, linscale=0.8)
+                relative.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+                relative.minorticks_off()
             relative.axhline(0, color=styles[reference].color if reference in styles else GREY, lw=1.2)
             absolute.set_ylabel("log-probability (nats)")
             absolute.set_title(TASK_NAMES[task], loc="left")

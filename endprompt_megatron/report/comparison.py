@@ -212,7 +212,8 @@ def _pictures(
             partial(plot_scores_by_distance, reference=reference),
             f"{section.stem}_by_distance.png",
             f"By the distance from the question back to the fact, in bins of an octave. Right: minus `{reference}` for the same questions, "
-            "bars one standard error; where methods are far apart the axis is logarithmic outside of ±0.5. Shaded: distances that EndPrompt's samples never show (eq. 9).",
+            "bars one standard error; where methods are far apart the axis is logarithmic outside of ±0.5. "
+            "Shaded: distances that EndPrompt's samples never show (eq. 9).",
         ),
         (plot_cost, f"{section.stem}_cost.png", "What training cost and what came of it."),
     ]

@@ -46,9 +46,8 @@ def compare(
         labels = ", ".join(dict.fromkeys(result.label for result in collected))
         raise ConfigError(f"reference={study.reference}: no run has this label. Choose one of {labels}.")
     requests = study.runs()
-    first = {request.label: request for request in reversed(requests)}
-    for request in first.values():
-        check(request)
+    for label in study.methods:
+        check(next(request for request in requests if request.label == label))
     runner = Runner(command, output_dir / "runs", keep=study.keep, fault_of=fault_of)
     if not study.write_only:
         runner.check(requests)

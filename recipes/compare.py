@@ -11,7 +11,7 @@ import shlex
 import sys
 
 import hydra
-from extend import ROOT, to_run_config
+from extend import ROOT, telling_errors, to_run_config
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from endprompt_megatron.compare import compare
 from endprompt_megatron.comparison.study import RunRequest, StudyConfig
-from endprompt_megatron.errors import EXIT_RESUME, EXIT_USER_ERROR, USER_ERRORS, ConfigError, RunInterrupted
+from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.launch import planned_world_size
 from endprompt_megatron.preflight import validate
 
@@ -48,24 +48,15 @@ def check_run(request: RunRequest) -> None:
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="compare")
 def run(composed: DictConfig) -> None:
     """One study."""
-    try:
+    with telling_errors():
         study = to_study(composed)
-        methods = tuple(sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")))
         finished = compare(
             study,
             command=[sys.executable, "-W", "ignore", str(ROOT / "recipes" / "extend.py")],
-            known_methods=methods,
+            known_methods=tuple(sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))),
             told=["python recipes/compare.py " + shlex.join(text for text in sys.argv[1:] if not text.startswith("write_only="))],
             check=check_run,
         )
-    except USER_ERRORS as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except RunInterrupted as request:
-        print(request, file=sys.stderr)
-        sys.exit(EXIT_RESUME)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; start the same command again: it goes on where it stood")
     if not finished and not study.write_only:
         sys.exit(1)
 

@@ -7,6 +7,8 @@ default on a CPU. `--help` lists the groups, `--cfg job` prints the composed val
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
@@ -32,10 +34,25 @@ def to_run_config(composed: DictConfig) -> RunConfig:
         raise ConfigError(message) from error
 
 
+@contextmanager
+def telling_errors() -> Iterator[None]:
+    """Inside the block an error that a user can mend ends the program in a sentence, and every way to end has its exit status."""
+    try:
+        yield
+    except USER_ERRORS as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except RunInterrupted as request:
+        print(request, file=sys.stderr)
+        sys.exit(EXIT_RESUME)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; start the same command again: it goes on where it stood")
+
+
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="extend")
 def run(composed: DictConfig) -> None:
     """One run, or its plan."""
-    try:
+    with telling_errors():
         config = to_run_config(composed)
         launch.adopt_srun_environment()
         launch.end_with_launcher()
@@ -50,14 +67,6 @@ def run(composed: DictConfig) -> None:
             prepare(config)  # one clear error here instead of one a worker
             sys.exit(launch.run_workers(config, sys.argv))
         extend(config)
-    except USER_ERRORS as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except RunInterrupted as request:
-        print(request, file=sys.stderr)
-        sys.exit(EXIT_RESUME)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; start the same command again: it goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

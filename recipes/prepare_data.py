@@ -10,19 +10,18 @@ import sys
 from pathlib import Path
 
 import hydra
-from extend import DEFAULT_EXPERIMENT, ROOT, to_run_config
+from extend import DEFAULT_EXPERIMENT, ROOT, telling_errors, to_run_config
 from omegaconf import DictConfig
 
 from endprompt_megatron.checkpoint.hf_sources import ensure_base_model
 from endprompt_megatron.checkpoint.hf_tokenizer import hash_tokenizer, load_tokenizer
 from endprompt_megatron.data.corpora import prepare_corpora
-from endprompt_megatron.errors import USER_ERRORS
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="extend")
 def run(composed: DictConfig) -> None:
     """Prepare the training and validation corpora of one run."""
-    try:
+    with telling_errors():
         config = to_run_config(composed)
         hf_path = Path(config.model.hf_path)
         ensure_base_model(config.model.source, hf_path)
@@ -33,9 +32,6 @@ def run(composed: DictConfig) -> None:
             blend, _ = prepare_corpora(sources, **options)
             for prefix, weight in zip(blend.prefixes, blend.weights, strict=True):
                 print(f"indexed:{prefix}  weight {weight:g}")
-    except USER_ERRORS as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

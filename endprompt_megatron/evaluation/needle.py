@@ -91,6 +91,11 @@ class _Writer:
         self.noise = self.encode(_NOISE)
 
     def haystack(self, introduction: str, facts: list[tuple[float, str]], questions: list[Question]) -> Haystack:
+        """The introduction, then noise with the facts at their depths.
+
+        Raises:
+            DataError: no room for noise.
+        """
         start, planted = self.encode(introduction), [(depth, self.encode(text)) for depth, text in sorted(facts, key=lambda fact: fact[0])]
         taken = len(start) + sum(len(fact) for _, fact in planted) + max(len(asked.prompt) + len(asked.answer) for asked in questions)
         sentences = (self.length - taken) // len(self.noise)

@@ -51,7 +51,7 @@ def styles_of(labels: Sequence[str]) -> dict[str, SystemStyle]:
 
 
 def plot_scores_by_length(path: Path, groups: dict[str, list[RunResult]]) -> Path | None:
-    """Perplexity and, for each task, share of the answer's tokens right and log-probability by context length.
+    """For each task the share that is right (digits of a key, whole chains) and the log-probability of the answer by context length.
 
     Args:
         path: of the PNG.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import resource
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 from tests.support.families import build_family
 from tests.support.run_recipe import ROOT
 from tests.support.tiny import copy_model, edit_config
+from tests.support.tools import tool_caller
 
 TOOL = ROOT / "tools" / "convert.py"
 
@@ -26,20 +26,7 @@ def hf(tmp_path_factory) -> Path:
 @pytest.fixture
 def convert(monkeypatch, capsys):
     """Call the tool in this process: (exit status, what it printed, its errors)."""
-    spec = importlib.util.spec_from_file_location("convert_tool", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        try:
-            status = tool.main()
-        except SystemExit as stop:
-            status = stop.code
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return call
+    return tool_caller(TOOL, monkeypatch, capsys)
 
 
 def test_there_and_back_and_shown(hf, tmp_path):

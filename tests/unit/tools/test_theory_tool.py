@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.tiny import ROOT
+from tests.support.tools import tool_caller
 
 TOOL = ROOT / "tools" / "theory.py"
 COVERAGE = ("coverage", "--seq-length", 32, "--end-prompt-length", 4, "--target-context-length", 256, "--samples", 20)
@@ -18,21 +17,8 @@ SMOOTHNESS = ("smoothness", "--seq-length", 32, "--end-prompt-length", 4, "--tar
 
 @pytest.fixture
 def theory(monkeypatch, capsys):
-    """Call the tool: (exit status, what it printed, its errors)."""
-    spec = importlib.util.spec_from_file_location("theory_tool", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        try:
-            status = tool.main()
-        except SystemExit as stop:
-            status = stop.code
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return call
+    """Call the tool in this process: (exit status, what it printed, its errors)."""
+    return tool_caller(TOOL, monkeypatch, capsys)
 
 
 def test_coverage(theory, tmp_path):

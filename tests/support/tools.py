@@ -1,0 +1,27 @@
+"""Call a tool of tools/ in this process."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def tool_caller(path: Path, monkeypatch: Any, capsys: Any) -> Callable[..., tuple[int, str, str]]:
+    """A function of a tool's arguments: (exit status, what it printed, its errors)."""
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_tool", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        try:
+            status = tool.main()
+        except SystemExit as stop:
+            status = stop.code
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return call

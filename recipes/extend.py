@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 from endprompt_megatron import launch  # noqa: E402
 from endprompt_megatron.config import RunConfig  # noqa: E402
 from endprompt_megatron.errors import EXIT_RESUME, EXIT_USER_ERROR, USER_ERRORS, ConfigError, RunInterrupted  # noqa: E402
+from endprompt_megatron.mcore.children import outlast_stop_signals  # noqa: E402
 
 DEFAULT_EXPERIMENT = "smollm2_135m_16k_cpu"
 
@@ -43,6 +44,7 @@ def telling_errors() -> Iterator[None]:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except RunInterrupted as request:
+        outlast_stop_signals()  # a second one must not change the exit status
         print(request, file=sys.stderr)
         sys.exit(EXIT_RESUME)
     except KeyboardInterrupt:

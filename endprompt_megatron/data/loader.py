@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from endprompt_megatron.mcore.children import outlast_stop_signals
+from endprompt_megatron.mcore.children import kill_helpers_at_exit, outlast_stop_signals
 
 
 class MicroBatchSampler:
@@ -62,6 +62,8 @@ def micro_batches(dataset: Dataset[Any], sampler: MicroBatchSampler, *, num_work
         sampler: their order.
         num_workers: loader processes; 0 loads in this one.
     """
+    if num_workers:
+        kill_helpers_at_exit()
     return iter(
         DataLoader(
             dataset,

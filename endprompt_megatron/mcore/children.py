@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import functools
+import multiprocessing
 import signal
 
 # What asks a run to stop. Slurm sends it to every process of a job step, helpers included.
@@ -31,3 +34,16 @@ def serve_parent() -> None:
     """In a helper process that serves its parent and nobody else: live exactly as long."""
     end_with_parent()
     outlast_stop_signals()
+
+
+@functools.cache
+def kill_helpers_at_exit() -> None:
+    """In a process with helpers that outlast stop signals: kill those that are left when it exits. Python's own exit asks them to end
+    with SIGTERM, which they ignore, and then waits for them for good."""
+    atexit.register(_kill_helpers)  # after multiprocessing's own, which therefore runs later
+
+
+def _kill_helpers() -> None:
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

@@ -19,7 +19,8 @@ from endprompt_megatron.mcore.runtime import agree_on_any
 class StopRequests:
     """What the process was asked, and when it obeys. As a context manager it takes the signals over and gives them back.
 
-    Outside `at_a_good_moment()` a signal raises RunInterrupted where the process stands; inside it is remembered.
+    Outside `at_a_good_moment()` a signal raises RunInterrupted where the process stands; inside it is remembered. One that comes after
+    that is ignored: a worker is often told twice, by Slurm and by its launcher, and is tidying up by then.
     """
 
     def __init__(self) -> None:
@@ -37,6 +38,8 @@ class StopRequests:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            return
         self.received = signal.Signals(number)
         if not self._deferred:
             self._obey()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import islice
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -102,3 +105,25 @@ def test_micro_batches_follow_the_sampler(workers):
     found = list(islice(micro_batches(Numbers(), sampler(1, 2, samples=20, consumed=8), num_workers=workers), 4))
     assert [batch["sample_index"].tolist() for batch in found] == [[10, 11], [14, 15], [18, 19], [2, 3]]
     assert found[0]["tokens"].tolist() == [[10, 11, 12], [11, 12, 13]]
+
+
+def test_a_process_ends_though_its_loaders_outlast_stop_signals():
+    """As when an exception on its way out still holds the iterator: nobody tells the loader to end."""
+    script = """if True:
+        import os, signal, sys
+        from endprompt_megatron.data.loader import MicroBatchSampler, micro_batches
+        import torch
+        data = [{"position_ids": torch.arange(4)}] * 64
+        sampler = MicroBatchSampler(64, consumed_samples=0, micro_batch_size=2, data_parallel_rank=0, data_parallel_size=1)
+        batches = micro_batches(data, sampler, num_workers=1)
+        held = [next(batches)]
+        loader = batches._workers[0].pid
+        held += [batches, held]  # a cycle: not collected before the exit
+        os.kill(loader, signal.SIGTERM)
+        next(batches), next(batches), next(batches), next(batches)
+        print(loader)
+        sys.exit(75)
+    """
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75, done.stderr
+    assert not psutil.pid_exists(int(done.stdout))

@@ -13,7 +13,6 @@ from endprompt_megatron.comparison.results import BASE, TASKS, RunResult, log_pe
 from endprompt_megatron.comparison.statistics import Summary, summarize
 from endprompt_megatron.report.plots import (
     BLUE,
-    DPI,
     GREEN,
     GREY,
     ORANGE,
@@ -25,6 +24,7 @@ from endprompt_megatron.report.plots import (
     length_axis,
     length_label,
     plt,
+    write_figure,
 )
 
 _PURPLE = "#CC79A7"
@@ -85,7 +85,7 @@ def plot_scores_by_length(path: Path, groups: dict[str, list[RunResult]]) -> Pat
             panels[0][column].set_ylabel("chains exact (share)" if task == "variable_tracking" else "digits right (share)")
         panels[1][0].set_ylabel("log-probability of the answer (nats)")
         _legend(figure, panels[0][0])
-        return _save(figure, path)
+        return write_figure(figure, path)
 
 
 def plot_scores_by_distance(path: Path, groups: dict[str, list[RunResult]], *, reference: str) -> Path | None:
@@ -138,7 +138,7 @@ def plot_scores_by_distance(path: Path, groups: dict[str, list[RunResult]], *, r
         for axes in panels[-1]:
             axes.set_xlabel("distance from the question back to the fact (tokens)")
         _legend(figure, panels[0][0])
-        return _save(figure, path)
+        return write_figure(figure, path)
 
 
 def _by_question(run: RunResult, task: str) -> dict[tuple[float, int, int], float]:
@@ -184,7 +184,7 @@ def plot_cost(path: Path, groups: dict[str, list[RunResult]]) -> Path | None:
             axes.margins(x=0.15, y=0.15)
             axes.set_xlim(left=0)
         _legend(figure, panels[0])
-        return _save(figure, path)
+        return write_figure(figure, path)
 
 
 def _gap(run: RunResult) -> tuple[int, int] | None:
@@ -240,9 +240,3 @@ def _bar(found: Summary, of_mean: bool) -> float:
 def _legend(figure, axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
-
-
-def _save(figure, path: Path) -> Path:
-    figure.savefig(path, dpi=DPI)
-    plt.close(figure)
-    return Path(path)

@@ -11,6 +11,7 @@ from typing import Any
 
 from endprompt_megatron.errors import DataError
 from endprompt_megatron.log import read_metrics
+from endprompt_megatron.report.evaluation_plots import plot_depth_by_length
 from endprompt_megatron.report.plots import length_label, plot_loss, plot_needle, plot_perplexity, plot_positions
 
 SYSTEM_ORDER = ("base", "untrained", "control", "trained")
@@ -213,10 +214,41 @@ def _pictures(output_dir: Path, summary: Mapping[str, Any], evaluation: Mapping[
         pictures.append(
             _picture(path, "Key retrieval by context length. Points are moved sideways a little where they would coincide.")
         )
+    pictures += _maps(output_dir, systems, summary)
     if any(system.get("perplexity") for system in systems.values()):
         path = plot_perplexity(output_dir / "perplexity.png", systems, original_context_length=_native(summary))
         pictures.append(_picture(path, "Perplexity by window."))
     return "\n\n".join(pictures)
+
+
+def _maps(output_dir: Path, systems: Mapping[str, Mapping[str, Any]], summary: Mapping[str, Any]) -> list[str]:
+    """A map by depth and length for each kind of key that was asked for at several of both."""
+    pictures = []
+    for key, kind in (("needle", "one key"), ("multi_key", "one of several keys")):
+        panels = {}
+        for name, system in systems.items():
+            by_length = {int(length): score.get("by_depth") or {} for length, score in (system.get(key) or {}).items() if score}
+            panels[str(system.get("label") or name)] = {
+                (length, float(depth)): 100 * score["digit_accuracy"]
+                for length, by_depth in by_length.items()
+                for depth, score in by_depth.items()
+                if _number(score.get("digit_accuracy")) is not None
+            }
+        panels = {label: cells for label, cells in panels.items() if cells}
+        places = [set(axis) for axis in zip(*(cell for cells in panels.values() for cell in cells), strict=True)]
+        if len(places) < 2 or min(map(len, places)) < 2:
+            continue
+        path = plot_depth_by_length(
+            output_dir / f"{key}_depth_by_length.png",
+            panels,
+            measure="digits right (%)",
+            value_range=(0, 100),
+            original_context_length=_native(summary),
+            target_context_length=summary["target_length"],
+            title=f"Retrieval of {kind} by depth and length",
+        )
+        pictures.append(_picture(path, f"Retrieval of {kind} by the depth of the fact and the length of the text: digits right."))
+    return pictures
 
 
 def _positions_picture(output_dir: Path, summary: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:

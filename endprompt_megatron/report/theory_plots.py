@@ -3,7 +3,6 @@ beside the bound of eq. 3 and across the gap of eq. 9."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,8 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from PIL import Image  # matplotlib's own writer of PNG files
 
-from endprompt_megatron.report.plots import BLUE, DPI, GREEN, ORANGE, SKY, STYLE, VERMILLION, WIDTH_INCHES, length_label
+from endprompt_megatron.report.plots import BLUE, GREEN, ORANGE, SKY, STYLE, VERMILLION, WIDTH_INCHES, length_label, write_figure
 from endprompt_megatron.theory.coverage import Coverage
 from endprompt_megatron.theory.smoothness import ScoreFunctions, Smoothness
 
@@ -24,7 +22,6 @@ FloatArray = npt.NDArray[np.float64]
 
 _BINS = 256
 _COLUMNS, _POINTS_A_COLUMN = 700, 200  # of a curve over a logarithmic axis; enough for half a radian between points at 64K
-_PALETTE = 128  # colours of a file
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ def plot_coverage(
         if original_context_length:
             handles.append(Line2D([], [], color=SKY, lw=2.5, label=f"native window ({original_context_length:,})"))
         figure.legend(handles=handles, loc="outside lower center", ncols=2)
-        return _save(figure, path)
+        return write_figure(figure, path)
 
 
 def plot_smoothness(
@@ -151,7 +148,7 @@ def plot_smoothness(
             Line2D([], [], color=SKY, lw=2.5, label=f"native window ({original_context_length:,})"),
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=3)
-        return _save(figure, path)
+        return write_figure(figure, path)
 
 
 def _distance_axis(axes: Axes, last: int) -> None:
@@ -225,12 +222,3 @@ def _draw_ratios(axes: Axes, steepest: FloatArray, median: FloatArray) -> None:
     axes.set(xlabel=r"sup|S'| / ($\theta_0/s\ \cdot$ sup|S|)", ylabel="heads")
     axes.set_ylim(top=axes.get_ylim()[1] * 1.3)
     axes.legend(loc="upper left", fontsize=10)
-
-
-def _save(figure: plt.Figure, path: Path) -> Path:
-    """As in plots.py, with a palette: a third of the bytes shows the same."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=DPI)
-    plt.close(figure)
-    Image.open(drawn).convert("RGB").quantize(_PALETTE).save(path, format="PNG", optimize=True)
-    return Path(path)

@@ -256,6 +256,9 @@ class EvaluationConfig:
         needle_digits: digits of the key.
         perplexity_lengths: windows in tokens; empty means `lengths`.
         perplexity_tokens: held-out tokens scored a length.
+        perplexity_stride: tokens that a sliding window moves at once; 0: windows that do not overlap.
+        prefill_chunk: tokens that are read at once, in a cache of keys and values: longer haystacks and windows take several goes, and less
+            memory. 0 reads them whole. The figures do not depend on it.
         text: held-out corpora (as data.train) for the haystacks and for perplexity.
     """
 
@@ -269,6 +272,8 @@ class EvaluationConfig:
     needle_digits: int = 5
     perplexity_lengths: list[int] = field(default_factory=list)
     perplexity_tokens: int = 16384
+    perplexity_stride: int = 0
+    prefill_chunk: int = 4096
     text: list[TextSource] = field(default_factory=list)
 
 

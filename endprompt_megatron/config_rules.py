@@ -378,6 +378,14 @@ def _number_problems(config: RunConfig) -> list[str]:
             problems.append(f"evaluation.needle_digits={evaluation.needle_digits}: must be <= 18. The default is 5.")
         if evaluation.needle_tokens < 0:
             problems.append(f"evaluation.needle_tokens={evaluation.needle_tokens}: must be >= 0; 0 sets no bound.")
+        shortest = min(evaluation.perplexity_lengths or evaluation.lengths, default=0)
+        if evaluation.perplexity_stride and not 0 < evaluation.perplexity_stride < shortest:
+            problems.append(
+                f"evaluation.perplexity_stride={evaluation.perplexity_stride}: must be less than the shortest window of {shortest} tokens, "
+                f"so that every window overlaps the one before, or 0 for windows that do not."
+            )
+        if evaluation.prefill_chunk < 0:
+            problems.append(f"evaluation.prefill_chunk={evaluation.prefill_chunk}: must be >= 0; 0 reads a context whole.")
         for key in ("needle_trials", "needle_digits", "perplexity_tokens"):
             if getattr(evaluation, key) < 1:
                 problems.append(f"evaluation.{key}={getattr(evaluation, key)}: must be >= 1.")

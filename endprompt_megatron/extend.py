@@ -127,15 +127,18 @@ def _extend(run: _Run, started: float) -> dict[str, Any]:
     if run.runtime.world_size > 1:  # one rank a host prepares, the others wait and find it done
         if run.runtime.local_rank == 0:
             _prepare_text(config, run.base)
+            if config.evaluation.enabled:
+                check_corpora(config.evaluation.text, directory=Path(config.data.directory))
         torch.distributed.barrier()
     blends, data_hashes = _prepare_text(config, run.base)
     probes = None
-    if config.evaluation.enabled and run.runtime.world_size == 1:
+    if config.evaluation.enabled and config.parallel.context_parallel_size == 1:
         probes = _make_probes(run)
     elif config.evaluation.enabled:
         get_logger().info(
-            f"no probes: they run in one process and this run has {run.runtime.world_size}. Start the same command with "
-            f"launch.nproc_per_node=1 and no parallel sizes afterwards: it resumes the finished training and probes it."
+            f"no probes: parallel.context_parallel_size={config.parallel.context_parallel_size} cuts a context over ranks, and they need "
+            f"it whole on each. Start the same command with parallel.context_parallel_size=1 afterwards: it resumes the finished "
+            f"training and probes it."
         )
     chunks = _base_chunks(run)
     if config.rope.existing_scaling:
@@ -228,11 +231,12 @@ def _words(rope: RopeScaling) -> str:
 def _probe(
     run: _Run, probes: Probes, chunks: list[EndPromptGPTModel], name: str, label: str, *, rope: RopeScaling, step: int | None = None
 ) -> dict[str, Any]:
-    model = chunks[0]
-    model.set_rope(rope)
+    for chunk in chunks:
+        chunk.set_rope(rope)
     cache = run.output_dir / "probes" / (f"{name}.json" if step is None else f"{name}_step_{step:07d}.json")
-    found = probe_system(name, label, model, probes, device=run.runtime.device, cache=cache)
-    model.set_rope(run.rope)
+    found = probe_system(name, label, chunks, probes, device=run.runtime.device, cache=cache)
+    for chunk in chunks:
+        chunk.set_rope(run.rope)
     return found
 
 

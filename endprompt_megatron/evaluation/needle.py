@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from endprompt_megatron.errors import DataError
-from endprompt_megatron.log import track
+from endprompt_megatron.evaluation.generation import answer_logits, score_answer
+from endprompt_megatron.evaluation.replica import Replica
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 
 Encode = Callable[[str], list[int]]
@@ -211,43 +212,47 @@ def _chain(writer: _Writer, random: np.random.Generator, depths: list[float], di
 
 @torch.no_grad()
 def score_haystacks(
-    model: EndPromptGPTModel, haystacks: list[Haystack], *, device: torch.device, label: str
+    model: EndPromptGPTModel | list[EndPromptGPTModel],
+    haystacks: list[Haystack],
+    *,
+    device: torch.device,
+    label: str,
+    prefill_chunk: int = 0,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Score every question with the model on ordinary positions.
+    """Score every question with the model on ordinary positions; data-parallel copies share the haystacks.
 
     Args:
-        model: whole on this rank, in evaluation mode.
+        model: the model, or this rank's model chunks; in evaluation mode.
         haystacks: from make_haystacks.
         device: of the model.
         label: for the progress display.
+        prefill_chunk: a longer haystack is read in pieces of so many tokens; 0 reads it whole.
     Returns:
         {task: {length: {"exact_match", "digit_accuracy", "key_log_probability", "trials", "by_depth": {depth: the same}, "records"}}};
         accuracies are fractions (digit_accuracy: of the answer's units), the log-probability is the mean over questions of the sum over
         the answer's tokens, in nats; a record is [depth, exact, digits, log-probability, distance] of a question, in the order asked.
+        The same on every rank.
     """
+    replica = Replica(model, device=device)
+
+    def ask(haystack: Haystack) -> list[_Row] | None:
+        asked = [(question.prompt, question.answer) for question in haystack.questions]
+        logits = answer_logits(replica, haystack.tokens, asked, prefill_chunk=prefill_chunk)
+        if logits is None:
+            return None
+        return [_row(question, *score_answer(found, question.answer)) for question, found in zip(haystack.questions, logits, strict=True)]
+
     scored: dict[str, dict[int, list[_Row]]] = {}
-    for haystack in track(haystacks, f"retrieval, {label}", total=len(haystacks)):
-        for question, logits in zip(haystack.questions, _answer_logits(model, haystack, device), strict=True):
-            answer = torch.tensor(question.answer, device=device)
-            hits = (logits.argmax(dim=-1) == answer).float()
-            log_probability = torch.log_softmax(logits, dim=-1).gather(1, answer[:, None]).sum()
-            right = float(np.mean([float(hits[first:past].all()) for first, past in question.units]))
-            row = (question.depth, float(hits.all()), right, float(log_probability), question.distance)
+    answered = replica.share_out(haystacks, ask, label=f"retrieval, {label}")
+    for haystack, rows in zip(haystacks, answered, strict=True):
+        for question, row in zip(haystack.questions, rows, strict=True):
             scored.setdefault(question.task, {}).setdefault(haystack.length, []).append(row)
     return {task: {str(length): _described(rows) for length, rows in found.items()} for task, found in scored.items()}
 
 
-def _answer_logits(model: EndPromptGPTModel, haystack: Haystack, device: torch.device) -> list[torch.Tensor]:
-    """Logits that predict the answer of each question, float32 [answer tokens, v]."""
-    asked = [question.prompt + question.answer[:-1] for question in haystack.questions]
-    trunk = len(haystack.tokens)
-    ids = torch.tensor([[*haystack.tokens, *(token for tokens in asked for token in tokens)]], device=device)
-    positions = torch.cat([torch.arange(trunk), *(torch.arange(trunk, trunk + len(tokens)) for tokens in asked)]).to(device)
-    sizes = [len(tokens) for tokens in asked]
-    with model.last_logits_only(sum(sizes)), model.branches_after(trunk, sizes):
-        logits = model(ids, positions)[0, -sum(sizes) :, : model.num_real_tokens]
-    parts = logits.split(sizes)
-    return [part[-len(question.answer) :].float() for part, question in zip(parts, haystack.questions, strict=True)]
+def _row(question: Question, hits: list[bool], log_probability: float) -> _Row:
+    right = float(np.mean([all(hits[first:past]) for first, past in question.units]))
+    return (question.depth, float(all(hits)), right, log_probability, question.distance)
 
 
 def _described(rows: list[_Row]) -> dict[str, Any]:

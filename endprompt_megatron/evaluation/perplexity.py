@@ -1,5 +1,5 @@
 """Perplexity of held-out text by window length, on ordinary positions: the same tokens are scored at every length, in windows that do
-not overlap, so that a longer window can only help through the context it adds.
+not overlap or in sliding ones, so that a longer window can only help through the context it adds.
 
 Shapes: w tokens of a window.
 """
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from endprompt_megatron.errors import DataError
-from endprompt_megatron.log import track
+from endprompt_megatron.evaluation.replica import Replica, pieces
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 
 
@@ -55,35 +57,72 @@ def held_out_blocks(
 
 @torch.no_grad()
 def perplexity_by_window(
-    model: EndPromptGPTModel, blocks: np.ndarray, lengths: list[int], *, device: torch.device, label: str
+    model: EndPromptGPTModel | list[EndPromptGPTModel],
+    blocks: np.ndarray,
+    lengths: list[int],
+    *,
+    device: torch.device,
+    label: str,
+    stride: int = 0,
+    prefill_chunk: int = 0,
 ) -> dict[str, float]:
-    """Perplexity of the blocks, cut into windows of each length.
+    """Perplexity of the blocks, read in windows of each length; data-parallel copies of the model share the windows.
 
     Args:
-        model: whole on this rank, in evaluation mode.
+        model: the model, or this rank's model chunks; in evaluation mode.
         blocks: int64 [blocks, longest window].
         lengths: window lengths in tokens; each must not exceed the blocks.
         device: of the model.
         label: for the progress display.
+        stride: how far a sliding window moves at once, less than every length: a token is then scored with at least window - stride tokens
+            before it, or all that its block has. 0: windows that do not overlap, whose first token is not scored.
+        prefill_chunk: a longer window is read in pieces of so many tokens; 0 reads it whole.
     Returns:
-        {length: exp(mean negative log-likelihood a token)}; the first token of a window is not scored.
+        {length: exp(mean negative log-likelihood a token)}, the same on every rank.
     """
-    work = [(block, start, shared) for block in blocks for start, shared in _windows(blocks.shape[1], lengths).items()]
+    replica = Replica(model, device=device)
+    windows = _windows(blocks.shape[1], lengths, stride)
+    work = [(block, start) for block in range(len(blocks)) for start in windows]
+
+    def score(item: tuple[int, int]) -> list[float] | None:
+        block, start = item
+        ids = blocks[block, start : start + max(scored.length for scored in windows[start])].tolist()
+        losses = _losses(replica, ids, prefill_chunk)
+        return None if losses is None else [float(losses[scored.first - 1 : scored.past - 1].sum()) for scored in windows[start]]
+
     total: dict[int, list[float]] = {length: [0.0, 0.0] for length in lengths}
-    for block, start, shared in track(work, f"perplexity, {label}", total=len(work)):
-        ids = torch.from_numpy(block[start : start + max(shared)]).to(device)[None]
-        losses = model(ids[:, :-1], torch.arange(ids.shape[1] - 1, device=device), labels=ids[:, 1:])[0].double()
-        for length in shared:
-            total[length][0] += float(losses[: length - 1].sum())
-            total[length][1] += length - 1
+    for (_, start), sums in zip(work, replica.share_out(work, score, label=f"perplexity, {label}"), strict=True):
+        for scored, loss in zip(windows[start], sums, strict=True):
+            total[scored.length][0] += loss
+            total[scored.length][1] += scored.past - scored.first
     return {str(length): math.exp(loss / count) for length, (loss, count) in total.items()}
 
 
-def _windows(block_length: int, lengths: list[int]) -> dict[int, list[int]]:
-    """{start in a block: lengths that have a window there}. A short window is the beginning of a longer one at the same start, and
-    sees nothing after its end: the longest alone has to be computed."""
-    windows: dict[int, list[int]] = {}
+def _losses(replica: Replica, ids: list[int], prefill_chunk: int) -> torch.Tensor | None:
+    """Negative log-likelihood of the tokens after the first, float64 [w - 1]."""
+    read = pieces(len(ids) - 1, prefill_chunk)
+    with replica.cached(len(ids) - 1) if len(read) > 1 else nullcontext():
+        losses = [replica.losses(ids[start:past], ids[start + 1 : past + 1], first_position=start) for start, past in read]
+    return torch.cat(losses).double() if replica.has_results else None
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A window of `length` tokens that scores its tokens from `first` up to `past`, counted from its own start."""
+
+    length: int
+    first: int
+    past: int
+
+
+def _windows(block_length: int, lengths: list[int], stride: int) -> dict[int, list[_Window]]:
+    """{start in a block: the windows there}. A short window is the beginning of a longer one at the same start, and sees nothing after its
+    end: the longest alone has to be computed."""
+    windows: dict[int, list[_Window]] = {}
     for length in lengths:
-        for start in range(0, block_length - length + 1, length):
-            windows.setdefault(start, []).append(length)
+        last = block_length - length
+        for start in range(0, last + 1, stride or length):
+            windows.setdefault(start, []).append(_Window(length, length - stride if stride and start else 1, length))
+        if stride and last % stride:  # the block's end
+            windows.setdefault(last, []).append(_Window(length, length - last % stride, length))
     return windows

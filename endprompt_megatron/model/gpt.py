@@ -17,7 +17,7 @@ from torch import Tensor
 
 from endprompt_megatron.mcore.rope_concentration import rope_concentrations, set_rope_concentration
 from endprompt_megatron.model.cross_entropy import sliced_cross_entropy
-from endprompt_megatron.model.sdpa import TorchSDPA
+from endprompt_megatron.model.sdpa import KeyValueCache, TorchSDPA
 from endprompt_megatron.rope.embedding import PositionRotaryEmbedding
 from endprompt_megatron.rope.scaling import RopeScaling
 
@@ -106,20 +106,47 @@ class EndPromptGPTModel(GPTModel):
         """Inside the block the sequence is a trunk and branches: each branch sees the trunk and itself, as if it alone followed. Several
         questions about one long context thus share its prefill. For whole sequences on this rank, and the `torch` backend's attention.
 
+        Inside `cached`, what earlier calls read belongs to the trunk, the branches may follow without anything before them, and they are
+        not kept: another call may ask anew.
+
         Args:
-            trunk: tokens before the first branch, >= 1.
-            lengths: tokens of each branch; with the trunk they fill the sequence.
+            trunk: tokens before the first branch, those of earlier calls included, >= 1.
+            lengths: tokens of each branch; with the trunk they fill the sequence. Empty: no branches.
         """
-        attentions = [module for module in self.modules() if isinstance(module, TorchSDPA)]
-        if len(lengths) > 1 and (len(attentions) != len(self.decoder.layers) or trunk < 1 or self.config.context_parallel_size > 1):
-            raise AssertionError(f"{len(attentions)} of {len(self.decoder.layers)} layers can branch after {trunk} tokens")
-        for module in attentions if len(lengths) > 1 else []:
-            module.branches = list(lengths)
+        attentions = self._caching_attentions() if lengths else []
+        if lengths and trunk < 1:
+            raise AssertionError(f"{len(lengths)} branches after {trunk} tokens: nothing to share")
+        for attention in attentions:
+            attention.branches = list(lengths)
         try:
             yield
         finally:
-            for module in attentions:
-                module.branches = []
+            for attention in attentions:
+                attention.branches = []
+
+    @contextmanager
+    def cached(self, max_length: int) -> Iterator[None]:
+        """Inside the block a forward pass goes on where the last one ended: every layer keeps keys and values, and new tokens see the old
+        ones. A long context can so be read in chunks, and a text written token by token. For torch.no_grad, whole sequences on this rank,
+        and the `torch` backend's attention.
+
+        Args:
+            max_length: tokens of all passes together, >= 1; the memory for them is taken with the first.
+        """
+        attentions = self._caching_attentions()
+        for attention in attentions:
+            attention.cache = KeyValueCache(max_length)
+        try:
+            yield
+        finally:
+            for attention in attentions:
+                attention.cache = None
+
+    def _caching_attentions(self) -> list[TorchSDPA]:
+        attentions = [module for module in self.modules() if isinstance(module, TorchSDPA)]
+        if len(attentions) != len(self.decoder.layers) or self.config.context_parallel_size > 1:
+            raise AssertionError(f"{len(attentions)} of {len(self.decoder.layers)} layers can keep keys and values, or branch")
+        return attentions
 
     def assert_rope(self, rope: RopeScaling) -> None:
         """Refuse to train with frequencies other than the configured ones.

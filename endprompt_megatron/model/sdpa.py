@@ -4,7 +4,8 @@ without Transformer Engine and never materialises the s x s scores.
 Under context parallelism key and value are gathered over the group and each rank attends from its own two chunks: simple, and right
 on any device; Transformer Engine's ring saves the memory.
 
-Shapes: b micro-batch, s sequence on this rank, n query heads and g key/value heads on this rank, d head dim; Megatron order [s, b, n, d].
+Shapes: b micro-batch, s sequence on this rank, t keys that a query may see, n query heads and g key/value heads on this rank, d head dim;
+Megatron order [s, b, n, d].
 """
 
 from __future__ import annotations
@@ -18,8 +19,48 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from endprompt_megatron.mcore.context_parallel import chunks_of_rank, gather_sequence
+
+# Largest rows x keys of a mask that a CPU has to write out (torch makes it the scores' dtype: 64 MiB in float32)
+_MASK_ELEMENTS = 2**24
+
+
+class KeyValueCache:
+    """Keys and values that one layer has seen in earlier calls, in a buffer that is as large from the start as it will ever be.
+
+    Args:
+        max_length: tokens that it holds.
+    """
+
+    def __init__(self, max_length: int):
+        self.max_length = max_length
+        self.length = 0
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the tokens of a call.
+
+        Args:
+            key, value: [s, b, g, d], rotated to their positions already.
+        Returns:
+            Key and value of all tokens kept, [t, b, g, d]: views, to be read before the next call.
+        """
+        seen = self.try_out(key, value)
+        self.length += key.shape[0]
+        return seen
+
+    def try_out(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """As `extend`, but the tokens are not kept: the next ones take their place."""
+        past = self.length + key.shape[0]
+        if past > self.max_length:
+            raise AssertionError(f"{past} tokens do not fit into a key/value cache of {self.max_length}")
+        if self._buffers is None:
+            self._buffers = (key.new_empty(self.max_length, *key.shape[1:]), value.new_empty(self.max_length, *value.shape[1:]))
+        for buffer, new in zip(self._buffers, (key, value), strict=True):
+            buffer[self.length : past] = new
+        return self._buffers[0][:past], self._buffers[1][:past]
 
 
 class TorchSDPA(MegatronModule):
@@ -39,6 +80,7 @@ class TorchSDPA(MegatronModule):
         self.softmax_scale = softmax_scale
         self.attention_dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.branches: list[int] = []
+        self.cache: KeyValueCache | None = None
 
     def forward(
         self,
@@ -49,7 +91,8 @@ class TorchSDPA(MegatronModule):
         attn_mask_type: AttnMaskType | None = None,
         **unused: Any,
     ) -> Tensor:
-        """Attention over the physical order of the tokens: each sees those before it, whatever their positions are.
+        """Attention over the physical order of the tokens: each sees those before it, whatever their positions are; with a `cache` those of
+        earlier calls too.
 
         Args:
             query: [s, b, n, d]; key, value: [s, b, g, d].
@@ -61,6 +104,9 @@ class TorchSDPA(MegatronModule):
             return self._over_context_parallel_group(query, key, value)
         if self.branches:
             return self._over_branches(query, key, value)
+        if self.cache is not None:
+            first_row = self.cache.length
+            return self._attend(query, *self.cache.extend(key, value), first_row=first_row)
         return self._attend(query, key, value, first_row=0)
 
     def _over_context_parallel_group(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -73,30 +119,43 @@ class TorchSDPA(MegatronModule):
         return torch.cat(outputs)
 
     def _over_branches(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The last tokens are branches of `branches` tokens each: a branch sees what stands before the first, and itself."""
+        """The last tokens are branches of `branches` tokens each: a branch sees what stands before the first, and itself. None is kept."""
         trunk = query.shape[0] - sum(self.branches)
-        outputs = [self._attend(query[:trunk], key[:trunk], value[:trunk], first_row=0)]
-        parts = zip(*(tensor[trunk:].split(self.branches) for tensor in (query, key, value)), strict=True)
-        for its_query, its_key, its_value in parts:
-            seen = (torch.cat([key[:trunk], its_key]), torch.cat([value[:trunk], its_value]))
-            outputs.append(self._attend(its_query, *seen, first_row=trunk))
+        cache = self.cache or KeyValueCache(trunk + max(self.branches))
+        parts = list(zip(*(tensor.split([trunk, *self.branches]) for tensor in (query, key, value)), strict=True))
+        outputs = []
+        for index, (its_query, its_key, its_value) in enumerate(parts):
+            if not its_query.shape[0]:
+                continue  # the whole trunk was read by earlier calls
+            first_row = cache.length
+            seen = (cache.try_out if index else cache.extend)(its_key, its_value)
+            outputs.append(self._attend(its_query, *seen, first_row=first_row))
         return torch.cat(outputs)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, first_row: int) -> Tensor:
-        """Causal attention of query rows first_row, first_row + 1, ... over keys 0, 1, ...: [s, b, n * d]."""
+        """Causal attention of query rows first_row, first_row + 1, ... over keys 0, 1, ..., as many keys as rows: [s, b, n * d]."""
         sequence, batch, heads, dim = query.shape
-        mask = None
-        if first_row:
-            rows = torch.arange(first_row, first_row + sequence, device=query.device)
-            mask = rows[:, None] >= torch.arange(key.shape[0], device=query.device)[None, :]
-        context = F.scaled_dot_product_attention(
+        if not first_row:
+            context = self._fused(query, key, value, is_causal=True)
+        else:  # torch's kernels for a CPU take only a mask here, so rows go in blocks that bound it
+            step = max(1, _MASK_ELEMENTS // key.shape[0])
+            blocks = []
+            for start in range(0, sequence, step):
+                past = min(start + step, sequence)
+                seen = first_row + past
+                mask = None if past - start == 1 else causal_lower_right(past - start, seen)
+                blocks.append(self._fused(query[start:past], key[:seen], value[:seen], attn_mask=mask))
+            context = torch.cat(blocks, dim=2) if len(blocks) > 1 else blocks[0]
+        return context.permute(2, 0, 1, 3).reshape(sequence, batch, heads * dim)
+
+    def _fused(self, query: Tensor, key: Tensor, value: Tensor, **masking: Any) -> Tensor:
+        """[b, n, s, d]"""
+        return F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
-            attn_mask=mask,
             dropout_p=self.attention_dropout if self.training else 0.0,
-            is_causal=mask is None,
             scale=self.softmax_scale,
-            enable_gqa=key.shape[2] != heads,
+            enable_gqa=key.shape[2] != query.shape[2],
+            **masking,
         )
-        return context.permute(2, 0, 1, 3).reshape(sequence, batch, heads * dim)

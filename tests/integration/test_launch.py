@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -94,13 +95,20 @@ def test_sigterm_in_the_middle_of_an_accumulation(place, undisturbed):
 
 
 def test_one_process_goes_on_where_two_stood(place, undisturbed):
-    """The layout is free: a plain start without workers takes the finished training over, and probes it, which several do not."""
+    """The layout is free: a plain start without workers takes the finished training over, and probes it with the figures of two."""
     output = place / "undisturbed"
     assert json.loads((output / "summary.json").read_text())["needle_after"] == {}
-    alone = run_recipe(*Job.overrides(place, "undisturbed", "launch.nproc_per_node=1", "evaluation.enabled=true"), cwd=place)
-    assert alone.returncode == 0 and "was saved in another layout" in alone.stderr, alone.stderr
-    summary = json.loads((output / "summary.json").read_text())
-    assert summary["world_size"] == 1 and set(summary["needle_after"]) == {"256"}
+    found = {}
+    for workers in (2, 1):
+        again = run_recipe(
+            *Job.overrides(place, "undisturbed", f"launch.nproc_per_node={workers}", "evaluation.enabled=true"), cwd=place, timeout=300
+        )
+        assert again.returncode == 0 and ("was saved in another layout" in again.stderr) == (workers == 1), again.stderr
+        summary = json.loads((output / "summary.json").read_text())
+        assert summary["world_size"] == workers and set(summary["needle_after"]) == {"256"}
+        found[workers] = json.loads((output / "evaluation.json").read_text())["systems"]
+        shutil.rmtree(output / "probes")  # so that the next start probes anew
+    assert found[1] == found[2] and set(found[2]) == {"base", "untrained", "trained"}
     refused = run_recipe(*Job.overrides(place, "undisturbed", "parallel.use_distributed_optimizer=true"), cwd=place)
     assert refused.returncode == 2 and "parallel.use_distributed_optimizer: False there, True now" in refused.stderr
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,10 +15,11 @@ from transformers import AutoModelForCausalLM
 from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config
 from endprompt_megatron.checkpoint.hf_import import load_hf_weights
 from endprompt_megatron.checkpoint.hf_tokenizer import load_tokenizer
-from endprompt_megatron.config import ParallelConfig
+from endprompt_megatron.config import EvaluationConfig, ParallelConfig
 from endprompt_megatron.errors import DataError
 from endprompt_megatron.evaluation.needle import Haystack, Question, make_haystacks, score_haystacks
 from endprompt_megatron.evaluation.perplexity import held_out_blocks, perplexity_by_window
+from endprompt_megatron.evaluation.results import Probes, probe_system
 from endprompt_megatron.model.backends import resolve
 from endprompt_megatron.model.build import build_model_chunks
 from endprompt_megatron.rope.scaling import RopeScaling
@@ -159,6 +162,63 @@ def test_perplexity_is_exp_of_transformers_loss(both):
         windows = torch.from_numpy(blocks[:, : 64 // length * length].reshape(-1, length))
         loss = float(reference(windows, labels=windows, use_cache=False).loss)
         assert found[str(length)] == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("stride", [5, 8, 15])
+def test_sliding_windows_score_each_token_once_with_all_the_context_they_promise(both, stride):
+    """Each token with transformers by itself: after at least window - stride tokens, or all that its block has."""
+    chunk, reference = both
+    blocks = np.random.default_rng(0).integers(0, 512, (2, 64))
+    lengths = [16, 24, 64]
+    found = perplexity_by_window(chunk, blocks, lengths, device=torch.device("cpu"), label="test", stride=stride)
+    for length in lengths:
+        losses = []
+        for block in blocks:
+            ends = [*range(length, 64, stride), 64]
+            scored = 1
+            for end in ends:
+                window = torch.from_numpy(block[end - length : end])[None]
+                logits = reference(window, use_cache=False).logits[0].float()
+                for token in range(scored, end):
+                    at = token - (end - length)
+                    assert at >= min(token, length - stride)
+                    losses.append(-float(torch.log_softmax(logits[at - 1], -1)[block[token]]))
+                scored = end
+        assert len(losses) == 2 * 63
+        assert found[str(length)] == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
+
+
+class TestStoredResults:
+    """What a run finds in its directory when it starts again."""
+
+    @pytest.fixture()
+    def probes(self):
+        return Probes([], np.zeros((1, 32), dtype=np.int64), EvaluationConfig(lengths=[32]), 1)
+
+    def _probe(self, both, probes, cache, label="found"):
+        return probe_system("base", label, both[0], probes, device=torch.device("cpu"), cache=cache)["label"]
+
+    def test_are_read_back_under_the_same_conditions_only(self, both, probes, tmp_path):
+        cache = tmp_path / "base.json"
+        assert self._probe(both, probes, cache) == "found"
+        assert self._probe(both, probes, cache, "again") == "found"
+        other = replace(probes, evaluation=EvaluationConfig(lengths=[32], perplexity_stride=8))
+        assert self._probe(both, other, cache, "slides") == "slides"
+
+    def test_of_a_run_before_a_key_existed_count_as_of_its_default(self, both, probes, tmp_path):
+        cache = tmp_path / "base.json"
+        self._probe(both, probes, cache)
+        stored = json.loads(cache.read_text())
+        for key in ("perplexity_stride", "prefill_chunk"):
+            stored["conditions"]["evaluation"].pop(key, None)
+        cache.write_text(json.dumps(stored))
+        assert self._probe(both, probes, cache, "again") == "found"
+
+    def test_do_not_depend_on_how_much_is_read_at_once(self, both, probes, tmp_path):
+        cache = tmp_path / "base.json"
+        self._probe(both, probes, cache)
+        in_chunks = replace(probes, evaluation=EvaluationConfig(lengths=[32], prefill_chunk=7))
+        assert self._probe(both, in_chunks, cache, "again") == "found"
 
 
 def test_held_out_blocks_come_from_long_documents_only(encode):

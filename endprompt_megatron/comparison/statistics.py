@@ -81,7 +81,7 @@ def paired_tests(groups: dict[str, list[RunResult]], reference: str) -> list[Pai
                         len(differences),
                         _t_test(differences),
                         len(units),
-                        _sign_flip_test(units),
+                        sign_flip_test(units),
                     )
                 )
     return tests
@@ -125,7 +125,9 @@ def _t_test(differences: list[float]) -> float:
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
-def _sign_flip_test(differences: np.ndarray) -> float:
+def sign_flip_test(differences: np.ndarray) -> float:
+    """Two-sided p of a sum of differences under flips of their signs: all of them where they are few, else random ones. NaN for fewer than
+    two."""
     if len(differences) < 2:
         return math.nan
     test = stats.permutation_test(

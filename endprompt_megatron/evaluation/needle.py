@@ -21,14 +21,15 @@ import torch
 from endprompt_megatron.errors import DataError
 from endprompt_megatron.evaluation.generation import answer_logits, score_answer
 from endprompt_megatron.evaluation.replica import Replica
+from endprompt_megatron.evaluation.ruler_forms import NOISE_SENTENCES
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 
 Encode = Callable[[str], list[int]]
 # Source: pass-key retrieval of landmark attention (arXiv 2305.16300), as used by the position-interpolation literature.
-_INTRODUCTION = "There is an important piece of information hidden in a long text. Find it and memorize it.\n"
-_FACT = " The pass key is {key}. Remember it. {key} is the pass key. "
-_QUESTION = "\nWhat is the pass key? The pass key is"
-_NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+INTRODUCTION = "There is an important piece of information hidden in a long text. Find it and memorize it.\n"
+FACT = " The pass key is {key}. Remember it. {key} is the pass key. "
+QUESTION = "\nWhat is the pass key? The pass key is"
+_NOISE = "".join(f"{sentence} " for sentence in NOISE_SENTENCES)
 # The same with a name to each key, as RULER's multi-key needle (arXiv 2404.06654) has.
 _NAMED_FACT = " The pass key of {name} is {key}. Remember it. {key} is the pass key of {name}. "
 _NAMED_QUESTION = "\nWhat is the pass key of {name}? The pass key of {name} is"
@@ -49,7 +50,7 @@ class Question:
     """One question about a haystack.
 
     Attributes:
-        task: single | multi_key | variable_tracking.
+        task: single | multi_key | variable_tracking | gap (gap_probe.py).
         prompt, answer: token ids.
         units: (first, past the last) token of each part of the answer whose share right is reported: a digit token of a key, a name of
             a chain. Some tokenizers put a space of its own before them, which is no part.
@@ -81,7 +82,7 @@ class Haystack:
 
 
 @dataclass
-class _Writer:
+class HaystackWriter:
     """Lays facts between noise sentences."""
 
     encode: Encode
@@ -98,14 +99,7 @@ class _Writer:
             DataError: no room for noise.
         """
         start, planted = self.encode(introduction), [(depth, self.encode(text)) for depth, text in sorted(facts, key=lambda fact: fact[0])]
-        taken = len(start) + sum(len(fact) for _, fact in planted) + max(len(asked.prompt) + len(asked.answer) for asked in questions)
-        sentences = (self.length - taken) // len(self.noise)
-        if sentences < 1:
-            tasks = "+".join(dict.fromkeys(asked.task for asked in questions))
-            raise DataError(
-                f"evaluation.lengths: {self.length} tokens leave no room for noise around the facts of evaluation.tasks={tasks} with this "
-                f"tokenizer ({taken} tokens are taken). Use lengths of at least {taken + len(self.noise)}."
-            )
+        sentences = self.sentences(introduction, [text for _, text in facts], questions)
         tokens, written, ends = list(start), 0, {}
         for depth, fact in planted:
             before = round(depth * sentences)
@@ -117,6 +111,23 @@ class _Writer:
             for question in questions
         ]
         return Haystack(self.length, tuple(tokens), tuple(asked))
+
+    def sentences(self, introduction: str, facts: list[str], questions: list[Question]) -> int:
+        """Pieces of noise (len(self.noise) tokens each) that fill the length around the facts.
+
+        Raises:
+            DataError: no room for one.
+        """
+        taken = sum(len(self.encode(text)) for text in (introduction, *facts))
+        taken += max(len(asked.prompt) + len(asked.answer) for asked in questions)
+        sentences = (self.length - taken) // len(self.noise)
+        if sentences < 1:
+            tasks = "+".join(dict.fromkeys(asked.task for asked in questions))
+            raise DataError(
+                f"evaluation.lengths: {self.length} tokens leave no room for noise around the facts of evaluation.tasks={tasks} with this "
+                f"tokenizer ({taken} tokens are taken). Use lengths of at least {taken + len(self.noise)}."
+            )
+        return sentences
 
 
 def make_haystacks(
@@ -157,15 +168,17 @@ def make_haystacks(
             for trial in range(count):
                 random = np.random.default_rng([seed, length, trial])
                 turned = (trial + seed) % len(depths)
-                made.append(make(_Writer(encode, length), random, [*depths[turned:], *depths[:turned]], digits))
+                made.append(make(HaystackWriter(encode, length), random, [*depths[turned:], *depths[:turned]], digits))
     return made
 
 
-def _key(random: np.random.Generator, digits: int) -> str:
+def draw_key(random: np.random.Generator, digits: int) -> str:
+    """A number of so many digits."""
     return str(random.integers(10 ** (digits - 1), 10**digits))
 
 
-def _ask(writer: _Writer, task: str, question: str, answer: str, depth: float | None) -> Question:
+def ask(writer: HaystackWriter, task: str, question: str, answer: str, depth: float | None) -> Question:
+    """A question about a haystack that the writer is to lay out, which gives it its distance."""
     tokens = writer.encode(" " + answer)
     space = writer.encode(" ")
     first = int(len(space) == 1 and tokens[0] == space[0])  # a space of its own before the answer
@@ -173,39 +186,39 @@ def _ask(writer: _Writer, task: str, question: str, answer: str, depth: float | 
     return Question(task, tuple(writer.encode(question)), tuple(tokens), units, depth)
 
 
-def _single(writer: _Writer, random: np.random.Generator, depths: list[float], digits: int) -> Haystack:
+def _single(writer: HaystackWriter, random: np.random.Generator, depths: list[float], digits: int) -> Haystack:
     """One key at the first of the depths."""
-    key = _key(random, digits)
-    return writer.haystack(_INTRODUCTION, [(depths[0], _FACT.format(key=key))], [_ask(writer, "single", _QUESTION, key, depths[0])])
+    key = draw_key(random, digits)
+    return writer.haystack(INTRODUCTION, [(depths[0], FACT.format(key=key))], [ask(writer, "single", QUESTION, key, depths[0])])
 
 
-def _several(planters: list[Callable], writer: _Writer, random: np.random.Generator, depths: list[float], digits: int) -> Haystack:
+def _several(planters: list[Callable], writer: HaystackWriter, random: np.random.Generator, depths: list[float], digits: int) -> Haystack:
     """What several planters put in: introductions one after the other, facts between each other, every question asked."""
     introductions, facts, questions = zip(*(plant(writer, random, depths, digits) for plant in planters), strict=True)
     return writer.haystack("".join(introductions), sum(facts, []), sum(questions, []))
 
 
-def _keys(writer: _Writer, random: np.random.Generator, depths: list[float], digits: int) -> tuple[str, list, list[Question]]:
+def _keys(writer: HaystackWriter, random: np.random.Generator, depths: list[float], digits: int) -> tuple[str, list, list[Question]]:
     """A named key at every depth, each asked for."""
     turns = range(1, 2 + len(depths) // len(_NAMES))  # more depths than names: "London", "London 2", ...
     names = random.permutation([name if turn == 1 else f"{name} {turn}" for turn in turns for name in _NAMES])
     facts, questions = [], []
     for depth, name in zip(sorted(depths), names, strict=False):
-        key = _key(random, digits)
+        key = draw_key(random, digits)
         facts.append((depth, _NAMED_FACT.format(name=name, key=key)))
-        questions.append(_ask(writer, "multi_key", _NAMED_QUESTION.format(name=name), key, depth))
-    return _INTRODUCTION, facts, questions
+        questions.append(ask(writer, "multi_key", _NAMED_QUESTION.format(name=name), key, depth))
+    return INTRODUCTION, facts, questions
 
 
-def _chain(writer: _Writer, random: np.random.Generator, depths: list[float], digits: int) -> tuple[str, list, list[Question]]:
+def _chain(writer: HaystackWriter, random: np.random.Generator, depths: list[float], digits: int) -> tuple[str, list, list[Question]]:
     """A chain of assignments at random places."""
-    value = _key(random, digits)
+    value = draw_key(random, digits)
     names = ["".join(letters) for letters in random.choice(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"), (_CHAIN_LENGTH, 5))]
     assigned = [value, *(f"VAR {name}" for name in names[:-1])]
     places = np.sort(random.random(_CHAIN_LENGTH))
     facts = [(float(place), f" VAR {name} = {what} ") for place, name, what in zip(places, names, assigned, strict=True)]
     question = _CHAIN_QUESTION.format(value=value, count=_CHAIN_LENGTH)
-    asked = _ask(writer, "variable_tracking", question, " ".join(names), None)
+    asked = ask(writer, "variable_tracking", question, " ".join(names), None)
     ends = [len(writer.encode(" " + " ".join(names[: count + 1]))) for count in range(_CHAIN_LENGTH)]
     return _CHAIN_INTRODUCTION, facts, [replace(asked, units=tuple(zip([0, *ends[:-1]], ends, strict=True)))]
 
@@ -257,11 +270,12 @@ def _row(question: Question, hits: list[bool], log_probability: float) -> _Row:
 
 def _described(rows: list[_Row]) -> dict[str, Any]:
     depths = sorted({row[0] for row in rows if row[0] is not None})
-    by_depth = {str(depth): _summary([row for row in rows if row[0] == depth]) for depth in depths}
-    return {**_summary(rows), "by_depth": by_depth, "records": [list(row) for row in rows]}
+    by_depth = {str(depth): summarise([row for row in rows if row[0] == depth]) for depth in depths}
+    return {**summarise(rows), "by_depth": by_depth, "records": [list(row) for row in rows]}
 
 
-def _summary(rows: list[_Row]) -> dict[str, float]:
+def summarise(rows: list[_Row]) -> dict[str, float]:
+    """Means over questions, as score_haystacks has them."""
     exact, digits, log_probability = np.array([row[1:4] for row in rows]).mean(axis=0)
     return {
         "exact_match": float(exact),

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "model": {"rope", "config", "mcore"},
     "checkpoint": {"model", "rope", "config_rules", "config", "mcore"},
     "training": {"data", "model", "checkpoint", "config", "mcore", "planning"},
-    "evaluation": {"model", "checkpoint", "config"},
+    "evaluation": {"model", "checkpoint", "config", "theory"},
     "comparison": {"mcore"},
     "report": {"evaluation", "comparison", "theory"},
     "compare": {"comparison", "report"},

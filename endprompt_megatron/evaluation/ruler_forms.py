@@ -1,0 +1,242 @@
+"""The forms of RULER's synthetic tasks: each writes a prompt for a given size of its haystack. Task rules are RULER's (arXiv 2404.06654,
+section 3 and appendix B), the sentences are our own: scores compare models with each other, not with published RULER scores.
+
+Every form draws so that a larger haystack is the smaller one with more in it; the number of tokens then grows evenly with the size.
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from endprompt_megatron.errors import DataError
+from endprompt_megatron.evaluation.ruler_words import ADJECTIVES, NOUNS, WORDS, compounds
+
+# Source: pass-key retrieval of landmark attention (arXiv 2305.16300); RULER uses the same five.
+NOISE_SENTENCES = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
+NUM_DEPTHS = 40  # RULER's needles stand at one of so many evenly spaced depths, 0 and 1 included
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A prompt with its answer prefix, as Sample."""
+
+    prompt: str
+    references: tuple[str, ...]
+    depth: float | None = None
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """Text that facts are put into.
+
+    Attributes:
+        label: what it is, for tables.
+        units: sentences or words; started over when more of them are asked for.
+        boundaries: ascending numbers of units (0 and len(units) included) between which no sentence is cut; None: any.
+    """
+
+    label: str
+    units: tuple[str, ...]
+    boundaries: np.ndarray | None = None
+
+    def with_facts(self, size: int, facts: Sequence[tuple[float, str]], *, joint: str = " ") -> str:
+        """The first `size` units with every fact between the units where `place` puts its depth."""
+        rounds = -(-size // len(self.units))
+        units = list(self.units * rounds)[:size]
+        parts, written = [], 0
+        for depth, fact in sorted(facts):
+            place = self.place(depth, size)
+            parts += [*units[written:place], fact]
+            written = place
+        return joint.join([*parts, *units[written:]])
+
+    def place(self, depth: float, size: int) -> int:
+        """Units of a haystack of `size` before a fact that is to stand at `depth` (0 = start, 1 = end): the nearest boundary."""
+        wanted = depth * size
+        if self.boundaries is None:
+            return round(wanted)
+        start = int(wanted // len(self.units)) * len(self.units)
+        allowed = np.append(self.boundaries[start + self.boundaries <= size] + start, size)
+        return int(allowed[np.abs(allowed - wanted).argmin()])
+
+
+NOISE = Haystack("noise", NOISE_SENTENCES)
+
+
+def prose(label: str, texts: Sequence[str]) -> Haystack:
+    """Documents one after the other, in words; facts go between sentences, or to the end of what there is room for.
+
+    Raises:
+        DataError: there is no word in them.
+    """
+    words = tuple(word for text in texts for word in text.split())
+    if not words:
+        raise DataError(f"haystack {label!r} holds no words. Give a text, or none for noise sentences.")
+    ends = [index + 1 for index, word in enumerate(words) if word.rstrip("\"')]”’").endswith((".", "!", "?"))]
+    return Haystack(label, words, np.unique([0, *ends, len(words)]))
+
+
+Writer = Callable[[np.random.Generator, int, Haystack, int], Draft]
+
+
+@dataclass(frozen=True)
+class Needles:
+    """Numbers (or uuids) that belong to keys, hidden in a haystack; the numbers of some keys are asked for.
+
+    Attributes:
+        keys: how many are hidden.
+        values: numbers a key.
+        asked: keys that are asked for.
+        kind: of keys and values: "words" and "numbers" of 7 digits, or "uuids".
+        only_needles: the haystack is made of further keys and numbers instead of text.
+    """
+
+    keys: int = 1
+    values: int = 1
+    asked: int = 1
+    kind: tuple[str, str] = ("words", "numbers")
+    only_needles: bool = False
+
+    def __call__(self, random: np.random.Generator, size: int, haystack: Haystack, length: int) -> Draft:
+        """As make_samples asks for it; size in units of the haystack."""
+        key_kind, value_kind = self.kind
+        thing = "number" if value_kind == "numbers" else "uuid"
+        taken: set[str] = set()
+        needles = {_new(random, key_kind, taken): [_new(random, value_kind, taken) for _ in range(self.values)] for _ in range(self.keys)}
+        depths = random.choice(NUM_DEPTHS, size=self.keys * self.values, replace=False) / (NUM_DEPTHS - 1)
+        asked = list(needles)[: self.asked]
+        said = [f"A secret {thing} of {key} is {value}." for key, values in needles.items() for value in values]
+        if self.only_needles:
+            others = (f"A secret {thing} of {_new(random, key_kind, taken)} is {_new(random, value_kind, taken)}." for _ in range(size))
+            haystack = Haystack("needles", tuple(others))
+        context = haystack.with_facts(size, list(zip(depths.tolist(), said, strict=True)), joint="\n" if self.only_needles else " ")
+        several = self.asked * self.values > 1
+        names, are = ", ".join(asked[:-1]) + " and " * (len(asked) > 1) + asked[-1], "s" if several else ""
+        prompt = (
+            f"Secret {thing}s are hidden in the text below. Memorize them, because you will be asked for them afterwards.\n{context}\n"
+            f"Question: Which secret {thing}{are} of {names} did the text above mention? "
+            f"Answer: The secret {thing}{are} of {names} in the text above {'are' if several else 'is'}"
+        )
+        depth = None if several else haystack.place(float(depths[0]), size) / size
+        return Draft(prompt, tuple(value for key in asked for value in needles[key]), depth)
+
+
+def _new(random: np.random.Generator, kind: str, taken: set[str]) -> str:
+    """A key or value that is none of `taken`, and then is."""
+    while True:
+        if kind == "words":
+            made = f"{ADJECTIVES[random.integers(len(ADJECTIVES))]}-{NOUNS[random.integers(len(NOUNS))]}"
+        elif kind == "numbers":
+            made = str(random.integers(10**6, 10**7))
+        else:
+            made = str(uuid.UUID(bytes=random.bytes(16), version=4))
+        if made not in taken:
+            taken.add(made)
+            return made
+
+
+_HOPS = 4
+_EXAMPLE_SENTENCES = 10  # of the worked example of variable_tracking
+
+
+def variable_tracking(random: np.random.Generator, size: int, haystack: Haystack, length: int) -> Draft:
+    """A chain of five variables, each assigned the one before; which hold the value? A worked example with short names comes first."""
+    example, names = _chain(random, _EXAMPLE_SENTENCES, NOISE, letters=3)
+    prompt, asked = _chain(random, size, haystack, letters=5)
+    return Draft(f"{example} {' '.join(names)}\n\n{prompt}", tuple(asked))
+
+
+def _chain(random: np.random.Generator, size: int, haystack: Haystack, *, letters: int) -> tuple[str, list[str]]:
+    names: list[str] = []
+    while len(names) <= _HOPS:
+        name = "".join(random.choice(list(_LETTERS.upper()), letters))
+        names += [name] if name not in names else []
+    value = str(random.integers(10**4, 10**5))
+    assigned = [value, *(f"VAR {name}" for name in names[:-1])]
+    depths = np.sort(random.random(len(names)))
+    facts = [(float(depth), f"VAR {name} = {what}.") for depth, name, what in zip(depths, names, assigned, strict=True)]
+    prompt = (
+        f"Variables are assigned in the text below. Keep track of what each of them holds.\n{haystack.with_facts(size, facts)}\n"
+        f"Question: Which variables hold the value {value}, directly or through other variables? "
+        f"Answer: The {len(names)} variables that hold the value {value} are"
+    )
+    return prompt, names
+
+
+NUM_COMMON_WORDS = 10
+# from a length on: (times of a common word, times of another) in the list, the same in the example, words in the example.
+# From 4096 tokens on RULER's; below, RULER's for short lengths; below 1024 what leaves room for a list at all.
+_FREQUENCIES = ((4096, (30, 3), (10, 3), 40), (1024, (6, 1), (3, 1), 20), (0, (3, 1), (2, 1), 11))
+_TOKENS_A_WORD = 8  # no list needs more words than one to so many tokens, each coming three times with its number
+
+
+def common_words(random: np.random.Generator, size: int, haystack: Haystack, length: int) -> Draft:
+    """A shuffled list of `size` words, ten of which come more often: which? A worked example comes first."""
+    times, example_times, example_size = next(row[1:] for row in _FREQUENCIES if length >= row[0])
+    words = _word_order(random, size + example_size, at_least=length // _TOKENS_A_WORD)
+    example, common = _word_list(random, words[:example_size], example_times)
+    prompt, asked = _word_list(random, words[example_size:], times)
+    answer = " ".join(f"{number}. {word}" for number, word in enumerate(common, 1))
+    return Draft(f"{example} {answer}\n\n{prompt}", tuple(asked))
+
+
+def _word_order(random: np.random.Generator, count: int, *, at_least: int) -> list[str]:
+    """The first `count` of all words in random order: WORDS, and as many compounds among them as it takes for `at_least` words; after these
+    the other compounds."""
+    plain = len(WORDS)
+    rest = plain + random.permutation(len(ADJECTIVES) * len(NOUNS))
+    mixed = max(at_least - plain, 0)
+    order = np.append(random.permutation(np.append(np.arange(plain), rest[:mixed])), rest[mixed:])[:count]
+    made = compounds() if order.max() >= plain else []
+    return [WORDS[index] if index < plain else made[index - plain] for index in order]
+
+
+def _word_list(random: np.random.Generator, words: list[str], times: tuple[int, int]) -> tuple[str, list[str]]:
+    """The question about a list, and its answer. A word that contains a common one, or is part of one, would be taken for it by the
+    scoring: those are left out."""
+    common: list[str] = []
+    others: list[str] = []
+    for word in words:
+        if any(word in other or other in word for other in common):
+            continue
+        (common if len(common) < NUM_COMMON_WORDS else others).append(word)
+    listed = common * times[0] + others * times[1]
+    order = random.permutation(len(listed))
+    context = " ".join(f"{number}. {listed[index]}" for number, index in enumerate(order, 1))
+    count = NUM_COMMON_WORDS
+    prompt = (
+        f"Some words come more often than others in the numbered list below. Memorize those.\n{context}\n"
+        f"Question: Which {count} words are the most common in the list above? Answer: The {count} most common words are:"
+    )
+    return prompt, common
+
+
+_ZETA_OF_TWO = math.pi**2 / 6
+_CODED_LETTERS = 6
+_TOKENS_A_CODED_WORD = 50  # the vocabulary has one coded word to so many tokens of the length
+
+
+def frequent_words(random: np.random.Generator, size: int, haystack: Haystack, length: int) -> Draft:
+    """Coded words, the k-th of which comes size / (zeta(2) k^2) times, rounded down; the first is dots, the next three are asked for."""
+    coded: dict[str, None] = {}
+    while len(coded) < length // _TOKENS_A_CODED_WORD:
+        coded["".join(random.choice(list(_LETTERS), _CODED_LETTERS))] = None
+    vocabulary = ["...", *coded]
+    counts = [int(size / (_ZETA_OF_TWO * rank**2)) for rank in range(1, len(vocabulary) + 1)]
+    text = [word for word, count in zip(vocabulary, counts, strict=True) for _ in range(count)]
+    context = " ".join(text[index] for index in random.permutation(len(text)))
+    prompt = (
+        f"The text below is made of coded words. Count how often each of them appears and find the three most frequent ones. {context}\n"
+        f"Question: Leave out the dots '...'. Which three coded words appear most often in the text above? "
+        f"Answer: The three coded words that appear most often in the text above are:"
+    )
+    return Draft(prompt, tuple(vocabulary[1:4]))
+
+
+SMALLEST_TEXT = math.ceil(3 * _ZETA_OF_TWO * 16)  # from here on the third coded word comes more often than the fourth (here 3 times and 1)

@@ -10,12 +10,13 @@ import numpy as np
 
 # what stands in for recipes/extend.py: writes what a run writes, or fails, as its overrides say
 STAND_IN = """
-import json, signal, sys, time
+import ast, json, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from tests.support.studies import write_run
 told = dict(text.lstrip("+").split("=", 1) for text in sys.argv[1:])
-directory = Path(told["output_dir"])
+output = told["output_dir"]  # quoted for Hydra, whose quotes are Python's
+directory = Path(ast.literal_eval(output) if output.startswith("'") else output)
 directory.mkdir(parents=True, exist_ok=True)
 with (directory / "starts").open("a") as file:
     file.write("x")

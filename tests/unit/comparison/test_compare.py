@@ -155,9 +155,9 @@ def test_a_run_that_cannot_be_is_refused_before_any_starts(tmp_path):
 
 def test_a_directory_with_odd_characters_is_quoted_for_hydra(tmp_path):
     odd = tmp_path / "a, 'b' (c)=é"
-    study = dict(output_dir=str(odd))
     with pytest.raises(FileNotFoundError):  # this helper looks for the page where it usually is
-        _compare(tmp_path, **study)
+        _compare(tmp_path, output_dir=str(odd))
+    assert "| endprompt | 1 |" in (odd / "comparison.md").read_text()
     command = json.loads((odd / "study.json").read_text())
     assert command["output_dir"] == str(odd)
     parsed = OverridesParser.create().parse_override(f"output_dir={_quoted(odd)}")

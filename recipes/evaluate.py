@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from pathlib import Path
 
 import hydra
 from extend import ROOT, telling_errors
@@ -50,5 +51,7 @@ def run(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    # the harness imports a package that is called evaluate too: this folder must not be searched for it
+    sys.path = [path for path in sys.path if not (Path(path) / "evaluate.py").is_file()]
     sys.argv = [text for text in sys.argv if not text.startswith(MODEL)]
     run()

@@ -1,0 +1,57 @@
+"""Evaluate a model: `python recipes/evaluate.py +suite=ruler|longbench|short|all model=DIR [key=value ...]`.
+
+Asks the model that lies in a Hugging Face directory (any export of recipes/extend.py) the tasks of a suite, with lm-eval underneath
+(`pip install -e '.[eval]'`), and writes results.json, every answer (records/) and a page with the paper's columns. The same command goes on
+where it stopped. Tasks that cannot run are named with the reason; HF_HUB_OFFLINE=1 says beforehand that there is no network.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import hydra
+from extend import ROOT, telling_errors
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.evaluation.suite import EvaluateConfig
+
+COMMAND = "python recipes/evaluate.py " + shlex.join(sys.argv[1:])
+MODEL = "model="  # conf/model is a group of recipes/extend.py: Hydra would look for DIR among its files
+MODELS = [text.removeprefix(MODEL) for text in sys.argv[1:] if text.startswith(MODEL)]
+
+
+def to_evaluation(composed: DictConfig, model: str | None = None) -> EvaluateConfig:
+    """The composed values as an EvaluateConfig; a key or type that the schema does not know fails with its dotted name."""
+    if model is not None:
+        composed.model = model
+    if "suite" not in composed:
+        known = ", ".join(sorted(path.stem for path in (ROOT / "conf" / "suite").glob("*.yaml")))
+        raise ConfigError(f"no suite is named: add +suite=NAME, one of {known}.")
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(EvaluateConfig), composed))
+    except OmegaConfBaseException as error:
+        message = f"{error.full_key or 'config'}: {error.msg or error}. endprompt_megatron/evaluation/suite.py explains the keys."
+        raise ConfigError(message) from error
+
+
+@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="evaluate")
+def run(composed: DictConfig) -> None:
+    """One evaluation."""
+    with telling_errors():
+        config = to_evaluation(composed, MODELS[-1] if MODELS else None)
+        from endprompt_megatron.evaluate import evaluate
+
+        done = evaluate(config, command=COMMAND)
+    if not done:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    # the harness imports a package that is called evaluate too: this folder must not be searched for it
+    sys.path = [path for path in sys.path if not (Path(path) / "evaluate.py").is_file()]
+    sys.argv = [text for text in sys.argv if not text.startswith(MODEL)]
+    run()

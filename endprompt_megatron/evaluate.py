@@ -17,13 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from endprompt_megatron.checkpoint.companions import PROVENANCE_FILE
 from endprompt_megatron.checkpoint.hf_config import read_hf_config
 from endprompt_megatron.comparison.bootstrap import bootstrap_interval
+from endprompt_megatron.config import ParallelConfig
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.evaluation.harness import ANSWER_ROOM, Harness, Sample, bos_token_of, check_backend, harness_version, has_punkt
-from endprompt_megatron.evaluation.suite import EvaluateConfig
+from endprompt_megatron.evaluation.megatron_probes import MegatronProbes, load_model
+from endprompt_megatron.evaluation.suite import MEGATRON, EvaluateConfig
 from endprompt_megatron.evaluation.task_sources import (
-    RULER,
     HarnessTask,
     fingerprint,
     is_offline,
@@ -33,6 +35,9 @@ from endprompt_megatron.evaluation.task_sources import (
     way_out,
 )
 from endprompt_megatron.log import get_logger
+from endprompt_megatron.mcore import runtime as mcore_runtime
+from endprompt_megatron.mcore.version import megatron_core_version
+from endprompt_megatron.model import backends
 from endprompt_megatron.report.evaluation import STAND_IN_MARK, write_evaluation
 
 RESULTS = "results.json"
@@ -84,12 +89,12 @@ def evaluate(config: EvaluateConfig, *, command: str, lm: Any = None) -> bool:
         DataError: the model's tokenizer cannot be read, or gives other than the BOS tokens asked for.
     """
     config.validate()
-    version = harness_version()
     check_backend(config.backend)
+    asked_by = f"lm-eval {harness_version()}" if config.backend != MEGATRON else f"megatron-core {megatron_core_version()}, built-in tasks"
     for note in config.ignored():
         get_logger().info(note)
     with _claimed(config.directory()) as directory:
-        return _Evaluation(config, directory, _conditions(config, version, command), lm).carry_out()
+        return _Evaluation(config, directory, _conditions(config, asked_by, command), lm).carry_out()
 
 
 @contextmanager
@@ -112,27 +117,44 @@ def _claimed(directory: Path) -> Iterator[Path]:
         yield directory
 
 
-def _conditions(config: EvaluateConfig, version: str, command: str) -> dict[str, Any]:
+def _conditions(config: EvaluateConfig, asked_by: str, command: str) -> dict[str, Any]:
     """What the scores depend on, and where they were made."""
+    room = f"RULER: {ANSWER_ROOM} tokens beyond the length; other tasks: prompt and answer are cut to the window"
     token = bos_token_of(Path(config.model)) if config.bos == "one" else None
     window = int(read_hf_config(Path(config.model))["max_position_embeddings"])
+    made = Path(config.model) / PROVENANCE_FILE
+    native = json.loads(made.read_text()).get("original_context_length", window) if made.is_file() else window
     return {
-        "harness": f"lm-eval {version}",
+        "harness": asked_by,
         "model": fingerprint(Path(config.model)),
-        "backend": "hf, SDPA attention" if config.backend == "hf" else config.backend,
-        "dtype": config.dtype,
+        "backend": {"hf": "hf, SDPA attention", MEGATRON: "Megatron-Core, SDPA attention"}.get(config.backend, config.backend),
+        "dtype": _megatron_dtype(config) if config.backend == MEGATRON else config.dtype,
         "bos": f"one, {token}" if token else "none",
         "chat_template": config.suite.apply_chat_template,
         "samples": config.suite.samples,
         "seed": config.seed,
         "window": window,
-        "room_for_answers": f"RULER: {ANSWER_ROOM} tokens beyond the length; other tasks: prompt and answer are cut to the window",
+        "native_window": native,
+        "room_for_answers": "within the length" if config.backend == MEGATRON else room,
         "batch_size": config.batch_size if config.backend == "hf" else None,
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
         "hardware": _hardware(),
         "command": command,
     }
+
+
+def _accelerator(config: EvaluateConfig) -> str:
+    """Of Megatron-Core, for the device that the config names."""
+    return {None: "auto", "cpu": "cpu"}.get(config.device, "gpu")
+
+
+def _megatron_dtype(config: EvaluateConfig) -> str:
+    """What the model computes in: as asked, or what suits the machine."""
+    if config.dtype != "auto":
+        return config.dtype
+    precision = mcore_runtime.resolve_precision("auto", mcore_runtime.resolve_accelerator(_accelerator(config)))
+    return {"fp32": "float32", "bf16": "bfloat16"}[precision]
 
 
 # of _conditions: other values make other scores
@@ -164,27 +186,42 @@ class _Evaluation:
             get_logger().info(f"{len(pairs) - len(waiting)} of {len(pairs)} tasks and lengths are finished already")
         self.write()
         if waiting:
-            longest = max([self.conditions["window"], *(pair.length + ANSWER_ROOM for pair in waiting if pair.length)])
-            harness = Harness(self.config, max_length=longest, lm=self.lm)
-            for number, pair in enumerate(waiting, 1):
-                self._run(harness, pair, f"[{number}/{len(waiting)}] {pair}")
-                self.write()
+            with self._asker(waiting) as asker:
+                for number, pair in enumerate(waiting, 1):
+                    self._run(asker, pair, f"[{number}/{len(waiting)}] {pair}")
+                    self.write()
         get_logger().info(f"page {self.directory / 'evaluation.md'}")
         return not self.failures
+
+    @contextmanager
+    def _asker(self, waiting: list[Pair]) -> Iterator[Harness | MegatronProbes]:
+        """What asks the tasks, with the model loaded."""
+        config = self.config
+        if config.backend != MEGATRON:
+            longest = max([self.conditions["window"], *(pair.length + ANSWER_ROOM for pair in waiting if pair.length)])
+            yield Harness(config, max_length=longest, lm=self.lm)
+            return
+        runtime = mcore_runtime.initialize(ParallelConfig(), accelerator=_accelerator(config), seed=config.seed)
+        try:
+            precision = {"float32": "fp32", "bfloat16": "bf16"}[self.conditions["dtype"]]
+            model = load_model(Path(config.model), precision=precision, backend=backends.resolve("auto"), device=runtime.device)
+            yield MegatronProbes(config, model, device=runtime.device)
+        finally:
+            mcore_runtime.shut_down()
 
     def _pairs(self) -> list[Pair]:
         lengths = self.config.suite.lengths_for(self.conditions["window"])
         chosen = self.config.suite.chosen()
-        if not lengths and any(task.suite == RULER for task in chosen):
+        if not lengths and any(task.has_lengths for task in chosen):
             raise ConfigError(
-                f"suite.lengths=null: the model's window of {self.conditions['window']} tokens is below the shortest length of RULER, "
-                f"4096. Name the lengths, e.g. suite.lengths=[1024]."
+                f"suite.lengths=null: the model's window of {self.conditions['window']} tokens is below the shortest length that is asked "
+                f"unless you name others, 4096. Name the lengths, e.g. suite.lengths=[1024]."
             )
         paths = vars(self.config.suite.sources)
         return [
             Pair(task, length, uses_stand_in(task, paths))
             for task in chosen
-            for length in (lengths if task.suite == RULER else [None])
+            for length in (lengths if task.has_lengths else [None])
         ]
 
     def _can_run(self, pair: Pair) -> bool:
@@ -238,10 +275,10 @@ class _Evaluation:
             return None
         return json.loads(path.read_text())
 
-    def _run(self, harness: Harness, pair: Pair, label: str) -> None:
+    def _run(self, asker: Harness | MegatronProbes, pair: Pair, label: str) -> None:
         started = time.monotonic()
         try:
-            samples = harness.run(
+            samples = asker.run(
                 pair.task,
                 length=pair.length,
                 window=self.conditions["window"],

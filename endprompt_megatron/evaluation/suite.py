@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.evaluation.task_sources import RULER, SUITES, TASKS, HarnessTask, path_problems, tasks_of
+from endprompt_megatron.evaluation.task_sources import PROBES, RULER, SUITES, TASKS, HarnessTask, path_problems, tasks_of
 
-BACKENDS = ("hf", "vllm")
+MEGATRON = "megatron"
+BACKENDS = ("hf", "vllm", MEGATRON)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BOS_RULES = ("one", "none")
 SHORTEST, LONGEST = 512, 131072
@@ -46,9 +47,9 @@ class SuiteConfig:
 
     Attributes:
         name: of the suite, for the output directory and the page.
-        tasks: names of tasks, or of suites (ruler, longbench, short), which stand for all of theirs.
+        tasks: names of tasks, or of suites (ruler, longbench, short, probes), which stand for all of theirs.
         lengths: of RULER's prompts, in tokens; null: powers of two from 4096 to the model's window, at most 131072.
-        samples: of a task and length (of MMLU: of a subject), the first ones; null: all there are (RULER: 500).
+        samples: of a task and length (of MMLU: of a subject), the first ones; null: all there are (RULER: 500, probes: 100).
         num_fewshot: {task: worked examples in the prompt}; the others keep the harness's number.
         apply_chat_template: for instruct models; false gives raw prompts, as base models need them.
         allow_code_execution: HumanEval runs what the model wrote, on this machine, unprotected; false leaves it out.
@@ -73,7 +74,7 @@ class SuiteConfig:
         if not self.tasks:
             problems.append("suite.tasks=[]: name at least one, e.g. suite.tasks=[niah_single_1].")
         for name, count in self.num_fewshot.items():
-            if name not in TASKS or TASKS[name].suite == RULER or count < 0:
+            if name not in TASKS or TASKS[name].suite in (RULER, PROBES) or count < 0:
                 problems.append(f"suite.num_fewshot.{name}={count}: must be >= 0, for a task of longbench or short.")
         if self.samples is not None and self.samples < 1:
             problems.append(f"suite.samples={self.samples}: must be >= 1, or null for all.")
@@ -108,7 +109,7 @@ class EvaluateConfig:
         model: directory of a Hugging Face model, such as the export of recipes/extend.py.
         suite: what it is asked; +suite=NAME.
         output_dir: null: outputs/evaluate/MODEL_SUITE.
-        backend: hf (transformers with SDPA) | vllm.
+        backend: hf (transformers with SDPA) | vllm, for lm-eval's tasks | megatron, for those of suite probes.
         dtype: of the weights: auto (as stored) | float32 | bfloat16 | float16.
         device: of backend hf, e.g. cuda:0; null: a GPU where there is one, else the CPU.
         batch_size: prompts at once, of backend hf; vllm finds its own.
@@ -147,15 +148,33 @@ class EvaluateConfig:
                 problems.append(f"{key}={getattr(self, key)}: must be >= {least}.")
         if self.tensor_parallel_size > 1 and self.backend == "hf":
             problems.append(f"tensor_parallel_size={self.tensor_parallel_size}: backend=hf runs on one device. Set backend=vllm.")
+        problems += self._backend_problems()
         if problems:
             raise ConfigError(*problems)
+
+    def _backend_problems(self) -> list[str]:
+        known = [TASKS[name].suite if name in TASKS else name for name in self.suite.tasks if name in TASKS or name in SUITES]
+        asked = PROBES in known
+        problems = []
+        if asked and set(known) != {PROBES}:
+            problems.append(f"suite.tasks={list(self.suite.tasks)}: lm-eval does not know the tasks of {PROBES}. Ask them in another run.")
+        elif known and asked != (self.backend == MEGATRON):
+            problems.append(
+                f"backend={self.backend}: "
+                + (f"the tasks of {PROBES} run on Megatron-Core. Set backend=megatron." if asked else "lm-eval's tasks run on hf or vllm.")
+            )
+        if self.backend == MEGATRON and self.dtype == "float16":
+            problems.append("dtype=float16: Megatron-Core probes in float32 or bfloat16. Set one of them.")
+        if self.backend == MEGATRON and self.suite.apply_chat_template:
+            problems.append("suite.apply_chat_template=true: the tasks of probes are raw prompts. Set it to false.")
+        return problems
 
     def ignored(self) -> list[str]:
         """Settings that the backend does not read, in words."""
         defaults = EvaluateConfig()
-        keys = ("device", "batch_size") if self.backend == "vllm" else ()
+        keys = {"vllm": ("device", "batch_size"), MEGATRON: ("batch_size", "tensor_parallel_size")}.get(self.backend, ())
         changed = [key for key in keys if getattr(self, key) != getattr(defaults, key)]
-        return [f"{key}={getattr(self, key)} is ignored: backend=vllm has its own" for key in changed]
+        return [f"{key}={getattr(self, key)} is ignored: backend={self.backend} has its own" for key in changed]
 
     def directory(self) -> Path:
         """Where results go."""

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-RULER, LONGBENCH, SHORT = "ruler", "longbench", "short"
-SUITES = (RULER, LONGBENCH, SHORT)
+from endprompt_megatron.evaluation.ruler import TASKS as PROBE_TASKS
+
+RULER, LONGBENCH, SHORT, PROBES = "ruler", "longbench", "short", "probes"
+SUITES = (RULER, LONGBENCH, SHORT, PROBES)
 HAYSTACK_STAND_IN = "haystack_stand_in"
 PUNKT = "punkt"
 _DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".txt", ".csv", ".arrow", ".gz")
@@ -66,7 +68,7 @@ class HarnessTask:
 
     Attributes:
         name: the harness's.
-        suite: ruler | longbench | short.
+        suite: ruler | longbench | short, which lm-eval asks; probes, which Megatron-Core answers without it.
         group: the benchmark's own.
         metric: of a sample, as the harness calls it; RULER's are called by the length.
         needs: names of SOURCES.
@@ -81,6 +83,11 @@ class HarnessTask:
     needs: tuple[str, ...] = ()
     filter: str = "none"
     runs_code: bool = False
+
+    @property
+    def has_lengths(self) -> bool:
+        """Whether its prompts are made for a length."""
+        return self.suite in (RULER, PROBES)
 
 
 def _ruler(group: str, **needs: tuple[str, ...]) -> list[HarnessTask]:
@@ -121,6 +128,7 @@ TASKS: dict[str, HarnessTask] = {
         HarnessTask("gsm8k", SHORT, "mathematics", "exact_match", ("gsm8k",), filter="strict-match"),
         HarnessTask("hellaswag", SHORT, "common sense", "acc_norm", ("hellaswag",)),
         HarnessTask("humaneval", SHORT, "code", "pass@1", ("humaneval",), filter="create_test", runs_code=True),
+        *(HarnessTask(name, PROBES, "in RULER's form", "string match") for name in PROBE_TASKS),
     )
 }
 

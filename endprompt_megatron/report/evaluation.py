@@ -7,7 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from endprompt_megatron.evaluation.task_sources import LONGBENCH, RULER, SHORT, TASKS
+from endprompt_megatron.evaluation.task_sources import LONGBENCH, PROBES, RULER, SHORT, TASKS
+from endprompt_megatron.report.evaluation_plots import Curve, plot_scores_by_length
 from endprompt_megatron.report.plots import length_label
 
 PAGE = "evaluation.md"
@@ -29,6 +30,10 @@ _RULER_NOTE = (
     "NVIDIA counts any, common words lacks its worked example, and the answer prefix comes on top of the length. The means are ours: over "
     "tasks, then over lengths. A mean of fewer than 13 tasks is no RULER score."
 )
+_PROBES_NOTE = (
+    "Synthetic tasks in RULER's form (arXiv 2404.06654) with names and sentences of our own, on Megatron-Core: no RULER scores. Needles "
+    "hide in repeated sentences; prompt and answer fit the length together; an answer counts when it occurs in the output."
+)
 _LONGBENCH_NOTE = (
     "Made by lm-eval, which cuts prompts longer than the window at their start, where LongBench's own program cuts the middle out. "
     "The mean is that of the groups."
@@ -46,15 +51,19 @@ def write_evaluation(output_dir: Path, results: dict[str, Any]) -> Path:
         Path of the page.
     """
     scores = results["scores"]
-    of_suite = {suite: [score for score in scores if score["suite"] == suite] for suite in (RULER, LONGBENCH, SHORT)}
+    of_suite = {suite: [score for score in scores if score["suite"] == suite] for suite in (RULER, LONGBENCH, SHORT, PROBES)}
     parts = [f"# Evaluation of {results['model']}", _opening(results)]
     if of_suite[RULER]:
-        parts += ["## RULER", _ruler(of_suite[RULER]), _intervals(of_suite[RULER]), _RULER_NOTE]
+        picture = _picture(output_dir, RULER, of_suite[RULER], results["conditions"])
+        parts += ["## RULER", _ruler(of_suite[RULER]), picture, _intervals(of_suite[RULER]), _RULER_NOTE]
         if any(STAND_IN_MARK in score["task"] for score in of_suite[RULER]):
             parts.append(
                 "**Stand-in haystack**: these rows hide their needles in other prose than the benchmark's essays (conditions, local "
                 "sources). They are no RULER scores and no part of the means."
             )
+    if of_suite[PROBES]:
+        picture = _picture(output_dir, PROBES, of_suite[PROBES], results["conditions"])
+        parts += ["## In RULER's form", _probes(of_suite[PROBES]), picture, _intervals(of_suite[PROBES]), _PROBES_NOTE]
     if of_suite[LONGBENCH]:
         parts += ["## LongBench", _longbench(of_suite[LONGBENCH]), _intervals(of_suite[LONGBENCH]), _LONGBENCH_NOTE]
     if of_suite[SHORT]:
@@ -74,11 +83,13 @@ def _opening(results: dict[str, Any]) -> str:
     conditions = results["conditions"]
     prompts = "the model's chat template" if conditions["chat_template"] else "raw prompts, no chat template"
     ran, missing = len(results["scores"]), len(results["not_run"])
+    beside_paper = any(score["suite"] != PROBES for score in results["scores"])
     return (
         f"Scores from 0 to 100, by {conditions['harness']} ({conditions['backend']}, {conditions['dtype']}, {prompts}, BOS: "
         f"{conditions['bos']}). {ran} of {ran + missing} tasks and lengths ran"
         + (" (reasons below)." if missing else ".")
-        + f" Rows marked *paper*: {_SOURCE}; another model, and the authors' own runs.\n\n    {conditions['command']}"
+        + (f" Rows marked *paper*: {_SOURCE}; another model, and the authors' own runs." if beside_paper else "")
+        + f"\n\n    {conditions['command']}"
     )
 
 
@@ -102,6 +113,51 @@ def _ruler(scores: list[dict[str, Any]]) -> str:
         cells = [_paper(by_length.get(length)) for length in lengths]
         rows.append([f"*paper*, {method}, 13 tasks", *cells, f"{values[RULER]:.2f} (4K to 64K)"])
     return _table(["task", *map(length_label, lengths), "mean over lengths"], rows)
+
+
+def _probes(scores: list[dict[str, Any]]) -> str:
+    lengths = sorted({score["length"] for score in scores})
+    found = {(score["task"], score["length"]): score["score"] for score in scores}
+    names = [task for task in TASKS if any((task, length) in found for length in lengths)]
+    values = [[found.get((name, length)) for length in lengths] for name in names]
+    rows = [[name, *map(_score, row), _score(_mean(row))] for name, row in zip(names, values, strict=True)]
+    means = [_mean(list(column)) for column in zip(*values, strict=True)]
+    asked = [_of(sum(value is not None for value in column), len(names)) for column in zip(*values, strict=True)]
+    cells = [_score(mean) + lacking for mean, lacking in zip(means, asked, strict=True)]
+    rows.append(["**mean over tasks**", *cells, _score(_mean(means))])
+    return _table(["task", *map(length_label, lengths), "mean over lengths"], rows)
+
+
+def _picture(output_dir: Path, suite: str, scores: list[dict[str, Any]], conditions: dict[str, Any]) -> str:
+    """The mean over tasks by length, where all of them ran at two lengths or more; for RULER the paper's curve beside it."""
+    own = [score for score in scores if STAND_IN_MARK not in score["task"]]
+    tasks = {score["task"] for score in own}
+    by_length = {length: [score for score in own if score["length"] == length] for length in sorted({score["length"] for score in own})}
+    whole = {length: found for length, found in by_length.items() if len(found) == len(tasks)}
+    if len(whole) < 2:
+        return ""
+    means = {length: fmean(score["score"] for score in found) for length, found in whole.items()}
+    intervals = {
+        length: _interval_of_mean(means[length], found) for length, found in whole.items() if all(score["interval"] for score in found)
+    }
+    curves = [Curve(f"this model, mean of {len(tasks)} tasks", means, intervals)]
+    if suite == RULER:
+        curves += [Curve(f"paper, {method}, mean of 13 tasks", values, published=True) for method, values in _PAPER_LENGTHS.items()]
+    path = plot_scores_by_length(
+        Path(output_dir) / f"{suite}_by_length.png",
+        curves,
+        measure="mean score (0 to 100)",
+        title="RULER by length" if suite == RULER else "Tasks in RULER's form by length",
+        original_context_length=conditions["native_window"],
+        target_context_length=conditions["window"],
+    )
+    return f"![Mean score by length of the prompt; bars: 95 % intervals over samples.]({path.name})"
+
+
+def _interval_of_mean(mean: float, scores: list[dict[str, Any]]) -> tuple[float, float]:
+    """Of a mean over tasks with samples of their own: half widths add in squares."""
+    half = sum(((score["interval"][1] - score["interval"][0]) / 2) ** 2 for score in scores) ** 0.5 / len(scores)
+    return max(0.0, mean - half), min(100.0, mean + half)
 
 
 def _longbench(scores: list[dict[str, Any]]) -> str:

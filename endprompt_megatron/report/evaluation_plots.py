@@ -167,8 +167,9 @@ def plot_scores_by_length(
             axes.plot(*zip(*points, strict=True), color=GREY, marker=marker, mfc="none", ls=":", lw=1.2, ms=6, label=curve.label)
         axes.set(ylabel=measure, ylim=(-4, 104))
         axes.set_title(title, loc="left")
-        target = f"target window ({target_context_length:,})"
-        axes.axvline(target_context_length, color=SKY, lw=2.5, ls="--", zorder=1.5, label=target)
+        if target_context_length != original_context_length:
+            target = f"target window ({target_context_length:,})"
+            axes.axvline(target_context_length, color=SKY, lw=2.5, ls="--", zorder=1.5, label=target)
         length_axis(axes, sorted({*lengths, target_context_length}), original_context_length, "length of the prompt (tokens)")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
         return write_figure(figure, path)

@@ -1,0 +1,103 @@
+"""RULER's synthetic forms put to the model of a Hugging Face directory on Megatron-Core: the same maths as in training, no lm-eval, no
+generation server; prompts are read in chunks, so that a long one fits. Same door as evaluation.harness."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config, rope_from_hf
+from endprompt_megatron.checkpoint.hf_import import load_hf_weights
+from endprompt_megatron.checkpoint.hf_tokenizer import load_tokenizer
+from endprompt_megatron.config import ParallelConfig
+from endprompt_megatron.evaluation.generation import greedy_generate
+from endprompt_megatron.evaluation.harness import Sample
+from endprompt_megatron.evaluation.ruler import make_samples, score
+from endprompt_megatron.evaluation.suite import EvaluateConfig
+from endprompt_megatron.evaluation.task_sources import HarnessTask
+from endprompt_megatron.model.backends import Backend
+from endprompt_megatron.model.build import build_model_chunks
+from endprompt_megatron.model.gpt import EndPromptGPTModel
+
+_PREFILL_CHUNK = 4096  # tokens
+_SAMPLES = 100  # a task and length where suite.samples is null
+
+
+def load_model(model_dir: Path, *, precision: str, backend: Backend, device: torch.device) -> EndPromptGPTModel:
+    """The whole model of a Hugging Face directory on Megatron-Core, in evaluation mode, with the RoPE scaling that its config.json names.
+
+    Args:
+        model_dir: with config.json and safetensors.
+        precision: fp32 | bf16.
+        backend: which kernels.
+        device: where it goes.
+    Raises:
+        CheckpointError: the directory lacks something, or is of a family that is not known.
+    """
+    config = read_hf_config(model_dir)
+    architecture = architecture_from_hf(config)
+    chunks = build_model_chunks(
+        architecture,
+        rope=rope_from_hf(config),
+        max_sequence_length=int(config["max_position_embeddings"]),
+        parallel=ParallelConfig(),
+        precision=precision,
+        backend=backend,
+        device=device,
+    )
+    load_hf_weights(chunks, model_dir, architecture)
+    return chunks[0].eval()
+
+
+class MegatronProbes:
+    """One model on the built-in tasks.
+
+    Args:
+        config: of the evaluation.
+        model: of the directory that it names.
+        device: of the model.
+    """
+
+    def __init__(self, config: EvaluateConfig, model: EndPromptGPTModel, *, device: torch.device):
+        self.config, self.model, self.device = config, model, device
+        self.tokenizer = load_tokenizer(Path(config.model))
+        bos = self.tokenizer.bos_token_id
+        self.before = [bos] if config.bos == "one" and bos is not None else []
+
+    def run(self, task: HarnessTask, *, length: int, label: str, **_: Any) -> list[Sample]:
+        """Ask one task.
+
+        Args:
+            task: of the suite `probes`.
+            length: tokens that a prompt, BOS included, and its answer may take.
+            label: for the progress display.
+        Returns:
+            the samples in order of their index, scored.
+        Raises:
+            DataError: the task's smallest prompt does not fit.
+        """
+        samples = make_samples(
+            self._encode, task=task.name, length=length, count=self.config.suite.samples or _SAMPLES, seed=self.config.seed
+        )
+        prompts = [[*self.before, *self._encode(sample.prompt)] for sample in samples]
+        written = greedy_generate(
+            self.model,
+            prompts,
+            max_new_tokens=samples[0].max_new_tokens,
+            stop_tokens={self.tokenizer.eos_token_id} - {None},
+            prefill_chunk=_PREFILL_CHUNK,
+            device=self.device,
+            label=label,
+        )
+        outputs = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
+        return [
+            Sample(
+                sample.index, score(task.name, output, sample.references), output, list(sample.references), len(prompt)
+            )
+            for sample, prompt, output in zip(samples, prompts, outputs, strict=True)
+        ]
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -1,0 +1,79 @@
+"""RULER's forms put to a model on Megatron-Core: what it is given and what it scores, against transformers and models that know everything
+or nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.evaluate import evaluate
+from endprompt_megatron.evaluation import megatron_probes
+from endprompt_megatron.evaluation.megatron_probes import MegatronProbes, load_model
+from endprompt_megatron.evaluation.ruler import TASKS, make_samples
+from endprompt_megatron.evaluation.suite import EvaluateConfig, SuiteConfig
+from endprompt_megatron.evaluation.task_sources import TASKS as KNOWN
+from endprompt_megatron.model import backends
+
+pytestmark = pytest.mark.usefixtures("single_process")
+CPU = torch.device("cpu")
+
+
+def config_of(model_dir, tmp_path, **changes) -> EvaluateConfig:
+    suite = {"name": "probes", "tasks": ["probes"], "lengths": [1024], "samples": 1} | changes.pop("suite", {})
+    return EvaluateConfig(
+        model=str(model_dir), backend="megatron", dtype="float32", output_dir=str(tmp_path), suite=SuiteConfig(**suite), **changes
+    )
+
+
+def test_prompts_and_answers_are_those_of_transformers(tiny_model_dir, tmp_path):
+    """The same prompt, token for token, and the same greedy text as transformers' generate."""
+    config = config_of(tiny_model_dir, tmp_path, suite={"lengths": [512]})
+    model = load_model(tiny_model_dir, precision="fp32", backend=backends.resolve("torch"), device=CPU)
+    (found,) = MegatronProbes(config, model, device=CPU).run(KNOWN["variable_tracking"], length=512, label="t")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    (sample,) = make_samples(
+        lambda text: tokenizer(text, add_special_tokens=False)["input_ids"], task="variable_tracking", length=512, count=1
+    )
+    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = torch.tensor([[*before, *tokenizer(sample.prompt, add_special_tokens=False)["input_ids"]]])
+    reference = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
+    written = reference.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=0
+    )[0, ids.shape[1] :]
+    assert found.output == tokenizer.decode(written, skip_special_tokens=True)
+    assert (found.index, found.prompt_tokens, found.references) == (0, ids.shape[1], list(sample.references))
+
+
+@pytest.mark.parametrize(("knows", "score"), [(True, 100.0), (False, 0.0)])
+def test_who_knows_everything_gets_100_and_who_says_nothing_0(tiny_model_dir, tmp_path, monkeypatch, knows, score):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    answers = []
+
+    def remember(*arguments, **options):
+        samples = make_samples(*arguments, **options)
+        answers[:] = [" ".join(sample.references) for sample in samples]
+        return samples
+
+    def write(model, prompts, **_):
+        return [tokenizer(answer, add_special_tokens=False)["input_ids"] if knows else [] for answer in answers]
+
+    monkeypatch.setattr(megatron_probes, "make_samples", remember)
+    monkeypatch.setattr(megatron_probes, "greedy_generate", write)
+    assert evaluate(config_of(tiny_model_dir, tmp_path), command="c")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {entry["task"]: entry["score"] for entry in results["scores"]} == dict.fromkeys(TASKS, score)
+    assert results["not_run"] == [] and results["conditions"]["dtype"] == "float32"
+    assert f"| niah_single | {score:.1f} | {score:.1f} |" in (tmp_path / "evaluation.md").read_text()
+
+
+def test_tasks_and_backends_that_do_not_go_together_are_refused(tiny_model_dir, tmp_path):
+    with pytest.raises(ConfigError, match="backend=hf: the tasks of probes run on Megatron-Core. Set backend=megatron"):
+        EvaluateConfig(model=str(tiny_model_dir), suite=SuiteConfig(name="s", tasks=["niah_single"])).validate()
+    with pytest.raises(ConfigError, match="backend=megatron: lm-eval's tasks run on hf or vllm"):
+        config_of(tiny_model_dir, tmp_path, suite={"tasks": ["ruler"]}).validate()
+    with pytest.raises(ConfigError, match="lm-eval does not know the tasks of probes"):
+        config_of(tiny_model_dir, tmp_path, suite={"tasks": ["niah_single", "ruler_vt"]}).validate()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from endprompt_megatron.comparison.evaluations import FOLDER, Evaluation, read_evaluation
 from endprompt_megatron.comparison.runner import RunOutcome
 from endprompt_megatron.errors import ConfigError, DataError
 from endprompt_megatron.log import read_metrics
@@ -31,6 +32,7 @@ class RunResult:
         conditions: of its evaluation.json.
         step_seconds: time of its fastest step, in seconds: other jobs on the machine only ever add; NaN without training.
         peak_memory_gib: of one rank in training, over all sittings.
+        suites: scores of recipes/evaluate.py in the run's evaluation_suites/; empty where there are none.
     """
 
     label: str
@@ -40,6 +42,7 @@ class RunResult:
     conditions: dict[str, Any]
     step_seconds: float
     peak_memory_gib: float
+    suites: Evaluation = field(default_factory=dict)
 
     @property
     def train_seconds(self) -> float:
@@ -55,15 +58,16 @@ class RunResult:
         return {int(length): value for length, value in (self.system.get("perplexity") or {}).items()}
 
 
-def read_run(directory: Path, *, label: str | None = None, seed: int | None = None) -> list[RunResult]:
+def read_run(directory: Path, *, label: str | None = None, seed: int | None = None, with_suites: bool = True) -> list[RunResult]:
     """The results of a finished run; beside its own row that of the untouched base, where the run probed it.
 
     Args:
         directory: output directory of recipes/extend.py.
         label: of the row; None takes the run's method.
         seed: None takes the run's own.
+        with_suites: whether to read the scores of recipes/evaluate.py as well.
     Raises:
-        DataError: the directory holds no finished run with probes.
+        DataError: the directory holds no finished run with probes, or scores that cannot be read.
     """
     try:
         summary = json.loads((Path(directory) / "summary.json").read_text())
@@ -80,7 +84,8 @@ def read_run(directory: Path, *, label: str | None = None, seed: int | None = No
     seed, conditions = summary["seed"] if seed is None else seed, evaluation["conditions"]
     seconds = min((record["step_seconds"] for record in steps), default=math.nan)
     memory = max((record["peak_memory_gib"] for record in steps), default=math.nan)
-    results = [RunResult(label or summary["method"], seed, summary, own, conditions, seconds, memory)]
+    suites = read_evaluation(Path(directory) / FOLDER) if with_suites else {}
+    results = [RunResult(label or summary["method"], seed, summary, own, conditions, seconds, memory, suites)]
     if "base" in systems:
         untrained = {**summary, "steps": 0, "tokens": 0}
         results.append(RunResult(BASE, seed, untrained, systems["base"], conditions, math.nan, math.nan))
@@ -88,9 +93,9 @@ def read_run(directory: Path, *, label: str | None = None, seed: int | None = No
 
 
 def fault_of(directory: Path) -> str | None:
-    """Why the results of a run cannot be read, or None."""
+    """Why the results of a run cannot be read, or None. Running it again would not mend the scores of recipes/evaluate.py."""
     try:
-        read_run(directory)
+        read_run(directory, with_suites=False)
     except DataError as error:
         return str(error)
     return None

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from endprompt_megatron.comparison.paired_suites import TaskComparison, compare_evaluations
 from endprompt_megatron.comparison.results import (
     BASE,
     TASKS,
@@ -73,15 +74,17 @@ def write_comparison(
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     sections = [section for section in sections if section.results]
+    suites = [_compared(_ordered(by_label(section.results), study), study.reference) for section in sections]
     parts = [f"# {study.name}: methods compared", _opening(study, sections, pending, commands)]
-    for section in sections:
+    for section, compared in zip(sections, suites, strict=True):
         parts += [f"## {section.title}", section.note]
         if section is not sections[0] and section.results == sections[0].results:
             parts.append(f"These are the runs of \"{sections[0].title}\", and so are the numbers.")
             continue
         groups = _ordered(by_label(section.results), study)
         tests = paired_tests(groups, study.reference)
-        parts += [*_tables(groups, study, tests), *_pictures(output_dir, section, groups, reference=study.reference, draw=draw)]
+        parts += [*_tables(groups, study, tests), *_suites(compared, study.reference)]
+        parts += _pictures(output_dir, section, groups, reference=study.reference, draw=draw)
     if failed:
         rows = [[outcome.request.label, str(outcome.request.seed), outcome.request.budget, outcome.failure] for outcome in failed]
         parts += ["## Runs that failed", _table(["method", "seed", "budget", "reason"], rows), "The same command tries them again."]
@@ -89,7 +92,7 @@ def write_comparison(
         parts += ["## Conditions", _conditions(sections[0].results)]
     page = output_dir / PAGE
     page.write_text("\n\n".join(part for part in parts if part) + "\n")
-    (output_dir / NUMBERS).write_text(json.dumps(_json(_numbers(study, sections, failed)), indent=1) + "\n")
+    (output_dir / NUMBERS).write_text(json.dumps(_json(_numbers(study, sections, suites, failed)), indent=1) + "\n")
     return page
 
 
@@ -197,6 +200,38 @@ def _test_note(study: StudyConfig, tests: list[PairedTest]) -> str:
     )
 
 
+def _compared(groups: dict[str, list[RunResult]], reference: str) -> dict[str, list[TaskComparison]]:
+    models = {label: {run.seed: run.suites for run in group if run.suites} for label, group in groups.items()}
+    return compare_evaluations({label: seeds for label, seeds in models.items() if seeds}, reference)
+
+
+def _suites(suites: dict[str, list[TaskComparison]], reference: str) -> list[str]:
+    """The scores of recipes/evaluate.py, where runs have any."""
+    compared = sorted(((label, found) for label, tasks in suites.items() for found in tasks), key=lambda pair: pair[1].key)
+    if not compared:
+        return []
+    header = ["task", "method", "seeds", "score", "Δ", "95 % interval", "p (sign flips, samples)", "common samples"]
+    note = (
+        f"Scores of 0 to 100 by recipes/evaluate.py. Δ: minus `{reference}` on the samples that both answered, averaged over their common "
+        "seeds; interval (bootstrap) and p take a sample as a unit and know nothing of the noise of training."
+    )
+    differing = dict.fromkeys(f"{label} in {name}" for label, found in compared for name in found.differing)
+    if differing:
+        note += f" **Not evaluated as the reference was: {', '.join(differing)}.**"
+    return ["### Suites (higher is better)", _table(header, [_suite_row(label, found) for label, found in compared]), note]
+
+
+def _suite_row(label: str, found: TaskComparison) -> list[str]:
+    key, score, difference = found.key, found.score, found.difference
+    task = key.task + (f" at {length_label(key.length)}" if key.length else "")
+    cells = [_MISSING] * 4
+    if difference is not None:
+        low, high = difference.interval
+        interval = _MISSING if math.isnan(low) else f"{_signed(low, 1)} to {_signed(high, 1)}"
+        cells = [_signed(difference.difference, 1), interval, _p(difference.p), str(difference.samples)]
+    return [task, label, str(score.seeds), _spread(Summary(score.mean, score.deviation, score.seeds), ".1f"), *cells]
+
+
 def _range(values: list[int]) -> str:
     if not values:
         return "none"
@@ -235,7 +270,9 @@ def _conditions(results: list[RunResult]) -> str:
     return "\n".join(f"- {key}: {value}" for key, value in rows.items())
 
 
-def _numbers(study: StudyConfig, sections: list[Section], failed: list[RunOutcome]) -> dict[str, object]:
+def _numbers(
+    study: StudyConfig, sections: list[Section], suites: list[dict[str, list[TaskComparison]]], failed: list[RunOutcome]
+) -> dict[str, object]:
     return {
         "study": asdict(study),
         "sections": {
@@ -250,8 +287,9 @@ def _numbers(study: StudyConfig, sections: list[Section], failed: list[RunOutcom
                     for label, group in by_label(section.results).items()
                 },
                 "tests": [asdict(test) for test in paired_tests(by_label(section.results), study.reference)],
+                "suites": {label: [asdict(found) for found in tasks] for label, tasks in compared.items()},
             }
-            for section in sections
+            for section, compared in zip(sections, suites, strict=True)
         },
         "failed": [{"run": outcome.request.name, "reason": outcome.failure} for outcome in failed],
     }
@@ -279,8 +317,8 @@ def _spread(summary: Summary, form: str) -> str:
     return text.replace("-", "−")
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
+def _signed(value: float, digits: int = 3) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def _p(value: float) -> str:

@@ -70,3 +70,17 @@ def write_run(
     (directory / "evaluation.json").write_text(json.dumps({"conditions": conditions, "systems": systems}))
     (directory / "summary.json").write_text(json.dumps(summary))
     return directory
+
+
+def write_suite(directory: Path, scores: dict[tuple[str, int | None], list[float]], *, shifted: int = 0, **conditions: object) -> Path:
+    """What recipes/evaluate.py leaves: {(task, length): a score a sample}; `shifted` makes other questions of the same indices."""
+    (directory / "records").mkdir(parents=True, exist_ok=True)
+    entries = []
+    for (task, length), values in scores.items():
+        records = f"records/{task}_{length}.jsonl"
+        lines = [{"index": index, "score": value, "output": "x", "references": [str(index + shifted)]} for index, value in enumerate(values)]
+        (directory / records).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        entries.append({"suite": "ruler", "task": task, "length": length, "score": float(np.mean(values)), "samples": len(values), "records": records})
+    told = {"harness": "lm-eval 0", "dtype": "float32", "hardware": str(directory), **conditions}
+    (directory / "results.json").write_text(json.dumps({"model": "m", "conditions": told, "scores": entries, "not_run": []}))
+    return directory

@@ -16,7 +16,7 @@ from endprompt_megatron.compare import compare
 from endprompt_megatron.comparison.runner import _quoted
 from endprompt_megatron.comparison.study import StudyConfig
 from endprompt_megatron.errors import ConfigError, DataError, RunInterrupted
-from tests.support.studies import stand_in_command, write_run
+from tests.support.studies import stand_in_command, write_run, write_suite
 
 METHODS = ("control_short_pi", "endprompt", "pose", "untrained_pi")
 
@@ -193,3 +193,19 @@ def test_runs_that_were_asked_other_questions_are_named(tmp_path):
     (directories[1] / "evaluation.json").write_text(json.dumps(evaluation))
     _, page = _compare(tmp_path, methods=[], base_experiment=None, collect=list(map(str, directories)))
     assert "Not asked the same: endprompt seed 1 differs from control_short_pi seed 1 in haystack" in page
+
+
+def test_scores_of_suites_are_a_table_with_differences_by_sample(tmp_path):
+    directories = [write_run(tmp_path / method, method=method, seed=1) for method in ("control_short_pi", "endprompt")]
+    options = dict(methods=[], base_experiment=None, collect=list(map(str, directories)))
+    _, page = _compare(tmp_path, **options)
+    assert "### Suites" not in page
+    write_suite(directories[0] / "evaluation_suites", {("vt", 4096): [0.0, 40.0, 20.0, 60.0]})
+    write_suite(directories[1] / "evaluation_suites", {("vt", 4096): [40.0, 60.0, 80.0, 80.0], ("gsm8k", None): [100.0]}, dtype="bfloat16")
+    _, page = _compare(tmp_path, **options)
+    (row,) = [line for line in page.splitlines() if line.startswith("| vt at 4K | endprompt |")]
+    assert row.startswith("| vt at 4K | endprompt | 1 | 65.0 | +35.0 | +20.0 to +5") and row.endswith("| 0.125 | 4 |")
+    assert "| vt at 4K | control_short_pi | 1 | 30.0 | – | – | – | – |" in page and "| gsm8k | endprompt | 1 | 100.0 | – |" in page
+    assert "**Not evaluated as the reference was: endprompt in dtype.**" in page
+    numbers = json.loads((tmp_path / "out" / "comparison.json").read_text())["sections"]["The same number of tokens"]["suites"]
+    assert numbers["endprompt"][1]["difference"]["difference"] == 35.0 and numbers["control_short_pi"][0]["difference"] is None

@@ -113,6 +113,37 @@ def test_one_process_goes_on_where_two_stood(place, undisturbed):
     assert refused.returncode == 2 and "parallel.use_distributed_optimizer: False there, True now" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        # after the last step a rank holds only its own share of the newest weights
+        ["parallel.use_distributed_optimizer=true", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"],
+        ["parallel.pipeline_model_parallel_size=2"],
+    ],
+    ids=["gathered parameters", "pipeline"],
+)
+def test_two_workers_probe_what_they_trained_as_one_process_does(place, layout):
+    name = f"probed_{len(layout)}"
+    overrides = [*Job.overrides(place, name, "evaluation.enabled=true", "trainer.max_steps=2", "trainer.global_batch_size=8"), *layout]
+    found = []
+    for again in ([], ["launch.nproc_per_node=1", "parallel.pipeline_model_parallel_size=1"]):
+        done = run_recipe(*overrides, *again, cwd=place, timeout=300)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads((place / name / "evaluation.json").read_text())["systems"])
+        shutil.rmtree(place / name / "probes")
+    for system, (two, one) in ((system, [each[system] for each in found]) for system in ("base", "untrained", "trained")):
+        assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-6), system
+        assert two["needle"]["256"]["key_log_probability"] == pytest.approx(one["needle"]["256"]["key_log_probability"], rel=1e-6), system
+    assert found[0]["trained"]["perplexity"] != found[0]["untrained"]["perplexity"]
+
+
+def test_a_context_cut_over_ranks_is_not_probed_and_the_way_out_is_told(place):
+    overrides = Job.overrides(place, "cut", "evaluation.enabled=true", "trainer.max_steps=1", "parallel.context_parallel_size=2")
+    done = run_recipe(*overrides, cwd=place, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "no probes: parallel.context_parallel_size=2" in done.stderr and "parallel.context_parallel_size=1 afterwards" in done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_process_is_left_behind(place, number):
     """Ctrl-C, and the launcher's own death."""

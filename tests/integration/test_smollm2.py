@@ -19,6 +19,8 @@ from endprompt_megatron.checkpoint.hf_tokenizer import load_tokenizer
 from endprompt_megatron.checkpoint.hf_verify import load_transformers_model, megatron_logits, transformers_logits
 from endprompt_megatron.config import ParallelConfig
 from endprompt_megatron.data.prompts import tokenize_end_prompts
+from endprompt_megatron.evaluation.generation import greedy_generate
+from endprompt_megatron.evaluation.replica import Replica
 from endprompt_megatron.model.backends import resolve
 from endprompt_megatron.model.build import build_model_chunks
 from endprompt_megatron.positions.endprompt import endprompt_positions
@@ -95,6 +97,31 @@ def test_export_import_export_is_bit_identical(export, tmp_path, single_process)
     assert hashlib.sha256(first_bytes).digest() == hashlib.sha256(second_bytes).digest()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (export / name).read_text() == (second / name).read_text(), name
+
+
+def test_greedy_text_and_chunked_logits_are_transformers(smollm2, single_process):
+    """A prompt read in chunks, then written on token by token, in float32."""
+    rope = RopeScaling.from_hf(read_hf_config(smollm2), head_dim=64)
+    _, chunks = _load(smollm2, rope, "fp32")
+    for chunk in chunks:
+        chunk.eval()
+    tokenizer = load_tokenizer(smollm2)
+    prompts = [
+        tokenizer(text, add_special_tokens=False)["input_ids"]
+        for text in ("The capital of France is", (ROOT / "LICENSE").read_text()[:1200])
+    ]
+    theirs = load_transformers_model(smollm2)
+    expected = [
+        theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+    written = greedy_generate(chunks, prompts, max_new_tokens=12, prefill_chunk=100, device=torch.device("cpu"))
+    assert written == expected and "Paris" in tokenizer.decode(written[0])
+    replica = Replica(chunks, device=torch.device("cpu"))
+    with torch.no_grad(), replica.cached(len(prompts[1])):
+        ours = replica.prefill(prompts[1], chunk=100)
+        reference = theirs(torch.tensor(prompts[1:]), use_cache=False).logits[0, -1]
+    assert float((ours[0] - reference).abs().max()) <= 1e-3
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["installed transformers", "transformers 4.57"])

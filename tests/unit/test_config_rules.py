@@ -125,6 +125,10 @@ def test_other_adapters_make_another_run():
         ({"evaluation__needle_trials": 0}, "needle_trials=0"),
         ({"evaluation__needle_digits": 0}, "needle_digits=0"),
         ({"evaluation__perplexity_tokens": 0}, "perplexity_tokens=0"),
+        ({"evaluation__perplexity_stride": -1}, "perplexity_stride=-1"),
+        ({"evaluation__perplexity_stride": 512}, "perplexity_stride=512: must be less than the shortest window of 512"),
+        ({"evaluation__perplexity_stride": 64, "evaluation__perplexity_lengths": [64, 512]}, "the shortest window of 64"),
+        ({"evaluation__prefill_chunk": -1}, "prefill_chunk=-1"),
         ({"data__train": [TextSource("a.jsonl", -2.0)]}, "-2"),
     ],
 )

@@ -16,7 +16,7 @@ from endprompt_megatron.evaluation.generation import greedy_generate
 from endprompt_megatron.evaluation.harness import Sample
 from endprompt_megatron.evaluation.ruler import make_samples, score
 from endprompt_megatron.evaluation.suite import EvaluateConfig
-from endprompt_megatron.evaluation.task_sources import HarnessTask
+from endprompt_megatron.evaluation.task_sources import PROBE_PREFIX, HarnessTask
 from endprompt_megatron.model.backends import Backend
 from endprompt_megatron.model.build import build_model_chunks
 from endprompt_megatron.model.gpt import EndPromptGPTModel
@@ -78,8 +78,9 @@ class MegatronProbes:
         Raises:
             DataError: the task's smallest prompt does not fit.
         """
+        name = task.name.removeprefix(PROBE_PREFIX)
         samples = make_samples(
-            self._encode, task=task.name, length=length, count=self.config.suite.samples or _SAMPLES, seed=self.config.seed
+            self._encode, task=name, length=length, count=self.config.suite.samples or _SAMPLES, seed=self.config.seed
         )
         prompts = [[*self.before, *self._encode(sample.prompt)] for sample in samples]
         written = greedy_generate(
@@ -94,7 +95,7 @@ class MegatronProbes:
         outputs = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
         return [
             Sample(
-                sample.index, score(task.name, output, sample.references), output, list(sample.references), len(prompt)
+                sample.index, score(name, output, sample.references), output, list(sample.references), len(prompt)
             )
             for sample, prompt, output in zip(samples, prompts, outputs, strict=True)
         ]

@@ -12,6 +12,7 @@ from pathlib import Path
 from endprompt_megatron.evaluation.ruler import TASKS as PROBE_TASKS
 
 RULER, LONGBENCH, SHORT, PROBES = "ruler", "longbench", "short", "probes"
+PROBE_PREFIX = "probe_"  # some names are lm-eval's too
 SUITES = (RULER, LONGBENCH, SHORT, PROBES)
 HAYSTACK_STAND_IN = "haystack_stand_in"
 PUNKT = "punkt"
@@ -128,7 +129,7 @@ TASKS: dict[str, HarnessTask] = {
         HarnessTask("gsm8k", SHORT, "mathematics", "exact_match", ("gsm8k",), filter="strict-match"),
         HarnessTask("hellaswag", SHORT, "common sense", "acc_norm", ("hellaswag",)),
         HarnessTask("humaneval", SHORT, "code", "pass@1", ("humaneval",), filter="create_test", runs_code=True),
-        *(HarnessTask(name, PROBES, "in RULER's form", "string match") for name in PROBE_TASKS),
+        *(HarnessTask(PROBE_PREFIX + name, PROBES, "in RULER's form", "string match") for name in PROBE_TASKS),
     )
 }
 

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "comparison": {"mcore"},
     "report": {"evaluation", "comparison", "theory"},
     "compare": {"comparison", "report"},
-    "evaluate": {"checkpoint", "comparison", "evaluation", "report"},
+    "evaluate": {"checkpoint", "comparison", "config", "evaluation", "mcore", "model", "report"},
     "preflight": {"checkpoint", "config", "config_rules", "data", "model", "planning", "positions", "rope"},
     "extend": {
         "preflight", "checkpoint", "config", "data", "evaluation", "launch", "mcore", "model", "report", "rope", "training",

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def config_of(model_dir, tmp_path, **changes) -> EvaluateConfig:
-    suite = {"name": "probes", "tasks": ["probes"], "lengths": [1024], "samples": 1} | changes.pop("suite", {})
+    suite = {"name": "probes", "tasks": ["probes"], "lengths": [4096], "samples": 1} | changes.pop("suite", {})
     return EvaluateConfig(
         model=str(model_dir), backend="megatron", dtype="float32", output_dir=str(tmp_path), suite=SuiteConfig(**suite), **changes
     )
@@ -31,12 +31,12 @@ def config_of(model_dir, tmp_path, **changes) -> EvaluateConfig:
 
 def test_prompts_and_answers_are_those_of_transformers(tiny_model_dir, tmp_path):
     """The same prompt, token for token, and the same greedy text as transformers' generate."""
-    config = config_of(tiny_model_dir, tmp_path, suite={"lengths": [512]})
+    config = config_of(tiny_model_dir, tmp_path, suite={"lengths": [1024]})
     model = load_model(tiny_model_dir, precision="fp32", backend=backends.resolve("torch"), device=CPU)
-    (found,) = MegatronProbes(config, model, device=CPU).run(KNOWN["variable_tracking"], length=512, label="t")
+    (found,) = MegatronProbes(config, model, device=CPU).run(KNOWN["probe_variable_tracking"], length=1024, label="t")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     (sample,) = make_samples(
-        lambda text: tokenizer(text, add_special_tokens=False)["input_ids"], task="variable_tracking", length=512, count=1
+        lambda text: tokenizer(text, add_special_tokens=False)["input_ids"], task="variable_tracking", length=1024, count=1
     )
     before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = torch.tensor([[*before, *tokenizer(sample.prompt, add_special_tokens=False)["input_ids"]]])
@@ -65,15 +65,15 @@ def test_who_knows_everything_gets_100_and_who_says_nothing_0(tiny_model_dir, tm
     monkeypatch.setattr(megatron_probes, "greedy_generate", write)
     assert evaluate(config_of(tiny_model_dir, tmp_path), command="c")
     results = json.loads((tmp_path / "results.json").read_text())
-    assert {entry["task"]: entry["score"] for entry in results["scores"]} == dict.fromkeys(TASKS, score)
+    assert {entry["task"]: entry["score"] for entry in results["scores"]} == {f"probe_{task}": score for task in TASKS}
     assert results["not_run"] == [] and results["conditions"]["dtype"] == "float32"
-    assert f"| niah_single | {score:.1f} | {score:.1f} |" in (tmp_path / "evaluation.md").read_text()
+    assert f"| probe_niah_single | {score:.1f} | {score:.1f} |" in (tmp_path / "evaluation.md").read_text()
 
 
 def test_tasks_and_backends_that_do_not_go_together_are_refused(tiny_model_dir, tmp_path):
     with pytest.raises(ConfigError, match="backend=hf: the tasks of probes run on Megatron-Core. Set backend=megatron"):
-        EvaluateConfig(model=str(tiny_model_dir), suite=SuiteConfig(name="s", tasks=["niah_single"])).validate()
+        EvaluateConfig(model=str(tiny_model_dir), suite=SuiteConfig(name="s", tasks=["probe_niah_single"])).validate()
     with pytest.raises(ConfigError, match="backend=megatron: lm-eval's tasks run on hf or vllm"):
         config_of(tiny_model_dir, tmp_path, suite={"tasks": ["ruler"]}).validate()
     with pytest.raises(ConfigError, match="lm-eval does not know the tasks of probes"):
-        config_of(tiny_model_dir, tmp_path, suite={"tasks": ["niah_single", "ruler_vt"]}).validate()
+        config_of(tiny_model_dir, tmp_path, suite={"tasks": ["probe_niah_single", "ruler_vt"]}).validate()

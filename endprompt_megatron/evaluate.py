@@ -184,12 +184,12 @@ class _Evaluation:
         waiting = [pair for pair in pairs if not self._is_finished(pair)]
         if len(waiting) < len(pairs):
             get_logger().info(f"{len(pairs) - len(waiting)} of {len(pairs)} tasks and lengths are finished already")
-        self.write()
+        self.write(pending=len(waiting))
         if waiting:
             with self._asker(waiting) as asker:
                 for number, pair in enumerate(waiting, 1):
                     self._run(asker, pair, f"[{number}/{len(waiting)}] {pair}")
-                    self.write()
+                    self.write(pending=len(waiting) - number)
         get_logger().info(f"page {self.directory / 'evaluation.md'}")
         return not self.failures
 
@@ -319,7 +319,7 @@ class _Evaluation:
         finished = {"conditions": self._conditions_of(pair), "score": score}
         _replace(records / f"{pair.stem}.json", json.dumps(finished, indent=1, ensure_ascii=False) + "\n")
 
-    def write(self) -> None:
+    def write(self, *, pending: int) -> None:
         """results.json and the page, from every finished pair that was asked under these conditions, in this sitting or before."""
         decisive = {name: self.conditions[name] for name in _DECISIVE}
         scores = []
@@ -331,7 +331,7 @@ class _Evaluation:
         conditions = self.conditions | {"num_fewshot": self.config.suite.num_fewshot, "local_sources": sources}
         results = {"model": str(self.config.model), "conditions": conditions, "scores": scores, "not_run": self.not_run}
         _replace(self.directory / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        write_evaluation(self.directory, results)
+        write_evaluation(self.directory, results, pending=pending)
 
 
 def _replace(path: Path, text: str) -> None:

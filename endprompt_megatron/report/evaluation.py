@@ -41,18 +41,19 @@ _LONGBENCH_NOTE = (
 _SHORT_NOTE = "The paper's values are after supervised fine-tuning, with a number of worked examples that it does not tell."
 
 
-def write_evaluation(output_dir: Path, results: dict[str, Any]) -> Path:
+def write_evaluation(output_dir: Path, results: dict[str, Any], *, pending: int = 0) -> Path:
     """Write evaluation.md.
 
     Args:
         output_dir: where it goes.
         results: as in results.json.
+        pending: tasks and lengths that are still to be asked.
     Returns:
         Path of the page.
     """
     scores = results["scores"]
     of_suite = {suite: [score for score in scores if score["suite"] == suite] for suite in (RULER, LONGBENCH, SHORT, PROBES)}
-    parts = [f"# Evaluation of {results['model']}", _opening(results)]
+    parts = [f"# Evaluation of {results['model']}", _opening(results, pending)]
     if of_suite[RULER]:
         picture = _picture(output_dir, RULER, of_suite[RULER], results["conditions"])
         parts += ["## RULER", _ruler(of_suite[RULER]), picture, _intervals(of_suite[RULER]), _RULER_NOTE]
@@ -79,15 +80,16 @@ def write_evaluation(output_dir: Path, results: dict[str, Any]) -> Path:
     return page
 
 
-def _opening(results: dict[str, Any]) -> str:
+def _opening(results: dict[str, Any], pending: int) -> str:
     conditions = results["conditions"]
     prompts = "the model's chat template" if conditions["chat_template"] else "raw prompts, no chat template"
     ran, missing = len(results["scores"]), len(results["not_run"])
     beside_paper = any(score["suite"] != PROBES for score in results["scores"])
     return (
         f"Scores from 0 to 100, by {conditions['harness']} ({conditions['backend']}, {conditions['dtype']}, {prompts}, BOS: "
-        f"{conditions['bos']}). {ran} of {ran + missing} tasks and lengths ran"
-        + (" (reasons below)." if missing else ".")
+        f"{conditions['bos']}). {ran} tasks and lengths ran"
+        + (f", {missing} did not (reasons below)." if missing else ".")
+        + (f" **{pending} are still to be asked; the same command goes on with them.**" if pending else "")
         + (f" Rows marked *paper*: {_SOURCE}; another model, and the authors' own runs." if beside_paper else "")
         + f"\n\n    {conditions['command']}"
     )

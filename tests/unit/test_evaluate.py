@@ -79,10 +79,11 @@ def test_a_second_start_asks_what_is_missing_alone(tiny_model_dir, tmp_path, har
     harness.failing = {"ruler_vt": KeyboardInterrupt()}
     with pytest.raises(KeyboardInterrupt):
         evaluate(_config(tiny_model_dir, tmp_path), command="")
-    assert len(_results(tmp_path)["scores"]) == 2
+    assert len(_results(tmp_path)["scores"]) == 2 and "**2 are still to be asked" in (tmp_path / "evaluation.md").read_text()
     harness.failing, harness.asked[:] = {}, []
     assert evaluate(_config(tiny_model_dir, tmp_path), command="")
     assert harness.asked == [("ruler_vt", 512), ("ruler_vt", 1024)] and len(_results(tmp_path)["scores"]) == 4
+    assert "still to be asked" not in (tmp_path / "evaluation.md").read_text()
     harness.asked[:] = []
     assert evaluate(_config(tiny_model_dir, tmp_path, suite={"tasks": ["ruler_cwe"], "lengths": [512]}), command="")
     assert harness.asked == [("ruler_cwe", 512)] and len(_results(tmp_path)["scores"]) == 5  # what was asked before stays

@@ -1,8 +1,9 @@
-"""Evaluate a model: `python recipes/evaluate.py +suite=ruler|longbench|short|all model=DIR [key=value ...]`.
+"""Evaluate a model: `python recipes/evaluate.py +suite=NAME model=DIR [key=value ...]`.
 
-Asks the model that lies in a Hugging Face directory (any export of recipes/extend.py) the tasks of a suite, with lm-eval underneath
-(`pip install -e '.[eval]'`), and writes results.json, every answer (records/) and a page with the paper's columns. The same command goes on
-where it stopped. Tasks that cannot run are named with the reason; HF_HUB_OFFLINE=1 says beforehand that there is no network.
+Asks the model that lies in a Hugging Face directory (any export of recipes/extend.py) the tasks of a suite, and writes results.json, every
+answer (records/) and a page with the paper's columns. Suites ruler, longbench, short and all have lm-eval underneath (`pip install -e
+'.[eval]'`), probes runs on Megatron-Core alone. The same command goes on where it stopped. Tasks that cannot run are named with the reason;
+HF_HUB_OFFLINE=1 says beforehand that there is no network.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from endprompt_megatron.comparison.results import BASE, TASKS, RunResult, log_perplexity, native_window, task_mean
 from endprompt_megatron.comparison.statistics import Summary, summarize
@@ -27,6 +29,7 @@ from endprompt_megatron.report.plots import (
     write_figure,
 )
 
+_Question = tuple[float, int, int]  # depth, length, number
 _PURPLE = "#CC79A7"
 _SMALL_DIFFERENCE = 0.5  # nats; an axis of differences is linear up to here
 TASK_NAMES = {"needle": "One key", "multi_key": "One of several keys", "variable_tracking": "Variable tracking"}
@@ -116,15 +119,17 @@ def plot_scores_by_distance(path: Path, groups: dict[str, list[RunResult]], *, r
                     axes.axvspan(*gap, color="#f0e6c8", label=f"never seen by EndPrompt: {gap[0]:,} to {gap[1]:,}")
                 axes.set_xscale("log", base=2)
                 axes.xaxis.set_major_formatter(lambda value, _: length_label(round(value)))
+            distances = _distances(runs, task)
             theirs = {run.seed: _by_question(run, task) for run in groups.get(reference, [])}
             for label, group in groups.items():
                 scores: dict[int, list[float]] = {}
                 differences: dict[int, list[float]] = {}
                 for run in group:
                     for question, score in _by_question(run, task).items():
-                        scores.setdefault(question[0], []).append(score)
+                        distance = distances[run.seed, question]
+                        scores.setdefault(distance, []).append(score)
                         if label != reference and question in theirs.get(run.seed, {}):
-                            differences.setdefault(question[0], []).append(score - theirs[run.seed][question])
+                            differences.setdefault(distance, []).append(score - theirs[run.seed][question])
                 _draw(absolute, _octave_bins(scores), styles[label], label, bars=False)
                 _draw(relative, _octave_bins(differences), styles[label], label, of_mean=True)
             if max(abs(limit) for limit in relative.get_ylim()) > 10 * _SMALL_DIFFERENCE:  # far methods would hide near ones
@@ -141,16 +146,29 @@ def plot_scores_by_distance(path: Path, groups: dict[str, list[RunResult]], *, r
         return write_figure(figure, path)
 
 
-def _by_question(run: RunResult, task: str) -> dict[tuple[float, int, int], float]:
-    """{(distance, length, number of the question): log-probability}; where a record does not tell its distance, it is taken from depth and
-    length, which at short lengths is too far by the question and the other facts (a fifth at 512 tokens, little from 4K on)."""
-    found = {}
-    for length, figures in run.scores(task).items():
-        for number, (depth, _, _, log_probability, *more) in enumerate(figures.get("records", [])):
-            if depth is not None:
-                distance = more[0] if more and more[0] else max(1, round((1 - float(depth)) * length))
-                found[distance, length, number] = log_probability
-    return found
+def _by_question(run: RunResult, task: str) -> dict[_Question, float]:
+    """{(depth, length, number of the question): log-probability}."""
+    return {
+        (float(depth), length, number): log_probability
+        for length, figures in run.scores(task).items()
+        for number, (depth, _, _, log_probability, *_) in enumerate(figures.get("records", []))
+        if depth is not None
+    }
+
+
+def _distances(runs: list[RunResult], task: str) -> dict[tuple[int, _Question], int]:
+    """{(seed, question): distance from the question back to the fact}. Where no run's record tells it, it is taken from depth and length,
+    which at short lengths is too far by the question and the other facts (a fifth at 512 tokens, little from 4K on)."""
+    found, told = {}, {}
+    for run in runs:
+        for length, figures in run.scores(task).items():
+            for number, (depth, _, _, _, *more) in enumerate(figures.get("records", [])):
+                if depth is not None:
+                    question = (run.seed, (float(depth), length, number))
+                    found[question] = max(1, round((1 - float(depth)) * length))
+                    if more and more[0]:
+                        told[question] = more[0]
+    return found | told
 
 
 def plot_cost(path: Path, groups: dict[str, list[RunResult]]) -> Path | None:
@@ -237,6 +255,11 @@ def _bar(found: Summary, of_mean: bool) -> float:
     return found.deviation / math.sqrt(found.count) if of_mean else found.deviation
 
 
-def _legend(figure, axes) -> None:
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Beneath the panels, in as many columns as the picture is wide."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    for columns in (4, 3, 2, 1):
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+        if columns == 1 or legend.get_window_extent(figure.canvas.get_renderer()).width <= figure.bbox.width:
+            return
+        legend.remove()

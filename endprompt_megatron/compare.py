@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from endprompt_megatron.comparison.runner import Runner, RunOutcome
 from endprompt_megatron.comparison.study import RunRequest, StudyConfig
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.log import get_logger
+from endprompt_megatron.output_files import claimed
 from endprompt_megatron.report.comparison import Section, write_comparison
 
 _STUDY_FILE = "study.json"
@@ -51,31 +50,24 @@ def compare(
     runner = Runner(command, output_dir / "runs", keep=study.keep, fault_of=fault_of)
     if not study.write_only:
         runner.check(requests)
-    with _claimed(output_dir):
+    _refuse_other_files(output_dir)
+    with claimed(output_dir, doing="carries this study out"):
         (output_dir / _STUDY_FILE).write_text(json.dumps(asdict(study), indent=2) + "\n")
         return _Comparison(study, runner, collected, requests, told).carry_out()
 
 
-@contextmanager
-def _claimed(output_dir: Path) -> Iterator[None]:
-    """The study's directory, for this process alone.
+def _refuse_other_files(output_dir: Path) -> None:
+    """Leave a directory alone that holds something else.
 
     Raises:
-        ConfigError: it is no study's, cannot be written, or another process has it.
+        ConfigError: it is no study's, or cannot be read.
     """
     try:
-        if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / _STUDY_FILE).is_file():
-            raise ConfigError(f"output_dir={output_dir} holds files but no {_STUDY_FILE} of a study. Set output_dir to another directory.")
-        output_dir.mkdir(parents=True, exist_ok=True)
-        lock = (output_dir / ".lock").open("w")
+        holds_files = output_dir.is_dir() and any(output_dir.iterdir())
     except OSError as error:
-        raise ConfigError(f"output_dir={output_dir} cannot be written ({error}). Set output_dir to a writable directory.") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"output_dir={output_dir}: another process carries this study out. Wait for it, or stop it.") from None
-        yield
+        raise ConfigError(f"output_dir={output_dir} cannot be read ({error}). Set output_dir to a writable directory.") from error
+    if holds_files and not (output_dir / _STUDY_FILE).is_file():
+        raise ConfigError(f"output_dir={output_dir} holds files but no {_STUDY_FILE} of a study. Set output_dir to another directory.")
 
 
 def _collected(entry: str) -> list[RunResult]:

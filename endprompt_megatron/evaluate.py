@@ -3,7 +3,6 @@ it stopped; results.json and a page are written anew after every one."""
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import json
 import platform
@@ -38,6 +37,7 @@ from endprompt_megatron.log import get_logger
 from endprompt_megatron.mcore import runtime as mcore_runtime
 from endprompt_megatron.mcore.version import megatron_core_version
 from endprompt_megatron.model import backends
+from endprompt_megatron.output_files import claimed, replace_text
 from endprompt_megatron.report.evaluation import STAND_IN_MARK, write_evaluation
 
 RESULTS = "results.json"
@@ -93,28 +93,9 @@ def evaluate(config: EvaluateConfig, *, command: str, lm: Any = None) -> bool:
     asked_by = f"lm-eval {harness_version()}" if config.backend != MEGATRON else f"megatron-core {megatron_core_version()}, built-in tasks"
     for note in config.ignored():
         get_logger().info(note)
-    with _claimed(config.directory()) as directory:
+    with claimed(config.directory(), doing="carries this evaluation out") as directory:
+        (directory / _RECORDS).mkdir(exist_ok=True)
         return _Evaluation(config, directory, _conditions(config, asked_by, command), lm).carry_out()
-
-
-@contextmanager
-def _claimed(directory: Path) -> Iterator[Path]:
-    """The output directory, for this process alone.
-
-    Raises:
-        ConfigError: it cannot be written, or another process has it.
-    """
-    try:
-        (directory / _RECORDS).mkdir(parents=True, exist_ok=True)
-        lock = (directory / ".lock").open("w")
-    except OSError as error:
-        raise ConfigError(f"output_dir={directory} cannot be written ({error}). Set output_dir to a writable directory.") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"output_dir={directory}: another process writes there. Wait for it, or set another output_dir.") from None
-        yield directory
 
 
 def _conditions(config: EvaluateConfig, asked_by: str, command: str) -> dict[str, Any]:
@@ -315,9 +296,9 @@ class _Evaluation:
         lines = "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
         records = self.directory / _RECORDS
         (records / f"{pair.stem}.json").unlink(missing_ok=True)
-        _replace(records / f"{pair.stem}.jsonl", lines)
+        replace_text(records / f"{pair.stem}.jsonl", lines)
         finished = {"conditions": self._conditions_of(pair), "score": score}
-        _replace(records / f"{pair.stem}.json", json.dumps(finished, indent=1, ensure_ascii=False) + "\n")
+        replace_text(records / f"{pair.stem}.json", json.dumps(finished, indent=1, ensure_ascii=False) + "\n")
 
     def write(self, *, pending: int) -> None:
         """results.json and the page, from every finished pair that was asked under these conditions, in this sitting or before."""
@@ -330,12 +311,5 @@ class _Evaluation:
         sources = {name: str(path) for name, path in vars(self.config.suite.sources).items() if path}
         conditions = self.conditions | {"num_fewshot": self.config.suite.num_fewshot, "local_sources": sources}
         results = {"model": str(self.config.model), "conditions": conditions, "scores": scores, "not_run": self.not_run}
-        _replace(self.directory / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        replace_text(self.directory / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         write_evaluation(self.directory, results, pending=pending)
-
-
-def _replace(path: Path, text: str) -> None:
-    """The text under the name at once: who reads sees all of it, or what was there before."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -147,6 +147,7 @@ class Fitting:
         self.encode, self.form, self.haystack, self.length, self.entropy, self.name = encode, form, haystack, length, entropy, name
 
     def write(self, size: int) -> Draft:
+        """The sample with a haystack of so many units."""
         return self.form.write(np.random.default_rng(self.entropy), size, self.haystack, self.length)
 
     def spare(self, size: int) -> int:

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from endprompt_megatron.evaluation.task_sources import LONGBENCH, PROBES, RULER, SHORT, TASKS
+from endprompt_megatron.output_files import replace_text
 from endprompt_megatron.report.evaluation_plots import Curve, plot_scores_by_length
 from endprompt_megatron.report.plots import length_label
 
@@ -74,9 +75,7 @@ def write_evaluation(output_dir: Path, results: dict[str, Any], *, pending: int 
         parts += ["## What did not run", _table(["task", "length", "reason"], rows, numbers=False)]
     parts += ["## Conditions", _conditions(results["conditions"])]
     page = Path(output_dir) / PAGE
-    temporary = page.with_name(PAGE + ".tmp")
-    temporary.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
-    temporary.replace(page)
+    replace_text(page, "\n\n".join(part for part in parts if part) + "\n")
     return page
 
 

@@ -168,7 +168,7 @@ def test_a_window_below_the_default_lengths_asks_for_lengths(tiny_model_dir, tmp
 
 
 def test_a_directory_in_use_is_refused(tiny_model_dir, tmp_path):
-    with module._claimed(tmp_path), pytest.raises(ConfigError, match="another process"):
+    with module.claimed(tmp_path, doing="writes there"), pytest.raises(ConfigError, match="another process"):
         evaluate(_config(tiny_model_dir, tmp_path), command="")
 
 

@@ -59,9 +59,10 @@ def run(composed: DictConfig) -> None:
         launch.adopt_srun_environment()
         launch.end_with_launcher()
         if config.dry_run:
-            from endprompt_megatron.preflight import plan
+            from endprompt_megatron.dry_run import dry_run
 
-            print("\n".join(plan(config, world_size=launch.planned_world_size(config))))
+            for line in dry_run(config, world_size=launch.planned_world_size(config)):
+                print(line, flush=True)
             return
         from endprompt_megatron.extend import extend, prepare
 

@@ -21,6 +21,7 @@ from endprompt_megatron.planning.flops import ModelShape
 from endprompt_megatron.planning.memory import TrainedParts
 from endprompt_megatron.planning.planner import PlanRequest, describe_plan
 from endprompt_megatron.positions.scheme import SCHEMES
+from endprompt_megatron.precision_rules import FP8_MULTIPLES
 from endprompt_megatron.rope.scaling import RopeScaling
 
 _CONFIG_FILE = "config.yaml"
@@ -187,7 +188,7 @@ def plan(config: RunConfig, *, world_size: int, gpu_name: str = "H100-80GB") -> 
         sequence_parallel=parallel.sequence_parallel,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         recompute_granularity=parallel.recompute_granularity,
-        precision="bf16" if config.precision.name == "auto" and on_gpu else config.precision.name.replace("auto", "fp32"),
+        precision=_planned_precision(config, on_gpu),
         position_scheme=config.method.position_scheme,
         rope_type=config.rope.type,
         rope_factor=config.rope.factor,
@@ -196,6 +197,13 @@ def plan(config: RunConfig, *, world_size: int, gpu_name: str = "H100-80GB") -> 
         trained=_trained_parts(config, model_shape(architecture)),
     )
     return describe_plan(request)
+
+
+def _planned_precision(config: RunConfig, on_gpu: bool) -> str:
+    name = config.precision.name
+    if name in FP8_MULTIPLES:
+        return "fp8"
+    return ("bf16" if on_gpu else "fp32") if name == "auto" else name
 
 
 def _trained_parts(config: RunConfig, shape: ModelShape) -> TrainedParts | None:

@@ -21,6 +21,7 @@ from endprompt_megatron.planning.flops import ModelShape
 from endprompt_megatron.planning.memory import TrainedParts
 from endprompt_megatron.planning.planner import PlanRequest
 from endprompt_megatron.positions.scheme import SCHEMES
+from endprompt_megatron.precision_rules import FP8_MULTIPLES
 from endprompt_megatron.rope.scaling import RopeScaling
 
 _CONFIG_FILE = "config.yaml"
@@ -182,7 +183,7 @@ def plan_request(config: RunConfig, architecture: ModelArchitecture, *, world_si
         sequence_parallel=parallel.sequence_parallel,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         recompute_granularity=parallel.recompute_granularity,
-        precision=config.precision.name,
+        precision="fp8" if config.precision.name in FP8_MULTIPLES else config.precision.name,
         position_scheme=config.method.position_scheme,
         rope_type=config.rope.type,
         rope_factor=config.rope.factor,

@@ -72,7 +72,7 @@ def _kinds(config: RunConfig, node_size: int) -> list[list[_Change]]:
         [_Change({"parallel.recompute_granularity": name}, 0.5 if name == "selective" else 1.0) for name in stronger],
         [
             _Change({"parallel.tensor_model_parallel_size": size, "parallel.sequence_parallel": True}, 2.0 + math.log2(size / tensor))
-            for size in _powers(2 * tensor, min(node_size, 16 * tensor))
+            for size in range(2 * tensor, node_size + 1, tensor)
         ],
         [_Change({"parallel.context_parallel_size": size}, 2.5 + math.log2(size / context)) for size in _powers(2 * context, 16 * context)],
         [

@@ -7,6 +7,7 @@ default on a CPU. `--help` lists the groups, `--cfg job` prints the composed val
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,7 @@ def run(composed: DictConfig) -> None:
         launch.adopt_srun_environment()
         launch.end_with_launcher()
         if config.dry_run:
+            warnings.filterwarnings("ignore", module="megatron")  # of what a laptop lacks
             from endprompt_megatron.dry_run import dry_run
 
             for line in dry_run(config, world_size=launch.planned_world_size(config)):

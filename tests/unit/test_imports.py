@@ -38,6 +38,10 @@ MAY_IMPORT = {
     "compare": {"comparison", "report"},
     "evaluate": {"checkpoint", "comparison", "config", "evaluation", "mcore", "model", "report"},
     "preflight": {"checkpoint", "config", "config_rules", "precision_rules", "data", "model", "planning", "positions", "rope"},
+    "fitting": {"config"},
+    "dry_run": {
+        "preflight", "fitting", "launch", "config", "data", "mcore", "model", "planning", "positions", "rope",
+    },
     "extend": {
         "preflight", "checkpoint", "config", "data", "evaluation", "launch", "mcore", "model", "report", "rope", "training",
     },

@@ -4,7 +4,6 @@ The process groups are Megatron's own on torch's `fake` backend, the model is th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 
 from endprompt_megatron import preflight
@@ -17,8 +16,8 @@ from endprompt_megatron.mcore import runtime
 from endprompt_megatron.mcore.fake import RankGroups, groups_of_rank
 from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.model.stages import ModelStages, Stage, build_stages
-from endprompt_megatron.planning.memory import MemoryEstimate, estimate_memory
-from endprompt_megatron.planning.planner import PlanRequest, describe_plan
+from endprompt_megatron.planning.memory import MemoryEstimate
+from endprompt_megatron.planning.planner import PlanRequest, describe_plan, fullest, plan_memory
 from endprompt_megatron.planning.throughput import HARDWARE
 from endprompt_megatron.positions.scheme import SCHEMES, get_scheme
 from endprompt_megatron.rope.scaling import RopeScaling
@@ -70,19 +69,7 @@ def stages_of(config: RunConfig, architecture: ModelArchitecture, base_rope: Rop
 
 def memory_of(request: PlanRequest) -> MemoryEstimate:
     """The memory estimate of what is planned."""
-    names = {field.name for field in fields(PlanRequest)} - _NOT_OF_MEMORY
-    return estimate_memory(
-        **{name: getattr(request, name) for name in names},
-        precision="bf16" if "fp8" in request.precision else request.precision,
-        data_parallel_size=request.data_parallel_size,
-        num_micro_batches=request.num_micro_batches,
-    )
-
-
-_NOT_OF_MEMORY = {
-    "experiment", "world_size", "precision", "global_batch_size", "max_steps", "num_prompt_tokens", "target_context_length",
-    "original_context_length", "position_scheme", "rope_type", "rope_factor", "hardware", "device_memory_gib", "model_flops_utilization",
-}  # fmt: skip
+    return fullest(plan_memory(request))
 
 
 def available_gib(request: PlanRequest) -> float:

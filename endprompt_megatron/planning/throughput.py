@@ -17,6 +17,8 @@ from endprompt_megatron.planning.layout import Layout, stage_parameters
 GPUS_PER_NODE = 8
 # Share of a link's data-sheet bandwidth that large collectives reach, and of the memory's that the optimizer reaches: an assumption.
 LINK_SHARE = 0.8
+# From the start of a message to that of the work that waits for it, an assumption: what makes many small pieces slow.
+MESSAGE_SECONDS = 20e-6
 BF16_BYTES, FLOAT32_BYTES = 2, 4
 # Bytes that AdamW moves a parameter: gradient, master and two moments read, the latter three and the bf16 weight written.
 _OPTIMIZER_BYTES = 4 + 12 + 12 + 2
@@ -62,20 +64,20 @@ class Hardware:
 # attention_share: FlashAttention-3 (arXiv 2407.08608) reaches up to 648 TFLOP/s forward and less backward at head size 128, causal, on an
 # H100; 0.55 of the bf16 peak stands for both; FP8's 0.35 and all of B200's are assumptions. A100: FlashAttention-2 (arXiv 2307.08691).
 # output_share is an assumption. tests/unit/planning/test_throughput.py compares with what was published and not calibrated on.
+_AMPERE = ({"bf16": 0.50}, 0.65, {"bf16": 0.60})
+_HOPPER = ({"bf16": 0.46, "fp8": 0.59}, 0.60, {"bf16": 0.55, "fp8": 0.35})
+_BLACKWELL = ({"bf16": 0.46, "fp8": 0.51}, 0.60, {"bf16": 0.55, "fp8": 0.35})
 HARDWARE: dict[str, Hardware] = {
     hardware.name: hardware
     for hardware in (
-        Hardware("A100-80GB", {"bf16": 312.0}, 79.2, 2039, 300, 25, {"bf16": 0.50}, 0.65, {"bf16": 0.60}),
-        # the A100 with NVLink cut to 400 GB/s both ways
-        Hardware("A800-80GB", {"bf16": 312.0}, 79.2, 2039, 200, 25, {"bf16": 0.50}, 0.65, {"bf16": 0.60}),
-        # SXM5: BF16 1,979 and FP8 3,958 sparse
-        Hardware("H100-80GB", {"bf16": 989.5, "fp8": 1979.0}, 79.1, 3350, 450, 50, {"bf16": 0.46, "fp8": 0.59}, 0.60, {"bf16": 0.55, "fp8": 0.35}),
-        # SXM: the H100's compute with 141 GB
-        Hardware("H200", {"bf16": 989.5, "fp8": 1979.0}, 139.7, 4800, 450, 50, {"bf16": 0.46, "fp8": 0.59}, 0.60, {"bf16": 0.55, "fp8": 0.35}),
+        Hardware("A100-80GB", {"bf16": 312.0}, 79.2, 2039, 300, 25, *_AMPERE),
+        Hardware("A800-80GB", {"bf16": 312.0}, 79.2, 2039, 200, 25, *_AMPERE),  # the A100 with NVLink cut to 400 GB/s both ways
+        Hardware("H100-80GB", {"bf16": 989.5, "fp8": 1979.0}, 79.1, 3350, 450, 50, *_HOPPER),  # SXM5: 1,979 and 3,958 sparse
+        Hardware("H200", {"bf16": 989.5, "fp8": 1979.0}, 139.7, 4800, 450, 50, *_HOPPER),  # the H100's compute with 141 GB
         # HGX, per GPU at 1,000 W: BF16 4,500 and FP8 9,000 sparse. A GB200 is about 11 % faster.
-        Hardware("B200", {"bf16": 2250.0, "fp8": 4500.0}, 178.3, 7700, 900, 50, {"bf16": 0.46, "fp8": 0.51}, 0.60, {"bf16": 0.55, "fp8": 0.35}),
+        Hardware("B200", {"bf16": 2250.0, "fp8": 4500.0}, 178.3, 7700, 900, 50, *_BLACKWELL),
     )
-}  # fmt: skip
+}
 
 # precision -> kind of number of matrix products, of attention, slowdown of the products, layers at each end that stay bf16.
 # MXFP8 is calibrated on 29,521 tokens/s (Llama-3 8B, DGX-B200, the same table); blockwise scaling is taken to be as slow.
@@ -99,8 +101,8 @@ class StepTime:
         recompute: what full or selective recomputation does again.
         bubble: idle while the pipeline fills and drains.
         tensor_parallel: collectives inside layers.
-        context_parallel: keys and values round the ring, where attention does not hide them.
-        pipeline: activations between stages; hidden in the interleaved schedule.
+        context_parallel: keys and values round the ring, where attention does not hide them, and every start of a message.
+        pipeline: activations between stages; in the interleaved schedule only their starts.
         data_parallel: gradients and weights, beyond what the last backward and the first forward pass hide.
         optimizer: AdamW and the gradient norm, at the speed of the memory.
     """
@@ -180,7 +182,7 @@ def step_time(
     bubble; ranks are ordered TP, CP, DP, PP from the inside, as Megatron orders them. Tensor parallelism exposes four collectives a layer
     forward, as many in full recomputation, and two backward, where the others run beside gradients of weights. Gradients travel in
     float32 during the last backward pass, weights in bf16 during the first forward pass (both overlap flags on). Excluded: the first step's
-    compilation and allocation, data loading, checkpoints, latencies of small messages, slow nodes and congestion.
+    compilation and allocation, data loading, checkpoints, the starts of small kernels, slow nodes and congestion.
 
     Args:
         shape: of the model.
@@ -228,7 +230,7 @@ def step_time(
     if tensor > 1:
         collectives = 6 + 4 * (layout.recompute_granularity == "full")
         speed = group_gbytes_per_second(hardware, stride=1, size=tensor, gpus_per_node=gpus_per_node) * 1e9
-        tensor_seconds = layers * collectives * residual_bytes * (tensor - 1) / tensor / speed
+        tensor_seconds = layers * collectives * (residual_bytes * (tensor - 1) / tensor / speed + MESSAGE_SECONDS)
     return StepTime(
         matmul=micro_batches * 3 * (layers * mean_layer + output),
         attention=micro_batches * 3 * layers * attention,
@@ -265,17 +267,22 @@ def _ring_seconds(
         return 0.0
     speed = group_gbytes_per_second(hardware, stride=tensor, size=context, gpus_per_node=gpus_per_node) * 1e9
     around = (context - 1) * tokens * shape.key_value_size * BF16_BYTES / tensor / speed
-    return max(0.0, around - attention) + max(0.0, 2 * around - 2 * attention)
+    messages = 3 * (context - 1) * MESSAGE_SECONDS
+    return max(0.0, around - attention) + max(0.0, 2 * around - 2 * attention) + messages
 
 
 def _between_stages_seconds(layout: Layout, residual_bytes: float, hardware: Hardware, gpus_per_node: int) -> float:
-    """Of one micro-batch: an activation one way, its gradient the other; the interleaved schedule sends both beside its work."""
-    if layout.pipeline_model_parallel_size == 1 or layout.num_chunks > 1:
+    """Of one micro-batch: an activation one way, its gradient the other; the interleaved schedule sends both beside its work, but more
+    often."""
+    if layout.pipeline_model_parallel_size == 1:
         return 0.0
+    messages = 2 * layout.num_chunks * MESSAGE_SECONDS
+    if layout.num_chunks > 1:
+        return messages
     stride = layout.world_size // layout.pipeline_model_parallel_size
     same_node = stride * 2 <= gpus_per_node
     speed = LINK_SHARE * (hardware.nvlink_gbytes_per_second if same_node else hardware.network_gbytes_per_second) * 1e9
-    return 2 * residual_bytes / layout.residual_split / speed
+    return 2 * residual_bytes / layout.residual_split / speed + messages
 
 
 def _data_parallel_seconds(

@@ -11,13 +11,14 @@ from endprompt_megatron import preflight
 from endprompt_megatron.config import ParallelConfig, RunConfig
 from endprompt_megatron.data.corpora import inspect_corpora
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.fitting import HEADROOM, smallest_change
+from endprompt_megatron.fitting import smallest_change
 from endprompt_megatron.launch import local_processes
 from endprompt_megatron.mcore import runtime
 from endprompt_megatron.mcore.fake import RankGroups, groups_of_rank
 from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.model.stages import ModelStages, Stage, build_stages
-from endprompt_megatron.planning.memory import MemoryEstimate, estimate_memory
+from endprompt_megatron.planning.layout import Layout
+from endprompt_megatron.planning.memory import reserve_gib, stage_memory
 from endprompt_megatron.planning.planner import PlanRequest, describe_plan
 from endprompt_megatron.planning.throughput import HARDWARE
 from endprompt_megatron.positions.scheme import SCHEMES, get_scheme
@@ -68,21 +69,15 @@ def stages_of(config: RunConfig, architecture: ModelArchitecture, base_rope: Rop
     )
 
 
-def memory_of(request: PlanRequest) -> MemoryEstimate:
-    """The memory estimate of what is planned."""
-    names = {field.name for field in fields(PlanRequest)} - _NOT_OF_MEMORY
-    return estimate_memory(
-        **{name: getattr(request, name) for name in names},
-        precision="bf16" if "fp8" in request.precision else request.precision,
-        data_parallel_size=request.data_parallel_size,
-        num_micro_batches=request.num_micro_batches,
+def needed_gib(config: RunConfig, request: PlanRequest) -> float:
+    """Memory that the fullest rank needs: its tensors, and on a GPU the reserve for what is none."""
+    layout = Layout(**{field.name: getattr(request, field.name) for field in fields(Layout)})
+    backend = "torch" if config.backend == "torch" or request.hardware is None else "te"
+    stages = stage_memory(
+        request.shape, layout, seq_length=request.seq_length, precision=config.precision.name, backend=backend, trained=request.trained
     )
-
-
-_NOT_OF_MEMORY = {
-    "experiment", "world_size", "precision", "global_batch_size", "max_steps", "num_prompt_tokens", "target_context_length",
-    "original_context_length", "position_scheme", "rope_type", "rope_factor", "hardware", "device_memory_gib", "model_flops_utilization",
-}  # fmt: skip
+    reserve = reserve_gib(layout, device_memory_gib=available_gib(request)) if request.hardware else 0.0
+    return max(stage.total_gib for stage in stages) + reserve
 
 
 def available_gib(request: PlanRequest) -> float:
@@ -98,7 +93,7 @@ def refuse_what_does_not_fit(
     Raises:
         ConfigError: more is needed than there is; it names the smallest change with which some memory is left over.
     """
-    needed, available = memory_of(request).total_gib, available_gib(request)
+    needed, available = needed_gib(config, request), available_gib(request)
     if needed <= available:
         return
 
@@ -108,18 +103,21 @@ def refuse_what_does_not_fit(
         except ConfigError:
             return False
         planned = preflight.plan_request(changed, architecture, world_size=ranks, num_prompt_tokens=request.num_prompt_tokens)
-        return memory_of(planned).total_gib <= (1 - HEADROOM) * available_gib(planned)
+        return needed_gib(changed, planned) <= available_gib(planned)
 
-    device = request.hardware or "rank"
-    refusal = f"launch.gpu={device}" if request.hardware else f"accelerator={config.accelerator}"
     change = smallest_change(config, world_size=request.world_size, works=works)
+    device, of_it = (
+        (f"launch.gpu={request.hardware}", "reserve for CUDA, NCCL and fragmentation included")
+        if request.hardware
+        else (f"accelerator={config.accelerator}", "without what the system needs itself")
+    )
     way_out = (
-        f"The smallest change that fits, with {HEADROOM:.0%} to spare: {' '.join(change)}"
+        f"The smallest change that fits: {' '.join(change)}"
         if change
-        else "No layout of these ranks or more fits: train on shorter samples (data.seq_length), or choose GPUs with more memory"
+        else "No layout of these ranks or more fits: train on shorter samples (data.seq_length), or name a device with more memory"
     )
     raise ConfigError(
-        f"{refusal}: one {device} has {available:.1f} GiB, and this layout needs about {needed:.1f} GiB of it for samples of "
+        f"{device}: a rank has {available:.1f} GiB, and this run needs about {needed:.1f} GiB of it ({of_it}) in samples of "
         f"data.seq_length={config.data.seq_length}. {way_out}."
     )
 

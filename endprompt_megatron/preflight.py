@@ -189,11 +189,12 @@ def plan_request(config: RunConfig, architecture: ModelArchitecture, *, world_si
         rope_factor=config.rope.factor,
         hardware=config.launch.gpu if on_gpu else None,
         device_memory_gib=None if on_gpu else _host_memory_gib() * config.launch.num_nodes / world_size,
-        trained=_trained_parts(config, model_shape(architecture)),
+        trained=trained_parts(config, model_shape(architecture)),
     )
 
 
-def _trained_parts(config: RunConfig, shape: ModelShape) -> TrainedParts | None:
+def trained_parts(config: RunConfig, shape: ModelShape) -> TrainedParts | None:
+    """What trains, as planning counts it; None where that is everything."""
     adapter = config.adapter
     if adapter.type == "none":
         return None
@@ -214,6 +215,8 @@ def model_shape(architecture: ModelArchitecture) -> ModelShape:
         head_dim=architecture.head_dim,
         vocab_size=architecture.vocab_size,
         tied_embeddings=architecture.tied_embeddings,
+        qkv_bias=architecture.qkv_bias,
+        qk_norm=architecture.qk_norm,
     )
 
 

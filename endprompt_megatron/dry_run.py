@@ -182,8 +182,11 @@ def _nodes(members: tuple[int, ...], others: tuple[int, ...], node_size: int) ->
 
 def _stage_lines(model: ModelStages, architecture: ModelArchitecture, parallel: ParallelConfig) -> Iterator[str]:
     rows = architecture.padded_vocab_size(parallel.tensor_model_parallel_size)
-    padding = f", and {model.num_padding:,} that pad the vocabulary from {architecture.vocab_size:,} to {rows:,}" if model.num_padding else ""
-    yield f"  parameters   {model.num_parameters:,} in the whole model{padding}; built stage by stage, each rank holds:"
+    padding = f", and {model.num_padding:,} that pad the vocabulary from {architecture.vocab_size:,} to {rows:,}"
+    yield (
+        f"  parameters   {model.num_parameters:,} in the whole model{padding if model.num_padding else ''}; built stage by stage, each "
+        f"rank holds:"
+    )
     for stage in model.stages:
         trained = "" if stage.num_trained == stage.num_parameters else f", of which {stage.num_trained:,} train"
         yield f"               stage {stage.index}: {stage.num_parameters:,}{trained}; {_layers(stage)}"

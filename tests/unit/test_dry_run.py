@@ -9,12 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from endprompt_megatron.config import LaunchConfig, MethodConfig, ModelConfig, ParallelConfig, RopeConfig, RunConfig, TextSource, TrainerConfig
+from endprompt_megatron.config import (
+    LaunchConfig,
+    MethodConfig,
+    ModelConfig,
+    ParallelConfig,
+    RopeConfig,
+    RunConfig,
+    TextSource,
+    TrainerConfig,
+)
 from endprompt_megatron.data.preprocess import prepare_dataset
 from endprompt_megatron.dry_run import dry_run
 from endprompt_megatron.errors import CheckpointError, ConfigError, DataError
 from endprompt_megatron.launch import planned_world_size
-from tests.support.tiny import copy_model, edit_config, edit_tensors
+from tests.support.tiny import copy_model, edit_tensors
 from tests.unit.test_preflight import config_of
 
 LLAMA3_70B = {

@@ -26,7 +26,7 @@ def _config(micro_batch_size: int = 1, **parallel: object) -> RunConfig:
         # one change that costs more goes before two that cost less
         (
             lambda p, t: p.pipeline_model_parallel_size == 8 or (p.use_distributed_optimizer and t.micro_batch_size == 1),
-            ["parallel.pipeline_model_parallel_size=8", "parallel.virtual_pipeline_model_parallel_size=null"],
+            ["parallel.pipeline_model_parallel_size=8"],
         ),
         # of several changes the cheapest: recomputation costs a third, tensor parallelism communication in every layer
         (lambda p, t: p.recompute_granularity == "full" or p.tensor_model_parallel_size == 2, ["parallel.recompute_granularity=full"]),
@@ -51,6 +51,14 @@ def test_a_change_goes_on_from_what_is_there():
     assert {parallel.tensor_model_parallel_size for parallel in tried} == {2, 4, 6, 8}, "within a node, in multiples"
     assert {parallel.context_parallel_size for parallel in tried} == {2, 4, 8, 16, 32}
     assert {parallel.recompute_granularity for parallel in tried} == {"full"}
+
+
+def test_another_number_of_stages_gives_up_interleaving():
+    config = _config(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=4)
+    assert smallest_change(config, world_size=8, works=lambda changed, ranks: changed.parallel.pipeline_model_parallel_size == 4) == [
+        "parallel.pipeline_model_parallel_size=4",
+        "parallel.virtual_pipeline_model_parallel_size=null",
+    ]
 
 
 def test_sequence_parallelism_alone_is_a_change():

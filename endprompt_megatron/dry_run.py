@@ -4,7 +4,6 @@ The process groups are Megatron's own on torch's `fake` backend, the model is th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 
 from endprompt_megatron import preflight
@@ -17,11 +16,11 @@ from endprompt_megatron.mcore import runtime
 from endprompt_megatron.mcore.fake import RankGroups, groups_of_rank
 from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.model.stages import ModelStages, Stage, build_stages
-from endprompt_megatron.planning.layout import Layout
-from endprompt_megatron.planning.memory import reserve_gib, stage_memory
-from endprompt_megatron.planning.planner import PlanRequest, describe_plan
-from endprompt_megatron.planning.throughput import HARDWARE
+from endprompt_megatron.planning.memory import reserve_gib
+from endprompt_megatron.planning.planner import PlanRequest, describe_plan, fullest, plan_memory
+from endprompt_megatron.planning.throughput import HARDWARE, has_speed
 from endprompt_megatron.positions.scheme import SCHEMES, get_scheme
+from endprompt_megatron.precision_rules import FP8_MULTIPLES
 from endprompt_megatron.rope.scaling import RopeScaling
 
 
@@ -69,15 +68,10 @@ def stages_of(config: RunConfig, architecture: ModelArchitecture, base_rope: Rop
     )
 
 
-def needed_gib(config: RunConfig, request: PlanRequest) -> float:
+def needed_gib(request: PlanRequest) -> float:
     """Memory that the fullest rank needs: its tensors, and on a GPU the reserve for what is none."""
-    layout = Layout(**{field.name: getattr(request, field.name) for field in fields(Layout)})
-    backend = "torch" if config.backend == "torch" or request.hardware is None else "te"
-    stages = stage_memory(
-        request.shape, layout, seq_length=request.seq_length, precision=config.precision.name, backend=backend, trained=request.trained
-    )
-    reserve = reserve_gib(layout, device_memory_gib=available_gib(request)) if request.hardware else 0.0
-    return max(stage.total_gib for stage in stages) + reserve
+    reserve = reserve_gib(request.layout, device_memory_gib=available_gib(request)) if request.hardware else 0.0
+    return fullest(plan_memory(request)).total_gib + reserve
 
 
 def available_gib(request: PlanRequest) -> float:
@@ -93,7 +87,7 @@ def refuse_what_does_not_fit(
     Raises:
         ConfigError: more is needed than there is; it names the smallest change with which some memory is left over.
     """
-    needed, available = needed_gib(config, request), available_gib(request)
+    needed, available = needed_gib(request), available_gib(request)
     if needed <= available:
         return
 
@@ -103,7 +97,7 @@ def refuse_what_does_not_fit(
         except ConfigError:
             return False
         planned = preflight.plan_request(changed, architecture, world_size=ranks, num_prompt_tokens=request.num_prompt_tokens)
-        return needed_gib(changed, planned) <= available_gib(planned)
+        return needed_gib(planned) <= available_gib(planned)
 
     change = smallest_change(config, world_size=request.world_size, works=works)
     device, of_it = (
@@ -127,8 +121,12 @@ def _resolve_machine(config: RunConfig) -> None:
     if config.accelerator == "auto":
         config.accelerator = runtime.resolve_accelerator("auto")
     config.precision.name = runtime.resolve_precision(config.precision.name, config.accelerator)
-    if config.launch.gpu not in HARDWARE:
-        raise ConfigError(f"launch.gpu={config.launch.gpu}: not in the table of GPUs. Choose one of {', '.join(sorted(HARDWARE))}.")
+    gpu, precision = config.launch.gpu, config.precision.name
+    if gpu not in HARDWARE:
+        raise ConfigError(f"launch.gpu={gpu}: not in the table of GPUs. Choose one of {', '.join(sorted(HARDWARE))}.")
+    if precision in FP8_MULTIPLES and not has_speed(HARDWARE[gpu], precision):
+        able = [name for name, hardware in sorted(HARDWARE.items()) if has_speed(hardware, precision)]
+        raise ConfigError(f"precision.name={precision}: {gpu} has no FP8. Set precision=bf16, or launch.gpu to one of {', '.join(able)}.")
 
 
 def _group_lines(config: RunConfig, world_size: int) -> Iterator[str]:

@@ -20,8 +20,8 @@ from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.planning.flops import ModelShape
 from endprompt_megatron.planning.memory import TrainedParts
 from endprompt_megatron.planning.planner import PlanRequest
+from endprompt_megatron.planning.throughput import GPUS_PER_NODE
 from endprompt_megatron.positions.scheme import SCHEMES
-from endprompt_megatron.precision_rules import FP8_MULTIPLES
 from endprompt_megatron.rope.scaling import RopeScaling
 
 _CONFIG_FILE = "config.yaml"
@@ -183,12 +183,14 @@ def plan_request(config: RunConfig, architecture: ModelArchitecture, *, world_si
         sequence_parallel=parallel.sequence_parallel,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         recompute_granularity=parallel.recompute_granularity,
-        precision="fp8" if config.precision.name in FP8_MULTIPLES else config.precision.name,
+        precision=config.precision.name,
+        backend="te" if on_gpu and config.backend != "torch" and config.precision.name != "fp32" else "torch",
         position_scheme=config.method.position_scheme,
         rope_type=config.rope.type,
         rope_factor=config.rope.factor,
         hardware=config.launch.gpu if on_gpu else None,
         device_memory_gib=None if on_gpu else _host_memory_gib() * config.launch.num_nodes / world_size,
+        gpus_per_node=config.launch.nproc_per_node or GPUS_PER_NODE,
         trained=trained_parts(config, model_shape(architecture)),
     )
 

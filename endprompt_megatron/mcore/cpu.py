@@ -179,6 +179,7 @@ def _replace_fused_optimizers() -> None:
     optimizers.USING_PYTORCH_OPTIMIZER = True
     optimizers.Adam = distrib_optimizer.Adam = torch.optim.AdamW
     optimizers.SGD = torch.optim.SGD
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = distrib_optimizer.USING_APEX_OPTIMIZER = False
     for module in (clip_grads, optimizer):
         module.multi_tensor_applier = utils.local_multi_tensor_applier
         module.multi_tensor_scale_impl = utils.local_multi_tensor_scale

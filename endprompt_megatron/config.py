@@ -146,7 +146,8 @@ class PrecisionConfig:
     Attributes:
         name: bf16 (weights and compute), fp32, or auto: bf16 on a GPU and on a CPU with AMX, fp32 on a CPU without, where bf16 is
             slower. With Transformer Engine on a GPU also, each over bf16 weights: fp8 (one scale a tensor, taken when it is used; attention
-            in bf16), fp8_attention (scales from a history; attention in FP8 too), fp8_blockwise (a scale for 128 numbers), mxfp8 (a scale for 32; Blackwell).
+            in bf16), fp8_attention (scales from a history; attention in FP8 too), fp8_blockwise (a scale for 128 numbers), mxfp8 (a scale
+            for 32; Blackwell).
         num_layers_at_start_in_bf16, num_layers_at_end_in_bf16: of an FP8 precision: layers that stay in bf16.
     """
 

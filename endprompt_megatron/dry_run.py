@@ -10,16 +10,17 @@ from endprompt_megatron import preflight
 from endprompt_megatron.config import ParallelConfig, RunConfig
 from endprompt_megatron.data.corpora import inspect_corpora
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.fitting import HEADROOM, smallest_change
+from endprompt_megatron.fitting import smallest_change
 from endprompt_megatron.launch import local_processes
 from endprompt_megatron.mcore import runtime
 from endprompt_megatron.mcore.fake import RankGroups, groups_of_rank
 from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.model.stages import ModelStages, Stage, build_stages
-from endprompt_megatron.planning.memory import MemoryEstimate
+from endprompt_megatron.planning.memory import reserve_gib
 from endprompt_megatron.planning.planner import PlanRequest, describe_plan, fullest, plan_memory
-from endprompt_megatron.planning.throughput import HARDWARE
+from endprompt_megatron.planning.throughput import HARDWARE, has_speed
 from endprompt_megatron.positions.scheme import SCHEMES, get_scheme
+from endprompt_megatron.precision_rules import FP8_MULTIPLES
 from endprompt_megatron.rope.scaling import RopeScaling
 
 
@@ -67,9 +68,10 @@ def stages_of(config: RunConfig, architecture: ModelArchitecture, base_rope: Rop
     )
 
 
-def memory_of(request: PlanRequest) -> MemoryEstimate:
-    """The memory estimate of what is planned."""
-    return fullest(plan_memory(request))
+def needed_gib(request: PlanRequest) -> float:
+    """Memory that the fullest rank needs: its tensors, and on a GPU the reserve for what is none."""
+    reserve = reserve_gib(request.layout, device_memory_gib=available_gib(request)) if request.hardware else 0.0
+    return fullest(plan_memory(request)).total_gib + reserve
 
 
 def available_gib(request: PlanRequest) -> float:
@@ -85,7 +87,7 @@ def refuse_what_does_not_fit(
     Raises:
         ConfigError: more is needed than there is; it names the smallest change with which some memory is left over.
     """
-    needed, available = memory_of(request).total_gib, available_gib(request)
+    needed, available = needed_gib(request), available_gib(request)
     if needed <= available:
         return
 
@@ -95,18 +97,21 @@ def refuse_what_does_not_fit(
         except ConfigError:
             return False
         planned = preflight.plan_request(changed, architecture, world_size=ranks, num_prompt_tokens=request.num_prompt_tokens)
-        return memory_of(planned).total_gib <= (1 - HEADROOM) * available_gib(planned)
+        return needed_gib(planned) <= available_gib(planned)
 
-    device = request.hardware or "rank"
-    refusal = f"launch.gpu={device}" if request.hardware else f"accelerator={config.accelerator}"
     change = smallest_change(config, world_size=request.world_size, works=works)
+    device, of_it = (
+        (f"launch.gpu={request.hardware}", "reserve for CUDA, NCCL and fragmentation included")
+        if request.hardware
+        else (f"accelerator={config.accelerator}", "without what the system needs itself")
+    )
     way_out = (
-        f"The smallest change that fits, with {HEADROOM:.0%} to spare: {' '.join(change)}"
+        f"The smallest change that fits: {' '.join(change)}"
         if change
-        else "No layout of these ranks or more fits: train on shorter samples (data.seq_length), or choose GPUs with more memory"
+        else "No layout of these ranks or more fits: train on shorter samples (data.seq_length), or name a device with more memory"
     )
     raise ConfigError(
-        f"{refusal}: one {device} has {available:.1f} GiB, and this layout needs about {needed:.1f} GiB of it for samples of "
+        f"{device}: a rank has {available:.1f} GiB, and this run needs about {needed:.1f} GiB of it ({of_it}) in samples of "
         f"data.seq_length={config.data.seq_length}. {way_out}."
     )
 
@@ -116,8 +121,12 @@ def _resolve_machine(config: RunConfig) -> None:
     if config.accelerator == "auto":
         config.accelerator = runtime.resolve_accelerator("auto")
     config.precision.name = runtime.resolve_precision(config.precision.name, config.accelerator)
-    if config.launch.gpu not in HARDWARE:
-        raise ConfigError(f"launch.gpu={config.launch.gpu}: not in the table of GPUs. Choose one of {', '.join(sorted(HARDWARE))}.")
+    gpu, precision = config.launch.gpu, config.precision.name
+    if gpu not in HARDWARE:
+        raise ConfigError(f"launch.gpu={gpu}: not in the table of GPUs. Choose one of {', '.join(sorted(HARDWARE))}.")
+    if precision in FP8_MULTIPLES and not has_speed(HARDWARE[gpu], precision):
+        able = [name for name, hardware in sorted(HARDWARE.items()) if has_speed(hardware, precision)]
+        raise ConfigError(f"precision.name={precision}: {gpu} has no FP8. Set precision=bf16, or launch.gpu to one of {', '.join(able)}.")
 
 
 def _group_lines(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -171,8 +180,11 @@ def _nodes(members: tuple[int, ...], others: tuple[int, ...], node_size: int) ->
 
 def _stage_lines(model: ModelStages, architecture: ModelArchitecture, parallel: ParallelConfig) -> Iterator[str]:
     rows = architecture.padded_vocab_size(parallel.tensor_model_parallel_size)
-    padding = f", and {model.num_padding:,} that pad the vocabulary from {architecture.vocab_size:,} to {rows:,}" if model.num_padding else ""
-    yield f"  parameters   {model.num_parameters:,} in the whole model{padding}; built stage by stage, each rank holds:"
+    padding = f", and {model.num_padding:,} that pad the vocabulary from {architecture.vocab_size:,} to {rows:,}"
+    yield (
+        f"  parameters   {model.num_parameters:,} in the whole model{padding if model.num_padding else ''}; built stage by stage, each "
+        f"rank holds:"
+    )
     for stage in model.stages:
         trained = "" if stage.num_trained == stage.num_parameters else f", of which {stage.num_trained:,} train"
         yield f"               stage {stage.index}: {stage.num_parameters:,}{trained}; {_layers(stage)}"

@@ -10,8 +10,6 @@ from typing import Any
 
 from endprompt_megatron.config import RunConfig
 
-# What the memory estimate does not count (CUDA context, communication buffers, fragmentation) may take this share of a GPU
-HEADROOM = 0.1
 _MAX_RANKS = 4096
 
 
@@ -66,9 +64,11 @@ def _kinds(config: RunConfig, node_size: int) -> list[list[_Change]]:
         parallel.pipeline_model_parallel_size,
     )
     stronger = {None: ["selective", "full"], "selective": ["full"]}.get(parallel.recompute_granularity, [])
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    plain_schedule = {"parallel.virtual_pipeline_model_parallel_size": None} if interleaved else {}
     kinds = [
         [] if parallel.use_distributed_optimizer else [_Change({"parallel.use_distributed_optimizer": True}, 0.0)],
-        [_Change({"trainer.micro_batch_size": size}, 0.1) for size in _powers(1, micro_batch - 1)],
+        [_Change({"trainer.micro_batch_size": size}, 0.1 * math.log2(micro_batch / size)) for size in _powers(1, micro_batch - 1)],
         [_Change({"parallel.recompute_granularity": name}, 0.5 if name == "selective" else 1.0) for name in stronger],
         [
             _Change({"parallel.tensor_model_parallel_size": size, "parallel.sequence_parallel": True}, 2.0 + math.log2(size / tensor))
@@ -76,10 +76,7 @@ def _kinds(config: RunConfig, node_size: int) -> list[list[_Change]]:
         ],
         [_Change({"parallel.context_parallel_size": size}, 2.5 + math.log2(size / context)) for size in _powers(2 * context, 16 * context)],
         [
-            _Change(
-                {"parallel.pipeline_model_parallel_size": size, "parallel.virtual_pipeline_model_parallel_size": None},
-                3.0 + math.log2(size / pipeline),
-            )
+            _Change({"parallel.pipeline_model_parallel_size": size, **plain_schedule}, 3.0 + math.log2(size / pipeline))
             for size in _powers(2 * pipeline, 16 * pipeline)
         ],
     ]

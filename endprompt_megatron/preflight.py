@@ -191,11 +191,12 @@ def plan_request(config: RunConfig, architecture: ModelArchitecture, *, world_si
         hardware=config.launch.gpu if on_gpu else None,
         device_memory_gib=None if on_gpu else _host_memory_gib() * config.launch.num_nodes / world_size,
         gpus_per_node=config.launch.nproc_per_node or GPUS_PER_NODE,
-        trained=_trained_parts(config, model_shape(architecture)),
+        trained=trained_parts(config, model_shape(architecture)),
     )
 
 
-def _trained_parts(config: RunConfig, shape: ModelShape) -> TrainedParts | None:
+def trained_parts(config: RunConfig, shape: ModelShape) -> TrainedParts | None:
+    """What trains, as planning counts it; None where that is everything."""
     adapter = config.adapter
     if adapter.type == "none":
         return None

@@ -31,9 +31,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="experiments (default: all whose header has the line)")
     arguments = parser.parse_args()
-    paths = {path.stem: path for path in sorted((ROOT / "conf" / "experiment").glob("*.yaml")) if f"\n{HEADER}" in path.read_text()}
+    files = sorted((ROOT / "conf" / "experiment").glob("*.yaml"))
+    paths = {path.stem: path for path in files if f"\n{HEADER}" in path.read_text()}
     names = arguments.names or list(paths)
-    command = [sys.executable, "-W", "ignore", str(ROOT / "recipes" / "extend.py"), "--multirun", "dry_run=true", f"+experiment={','.join(names)}"]
+    recipe = [sys.executable, "-W", "ignore", str(ROOT / "recipes" / "extend.py")]
+    command = [*recipe, "--multirun", "dry_run=true", f"+experiment={','.join(names)}"]
     with tempfile.TemporaryDirectory() as nowhere:  # Hydra's multirun writes; a place without models/ and datasets/
         done = subprocess.run(command, cwd=nowhere, capture_output=True, text=True)
     plans = re.split(r"^Plan of .*\n", done.stdout, flags=re.M)[1:]

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "launch": {"config", "mcore"},
     "mcore": {"config"},
     "data": {"positions", "config", "mcore"},
-    "model": {"rope", "config", "mcore"},
+    "model": {"rope", "config", "precision_rules", "mcore"},
     "checkpoint": {"model", "rope", "config_rules", "config", "mcore"},
     "training": {"data", "model", "checkpoint", "config", "mcore", "planning"},
     "evaluation": {"model", "checkpoint", "config", "theory"},
@@ -41,10 +41,10 @@ MAY_IMPORT = {
     "preflight": {"checkpoint", "config", "config_rules", "precision_rules", "data", "model", "planning", "positions", "rope"},
     "fitting": {"config"},
     "dry_run": {
-        "preflight", "fitting", "launch", "config", "data", "mcore", "model", "planning", "positions", "rope",
+        "preflight", "fitting", "launch", "config", "data", "mcore", "model", "planning", "positions", "precision_rules", "rope",
     },
     "extend": {
-        "preflight", "checkpoint", "config", "data", "evaluation", "launch", "mcore", "model", "report", "rope", "training",
+        "preflight", "checkpoint", "config", "data", "evaluation", "launch", "mcore", "model", "positions", "report", "rope", "training",
     },
 }  # fmt: skip
 # third party -> the only places that may import it

@@ -7,15 +7,17 @@ import pytest
 import torch
 
 from endprompt_megatron.checkpoint.hf_config import architecture_from_hf
-from endprompt_megatron.config import AdapterConfig, ParallelConfig
+from endprompt_megatron.config import AdapterConfig, ParallelConfig, RunConfig
 from endprompt_megatron.mcore import runtime
 from endprompt_megatron.model import lora
+from endprompt_megatron.model.adapters import is_adapter
 from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.model.backends import BACKENDS
 from endprompt_megatron.model.build import build_model_chunks
 from endprompt_megatron.model.stages import build_stages
-from endprompt_megatron.planning.memory import GIB, estimate_memory
-from endprompt_megatron.preflight import model_shape
+from endprompt_megatron.planning.layout import Layout, stage_parameters
+from endprompt_megatron.planning.memory import GIB, stage_memory
+from endprompt_megatron.preflight import model_shape, trained_parts
 from endprompt_megatron.rope.scaling import RopeScaling
 
 LLAMA3_8B = ModelArchitecture(32, 4096, 14336, 32, 8, 128, 128256, 8192, 500000.0, 1e-5, tied_embeddings=False)
@@ -62,15 +64,34 @@ def test_parameters_are_the_published_ones_and_those_of_the_memory_estimate(case
     if virtual:  # chunk after chunk goes round the stages
         each = architecture.num_layers // (pipeline * virtual)
         assert model.stages[1].layers[: each + 1] == (*range(each, 2 * each), each + pipeline * each)
-    estimate = estimate_memory(
-        model_shape(architecture), seq_length=8192, micro_batch_size=1, tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline, context_parallel_size=context, data_parallel_size=world_size // (tensor * pipeline * context),
-        sequence_parallel=tensor > 1, use_distributed_optimizer=False, precision="bf16", recompute_granularity="full",
-        num_micro_batches=8, virtual_pipeline_model_parallel_size=virtual,
+    planned = Layout(
+        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, virtual_pipeline_model_parallel_size=virtual,
+        context_parallel_size=context, data_parallel_size=world_size // (tensor * pipeline * context), num_micro_batches=8,
     )  # fmt: skip
-    stage = model.stages[-1 if estimate.stage == "last" else 0]
-    assert estimate.weights_gib * GIB == pytest.approx(2 * stage.num_parameters)
-    assert estimate.gradients_gib * GIB == pytest.approx(4 * stage.num_trained)
+    shape = model_shape(architecture)
+    assert [stage.num_parameters for stage in model.stages] == [stage_parameters(shape, planned, index).total for index in range(pipeline)]
+    for stage, estimate in zip(model.stages, stage_memory(shape, planned, seq_length=8192, precision="bf16"), strict=True):
+        assert estimate.weights_gib * GIB == pytest.approx(2 * stage.num_parameters)
+        assert estimate.gradients_gib * GIB == pytest.approx(4 * stage.num_trained)
+
+
+@pytest.mark.parametrize("layout", [(1, 1, None, 1), (2, 2, None, 1)])
+@pytest.mark.parametrize(
+    "adapter", [AdapterConfig(type="lora"), AdapterConfig(type="lora", rank=4, train_norms=False, target_modules=["q_proj", "o_proj"])]
+)
+def test_what_trains_beside_adapters_is_what_the_memory_estimate_counts(adapter, layout):
+    """It counts adapters whole on every tensor parallel rank, so that it may be above, by no more than they are."""
+    tensor, pipeline, *_ = layout
+    config = RunConfig(adapter=adapter)
+    planned = Layout(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, num_micro_batches=8)
+    shape = model_shape(LLAMA3_8B)
+    trained = trained_parts(config, shape)
+    estimates = stage_memory(shape, planned, seq_length=8192, precision="bf16", trained=trained)
+    for stage, estimate in zip(_stages(LLAMA3_8B, 8, layout, adapter=adapter).stages, estimates, strict=True):
+        counted = round(estimate.gradients_gib * GIB / 4)
+        adapters = sum(one.size for one in stage.parameters if is_adapter(one.name))
+        whole = len(stage.layers) * trained.adapter_parameters_per_layer
+        assert counted - stage.num_trained == whole - adapters and (tensor > 1 or whole == adapters)
 
 
 def test_a_70b_model_takes_no_memory():

@@ -126,7 +126,7 @@ def _resolve_machine(config: RunConfig) -> None:
         raise ConfigError(f"launch.gpu={gpu}: not in the table of GPUs. Choose one of {', '.join(sorted(HARDWARE))}.")
     if precision in FP8_MULTIPLES and not has_speed(HARDWARE[gpu], precision):
         able = [name for name, hardware in sorted(HARDWARE.items()) if has_speed(hardware, precision)]
-        raise ConfigError(f"precision.name={precision}: {gpu} has no FP8. Set precision=bf16, or launch.gpu to one of {', '.join(able)}.")
+        raise ConfigError(f"precision.name={precision}: {gpu} has no tensor cores for it. Set precision=bf16, or launch.gpu to one of {', '.join(able)}.")
 
 
 def _group_lines(config: RunConfig, world_size: int) -> Iterator[str]:

@@ -58,48 +58,62 @@ def test_experiment_dry_runs_and_fits(name, tmp_path, monkeypatch):
     if config.parallel.tensor_model_parallel_size > 1:
         assert f"{config.parallel.tensor_model_parallel_size} tensor: 0..{config.parallel.tensor_model_parallel_size - 1}".replace("0..1", "0, 1") in told
     header = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text().partition("defaults:")[0].splitlines()
+    if config.launch.nproc_per_node == 8:  # on a cluster, where the paper's budget is trained
+        assert config.trainer.global_batch_size == 64
+        assert config.data.seq_length * 64 * config.trainer.max_steps == pytest.approx(1e9, rel=0.005)
     if config.accelerator == "gpu":
         assert predict.predicted(lines) in header, f"python tools/predict.py {name} writes the line anew"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_there_is_an_experiment_for_every_model_and_window():
+    """mistral_7b_32k is none: 32,768 is its own window."""
     lengths = {"llama3_8b": (32, 64, 96, 128, 256), "llama2_7b": (32, 64, 96, 128, 256), "mistral_7b": (64, 96, 128, 256), "llama3_70b": (64, 128)}
-    assert {f"{model}_{length}k" for model in lengths for length in lengths[model]} <= set(EXPERIMENTS)
-    for name in EXPERIMENTS:
-        config = to_run_config(_compose(f"+experiment={name}"))
-        if config.accelerator == "gpu" and name != "smollm2_135m_64k":
-            assert config.trainer.global_batch_size == 64 and config.launch.nproc_per_node == 8
-            if config.method.full_length:
-                tokens = config.rope.target_context_length * 64 * config.trainer.max_steps
-            else:
-                tokens = config.data.seq_length * 64 * config.trainer.max_steps
-            assert tokens == pytest.approx(1e9, rel=0.005)
+    wanted = {f"{model}_{length}k" for model in lengths for length in lengths[model]}
+    rivals = {"llama3_8b_64k_full", "llama3_8b_64k_longlora", "llama3_70b_64k_full"}
+    variants = {"llama3_8b_64k_fp8", "llama3_70b_64k_fp8", "llama3_70b_64k_h100x32", "llama3_70b_128k_h100x32"}
+    assert wanted | rivals | variants <= set(EXPERIMENTS)
 
 
-@pytest.mark.parametrize("precision", ["fp8", "bf16"])
-@pytest.mark.parametrize("cluster", ["h100x8", "a100x8"])
-@pytest.mark.parametrize("name", ["llama3_8b_64k", "llama2_7b_256k", "mistral_7b_128k", "llama3_8b_64k_longlora"])
-def test_other_precisions_and_gpus_are_an_override_away(name, cluster, precision, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("llama3_8b_64k", ["cluster=a100x8"]),
+        ("llama2_7b_256k", ["cluster=a800x8"]),
+        ("mistral_7b_128k", ["precision=fp8_attention"]),
+        ("llama3_8b_64k_longlora", ["precision=fp8"]),
+        ("llama3_8b_64k_full", ["parallel=tp8", "cluster=h100x8"]),
+        ("llama3_8b_64k_full", ["method=lceg_yarn", "precision=fp8"]),
+        ("llama3_70b_64k", ["precision=fp8"]),
+        ("llama3_70b_128k_h100x32", ["precision=fp8_blockwise"]),
+        ("llama3_70b_64k_full", ["precision=fp8"]),
+    ],
+)
+def test_other_gpus_precisions_and_layouts_are_an_override_away(name, overrides, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = to_run_config(_compose(f"+experiment={name}", f"cluster={cluster}", f"precision={precision}"))
-    assert (config.launch.gpu, config.precision.name) == ({"h": "H100-80GB", "a": "A100-80GB"}[cluster[0]], precision)
-    lines = list(dry_run(config, world_size=launch.planned_world_size(config)))
-    assert "tight" not in "\n".join(lines)
+    config = to_run_config(_compose(f"+experiment={name}", *overrides))
+    told = "\n".join(dry_run(config, world_size=launch.planned_world_size(config)))
+    assert "tight" not in told and "SPAN NODES" not in told and "  time         " in told and "none is estimated" not in told
+    for override in overrides:
+        group, _, value = override.partition("=")
+        if group == "precision":
+            assert config.precision.name == value and f", {value}\n" in told
+        if group == "cluster":
+            assert config.launch.gpu == f"{value[:4].upper()}-80GB"
 
 
-@pytest.mark.parametrize("name", ["llama3_70b_64k", "llama3_70b_128k_h100x32", "llama3_8b_64k_full", "llama3_70b_64k_full"])
-def test_fp8_is_an_override_away_on_many_nodes(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config = to_run_config(_compose(f"+experiment={name}", "precision=fp8"))
-    assert any("fp8" in line for line in dry_run(config, world_size=launch.planned_world_size(config)))
+@pytest.mark.parametrize(("precision", "cluster", "able"), [("fp8", "a100x8", "B200, H100-80GB, H200"), ("mxfp8", "h100x8", "B200")])
+def test_a_precision_that_a_gpu_lacks_is_refused(precision, cluster, able):
+    config = to_run_config(_compose("+experiment=llama3_8b_64k", f"cluster={cluster}", f"precision={precision}"))
+    with pytest.raises(ConfigError, match=f"precision.name={precision}: {config.launch.gpu} has no tensor cores for it. Set .* one of {able}."):
+        list(dry_run(config, world_size=8))
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("h100x8", 8), ("a100x8", 8), ("h100x32", 32), ("h100x64", 64), ("h100x256", 256)])
+@pytest.mark.parametrize(("name", "ranks"), [("h100x8", 8), ("a100x8", 8), ("a800x8", 8), ("h100x32", 32), ("h100x64", 64), ("h100x256", 256)])
 def test_every_cluster_has_the_gpus_of_its_name(name, ranks):
     config = to_run_config(_compose("+experiment=paper", f"cluster={name}"))
     assert launch.planned_world_size(config) == ranks and config.accelerator == "gpu"
-    assert {path.stem for path in (ROOT / "conf" / "cluster").glob("*.yaml")} == {"h100x8", "a100x8", "h100x32", "h100x64", "h100x256"}
+    assert {path.stem for path in (ROOT / "conf" / "cluster").glob("*.yaml")} == {"h100x8", "a100x8", "a800x8", "h100x32", "h100x64", "h100x256"}
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "parallel").glob("*.yaml")))

@@ -128,7 +128,7 @@ def _overridden(config: RunConfig, overrides: list[str]) -> RunConfig:
 def test_what_fits_nowhere_is_refused_without_a_change(monkeypatch):
     from endprompt_megatron import dry_run as module
 
-    monkeypatch.setattr(module, "needed_gib", lambda config, request: 1e6)
+    monkeypatch.setattr(module, "needed_gib", lambda request: 1e6)
     with pytest.raises(ConfigError, match="No layout of these ranks or more fits: train on shorter samples"):
         _run(_cluster(LLAMA3_8B))
 

@@ -10,14 +10,26 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, Protocol
 
-from endprompt_megatron.config import RunConfig
+from endprompt_megatron.config import LaunchConfig
 from endprompt_megatron.errors import EXIT_RESUME, ConfigError
 from endprompt_megatron.log import get_logger
 from endprompt_megatron.mcore.children import STOP_SIGNALS, end_with_parent
 
 _DEFAULT_PORT = 29501
 _LAUNCHER = "ENDPROMPT_LAUNCHER"  # process id of the plain start, for its workers
+
+
+class Launched(Protocol):
+    """What a job's configuration has to have to be launched: RunConfig has it, and EvaluateConfig."""
+
+    launch: LaunchConfig
+    output_dir: Any
+
+    @property
+    def accelerator(self) -> str:
+        """auto | gpu | cpu."""
 
 
 def adopt_srun_environment() -> None:
@@ -54,14 +66,14 @@ def _first_slurm_host() -> str:
         return match.group(1) + match.group(2)
 
 
-def planned_world_size(config: RunConfig) -> int:
+def planned_world_size(config: Launched) -> int:
     """Ranks of the run: what a launcher announced, else what the config will start."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     return config.launch.num_nodes * local_processes(config)
 
 
-def local_processes(config: RunConfig) -> int:
+def local_processes(config: Launched) -> int:
     """Processes of one host: `launch.nproc_per_node`, else one a GPU, else one."""
     if config.launch.nproc_per_node is not None:
         return config.launch.nproc_per_node
@@ -77,7 +89,7 @@ def is_worker() -> bool:
     return "RANK" in os.environ
 
 
-def starts_workers(config: RunConfig) -> bool:
+def starts_workers(config: Launched) -> bool:
     """Whether this process is a plain start that has to launch several workers.
 
     Raises:
@@ -93,7 +105,7 @@ def starts_workers(config: RunConfig) -> bool:
     return local_processes(config) > 1
 
 
-def run_workers(config: RunConfig, arguments: list[str]) -> int:
+def run_workers(config: Launched, arguments: list[str]) -> int:
     """Run this very command in `local_processes` workers; rank 0 writes to the terminal, the others to `<output_dir>/logs/`.
 
     Args:

@@ -25,14 +25,17 @@ _PREFILL_CHUNK = 4096  # tokens
 _SAMPLES = 100  # a task and length where suite.samples is null
 
 
-def load_model(model_dir: Path, *, precision: str, backend: Backend, device: torch.device) -> EndPromptGPTModel:
-    """The whole model of a Hugging Face directory on Megatron-Core, in evaluation mode, with the RoPE scaling that its config.json names.
+def load_model(
+    model_dir: Path, *, precision: str, backend: Backend, device: torch.device, parallel: ParallelConfig | None = None
+) -> list[EndPromptGPTModel]:
+    """This rank's chunks of the model of a Hugging Face directory, in evaluation mode, with the RoPE scaling that its config.json names.
 
     Args:
         model_dir: with config.json and safetensors.
         precision: fp32 | bf16.
         backend: which kernels.
         device: where it goes.
+        parallel: how the model is cut over the ranks; None: not at all.
     Raises:
         CheckpointError: the directory lacks something, or is of a family that is not known.
     """
@@ -42,13 +45,13 @@ def load_model(model_dir: Path, *, precision: str, backend: Backend, device: tor
         architecture,
         rope=rope_from_hf(config),
         max_sequence_length=int(config["max_position_embeddings"]),
-        parallel=ParallelConfig(),
+        parallel=parallel or ParallelConfig(),
         precision=precision,
         backend=backend,
         device=device,
     )
     load_hf_weights(chunks, model_dir, architecture)
-    return chunks[0].eval()
+    return [chunk.eval() for chunk in chunks]
 
 
 class MegatronProbes:
@@ -56,11 +59,11 @@ class MegatronProbes:
 
     Args:
         config: of the evaluation.
-        model: of the directory that it names.
+        model: this rank's chunks of the model that it names.
         device: of the model.
     """
 
-    def __init__(self, config: EvaluateConfig, model: EndPromptGPTModel, *, device: torch.device):
+    def __init__(self, config: EvaluateConfig, model: list[EndPromptGPTModel], *, device: torch.device):
         self.config, self.model, self.device = config, model, device
         self.tokenizer = load_tokenizer(Path(config.model))
         bos = self.tokenizer.bos_token_id
@@ -80,9 +83,9 @@ class MegatronProbes:
         """
         name = task.name.removeprefix(PROBE_PREFIX)
         samples = make_samples(
-            self._encode, task=name, length=length, count=self.config.suite.samples or _SAMPLES, seed=self.config.seed
+            self.encode, task=name, length=length, count=self.config.suite.samples or _SAMPLES, seed=self.config.seed
         )
-        prompts = [[*self.before, *self._encode(sample.prompt)] for sample in samples]
+        prompts = [[*self.before, *self.encode(sample.prompt)] for sample in samples]
         written = greedy_generate(
             self.model,
             prompts,
@@ -100,5 +103,6 @@ class MegatronProbes:
             for sample, prompt, output in zip(samples, prompts, outputs, strict=True)
         ]
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -9,11 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from endprompt_megatron.config_rules import RETRIEVAL_TASKS
 from endprompt_megatron.evaluation.ruler import TASKS as PROBE_TASKS
 
-RULER, LONGBENCH, SHORT, PROBES = "ruler", "longbench", "short", "probes"
+RULER, LONGBENCH, SHORT, PROBES, NEEDLE, PERPLEXITY = "ruler", "longbench", "short", "probes", "needle", "perplexity"
+BUILT_IN = (PROBES, NEEDLE, PERPLEXITY)  # answered by Megatron-Core, without lm-eval
+SUITES = (RULER, LONGBENCH, SHORT, *BUILT_IN)
 PROBE_PREFIX = "probe_"  # some names are lm-eval's too
-SUITES = (RULER, LONGBENCH, SHORT, PROBES)
+NEEDLE_PREFIX = "needle_"
+GAP_TASK = NEEDLE_PREFIX + "gap"
+LOG_PERPLEXITY = "log_perplexity"
 HAYSTACK_STAND_IN = "haystack_stand_in"
 PUNKT = "punkt"
 _DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".txt", ".csv", ".arrow", ".gz")
@@ -69,7 +74,7 @@ class HarnessTask:
 
     Attributes:
         name: the harness's.
-        suite: ruler | longbench | short, which lm-eval asks; probes, which Megatron-Core answers without it.
+        suite: ruler | longbench | short, which lm-eval asks; one of BUILT_IN, which Megatron-Core answers without it.
         group: the benchmark's own.
         metric: of a sample, as the harness calls it; RULER's are called by the length.
         needs: names of SOURCES.
@@ -86,9 +91,14 @@ class HarnessTask:
     runs_code: bool = False
 
     @property
+    def built_in(self) -> bool:
+        """Whether Megatron-Core answers it, without lm-eval."""
+        return self.suite in BUILT_IN
+
+    @property
     def has_lengths(self) -> bool:
-        """Whether its prompts are made for a length."""
-        return self.suite in (RULER, PROBES)
+        """Whether its prompts are made for a length. The gap probe's are made for the target window alone."""
+        return (self.suite == RULER or self.built_in) and self.name != GAP_TASK
 
 
 def _ruler(group: str, **needs: tuple[str, ...]) -> list[HarnessTask]:
@@ -130,6 +140,8 @@ TASKS: dict[str, HarnessTask] = {
         HarnessTask("hellaswag", SHORT, "common sense", "acc_norm", ("hellaswag",)),
         HarnessTask("humaneval", SHORT, "code", "pass@1", ("humaneval",), filter="create_test", runs_code=True),
         *(HarnessTask(PROBE_PREFIX + name, PROBES, "in RULER's form", "string match") for name in PROBE_TASKS),
+        *(HarnessTask(NEEDLE_PREFIX + name, NEEDLE, "planted facts, graded", "exact match") for name in (*RETRIEVAL_TASKS, "gap")),
+        HarnessTask(LOG_PERPLEXITY, PERPLEXITY, "held-out documents", "nats a token (lower is better)"),
     )
 }
 

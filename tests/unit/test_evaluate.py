@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from endprompt_megatron import evaluate as module
+from endprompt_megatron import evaluation_conditions
 from endprompt_megatron.errors import BackendUnavailableError, ConfigError
 from endprompt_megatron.evaluate import evaluate
 from endprompt_megatron.evaluation.harness import VERSION, Sample
@@ -38,7 +39,7 @@ def harness(monkeypatch):
     monkeypatch.setattr(FakeHarness, "asked", [])
     monkeypatch.setattr(FakeHarness, "failing", {})
     monkeypatch.setattr(module, "Harness", FakeHarness)
-    monkeypatch.setattr(module, "harness_version", lambda: VERSION)
+    monkeypatch.setattr(evaluation_conditions, "harness_version", lambda: VERSION)
     monkeypatch.setattr(module, "has_punkt", lambda: False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return FakeHarness

@@ -31,11 +31,14 @@ MAY_IMPORT = {
     "model": {"rope", "config", "mcore"},
     "checkpoint": {"model", "rope", "config_rules", "config", "mcore"},
     "training": {"data", "model", "checkpoint", "config", "mcore", "planning"},
-    "evaluation": {"model", "checkpoint", "config", "theory"},
+    "evaluation": {"model", "checkpoint", "config", "config_rules", "theory"},
     "comparison": {"mcore"},
     "report": {"evaluation", "comparison", "theory"},
     "compare": {"comparison", "report"},
-    "evaluate": {"checkpoint", "comparison", "config", "evaluation", "mcore", "model", "report"},
+    "evaluate": {
+        "checkpoint", "comparison", "config_rules", "data", "evaluation", "evaluation_conditions", "launch", "mcore", "model", "report",
+    },
+    "evaluation_conditions": {"checkpoint", "evaluation", "mcore"},
     "preflight": {"checkpoint", "config", "config_rules", "data", "model", "planning", "positions", "rope"},
     "extend": {
         "preflight", "checkpoint", "config", "data", "evaluation", "launch", "mcore", "model", "report", "rope", "training",

@@ -33,8 +33,8 @@ class StudyConfig:
         keep: of a finished run: evaluation (no weights), model (the export), all (training checkpoints too).
         write_only: start no run; write the page from what is there.
         collect: output directories of runs made elsewhere, as DIR, a row by its own method, or LABEL=DIR.
-        evaluations: output directories of recipes/evaluate.py, as LABEL=DIR: compare these and no runs. Directories with one label are those
-            of several seeds of the training.
+        evaluations: output directories of recipes/evaluate.py, as LABEL=DIR: compare these and no runs. Directories with one label are
+            those of several seeds of the training.
     """
 
     name: str = "???"

@@ -87,24 +87,7 @@ def test_evaluations_compare_with_each_other(place):
     assert single["difference"]["samples"] == 2, "a text is a sample, however many questions it has"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("launch.nproc_per_node=2", "parallel.tensor_model_parallel_size=4"), "must be a multiple of TP x PP x CP"),
-        (("parallel.tensor_model_parallel_size=3", "launch.nproc_per_node=3"), "must divide the model's"),
-        (("suite.needle.depths=[2]",), "suite.needle.depths=[2.0]"),
-        (("suite.tasks=[needle,ruler]", "launch.nproc_per_node=2", "suite.lengths=[1024]"), "run in one"),
-        (("model=nowhere",), "model=nowhere: no config.json there"),
-    ],
-)
-def test_what_cannot_be_ends_before_anything_is_written(place, arguments, words):
-    done = _run(place, *SETTINGS, "model=model", "output_dir=refused", *arguments)
-    assert done.returncode == 2 and words in done.stderr, done.stderr[-2000:]
+def test_what_cannot_be_ends_before_anything_is_written(place):
+    done = _run(place, *SETTINGS, "model=model", "output_dir=refused", "launch.nproc_per_node=2", "parallel.tensor_model_parallel_size=4")
+    assert done.returncode == 2 and "must be a multiple of TP x PP x CP" in done.stderr, done.stderr[-2000:]
     assert not (place / "refused").exists()
-
-
-def test_an_evaluation_that_is_none_is_named(place):
-    done = _run(place, "evaluations=['one=one','other=held_out.jsonl']", "reference=one", "output_dir=nothing", recipe="compare.py")
-    assert done.returncode == 2 and "evaluations: other=held_out.jsonl holds no results.json" in done.stderr
-    done = _run(place, "evaluations=['one=one']", "reference=two", "output_dir=nothing", recipe="compare.py")
-    assert done.returncode == 2 and "no evaluation has this label" in done.stderr and not (place / "nothing").exists()

@@ -25,10 +25,12 @@ from endprompt_megatron.evaluation.harness import ANSWER_ROOM, Harness, Sample, 
 from endprompt_megatron.evaluation.megatron_probes import MegatronProbes, load_model
 from endprompt_megatron.evaluation.suite import MEGATRON, EvaluateConfig
 from endprompt_megatron.evaluation.task_sources import (
+    PROBES,
     HarnessTask,
     fingerprint,
     is_offline,
     missing_offline,
+    prose_of,
     sources_of,
     uses_stand_in,
     way_out,
@@ -38,7 +40,7 @@ from endprompt_megatron.mcore import runtime as mcore_runtime
 from endprompt_megatron.mcore.version import megatron_core_version
 from endprompt_megatron.model import backends
 from endprompt_megatron.output_files import claimed, replace_text
-from endprompt_megatron.report.evaluation import STAND_IN_MARK, write_evaluation
+from endprompt_megatron.report.evaluation import ESSAYS_MARK, STAND_IN_MARK, write_evaluation
 
 RESULTS = "results.json"
 _RECORDS = "records"
@@ -53,21 +55,24 @@ class Pair:
         task: which.
         length: of its prompts in tokens; None where the task has no lengths.
         stand_in: whether its haystack is not the benchmark's.
+        essays: whether a built-in task has the benchmark's in place of noise sentences.
     """
 
     task: HarnessTask
     length: int | None
     stand_in: bool
+    essays: bool = False
 
     @property
     def name(self) -> str:
         """Of the task in results."""
-        return self.task.name + (STAND_IN_MARK if self.stand_in else "")
+        return self.task.name + (STAND_IN_MARK if self.stand_in else ESSAYS_MARK if self.essays else "")
 
     @property
     def stem(self) -> str:
         """Of its files."""
-        parts = (self.task.name, "stand_in" if self.stand_in else "", "" if self.length is None else str(self.length))
+        haystack = "stand_in" if self.stand_in else "essays" if self.essays else ""
+        parts = (self.task.name, haystack, "" if self.length is None else str(self.length))
         return "_".join(part for part in parts if part)
 
     def __str__(self) -> str:
@@ -90,7 +95,7 @@ def evaluate(config: EvaluateConfig, *, command: str, lm: Any = None) -> bool:
     """
     config.validate()
     check_backend(config.backend)
-    asked_by = f"lm-eval {harness_version()}" if config.backend != MEGATRON else f"megatron-core {megatron_core_version()}, built-in tasks"
+    asked_by = f"megatron-core {megatron_core_version()}, built-in tasks" if config.asks_probes else f"lm-eval {harness_version()}"
     for note in config.ignored():
         get_logger().info(note)
     with claimed(config.directory(), doing="carries this evaluation out") as directory:
@@ -116,7 +121,7 @@ def _conditions(config: EvaluateConfig, asked_by: str, command: str) -> dict[str
         "seed": config.seed,
         "window": window,
         "native_window": native,
-        "room_for_answers": "within the length" if config.backend == MEGATRON else room,
+        "room_for_answers": "within the length" if config.asks_probes else room,
         "batch_size": config.batch_size if config.backend == "hf" else None,
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
@@ -178,15 +183,18 @@ class _Evaluation:
     def _asker(self, waiting: list[Pair]) -> Iterator[Harness | MegatronProbes]:
         """What asks the tasks, with the model loaded."""
         config = self.config
+        longest = max([self.conditions["window"], *(pair.length + ANSWER_ROOM for pair in waiting if pair.length)])
         if config.backend != MEGATRON:
-            longest = max([self.conditions["window"], *(pair.length + ANSWER_ROOM for pair in waiting if pair.length)])
             yield Harness(config, max_length=longest, lm=self.lm)
             return
         runtime = mcore_runtime.initialize(ParallelConfig(), accelerator=_accelerator(config), seed=config.seed)
         try:
             precision = {"float32": "fp32", "bfloat16": "bf16"}[self.conditions["dtype"]]
             model = load_model(Path(config.model), precision=precision, backend=backends.resolve("auto"), device=runtime.device)
-            yield MegatronProbes(config, model, device=runtime.device)
+            if config.asks_probes:
+                yield MegatronProbes(config, model, device=runtime.device)
+            else:
+                yield Harness(config, max_length=longest, model=model, device=runtime.device, lm=self.lm)
         finally:
             mcore_runtime.shut_down()
 
@@ -200,7 +208,7 @@ class _Evaluation:
             )
         paths = vars(self.config.suite.sources)
         return [
-            Pair(task, length, uses_stand_in(task, paths))
+            Pair(task, length, uses_stand_in(task, paths), prose_of(task, paths) == "essays")
             for task in chosen
             for length in (lengths if task.has_lengths else [None])
         ]
@@ -210,7 +218,7 @@ class _Evaluation:
         reason = None
         if pair.task.runs_code and not self.config.suite.allow_code_execution:
             reason = "it executes code that the model wrote: set suite.allow_code_execution=true where that may be"
-        elif is_offline():
+        elif is_offline() or pair.task.suite == PROBES:  # which fetch nothing
             reason = missing_offline(pair.task, vars(self.config.suite.sources), has_punkt=has_punkt())
         if reason is not None:
             self._cannot(pair, reason)

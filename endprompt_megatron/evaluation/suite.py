@@ -15,6 +15,7 @@ BOS_RULES = ("one", "none")
 SHORTEST, LONGEST = 512, 131072
 DEFAULT_LENGTHS_FROM = 4096
 RULER_SAMPLES = 500  # what the harness makes of a task and length
+PREFILL_CHUNK = 4096  # tokens of a prompt that backend megatron reads at once
 
 
 @dataclass
@@ -109,7 +110,7 @@ class EvaluateConfig:
         model: directory of a Hugging Face model, such as the export of recipes/extend.py.
         suite: what it is asked; +suite=NAME.
         output_dir: null: outputs/evaluate/MODEL_SUITE.
-        backend: hf (transformers with SDPA) | vllm, for lm-eval's tasks | megatron, for those of suite probes.
+        backend: hf (transformers with SDPA) | vllm | megatron (Megatron-Core), of which probes takes the last alone.
         dtype: of the weights: auto (as stored) | float32 | bfloat16 | float16.
         device: of backend hf, e.g. cuda:0; null: a GPU where there is one, else the CPU.
         batch_size: prompts at once, of backend hf; vllm finds its own.
@@ -152,20 +153,23 @@ class EvaluateConfig:
         if problems:
             raise ConfigError(*problems)
 
+    def _suites(self) -> set[str]:
+        return {TASKS[name].suite if name in TASKS else name for name in self.suite.tasks if name in TASKS or name in SUITES}
+
+    @property
+    def asks_probes(self) -> bool:
+        """Whether the tasks are the built-in ones, which lm-eval does not know."""
+        return PROBES in self._suites()
+
     def _backend_problems(self) -> list[str]:
-        known = [TASKS[name].suite if name in TASKS else name for name in self.suite.tasks if name in TASKS or name in SUITES]
-        asked = PROBES in known
         problems = []
-        if asked and set(known) != {PROBES}:
+        if self.asks_probes and self._suites() != {PROBES}:
             problems.append(f"suite.tasks={list(self.suite.tasks)}: lm-eval does not know the tasks of {PROBES}. Ask them in another run.")
-        elif known and asked != (self.backend == MEGATRON):
-            problems.append(
-                f"backend={self.backend}: "
-                + (f"the tasks of {PROBES} run on Megatron-Core. Set backend=megatron." if asked else "lm-eval's tasks run on hf or vllm.")
-            )
+        if self.asks_probes and self.backend != MEGATRON:
+            problems.append(f"backend={self.backend}: the tasks of {PROBES} run on Megatron-Core. Set backend=megatron.")
         if self.backend == MEGATRON and self.dtype == "float16":
-            problems.append("dtype=float16: Megatron-Core probes in float32 or bfloat16. Set one of them.")
-        if self.backend == MEGATRON and self.suite.apply_chat_template:
+            problems.append("dtype=float16: Megatron-Core evaluates in float32 or bfloat16. Set one of them.")
+        if self.asks_probes and self.suite.apply_chat_template:
             problems.append("suite.apply_chat_template=true: the tasks of probes are raw prompts. Set it to false.")
         return problems
 

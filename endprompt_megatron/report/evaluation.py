@@ -14,6 +14,7 @@ from endprompt_megatron.report.plots import length_label
 
 PAGE = "evaluation.md"
 STAND_IN_MARK = " (stand-in haystack)"
+ESSAYS_MARK = " (essays)"  # of built-in tasks, whose haystack is noise sentences otherwise
 _MISSING = "–"
 _SOURCE = "EndPrompt, arXiv 2605.14589: Llama-3-8B, 8K → 64K, one run each"
 # RULER: mean of 13 tasks over 4K to 64K; LongBench: mean; short: mean of MMLU, GSM8K, HellaSwag and HumanEval after supervised fine-tuning
@@ -33,7 +34,8 @@ _RULER_NOTE = (
 )
 _PROBES_NOTE = (
     "Synthetic tasks in RULER's form (arXiv 2404.06654) with names and sentences of our own, on Megatron-Core: no RULER scores. Needles "
-    "hide in repeated sentences; prompt and answer fit the length together; an answer counts when it occurs in the output."
+    "hide in repeated sentences where a row does not say otherwise; prompt and answer fit the length together; an answer counts when it "
+    "occurs in the output, and of a question's accepted answers any one is enough, as NVIDIA's program has it."
 )
 _LONGBENCH_NOTE = (
     "Made by lm-eval, which cuts prompts longer than the window at their start, where LongBench's own program cuts the middle out. "
@@ -119,7 +121,8 @@ def _ruler(scores: list[dict[str, Any]]) -> str:
 def _probes(scores: list[dict[str, Any]]) -> str:
     lengths = sorted({score["length"] for score in scores})
     found = {(score["task"], score["length"]): score["score"] for score in scores}
-    names = [task for task in TASKS if any((task, length) in found for length in lengths)]
+    names = [name + mark for name in TASKS for mark in ("", ESSAYS_MARK, STAND_IN_MARK)]
+    names = [name for name in names if any((name, length) in found for length in lengths)]
     values = [[found.get((name, length)) for length in lengths] for name in names]
     rows = [[name, *map(_score, row), _score(_mean(row))] for name, row in zip(names, values, strict=True)]
     means = [_mean(list(column)) for column in zip(*values, strict=True)]
@@ -189,7 +192,7 @@ def _intervals(scores: list[dict[str, Any]]) -> str:
     """Every score with its interval, folded away: it is what a comparison needs and a reader seldom does."""
     order = list(TASKS)
     rows = []
-    for score in sorted(scores, key=lambda score: (order.index(score["task"].removesuffix(STAND_IN_MARK)), score["length"] or 0)):
+    for score in sorted(scores, key=lambda score: (order.index(score["task"].partition(" (")[0]), score["length"] or 0)):
         interval = _MISSING if score["interval"] is None else f"{score['interval'][0]:.1f} to {score['interval'][1]:.1f}"
         cells = [score["task"], _length(score["length"]), score["metric"], _score(score["score"]), interval]
         rows.append([*cells, str(score["samples"]), f"{score['seconds']:,.0f}", f"[samples]({score['records']})"])

@@ -32,6 +32,7 @@ from endprompt_megatron.evaluation.task_sources import (
     fingerprint,
     is_offline,
     missing_offline,
+    prose_of,
     sources_of,
     uses_stand_in,
     way_out,
@@ -41,7 +42,7 @@ from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore import runtime as mcore_runtime
 from endprompt_megatron.model import backends
 from endprompt_megatron.output_files import claimed, replace_text
-from endprompt_megatron.report.by_length import STAND_IN_MARK
+from endprompt_megatron.report.by_length import ESSAYS_MARK, STAND_IN_MARK
 from endprompt_megatron.report.evaluation import write_evaluation
 
 RESULTS = "results.json"
@@ -56,16 +57,18 @@ class Pair:
         task: which.
         length: of its prompts in tokens; None where the task has no lengths.
         stand_in: whether its haystack is not the benchmark's.
+        essays: whether a built-in task has the benchmark's in place of noise sentences.
     """
 
     task: HarnessTask
     length: int | None
     stand_in: bool
+    essays: bool = False
 
     @property
     def name(self) -> str:
         """Of the task in results."""
-        return self.task.name + (STAND_IN_MARK if self.stand_in else "")
+        return self.task.name + (STAND_IN_MARK if self.stand_in else ESSAYS_MARK if self.essays else "")
 
     @property
     def unit(self) -> str:
@@ -75,7 +78,8 @@ class Pair:
     @property
     def stem(self) -> str:
         """Of its files."""
-        parts = (self.task.name, "stand_in" if self.stand_in else "", "" if self.length is None else str(self.length))
+        haystack = "stand_in" if self.stand_in else "essays" if self.essays else ""
+        parts = (self.task.name, haystack, "" if self.length is None else str(self.length))
         return "_".join(part for part in parts if part)
 
     def __str__(self) -> str:
@@ -171,8 +175,8 @@ class _Evaluation:
     def _asker(self, engine: str, waiting: list[Pair]) -> Iterator[Harness | BuiltInTasks]:
         """What asks the tasks, with the model loaded."""
         config = self.config
-        if engine == LM_EVAL:
-            longest = max([self.conditions.window, *(pair.length + ANSWER_ROOM for pair in waiting if pair.length)])
+        longest = max([self.conditions.window, *(pair.length + ANSWER_ROOM for pair in waiting if pair.length)])
+        if engine == LM_EVAL and config.backend != MEGATRON:
             yield Harness(config, max_length=longest, lm=self.lm)
             return
         runtime = mcore_runtime.initialize(
@@ -182,7 +186,7 @@ class _Evaluation:
             timeout_minutes=config.launch.hang_timeout_minutes or None,
         )
         try:
-            precision = {"float32": "fp32", "bfloat16": "bf16"}[self.conditions.engines[MEGATRON]["dtype"]]
+            precision = {"float32": "fp32", "bfloat16": "bf16"}[self.conditions.engines[engine]["dtype"]]
             chunks = load_model(
                 Path(config.model),
                 precision=precision,
@@ -190,8 +194,11 @@ class _Evaluation:
                 device=runtime.device,
                 parallel=config.parallel,
             )
-            options = dict(lengths=self._lengths(), texts=self._texts, trained=self._trained())
-            yield BuiltInTasks(config, chunks, **options, device=runtime.device)
+            if engine == LM_EVAL:
+                yield Harness(config, max_length=longest, model=chunks, device=runtime.device, lm=self.lm)
+            else:
+                options = dict(lengths=self._lengths(), texts=self._texts, trained=self._trained())
+                yield BuiltInTasks(config, chunks, **options, device=runtime.device)
         finally:
             mcore_runtime.shut_down()
 
@@ -220,7 +227,7 @@ class _Evaluation:
             )
         paths = vars(self.config.suite.sources)
         return [
-            Pair(task, length, uses_stand_in(task, paths))
+            Pair(task, length, uses_stand_in(task, paths), prose_of(task, paths) == "essays")
             for task in chosen
             for length in (lengths if task.has_lengths else [None])
         ]
@@ -232,7 +239,7 @@ class _Evaluation:
             reason = "it executes code that the model wrote: set suite.allow_code_execution=true where that may be"
         elif pair.task.name == GAP_TASK and self._trained() is None:
             reason = NO_SEGMENTS
-        elif is_offline():
+        elif is_offline() or pair.task.built_in:  # which fetch nothing
             reason = missing_offline(pair.task, vars(self.config.suite.sources), has_punkt=has_punkt())
         if reason is not None:
             self._cannot(pair, reason)
@@ -344,5 +351,5 @@ class _Evaluation:
 
     def _is_of_this_evaluation(self, kept: dict[str, Any]) -> bool:
         """Whether what was kept was asked under these conditions, in this sitting or before."""
-        task = TASKS.get(kept["score"]["task"].removesuffix(STAND_IN_MARK))
+        task = TASKS.get(kept["score"]["task"].partition(" (")[0])
         return task is not None and all(kept["conditions"].get(name) == value for name, value in self.conditions.decisive(task).items())

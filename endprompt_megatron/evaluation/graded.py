@@ -17,11 +17,10 @@ from endprompt_megatron.evaluation.gap_probe import make_gap_haystacks, summaris
 from endprompt_megatron.evaluation.harness import Sample
 from endprompt_megatron.evaluation.needle import Haystack, make_haystacks, score_haystacks, summarise
 from endprompt_megatron.evaluation.perplexity import held_out_blocks, losses_by_window
-from endprompt_megatron.evaluation.suite import EvaluateConfig
+from endprompt_megatron.evaluation.suite import PREFILL_CHUNK, EvaluateConfig
 from endprompt_megatron.evaluation.task_sources import GAP_TASK, LOG_PERPLEXITY, NEEDLE_PREFIX, HarnessTask
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 
-PREFILL_CHUNK = 4096  # tokens
 _HAYSTACKS, _DOCUMENTS = 10, 8  # where suite.samples is null
 NO_SEGMENTS = (
     "the model has no endprompt.json that names an end prompt, so which distances were trained is not known: set "

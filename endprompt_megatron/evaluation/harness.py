@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from endprompt_megatron.checkpoint.hf_tokenizer import load_tokenizer
+from endprompt_megatron.checkpoint.hf_tokenizer import end_tokens, load_tokenizer
 from endprompt_megatron.errors import BackendUnavailableError, DataError
 from endprompt_megatron.evaluation.ruler_prompts import bounded, generator_of, replaced
-from endprompt_megatron.evaluation.suite import RULER_SAMPLES, EvaluateConfig
+from endprompt_megatron.evaluation.suite import MEGATRON, PREFILL_CHUNK, RULER_SAMPLES, EvaluateConfig
 from endprompt_megatron.evaluation.task_sources import PUNKT, RULER, SOURCES, HarnessTask, is_offline, sources_of
 from endprompt_megatron.log import Progress
+from endprompt_megatron.model.gpt import EndPromptGPTModel
 
 VERSION = "0.4.13"
 INSTALL = "pip install -e '.[eval]'"
@@ -106,10 +107,20 @@ class Harness:
     Args:
         config: of the evaluation.
         max_length: tokens that a prompt and its answer may take together, at most.
+        model: on Megatron-Core, of backend megatron; the others load theirs.
+        device: of that model.
         lm: an lm-eval LM in the model's place, for tests.
     """
 
-    def __init__(self, config: EvaluateConfig, *, max_length: int, lm: Any = None):
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        *,
+        max_length: int,
+        model: EndPromptGPTModel | list[EndPromptGPTModel] | None = None,
+        device: torch.device | None = None,
+        lm: Any = None,
+    ):
         self.config, self.max_length = config, max_length
         self.metadata: dict[str, Any] = {"tokenizer": str(config.model), "max_seq_lengths": []}
         import lm_eval.tasks
@@ -120,7 +131,24 @@ class Harness:
             include_defaults=False, include_path=[str(folder / name) for name in _TASK_FOLDERS], metadata=self.metadata
         )
         self._own_model = lm is None
-        self.lm = lm or self._load()
+        self.lm = lm or (self._load() if model is None else self._wrap(model, device))
+        if self._own_model:
+            self._check_bos(self.lm)
+
+    def _wrap(self, model: EndPromptGPTModel | list[EndPromptGPTModel], device: torch.device) -> Any:
+        from endprompt_megatron.evaluation.megatron_lm import MegatronLM
+
+        model_dir = Path(self.config.model)
+        tokenizer = load_tokenizer(model_dir)
+        return MegatronLM(
+            model,
+            tokenizer,
+            end_tokens=end_tokens(model_dir, tokenizer),
+            bos=tokenizer.bos_token_id if self._wants_bos() else None,
+            max_length=self.max_length,
+            prefill_chunk=PREFILL_CHUNK,
+            device=device,
+        )
 
     def _load(self) -> Any:
         config = self.config
@@ -133,15 +161,12 @@ class Harness:
             # vLLM multiplies max_position_embeddings by a linear factor, and refuses lengths beyond its own idea of the window
             os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
             own |= {"max_model_len": self.max_length, "tensor_parallel_size": config.tensor_parallel_size, "seed": config.seed}
-            lm = VLLM(**own, batch_size="auto")
-        else:
-            from lm_eval.models.huggingface import HFLM
+            return VLLM(**own, batch_size="auto")
+        from lm_eval.models.huggingface import HFLM
 
-            device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-            own |= {"max_length": self.max_length, "device": device, "batch_size": config.batch_size, "attn_implementation": "sdpa"}
-            lm = HFLM(**own)
-        self._check_bos(lm)
-        return lm
+        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        own |= {"max_length": self.max_length, "device": device, "batch_size": config.batch_size, "attn_implementation": "sdpa"}
+        return HFLM(**own)
 
     def _wants_bos(self) -> bool:
         return self.config.bos == "one" and bos_token_of(Path(self.config.model)) is not None
@@ -180,6 +205,8 @@ class Harness:
         self.metadata["max_seq_lengths"] = [length] if length else []
         if self._own_model:
             self.lm._max_length = length + ANSWER_ROOM if length else window
+        if self.config.backend == MEGATRON:
+            self.lm.label = label  # it shows its progress itself
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)

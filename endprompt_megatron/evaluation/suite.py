@@ -27,6 +27,7 @@ BOS_RULES = ("one", "none")
 SHORTEST, LONGEST = 512, 131072
 DEFAULT_LENGTHS_FROM = 4096
 RULER_SAMPLES = 500  # what the harness makes of a task and length
+PREFILL_CHUNK = 4096  # tokens of a prompt that backend megatron reads at once
 
 
 @dataclass

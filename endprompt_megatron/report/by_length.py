@@ -11,6 +11,7 @@ from endprompt_megatron.evaluation.task_sources import RULER
 from endprompt_megatron.report.evaluation_plots import Curve, plot_scores_by_length
 
 STAND_IN_MARK = " (stand-in haystack)"
+ESSAYS_MARK = " (essays)"  # of built-in tasks, whose haystack is noise sentences otherwise
 # Source: EndPrompt (arXiv 2605.14589), RULER of Llama-3-8B, 8K -> 64K, one run each
 PAPER_LENGTHS = {"EndPrompt": {4096: 90.92, 8192: 87.07, 16384: 83.28, 32768: 75.23}}
 Scores = Sequence[Mapping[str, Any]]

@@ -9,7 +9,7 @@ from typing import Any
 
 from endprompt_megatron.evaluation.task_sources import BUILT_IN, LONGBENCH, NEEDLE, PERPLEXITY, PROBES, RULER, SHORT, SUITES, TASKS
 from endprompt_megatron.output_files import replace_text
-from endprompt_megatron.report.by_length import PAPER_LENGTHS, STAND_IN_MARK, length_picture
+from endprompt_megatron.report.by_length import ESSAYS_MARK, PAPER_LENGTHS, STAND_IN_MARK, length_picture
 from endprompt_megatron.report.graded import (
     NEEDLE_NOTE,
     PERPLEXITY_NOTE,
@@ -41,7 +41,8 @@ _RULER_NOTE = (
 )
 _PROBES_NOTE = (
     "Synthetic tasks in RULER's form (arXiv 2404.06654) with names and sentences of our own, on Megatron-Core: no RULER scores. Needles "
-    "hide in repeated sentences; prompt and answer fit the length together; an answer counts when it occurs in the output."
+    "hide in repeated sentences where a row does not say otherwise; prompt and answer fit the length together; an answer counts when it "
+    "occurs in the output, and of a question's accepted answers any one is enough, as NVIDIA's program has it."
 )
 _LONGBENCH_NOTE = (
     "Made by lm-eval, which cuts prompts longer than the window at their start, where LongBench's own program cuts the middle out. "
@@ -137,7 +138,8 @@ def _ruler(scores: list[dict[str, Any]]) -> str:
 def _probes(scores: list[dict[str, Any]]) -> str:
     lengths = sorted({score["length"] for score in scores})
     found = {(score["task"], score["length"]): score["score"] for score in scores}
-    names = [task for task in TASKS if any((task, length) in found for length in lengths)]
+    names = [name + mark for name in TASKS for mark in ("", ESSAYS_MARK, STAND_IN_MARK)]
+    names = [name for name in names if any((name, length) in found for length in lengths)]
     values = [[found.get((name, length)) for length in lengths] for name in names]
     rows = [[name, *map(_score, row), _score(_mean(row))] for name, row in zip(names, values, strict=True)]
     means = [_mean(list(column)) for column in zip(*values, strict=True)]
@@ -175,7 +177,7 @@ def _intervals(scores: list[dict[str, Any]]) -> str:
     """Every score with its interval, folded away: it is what a comparison needs and a reader seldom does."""
     order = list(TASKS)
     rows = []
-    for score in sorted(scores, key=lambda score: (order.index(score["task"].removesuffix(STAND_IN_MARK)), score["length"] or 0)):
+    for score in sorted(scores, key=lambda score: (order.index(score["task"].partition(" (")[0]), score["length"] or 0)):
         interval = MISSING if score["interval"] is None else f"{score['interval'][0]:.1f} to {score['interval'][1]:.1f}"
         cells = [score["task"], _length(score["length"]), score["metric"], _score(score["score"]), interval]
         rows.append([*cells, str(score["samples"]), f"{score['seconds']:,.0f}", f"[samples]({score['records']})"])

@@ -55,7 +55,7 @@ OWNERS = {
     "safetensors": {"checkpoint"},
     "tokenizers": {"checkpoint"},
     "transformer_engine": {"model"},
-    "lm_eval": {"evaluation/harness.py"},
+    "lm_eval": {"evaluation/harness.py", "evaluation/megatron_lm.py"},
     "scipy": {"comparison"},
 }
 NO_TORCH = (

@@ -46,7 +46,10 @@ def test_prompts_and_answers_are_those_of_transformers(tiny_model_dir, tmp_path)
 def test_tasks_and_backends_that_do_not_go_together_are_refused(tiny_model_dir, tmp_path):
     with pytest.raises(ConfigError, match="backend=hf: the tasks of probes run on Megatron-Core. Set backend=megatron"):
         EvaluateConfig(model=str(tiny_model_dir), suite=SuiteConfig(name="s", tasks=["probe_niah_single"])).validate()
-    with pytest.raises(ConfigError, match="backend=megatron: lm-eval's tasks run on hf or vllm"):
-        config_of(tiny_model_dir, tmp_path, suite={"tasks": ["ruler"]}).validate()
+    with pytest.raises(ConfigError, match="dtype=float16: Megatron-Core evaluates in float32 or bfloat16"):
+        EvaluateConfig(str(tiny_model_dir), SuiteConfig(name="s", tasks=["ruler"]), backend="megatron", dtype="float16").validate()
+    config_of(tiny_model_dir, tmp_path, suite={"tasks": ["ruler"], "apply_chat_template": True}).validate()  # lm-eval asks Megatron-Core too
+    with pytest.raises(ConfigError, match="suite.apply_chat_template=true: the tasks of probes are raw prompts"):
+        config_of(tiny_model_dir, tmp_path, suite={"apply_chat_template": True}).validate()
     with pytest.raises(ConfigError, match="lm-eval does not know the tasks of probes"):
         config_of(tiny_model_dir, tmp_path, suite={"tasks": ["probe_niah_single", "ruler_vt"]}).validate()

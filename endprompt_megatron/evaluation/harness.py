@@ -36,6 +36,7 @@ ANSWER_ROOM = 512
 # the harness's folders that hold the tasks: reading all of its thousands of descriptions takes half a minute
 _TASK_FOLDERS = ("ruler", "longbench", "mmlu/default", "gsm8k", "hellaswag", "humaneval")
 _PROBE = "The grass is green."
+_START = "_state_when_loaded"  # of the generator of a RULER module
 _REQUESTS_AT_ONCE = {"generate_until": 8, "loglikelihood": 256}  # between two progress lines, times the batch size
 
 
@@ -256,12 +257,19 @@ class Harness:
             yield _environment("HF_ALLOW_CODE_EVAL", "1")
 
     def _ruler_module(self, name: str) -> ModuleType:
-        """The module as the harness itself will find it, fresh: common words draws from a generator of its own that never starts again."""
+        """The module as the harness itself will find it, fresh: common words draws from a generator of its own that never starts again. It is
+        set back, because to load it anew takes seconds; another's caches begin anew with it."""
         from lm_eval.tasks._yaml_loader import _load_module_with_cache
 
+        module = sys.modules.get(f"lm_eval.tasks.ruler.{name}")
+        if hasattr(module, _START):
+            module.RNG.setstate(getattr(module, _START))
+            return module
         sys.modules.pop(f"lm_eval.tasks.ruler.{name}", None)
         with _no_nltk_download() if is_offline() else contextlib.nullcontext():
             module = _load_module_with_cache(self._ruler / f"{name}.py")
+        if hasattr(module, "RNG"):
+            setattr(module, _START, module.RNG.getstate())
         if hasattr(module, "get_haystack"):
             module.get_haystack.cache_clear()
         return module

@@ -138,7 +138,11 @@ def test_a_stop_sequence_ends_the_writing_and_not_only_the_text(lms, monkeypatch
     (free,) = _ask(megatron, "generate_until", (TEXTS[0], settings))
     calls = []
     forward = type(megatron.model[0]).forward
-    counted = lambda self, *args, **kwargs: calls.append(1) or forward(self, *args, **kwargs)  # noqa: E731
+
+    def counted(self, *args, **kwargs):
+        calls.append(1)
+        return forward(self, *args, **kwargs)
+
     monkeypatch.setattr(type(megatron.model[0]), "forward", counted)
     _ask(megatron, "generate_until", (TEXTS[0], settings | {"until": [free[:5]]}))
     assert len(calls) < 16

@@ -75,7 +75,9 @@ class Examination:
 
     @property
     def can_run_nothing(self) -> bool:
-        """Whether no experiment can run, in whole or in part."""
+        """Whether no experiment can run, in whole or in part; where none is known, whether something is missing that every run needs."""
+        if not self.verdicts:
+            return any(finding.key in EVERY_RUN_NEEDS and finding.level == MISSING for finding in self.findings)
         return all(verdict.verdict == NO for verdict in self.verdicts)
 
     def lacks(self, keys: Iterable[str]) -> list[Finding]:
@@ -138,5 +140,5 @@ def _gpu_verdict(needs: Needs, gpus: Sequence[Gpu]) -> Verdict:
         return Verdict(needs.name, NO, f"{asked}, here {'is' if len(gpus) == 1 else 'are'} {len(gpus) or 'none'}")
     smallest = min(gpu.memory_gib for gpu in gpus)
     if smallest < _SMALLER * needs.gpu_memory_gib:
-        return Verdict(needs.name, UNSURE, f"{asked} with {needs.gpu_memory_gib:.0f} GiB, here {smallest:.0f}: dry_run=true tells what fits")
+        return Verdict(needs.name, UNSURE, f"{asked}, here {smallest:.0f} GiB are the least: dry_run=true tells what fits")
     return Verdict(needs.name, PART, asked) if needs.nodes > 1 else Verdict(needs.name, YES)

@@ -109,14 +109,16 @@ def transformer_engine_finding() -> Finding:
 
 
 def _unusable_transformer_engine(version: str | None, answer: Answer, meaning: str) -> Finding:
-    if version is None and "ModuleNotFoundError" in answer.error:
+    if version is None and "No module named 'transformer_engine'" in answer.error:
         return Finding("te", MISSING, "not installed", meaning, _IMAGE)
     seen = f"{version or 'without metadata'}, but it does not import: {answer.error}"
+    if answer.timed_out:
+        return Finding("te", MISSING, seen, meaning, "The machine is busy or its file system slow: try again.")
     parts = [name for name in ("transformer-engine-torch", "transformer-engine-cu12", "transformer-engine-cu13") if installed(name)]
     if "meta package" in answer.error or (version is not None and not parts):
         advice = "That is the empty meta package: pip install --no-build-isolation 'transformer-engine[pytorch]' where CUDA's compiler is."
         return Finding("te", MISSING, seen, meaning, f"{advice} {_IMAGE}")
-    advice = "It has to be built for this very torch and CUDA; LD_LIBRARY_PATH has to reach cuDNN, cuBLAS and NCCL."
+    advice = "It has to be built for this very torch and CUDA; LD_LIBRARY_PATH has to reach their libraries."
     return Finding("te", MISSING, seen, meaning, f"{advice} {_IMAGE}")
 
 

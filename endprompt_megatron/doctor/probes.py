@@ -10,7 +10,8 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-_TIMEOUT_SECONDS = 120  # the first import of torch or Transformer Engine from a network file system takes its time
+_TIMEOUT_SECONDS = 300  # the first import of Transformer Engine took 50 s on a busy machine; network file systems are slower still
+_NO_ANSWER = "no answer"
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Answer:
     text: str = ""
     error: str = ""
 
+    @property
+    def timed_out(self) -> bool:
+        """Whether there was no answer in time."""
+        return self.error.startswith(_NO_ANSWER)
+
 
 def run_command(*command: str, timeout: float = _TIMEOUT_SECONDS) -> Answer:
     """Run a program and return its output, or why it failed."""
@@ -35,7 +41,7 @@ def run_command(*command: str, timeout: float = _TIMEOUT_SECONDS) -> Answer:
     except OSError as error:
         return Answer(error=f"{command[0]} cannot be started: {error.strerror}")
     except subprocess.TimeoutExpired:
-        return Answer(error=f"no answer within {timeout:g} s")
+        return Answer(error=f"{_NO_ANSWER} within {timeout:g} s")
     if done.returncode < 0:
         return Answer(text=done.stdout, error=f"it crashed with {signal.Signals(-done.returncode).name}")
     if done.returncode:
@@ -70,8 +76,9 @@ import json, megatron.core, megatron.core.dist_checkpointing, megatron.core.mode
 print(json.dumps({"version": megatron.core.__version__}))
 """
 
+# torch first, as in a run: it loads NCCL and cuDNN, which Transformer Engine's library then finds
 TRANSFORMER_ENGINE = """
-import json, transformer_engine, transformer_engine.pytorch
+import json, torch, transformer_engine, transformer_engine.pytorch
 print(json.dumps({"version": transformer_engine.__version__}))
 """
 

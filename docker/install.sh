@@ -73,7 +73,8 @@ cat "$scratch/before" >>"$scratch/constraints.txt"
 
 # NVIDIA's images set PIP_CONSTRAINT to a list of everything in them; of that only what is in $scratch/before must stay as it is.
 PIP_CONSTRAINT='' "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$scratch/constraints.txt" \
-    --editable "$root${extras:+[$extras]}" ${requirements[@]+"${requirements[@]}"}
+    --editable "$root${extras:+[$extras]}" ${requirements[@]+"${requirements[@]}"} ||
+    fail "pip could not install the project, see above; held at the image's versions: $(paste -sd ' ' "$scratch/before")"
 
 kernel_packages "$venv/bin/python" >"$scratch/after"
 while IFS= read -r kept; do

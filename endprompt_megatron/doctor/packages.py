@@ -52,7 +52,7 @@ def megatron_core_finding() -> Finding:
     answer = run_python(MEGATRON)
     if not answer.error:
         return Finding("megatron_core", OK, version)
-    advice = "Mend what the error names; `make venv` makes an environment that works."
+    advice = "Mend what the error names (it imports Transformer Engine on its way, where that is installed); or make venv."
     resiliency = installed("nvidia-resiliency-ext")
     if resiliency is not None and release(resiliency) < RESILIENCY_LOWEST:
         advice = f"nvidia-resiliency-ext {resiliency} is too old for it: pip install 'nvidia-resiliency-ext>=0.6', or uninstall it."

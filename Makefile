@@ -8,7 +8,7 @@ TRANSFORMERS4 := $(VENV)/transformers4
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv extend test test-fast lint bench model clean
+.PHONY: help venv extend doctor test test-fast lint bench model clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -16,14 +16,16 @@ help: ## list the commands
 
 venv: $(READY) ## make the virtual environment
 
-$(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; try make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,eval]'
+# the images of docker/ are installed by the same script
+$(READY): pyproject.toml constraints.txt docker/install.sh
+	docker/install.sh --venv $(VENV) --python $(PYTHON) --extras dev,eval
 	touch $@
 
 extend: $(READY) ## the main job on the embedded default: SmolLM2-135M, 8K -> 16K, on a CPU
 	$(BIN)/python -W ignore recipes/extend.py $(ARGS)
+
+doctor: $(READY) ## what this machine can run, and what to do about what it cannot
+	$(BIN)/python tools/doctor.py $(ARGS)
 
 # an older transformers beside the installed one: exports must open in both
 $(TRANSFORMERS4)/.ready: $(READY)

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "config": {"config_rules"},
     "config_rules": set(),
     "launch": {"config", "mcore"},
+    "doctor": {"mcore"},
     "mcore": {"config"},
     "data": {"positions", "config", "mcore"},
     "model": {"rope", "config", "mcore"},
@@ -59,7 +60,7 @@ OWNERS = {
     "scipy": {"comparison"},
 }
 NO_TORCH = (
-    "positions", "theory", "planning", "errors", "log", "config", "rope/scaling.py", "model/architecture.py", "checkpoint/hf_config.py",
+    "positions", "theory", "planning", "doctor", "errors", "log", "config", "rope/scaling.py", "model/architecture.py", "checkpoint/hf_config.py",
 )  # fmt: skip
 
 

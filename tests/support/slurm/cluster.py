@@ -1,4 +1,4 @@
-"""A real Slurm of three virtual nodes on this machine, for tests. It lives in namespaces of its own and ends with the process that started
+"""A real Slurm of virtual nodes on this machine, for tests. It lives in namespaces of its own and ends with the process that started
 it, however that ends."""
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Cluster:
         process: the one whose end is the cluster's.
     """
 
-    def __init__(self, directory: Path, *, nodes: int = 3):
+    def __init__(self, directory: Path, *, nodes: int = 4):
         self.directory, self.nodes = directory, nodes
 
     def __enter__(self) -> Cluster:
@@ -98,6 +98,10 @@ class Cluster:
             time.sleep(0.2)
         return found
 
-    def cut_power(self, node: str) -> None:
-        """Kill a node with all that runs on it."""
+    def nodes_of(self, number: str) -> list[str]:
+        """Names of the nodes that a job runs on, or ran on last; the first holds rank 0."""
+        return self.run("scontrol", "show", "hostnames", self.job(number)["NodeList"]).stdout.split()
+
+    def kill_node(self, node: str) -> None:
+        """Kill a node: its slurmd, and all tasks on it."""
         self.run("bash", "-c", f"kill -KILL $(cat {self.directory}/{node}.pid)")

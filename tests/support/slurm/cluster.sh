@@ -3,10 +3,11 @@
 # every daemon and task and removes every network and mount, so that nothing can stay behind.
 #   cluster.sh DIRECTORY NODES
 # Writes DIRECTORY/ready once the nodes are idle. Each node has its own host name, processes and network (no uplink, and another loopback),
-# so that a rendezvous at 127.0.0.1 fails here as it does on a cluster. `kill -KILL $(cat DIRECTORY/NODE.pid)` is a power cut.
+# so that a rendezvous at 127.0.0.1 fails here as it does on a cluster, and DIRECTORY/disk for itself; all else is shared.
+# `kill -KILL $(cat DIRECTORY/NODE.pid)` ends a node.
 set -euo pipefail
 directory=$1 count=$2
-mkdir -p "$directory"/{state,spool,log}
+mkdir -p "$directory"/{state,spool,log,disk}
 
 # the controller's side of the network, and one cable a node
 mount -t tmpfs tmpfs /run # for ip netns, whose names would be the whole machine's
@@ -36,7 +37,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket=$directory/munge.socket,cred_expire=3
+AuthInfo=socket=$directory/munge.socket,cred_expire=5
 StateSaveLocation=$directory/state
 SlurmdSpoolDir=$directory/spool/%n
 SlurmctldPidFile=$directory/slurmctld.pid
@@ -87,7 +88,7 @@ for ((node = 1; node <= count; node++)); do
     # the shell is the node's first process: it reaps what others leave, and takes the node with it
     # shellcheck disable=SC2016 # expanded there
     ip netns exec "node$node" unshare --uts --mount --pid --fork --kill-child=KILL --mount-proc \
-        bash -c 'hostname "$1" && { slurmd -D -N "$1" & while kill -0 $! 2>/dev/null; do wait; done; }' node "node$node" &
+        bash -c 'hostname "$1" && mount -t tmpfs tmpfs "$2" && { slurmd -D -N "$1" & while kill -0 $! 2>/dev/null; do wait; done; }' node "node$node" "$directory/disk" &
     echo $! >"$directory/node$node.pid"
 done
 until [[ $(sinfo --noheader --Node --partition=main --format=%t 2>/dev/null | grep -c idle) -eq $count ]]; do sleep 0.1; done

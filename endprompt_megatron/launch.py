@@ -17,7 +17,10 @@ from endprompt_megatron.errors import EXIT_RESUME, ConfigError
 from endprompt_megatron.log import get_logger
 from endprompt_megatron.mcore.children import STOP_SIGNALS, end_with_parent
 
-_DEFAULT_PORT = 29501
+# Ports of job steps: [20000, 32007), below those that Linux lends to clients (32768 and up). Their number is a prime: steps of one job, and
+# jobs that were submitted near each other, land apart.
+_FIRST_PORT, _PORTS, _PORTS_A_JOB = 20_000, 12_007, 101
+_FIRST_UNNUMBERED_STEP = 0xFFFFFFF0  # slurm.h: from here on batch scripts, interactive shells and the like
 _LAUNCHER = "ENDPROMPT_LAUNCHER"  # process id of the plain start, for its workers
 
 
@@ -40,14 +43,19 @@ def adopt_srun_environment() -> None:
     """
     if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) < 2:
         return
-    if "SLURM_STEP_ID" not in os.environ and "SLURM_STEPID" not in os.environ:
-        return  # the batch script itself, not a task of srun
+    step = os.environ.get("SLURM_STEP_ID") or os.environ.get("SLURM_STEPID")
+    if not step or int(step) >= _FIRST_UNNUMBERED_STEP:
+        return  # the batch script itself or the shell of salloc, not a task of srun
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
     os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
     os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
     os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
-    # one port a job step: two jobs on one node must not meet
-    os.environ.setdefault("MASTER_PORT", str(_DEFAULT_PORT + int(os.environ.get("SLURM_JOB_ID", "0")) % 10000))
+    os.environ.setdefault("MASTER_PORT", str(_step_port(int(os.environ.get("SLURM_JOB_ID", "0")), int(step))))
+
+
+def _step_port(job: int, step: int) -> int:
+    """The port of a job step, which all its tasks know without asking: two jobs, or two steps of one, must not meet on a node."""
+    return _FIRST_PORT + (_PORTS_A_JOB * job + step) % _PORTS
 
 
 def _first_slurm_host() -> str:

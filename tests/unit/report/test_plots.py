@@ -1,3 +1,6 @@
+"""Pictures of a run's report, beyond what test_report.py looks at."""
+
+from __future__ import annotations
 
 
 def test_systems_with_names_of_their_own_are_told_apart(tmp_path, monkeypatch):

@@ -6,18 +6,21 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from endprompt_megatron.precision_rules import precision_problems
+
 if TYPE_CHECKING:  # plain numbers only: the schema imports nothing but errors and these rules
     from endprompt_megatron.config import ParallelConfig, RunConfig
     from endprompt_megatron.model.architecture import ModelArchitecture
     from endprompt_megatron.rope.scaling import RopeScaling
 
-# Keys that may differ between the sittings of one run: how long, how often it reports, how it is cut over processes, what it does about
-# faults, how it is probed; never what is trained.
+# Keys that may differ between the sittings of one run: how long, how often it reports, how it is cut over processes and by which kernels
+# it is computed, what it does about faults, how it is probed; never what is trained.
 _FREE_KEYS = (
     "dry_run",
     "control",
     "output_dir",
     "cpu_threads",
+    "backend",
     "parallel",
     "trainer.max_steps",
     "trainer.micro_batch_size",
@@ -58,6 +61,7 @@ def find_problems(
         *_attention_problems(config),
         *_adapter_problems(config),
         *_layout_problems(config, world_size, architecture),
+        *precision_problems(config, architecture),
         *_number_problems(config),
     ]
 
@@ -274,6 +278,11 @@ def cut_problems(parallel: ParallelConfig, *, world_size: int, architecture: Mod
 
 def _layout_problems(config: RunConfig, world_size: int, architecture: ModelArchitecture) -> list[str]:
     parallel, trainer = config.parallel, config.trainer
+    if world_size < 1:
+        return [
+            f"launch.num_nodes={config.launch.num_nodes}, launch.nproc_per_node={config.launch.nproc_per_node}: both must be >= 1; null "
+            f"processes are one a GPU."
+        ]
     problems = cut_problems(parallel, world_size=world_size, architecture=architecture)
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     pipeline, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
@@ -312,8 +321,6 @@ def _number_problems(config: RunConfig) -> list[str]:
         problems.append(f"accelerator={config.accelerator}: choose auto, gpu or cpu.")
     if config.seed < 0:
         problems.append(f"seed={config.seed}: must be >= 0.")
-    if config.backend not in ("auto", "torch"):
-        problems.append(f"backend={config.backend}: choose auto or torch.")
     if config.model.source not in (None, "smollm2_135m", "tiny_random"):
         problems.append(f"model.source={config.model.source}: choose smollm2_135m, tiny_random or null.")
     least_of = {
@@ -353,8 +360,6 @@ def _number_problems(config: RunConfig) -> list[str]:
             f"optim.warmup_steps={config.optim.warmup_steps}: must be less than trainer.max_steps={config.trainer.max_steps} "
             f"for lr_schedule={config.optim.lr_schedule}."
         )
-    if config.precision.name not in ("auto", "bf16", "fp32"):
-        problems.append(f"precision.name={config.precision.name}: choose auto, bf16 or fp32.")
     if not config.data.train:
         problems.append("data.train is empty: name at least one corpus, e.g. data.train='[{path: my_texts.jsonl}]'.")
     for key, sources in (("train", config.data.train), ("validation", config.data.validation)):

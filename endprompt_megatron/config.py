@@ -312,12 +312,14 @@ class LaunchConfig:
     Attributes:
         nproc_per_node: processes on this host; null means one a GPU, or one on a CPU.
         num_nodes: hosts; more than one needs srun or torchrun to start them.
+        gpu: kind of GPU that a dry run plans for: a name of planning/throughput.py's table.
         hang_timeout_minutes: a rank that finishes no training step for so long ends the job and shows where it stands; so does a
             collective that some rank never joins. Longer than the longest step, save or held-out loss; 0 waits for ever.
     """
 
     nproc_per_node: Optional[int] = None
     num_nodes: int = 1
+    gpu: str = "H100-80GB"
     hang_timeout_minutes: float = 30.0
 
 

@@ -249,6 +249,11 @@ def _layout_problems(config: RunConfig, world_size: int, architecture: ModelArch
     for key, size in sizes.items():
         if size < 1:
             problems.append(f"parallel.{key}={size}: must be >= 1.")
+    if world_size < 1:
+        problems.append(
+            f"launch.num_nodes={config.launch.num_nodes}, launch.nproc_per_node={config.launch.nproc_per_node}: both must be >= 1; null "
+            f"processes are one a GPU."
+        )
     if problems:
         return problems
     tensor, pipeline, context = sizes.values()

@@ -7,6 +7,7 @@ default on a CPU. `--help` lists the groups, `--cfg job` prints the composed val
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,9 +63,11 @@ def run(composed: DictConfig) -> None:
         launch.adopt_srun_environment()
         launch.end_with_launcher()
         if config.dry_run:
-            from endprompt_megatron.preflight import plan
+            warnings.filterwarnings("ignore", module="megatron")  # of what a laptop lacks
+            from endprompt_megatron.dry_run import dry_run
 
-            print("\n".join(plan(config, world_size=launch.planned_world_size(config))))
+            for line in dry_run(config, world_size=launch.planned_world_size(config)):
+                print(line, flush=True)
             return
         from endprompt_megatron.extend import extend, prepare
 

@@ -34,10 +34,15 @@ MAY_IMPORT = {
     "training": {"data", "model", "checkpoint", "config", "mcore", "planning"},
     "evaluation": {"model", "checkpoint", "config", "theory"},
     "comparison": {"mcore"},
-    "report": {"evaluation", "comparison", "theory"},
+    "report": {"evaluation", "comparison", "planning", "theory"},
     "compare": {"comparison", "report"},
+    "plan": {"config", "launch", "planning", "preflight", "report"},
     "evaluate": {"checkpoint", "comparison", "config", "evaluation", "mcore", "model", "report"},
     "preflight": {"checkpoint", "config", "config_rules", "precision_rules", "data", "model", "planning", "positions", "rope"},
+    "fitting": {"config"},
+    "dry_run": {
+        "preflight", "fitting", "launch", "config", "data", "mcore", "model", "planning", "positions", "precision_rules", "rope",
+    },
     "extend": {
         "preflight", "checkpoint", "config", "data", "evaluation", "launch", "mcore", "model", "positions", "report", "rope", "training",
     },

@@ -15,6 +15,9 @@ from endprompt_megatron.config import RunConfig
 from endprompt_megatron.errors import EXIT_RESUME, ConfigError
 from endprompt_megatron.log import get_logger
 from endprompt_megatron.mcore.children import STOP_SIGNALS, end_with_parent
+from endprompt_megatron.mcore.optional_packages import treat_broken_as_missing
+
+treat_broken_as_missing()  # every recipe imports this module first, before megatron.core
 
 _DEFAULT_PORT = 29501
 _LAUNCHER = "ENDPROMPT_LAUNCHER"  # process id of the plain start, for its workers

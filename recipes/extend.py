@@ -23,9 +23,6 @@ from endprompt_megatron import launch  # noqa: E402
 from endprompt_megatron.config import RunConfig  # noqa: E402
 from endprompt_megatron.errors import EXIT_RESUME, EXIT_USER_ERROR, USER_ERRORS, ConfigError, RunInterrupted  # noqa: E402
 from endprompt_megatron.mcore.children import outlast_stop_signals  # noqa: E402
-from endprompt_megatron.mcore.optional_packages import treat_broken_as_missing  # noqa: E402
-
-treat_broken_as_missing()  # before megatron.core is imported
 
 DEFAULT_EXPERIMENT = "smollm2_135m_16k_cpu"
 

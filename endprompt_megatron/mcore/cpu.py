@@ -171,8 +171,8 @@ class _WeightGradientGemm:
 
 
 def _replace_gradient_accumulation_kernel() -> None:
-    """Stands in for the CUDA extension that tensor_parallel/layers.py imports for gradient_accumulation_fusion, and for Transformer Engine's
-    buffer on the GPU that goes with it where that is installed."""
+    """Stands in for the CUDA extension that tensor_parallel/layers.py imports for gradient_accumulation_fusion, and for Transformer
+    Engine's buffer on the GPU that goes with it where that is installed."""
     from megatron.core.tensor_parallel import layers
 
     layers.fused_weight_gradient_mlp_cuda = _WeightGradientGemm

@@ -62,7 +62,6 @@ def run(composed: DictConfig) -> None:
         if config.dry_run:
             warnings.filterwarnings("ignore", module="megatron")  # of what a laptop lacks
             from endprompt_megatron.dry_run import dry_run
-
             for line in dry_run(config, world_size=launch.planned_world_size(config)):
                 print(line, flush=True)
             return

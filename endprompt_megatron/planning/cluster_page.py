@@ -38,7 +38,8 @@ def describe_cluster(
         f"    {command}",
         "",
         f"{count_parameters(request.shape):,} parameters, {request.precision}; {request.global_batch_size} samples of "
-        f"{request.seq_length:,} tokens a step; hours are for {words_of_tokens(tokens)} tokens. A {request.hardware} has {hardware.memory_gib:.1f} GiB.",
+        f"{request.seq_length:,} tokens a step; hours are for {words_of_tokens(tokens)} tokens. {request.hardware}: "
+        f"{hardware.memory_gib:.1f} GiB.",
         "",
         *_ranking_lines(request, ranking, experiment, tokens, rows),
         *_rejection_lines(ranking),
@@ -180,8 +181,8 @@ def _assumption_lines(request: ClusterRequest) -> list[str]:
         f"memory {LINK_SHARE:.0%} of their bandwidth; every message costs {MESSAGE_SECONDS * 1e6:.0f} microseconds. One share a GPU is "
         f"calibrated on a published speed, the others are assumptions (planning/throughput.py names them).",
         f"- Memory is that of tensors: 4 bytes of gradient and 12 of optimizer state a parameter beside its weight, optimizer state split "
-        f"over DP x CP, {kernels}. A layout fits where a reserve is left for CUDA context, NCCL and fragmentation (1 GiB, 0.5 for each kind of "
-        f"group, 3 % of the GPU).",
+        f"over DP x CP, {kernels}. A layout fits where a reserve is left for CUDA context, NCCL and fragmentation (1 GiB, 0.5 for each "
+        f"kind of group, 3 % of the GPU).",
         "- Gradients and weights travel beside the last backward and the first forward pass; interleaved stages send beside their work.",
         "- Left out: start-up, data loading, checkpoints, evaluation, the starts of small kernels, slow nodes, congestion, failures.",
         "- A sample counts its physical tokens, so that both methods train on as many; full-length steps have as many samples.",

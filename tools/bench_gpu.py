@@ -278,9 +278,9 @@ def page(arguments: argparse.Namespace, variants: list[Variant], architecture: M
         f"{count_parameters(model_shape(architecture)):,} parameters (hidden {architecture.hidden_size}, ffn "
         f"{architecture.ffn_hidden_size}, {architecture.num_attention_heads} heads, {architecture.num_query_groups} KV heads, vocabulary "
         f"{architecture.vocab_size:,}), random weights, one rank, samples of S tokens at EndPrompt's positions up to L = "
-        f"{arguments.target:,} beside samples of {arguments.long or arguments.target:,} tokens (one a step, with full recomputation). Whole "
-        f"optimizer steps: {arguments.micro_batches} micro-batches of one sample, AdamW included; medians over {arguments.rounds} rounds of "
-        f"{arguments.steps} steps in turn, after {arguments.warmup} that are not measured.",
+        f"{arguments.target:,} beside samples of {arguments.long or arguments.target:,} tokens (one a step, with full recomputation). "
+        f"Whole optimizer steps: {arguments.micro_batches} micro-batches of one sample, AdamW included; medians over {arguments.rounds} "
+        f"rounds of {arguments.steps} steps in turn, after {arguments.warmup} that are not measured.",
         "",
         *table(variants, architecture, hardware_of(machine.gpu) if where == machine.gpu else None),
         "",

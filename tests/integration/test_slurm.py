@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -68,7 +68,7 @@ class Job:
     def told(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
-    def wait_until(self, what, seconds: float = 120) -> None:
+    def wait_until(self, what: Callable[[], bool], seconds: float = 400) -> None:
         deadline = time.monotonic() + seconds
         while not what():
             assert time.monotonic() < deadline, self.told() + self.cluster.told()
@@ -77,7 +77,7 @@ class Job:
     def wait_for_ranks(self, starts: int = 1) -> None:
         self.wait_until(lambda: self.told().count("temporary files in") == 2 * starts)
 
-    def end(self, seconds: float = 180) -> dict[str, str]:
+    def end(self, seconds: float = 600) -> dict[str, str]:
         return self.cluster.wait_for_end(self.number, seconds)
 
     def records(self) -> list[tuple[int, float, float]]:

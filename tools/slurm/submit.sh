@@ -188,7 +188,7 @@ huggingface=${HF_HOME:-$HOME/.cache/huggingface}
 if [[ $container == none ]]; then
     if [[ -n $image ]]; then problem "--image $image with --container none: choose --container pyxis or apptainer, or leave --image out."; fi
     if [[ -n $mounts ]]; then problem "--mounts $mounts with --container none: there is nothing to mount into. Leave it out."; fi
-elif [[ -z $image ]]; then
+elif [[ -z $image && $container =~ ^(pyxis|apptainer)$ ]]; then
     problem "--container $container needs --image: a file, or REGISTRY#NAME:TAG (pyxis) or docker://NAME:TAG (apptainer)."
 elif [[ -e $image ]]; then
     image=$(absolute "$image")

@@ -66,7 +66,7 @@ PreemptMode=REQUEUE
 KillWait=15
 MessageTimeout=5
 TCPTimeout=2
-SlurmdTimeout=10
+SlurmdTimeout=15
 InactiveLimit=0
 CONF
 for ((node = 1; node <= count; node++)); do

@@ -12,7 +12,8 @@ ARGS ?=
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
-	@echo 'PYTHON=python3.12 chooses the interpreter (megatron-core 0.19 instead of 0.16), ARGS="key=value ..." goes to recipes/extend.py.'
+	@echo 'PYTHON=python3.12 chooses the interpreter (megatron-core 0.19 instead of 0.16), ARGS="key=value ..." goes to recipes/extend.py,'
+	@echo 'TESTS="tests/unit -k rope" to pytest.'
 
 venv: $(READY) ## make the virtual environment
 

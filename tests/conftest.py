@@ -20,6 +20,16 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("endprompt", deadline=None, derandomize=True, max_examples=100)
 hypothesis.settings.load_profile("endprompt")
 
+# Neither torch nor Megatron can break these: the second leg of .ci/run, on another megatron-core, leaves them out (-m 'not once').
+_ONCE = ("unit/planning/", "unit/positions/", "unit/theory/", "unit/report/", "unit/comparison/", "unit/docker/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what one run on one Python is enough for."""
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).as_posix().startswith(_ONCE):
+            item.add_marker(pytest.mark.once)
+
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:

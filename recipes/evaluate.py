@@ -2,8 +2,9 @@
 
 Asks the model that lies in a Hugging Face directory (any export of recipes/extend.py) the tasks of a suite, and writes results.json, every
 answer (records/) and a page with the paper's columns. Suites ruler, longbench, short and all have lm-eval underneath (`pip install -e
-'.[eval]'`), probes runs on Megatron-Core alone. The same command goes on where it stopped. Tasks that cannot run are named with the reason;
-HF_HUB_OFFLINE=1 says beforehand that there is no network.
+'.[eval]'`), with transformers, vLLM or, by backend=megatron, the Megatron model behind it; probes runs on Megatron-Core alone.
+The same command goes on where it stopped. Tasks that cannot run are named with the reason; HF_HUB_OFFLINE=1 says beforehand that there is
+no network.
 """
 
 from __future__ import annotations

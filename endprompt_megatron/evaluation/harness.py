@@ -257,8 +257,8 @@ class Harness:
             yield _environment("HF_ALLOW_CODE_EVAL", "1")
 
     def _ruler_module(self, name: str) -> ModuleType:
-        """The module as the harness itself will find it, fresh: common words draws from a generator of its own that never starts again.
-        It is set back, because to load it anew takes seconds; another's caches begin anew with it."""
+        """The module as the harness itself will find it, fresh: common words draws from a generator of its own that never starts again; it
+        is set back, because to load its module anew takes seconds."""
         from lm_eval.tasks._yaml_loader import _load_module_with_cache
 
         module = sys.modules.get(f"lm_eval.tasks.ruler.{name}")

@@ -100,3 +100,18 @@ def test_local_prose_hides_the_facts_and_is_named(tiny_model_dir, tmp_path, aske
     page = (tmp_path / "out" / "evaluation.md").read_text()
     assert all(f"| {name} | 100.0 |" in page for name in named)
     assert results["conditions"]["local_sources"] == {source: str(tmp_path / "prose")}
+
+
+def test_lm_evals_tasks_are_asked_of_the_same_model(word_model_dir, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e .[eval]")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    suite = SuiteConfig(name="ruler", tasks=["ruler_fwe"], lengths=[512], samples=1)
+    options = dict(model=str(word_model_dir), backend="megatron", dtype="float32", device="cpu", suite=suite)
+    assert evaluate(EvaluateConfig(output_dir=str(tmp_path), **options), command="c")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [entry["task"] for entry in results["scores"]] == ["ruler_fwe"] and results["not_run"] == []
+    conditions = results["conditions"]
+    assert (conditions["harness"], conditions["backend"]) == ("lm-eval 0.4.13", "Megatron-Core, SDPA attention")
+    assert "512 tokens beyond the length" in conditions["room_for_answers"] and conditions["bos"] == "one, <|im_start|>"
+    (record,) = [json.loads(line) for line in (tmp_path / "records" / "ruler_fwe_512.jsonl").read_text().splitlines()]
+    assert record["output"] and 200 < record["prompt_tokens"] < 600

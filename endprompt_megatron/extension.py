@@ -37,6 +37,13 @@ from endprompt_megatron.model.build import transformer_config
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from endprompt_megatron.rope.scaling import RopeScaling
 
+_SHARED_FIELDS = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "normalization",
+    "layernorm_epsilon", "activation_func", "gated_linear_unit", "add_bias_linear", "add_qkv_bias", "qk_layernorm", "hidden_dropout",
+    "attention_dropout", "gradient_accumulation_fusion", "bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion",
+    "apply_rope_fusion", "persist_layer_norm", "cross_entropy_loss_fusion",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class WindowExtension:
@@ -88,16 +95,12 @@ class WindowExtension:
         base = preflight.check_base(config, world_size=parallel.model_parallel_size)
         return base, preflight.run_rope(config, base.architecture, base.rope)
 
-    def transformer_fields(self, fields: set[str]) -> dict[str, Any]:
-        """What our own runs would set of `fields` in Megatron's configuration of the base, in float32 on one rank; the trainer's strategy
-        sets precision and layout.
-
-        Args:
-            fields: names.
-        """
+    def transformer_fields(self) -> dict[str, Any]:
+        """Numbers and fusions of the base in Megatron's TransformerConfig, as our own runs set them; layout, precision and recomputation
+        are the trainer's."""
         base, _ = self.check()
-        values = vars(transformer_config(base.architecture, parallel=ParallelConfig(), precision="fp32"))
-        return {name: value for name, value in values.items() if name in fields}
+        ours = transformer_config(base.architecture, parallel=ParallelConfig(), precision="fp32")
+        return {name: getattr(ours, name) for name in _SHARED_FIELDS}
 
     def build_chunk(
         self, config: TransformerConfig, *, vp_stage: int | None, pre_process: bool | None = None, post_process: bool | None = None
@@ -129,6 +132,14 @@ class WindowExtension:
             vp_stage=vp_stage,
         )
 
+    def tokenizer_facts(self) -> TokenizerFacts:
+        """What Megatron's dataset code asks of the base's tokenizer.
+
+        Raises:
+            ConfigError, DataError, CheckpointError: as check.
+        """
+        return _tokenizer_facts(self.check()[0])
+
     def build_datasets(
         self,
         train: Blend,
@@ -148,9 +159,10 @@ class WindowExtension:
             DataError: a corpus is too short, or was made with another tokenizer.
         """
         base, _ = self.check()
+        tokenizer = _tokenizer_facts(base)
         for prefix in (*train.prefixes, *(validation.prefixes if validation else ())):
             if Path(f"{prefix}.manifest.json").is_file():  # Megatron's own preprocessing writes none
-                check_manifest(Path(prefix), tokenizer_hash=base.tokenizer_hash)
+                check_manifest(Path(prefix), tokenizer_hash=tokenizer.sha256)
         return build_datasets(
             train,
             validation,
@@ -159,7 +171,7 @@ class WindowExtension:
             num_train_samples=num_train_samples,
             num_validation_samples=num_validation_samples,
             seed=seed,
-            tokenizer=TokenizerFacts(base.architecture.vocab_size, base.tokenizer.eos_token_id, base.tokenizer_hash),
+            tokenizer=tokenizer,
             cache_dir=cache_dir,
             position_scheme=self.method.position_scheme,
             target_context_length=self.target_context_length,
@@ -190,3 +202,7 @@ class WindowExtension:
             origin="the window extension it was trained with",
         )
         return megatron_to_hf(model, destination, dtype=dtype)
+
+
+def _tokenizer_facts(base: preflight.Base) -> TokenizerFacts:
+    return TokenizerFacts(base.architecture.vocab_size, base.tokenizer.eos_token_id, base.tokenizer_hash)

@@ -1,4 +1,4 @@
-"""EndPrompt's samples for NeMo 2.x: PreTrainingDataModule over our dataset, the very samples of our own trainer for the same data and seed."""
+"""EndPrompt's samples for NeMo 2.x: PreTrainingDataModule over our dataset; for the same data and seed the samples of our own trainer."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo.collections import llm
-from nemo.collections.common.tokenizers import AutoTokenizer
 
-from endprompt_megatron.data.dataset import Blend, EndPromptDataset
+from endprompt_megatron.data.dataset import Blend, EndPromptDataset, TokenizerFacts
 from endprompt_megatron.data.loader import collate
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.extension import WindowExtension
@@ -21,6 +20,7 @@ class EndPromptDataModule(llm.PreTrainingDataModule):
         paths: prefixes of .bin/.idx files (recipes/prepare_data.py makes them), or [weight, prefix, ...], or {"train": ..., "validation":
             ..., "test": ...} of these, as PreTrainingDataModule takes them; nothing is tested.
         extension: what is extended and how; its seq_length is that of the samples.
+        tokenizer: what Megatron asks of one. Not NeMo's: that would copy the base, weights and all, into every checkpoint.
         seed: of sample order, and of the draws of end prompts and positions.
         split: train,validation,test shares where `paths` names no validation data.
         index_mapping_dir: where Megatron keeps its index caches.
@@ -31,6 +31,7 @@ class EndPromptDataModule(llm.PreTrainingDataModule):
         self,
         paths: Any,
         extension: WindowExtension,
+        tokenizer: TokenizerFacts,
         micro_batch_size: int = 1,
         global_batch_size: int = 64,
         seed: int = 1234,
@@ -44,7 +45,7 @@ class EndPromptDataModule(llm.PreTrainingDataModule):
         super().__init__(
             paths,
             seq_length=extension.seq_length,
-            tokenizer=AutoTokenizer(extension.hf_path),
+            tokenizer=tokenizer,
             micro_batch_size=micro_batch_size,
             global_batch_size=global_batch_size,
             seed=seed,
@@ -63,11 +64,8 @@ class EndPromptDataModule(llm.PreTrainingDataModule):
         trainer_limit_val_batches: int | float,
         trainer_limit_test_batches: int | float,
     ) -> None:
-        """Build the datasets of a run; NeMo calls it.
+        """Build the datasets of a run; NeMo calls it with the trainer's settings. Every validation takes the same batches.
 
-        Args:
-            trainer_max_steps, trainer_limit_val_batches: of the trainer: optimizer steps; global batches of a validation, 0 for none.
-            trainer_val_check_interval, trainer_limit_test_batches: not used: every validation takes the same batches; nothing is tested.
         Raises:
             ConfigError: corpora without weights, or a number of batches that cannot be told beforehand.
             DataError: as WindowExtension.build_datasets.
@@ -86,9 +84,8 @@ class EndPromptDataModule(llm.PreTrainingDataModule):
             cache_dir=Path(self.index_mapping_dir),
         )
         self._test_ds = None
-        for dataset in (self._train_ds, self._validation_ds):
-            if dataset is not None:
-                dataset.collate_fn = collate  # where PreTrainingDataModule looks for one
+        for dataset in filter(None, (self._train_ds, self._validation_ds)):
+            dataset.collate_fn = collate  # where PreTrainingDataModule looks for one
 
 
 def _blend(prefixes: list[str], weights: list[float] | None) -> Blend:
@@ -98,13 +95,5 @@ def _blend(prefixes: list[str], weights: list[float] | None) -> Blend:
 
 
 def endprompt_data_module(paths: Any, extension: WindowExtension, **settings: Any) -> EndPromptDataModule:
-    """EndPromptDataModule, once the base and the method are checked: every broken rule at once, before a trainer exists.
-
-    Args:
-        paths, extension: as EndPromptDataModule.
-        settings: its other arguments.
-    Raises:
-        ConfigError, DataError, CheckpointError: as WindowExtension.check.
-    """
-    extension.check()
-    return EndPromptDataModule(paths, extension, **settings)
+    """EndPromptDataModule of an extension that is checked first; arguments as there, errors as of WindowExtension.check."""
+    return EndPromptDataModule(paths, extension, extension.tokenizer_facts(), **settings)

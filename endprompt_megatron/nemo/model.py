@@ -7,7 +7,6 @@ Shapes: b micro-batch, s physical sequence on this rank.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo.collections import llm
 from nemo.lightning import io
 from nemo.lightning.megatron_parallel import MegatronLossReduction
@@ -43,10 +41,9 @@ def forward_step(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
 
 
 class EndPromptLossReduction(MegatronLossReduction):
-    """Eq. 11 of EndPrompt (arXiv 2605.14589) in the form in which NeMo asks for a loss."""
+    """training.step.weighted_loss in the form in which NeMo asks for a loss."""
 
     def forward(self, batch: MicroBatch, forward_out: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """As training.step.weighted_loss."""
         return weighted_loss(batch, forward_out)
 
     def reduce(self, losses_reduced_per_micro_batch: list[dict[str, Tensor]]) -> Tensor:
@@ -71,15 +68,7 @@ class EndPromptLlamaConfig(llm.LlamaConfig):
     def configure_model(
         self, tokenizer: Any, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
     ) -> EndPromptGPTModel:
-        """This rank's chunk of the model, weights not yet loaded.
-
-        Args:
-            tokenizer: not used: the vocabulary is the base's.
-            pre_process, post_process: whether it holds embedding and output layer; None goes by the pipeline stage.
-            vp_stage: virtual pipeline stage.
-        Raises:
-            ConfigError: as WindowExtension.build_chunk.
-        """
+        """As WindowExtension.build_chunk. The tokenizer is not used: the vocabulary is the base's."""
         if self.extension is None:
             raise ConfigError("EndPromptLlamaConfig(extension=None): name what is extended. endprompt_llama_config(extension) does.")
         stage = (vp_stage or 0) if self.virtual_pipeline_model_parallel_size else None
@@ -87,30 +76,18 @@ class EndPromptLlamaConfig(llm.LlamaConfig):
 
 
 def endprompt_llama_config(extension: WindowExtension, **fields: Any) -> EndPromptLlamaConfig:
-    """The config of a base whose window is to be extended, with the numbers of its config.json.
+    """EndPromptLlamaConfig with the numbers of the base's config.json.
 
     Args:
         extension: what is extended and how.
-        fields: further fields of Megatron's TransformerConfig, e.g. recompute_granularity.
+        fields: further fields of llm.LlamaConfig, e.g. recompute_granularity.
     Raises:
         ConfigError, DataError, CheckpointError: as WindowExtension.check.
     """
     base, rope = extension.check()
-    # not what Megatron derives from the others, nor what NeMo's strategy and precision plugin set
-    names = {"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "layernorm_epsilon"}
-    names |= {"add_qkv_bias", "qk_layernorm", "gradient_accumulation_fusion", "bias_activation_fusion", "bias_dropout_fusion"}
-    names |= {"masked_softmax_fusion", "apply_rope_fusion", "persist_layer_norm", "cross_entropy_loss_fusion"}
-    return EndPromptLlamaConfig(
-        **extension.transformer_fields(names)
-        | {
-            "extension": extension,
-            "seq_length": extension.seq_length,
-            "vocab_size": base.architecture.vocab_size,
-            "rotary_base": int(rope.rope_theta),
-            "share_embeddings_and_output_weights": base.architecture.tied_embeddings,
-        }
-        | fields
-    )
+    told = {"vocab_size": base.architecture.vocab_size, "share_embeddings_and_output_weights": base.architecture.tied_embeddings}
+    told |= {"rotary_base": int(rope.rope_theta), "seq_length": extension.seq_length, "extension": extension}
+    return EndPromptLlamaConfig(**extension.transformer_fields() | told | fields)
 
 
 class EndPromptLlamaModel(llm.LlamaModel):
@@ -148,10 +125,14 @@ class EndPromptLlamaModel(llm.LlamaModel):
 
 @io.model_exporter(EndPromptLlamaModel, "hf")
 class EndPromptExporter(io.ModelConnector[EndPromptLlamaModel, Any]):
-    """`llm.export_ckpt(path, "hf")` of a checkpoint of EndPromptLlamaModel, by our exporter: NeMo's own loses RoPE scaling and names the
-    physical length as the window."""
+    """`llm.export_ckpt(path, "hf")` of a checkpoint of EndPromptLlamaModel, by our exporter: NeMo's own loses linear RoPE scaling and names
+    the physical length as the window."""
+
+    def nemo_load(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: llm.export_ckpt loads every model onto a GPU first, to ask whether ModelOpt has to export it, and takes this for a no."""
+        raise RuntimeError("an EndPrompt checkpoint is exported from its files")
 
     def apply(self, output_path: Path) -> Path:
-        """Write the Hugging Face directory."""
+        """Write the Hugging Face directory; no GPU, no process group."""
         config = io.load_context(Path(str(self)), subpath="model.config")
         return config.extension.export_checkpoint(Path(str(self)), Path(output_path))

@@ -1,0 +1,51 @@
+"""A Megatron-Bridge recipe of the paper's setting, Llama 3 from 8K to 64K: `pretrain(llama3_8b_64k(paths), endprompt_forward_step)`. The
+checkpoint is exported by WindowExtension.export_checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.bridge.recipes.common import _pretrain_common
+from megatron.bridge.training.config import ConfigContainer
+
+from endprompt_megatron.bridge.data import EndPromptDatasetProvider
+from endprompt_megatron.bridge.model import endprompt_model_provider
+from endprompt_megatron.extension import WindowExtension
+
+_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def endprompt_recipe(extension: WindowExtension, paths: list[str], **fields: Any) -> ConfigContainer:
+    """Bridge's common pre-training config with EndPrompt's model, data and optimisation: 1,907 steps of 64 samples (1.0B tokens at 8,192),
+    constant lr 2e-5 after 20 steps.
+
+    Args:
+        extension: what is extended and how.
+        paths: training text, as EndPromptDatasetProvider takes it.
+        fields: further fields of GPTModelProvider.
+    Source: EndPrompt (arXiv 2605.14589), section on training.
+    """
+    config = _pretrain_common()
+    config.model = endprompt_model_provider(extension, **fields)
+    config.dataset = EndPromptDatasetProvider(extension=extension, paths=paths)
+    config.tokenizer.tokenizer_model = extension.hf_path
+    config.tokenizer.use_tokenizer_vocab_size = False  # of 0.6: the vocabulary is the base's
+    config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = 1907, 64, 1
+    config.optimizer.lr = config.optimizer.min_lr = 2e-5
+    config.optimizer.weight_decay, config.optimizer.adam_beta2, config.optimizer.adam_eps = 0.0, 0.95, 1e-8
+    config.scheduler.lr_decay_style, config.scheduler.lr_warmup_iters = "constant", 20
+    config.scheduler.start_weight_decay = config.scheduler.end_weight_decay = 0.0
+    return config
+
+
+def llama3_8b_64k(paths: list[str], hf_path: str = "models/llama3_8b") -> ConfigContainer:
+    """Llama-3-8B on nodes of 8 GPUs of 80 GB, data-parallel."""
+    return endprompt_recipe(WindowExtension(hf_path, target_context_length=65536, seq_length=8192), paths, **_RECOMPUTE)
+
+
+def llama3_70b_64k(paths: list[str], hf_path: str = "models/llama3_70b") -> ConfigContainer:
+    """Llama-3-70B on 8 nodes of 8 GPUs of 80 GB: TP 4, PP 4 with 5 virtual stages, CP 2."""
+    layout = {"tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 5}
+    layout |= {"context_parallel_size": 2, "sequence_parallel": True, "pipeline_dtype": torch.bfloat16}
+    return endprompt_recipe(WindowExtension(hf_path, target_context_length=65536, seq_length=8192), paths, **layout, **_RECOMPUTE)

@@ -92,6 +92,7 @@ class WindowExtension:
             # one replica with a micro-batch a stage: how many there are is checked by the trainer that runs them
             trainer=TrainerConfig(max_steps=1, global_batch_size=parallel.pipeline_model_parallel_size),
         )
+        preflight.validate(config, world_size=parallel.model_parallel_size)
         base = preflight.check_base(config, world_size=parallel.model_parallel_size)
         return base, preflight.run_rope(config, base.architecture, base.rope)
 

@@ -29,14 +29,22 @@ def endprompt_recipe(extension: WindowExtension, paths: list[str], **fields: Any
     config = _pretrain_common()
     config.model = endprompt_model_provider(extension, **fields)
     config.dataset = EndPromptDatasetProvider(extension=extension, paths=paths)
-    config.tokenizer.tokenizer_model = extension.hf_path
-    config.tokenizer.use_tokenizer_vocab_size = False  # of 0.6: the vocabulary is the base's
-    config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = 1907, 64, 1
-    config.optimizer.lr = config.optimizer.min_lr = 2e-5
-    config.optimizer.weight_decay, config.optimizer.adam_beta2, config.optimizer.adam_eps = 0.0, 0.95, 1e-8
-    config.scheduler.lr_decay_style, config.scheduler.lr_warmup_iters = "constant", 20
-    config.scheduler.start_weight_decay = config.scheduler.end_weight_decay = 0.0
+    _set(config.tokenizer, tokenizer_model=extension.hf_path)
+    if hasattr(config.tokenizer, "use_tokenizer_vocab_size"):  # of 0.6
+        _set(config.tokenizer, use_tokenizer_vocab_size=False)
+    _set(config.train, train_iters=1907, global_batch_size=64, micro_batch_size=1)
+    _set(config.optimizer, lr=2e-5, min_lr=2e-5, weight_decay=0.0, adam_beta2=0.95, adam_eps=1e-8)
+    _set(config.scheduler, lr_decay_style="constant", lr_warmup_iters=20, start_weight_decay=0.0, end_weight_decay=0.0)
     return config
+
+
+def _set(section: Any, **values: Any) -> None:
+    """Set fields that must be there: a dataclass would take a name that it does not know, and ignore it."""
+    unknown = sorted(name for name in values if not hasattr(section, name))
+    if unknown:
+        raise AttributeError(f"{type(section).__name__} of the Megatron-Bridge installed has no {unknown[0]}")
+    for name, value in values.items():
+        setattr(section, name, value)
 
 
 def llama3_8b_64k(paths: list[str], hf_path: str = "models/llama3_8b") -> ConfigContainer:

@@ -66,7 +66,7 @@ def test_same_samples_as_our_trainer_across_epochs(trained_by_us, tmp_path, sche
     assert count == STEPS * GLOBAL_BATCH // 4 and len(seen) > 100
 
 
-def test_validation_samples_and_weighted_corpora(trained_by_us, tmp_path):
+def test_validation_samples_and_weighted_corpora(single_process, trained_by_us, tmp_path):
     prefix = indexed_prefix(trained_by_us["data"])
     data = build(prefix, trained_by_us["model"], "endprompt", tmp_path, paths=["3", prefix, "1", prefix], split="1,1,0")
     data.build(4, 2, 2, 0)

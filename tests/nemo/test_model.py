@@ -71,7 +71,7 @@ def test_wrong_settings_are_refused(single_process, tiny_model_dir):
     with pytest.raises(ConfigError, match="calculate_per_token_loss=True"):
         config.configure_model(None)
     with pytest.raises(ConfigError, match="extension=None"):
-        EndPromptLlamaConfig(num_layers=1, hidden_size=8, num_attention_heads=1).configure_model(None)
+        EndPromptLlamaConfig(**extension_of(tiny_model_dir).transformer_fields()).configure_model(None)
     with pytest.raises(ConfigError, match="tensor_model_parallel_size=3"):
         config = endprompt_llama_config(extension_of(tiny_model_dir))
         config.tensor_model_parallel_size = 3

@@ -4,6 +4,7 @@ to the first stage alone, so that three stages are needed to catch a middle one 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,6 +43,7 @@ def test_layouts_train_alike(one_rank, tmp_path, world_size):
     run_ranks(world_size, jobs, preload=["tests.support.nemo_worker"])
     for name in LAYOUTS[world_size]:
         losses = json.loads((tmp_path / name / "losses.json").read_text())
-        expected = [json.loads(line)["loss"] for line in open(f"{one_rank['output']}/metrics.jsonl")]
+        metrics = Path(one_rank["output"], "metrics.jsonl").read_text().splitlines()
+        expected = [json.loads(line)["loss"] for line in metrics]
         print(f"{name}: largest relative difference {np.abs(np.array(losses) / expected - 1).max():.1e} over {STEPS} steps")
         np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=name)

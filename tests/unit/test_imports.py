@@ -42,6 +42,9 @@ MAY_IMPORT = {
         "checkpoint", "comparison", "config_rules", "data", "evaluation", "evaluation_conditions", "launch", "mcore", "model", "report",
     },
     "evaluation_conditions": {"checkpoint", "evaluation", "mcore"},
+    "extension": {"checkpoint", "config", "data", "mcore", "model", "preflight", "rope"},
+    "nemo": {"checkpoint", "data", "extension", "mcore", "model", "training"},
+    "bridge": {"checkpoint", "data", "extension", "model", "training"},
     "preflight": {"checkpoint", "config", "config_rules", "precision_rules", "data", "model", "planning", "positions", "rope"},
     "fitting": {"config"},
     "dry_run": {
@@ -64,6 +67,10 @@ OWNERS = {
     "transformer_engine": {"model"},
     "lm_eval": {"evaluation/harness.py", "evaluation/megatron_lm.py"},
     "scipy": {"comparison"},
+    "nemo": {"nemo"},
+    "nemo_run": {"nemo"},
+    "lightning": {"nemo"},
+    "megatron.bridge": {"bridge"},
 }
 NO_TORCH = (
     "positions", "theory", "planning", "doctor", "errors", "log", "config", "rope/scaling.py", "model/architecture.py", "checkpoint/hf_config.py",
@@ -108,7 +115,8 @@ def test_internal_imports(path):
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_third_parties_have_one_owner(path):
     for name in _imports(path) - _under_type_checking(path):
-        owners = OWNERS.get(name.split(".")[0])
+        parts = name.split(".")
+        owners = OWNERS.get(".".join(parts[:2]), OWNERS.get(parts[0]))
         if owners is not None:
             assert _part(path) in owners or path.as_posix() in owners, f"{path} imports {name}"
 
@@ -136,6 +144,11 @@ def test_plain_number_modules_leave_torch_out():
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("adapter", ["nemo", "bridge"])
+def test_adapters_stay_thin(adapter):
+    assert sum(len(path.read_text().splitlines()) for path in (PACKAGE / adapter).glob("*.py")) <= 300
 
 
 def test_recipes_are_short():

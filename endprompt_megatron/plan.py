@@ -41,7 +41,7 @@ def plan_cluster(config: RunConfig, options: ClusterConfig, *, command: str) -> 
         if comparisons:
             from endprompt_megatron.report.planning_plots import plot_lengths
 
-            plot_lengths(directory / PICTURE, comparisons, request=short, tokens=options.tokens)
+            plot_lengths(directory / PICTURE, comparisons, request=request, tokens=options.tokens)
             picture = PICTURE
         replace_text(directory / PAGE, "\n".join(describe_cluster(request, ranking, comparisons, **described, picture=picture)))
     return lines

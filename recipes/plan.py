@@ -17,8 +17,6 @@ from omegaconf.errors import OmegaConfBaseException
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.planning.cluster import ClusterConfig
 
-COMMAND = "python recipes/plan.py " + shlex.join(sys.argv[1:])
-
 
 def to_cluster(composed: DictConfig) -> ClusterConfig:
     """The group `plan` as a ClusterConfig; a key or type that the schema does not know fails with its dotted name."""
@@ -42,7 +40,8 @@ def run(composed: DictConfig) -> None:
         options = to_cluster(composed)
         from endprompt_megatron.plan import plan_cluster
 
-        print("\n".join(plan_cluster(to_run_config(without_plan(composed)), options, command=COMMAND)))
+        command = "python recipes/plan.py " + shlex.join(sys.argv[1:])
+        print("\n".join(plan_cluster(to_run_config(without_plan(composed)), options, command=command)))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ class ClusterConfig:
 
     Attributes:
         num_gpus: of the cluster; null takes the experiment's (launch.nproc_per_node x launch.num_nodes).
-        gpus_per_node: that share NVLink; no more than num_gpus are used.
+        gpus_per_node: that share NVLink.
         hardware: a name of planning/throughput.py's table; null takes launch.gpu.
         tokens: physical tokens to train on.
         lengths: windows at which EndPrompt is compared with full-length training; those up to the base's own window are left out.
@@ -134,13 +134,17 @@ class LengthComparison:
 
     Attributes:
         target_context_length: L, positions.
+        short_length: physical tokens of EndPrompt's samples.
         endprompt: layouts for short samples; there are some.
         full: layouts for samples of L tokens; there may be none.
+        same_layout: short samples in the fastest layout of the long ones; None where there is none, or where it does not divide them.
     """
 
     target_context_length: int
+    short_length: int
     endprompt: Ranking
     full: Ranking
+    same_layout: Candidate | None
 
 
 def rank_layouts(request: ClusterRequest) -> Ranking:
@@ -162,8 +166,8 @@ def rank_layouts(request: ClusterRequest) -> Ranking:
         )
     if not has_speed(hardware, request.precision):
         raise ConfigError(
-            f"precision.name={request.precision}: the table has no speed for it on plan.hardware={request.hardware}, so that layouts cannot "
-            f"be ranked. Set precision=bf16, or other hardware."
+            f"precision.name={request.precision}: the table has no speed for it on plan.hardware={request.hardware}, so that layouts "
+            f"cannot be ranked. Set precision=bf16, or other hardware."
         )
     candidates: list[Candidate] = []
     reasons: dict[str, list[str]] = {}
@@ -204,10 +208,17 @@ def compare_lengths(request: ClusterRequest, lengths: list[int]) -> list[LengthC
     short = rank_layouts(request)
     if not short.candidates:
         raise ConfigError(
-            f"plan.num_gpus={request.num_gpus}: no layout of {request.hardware} holds samples of data.seq_length={request.seq_length} tokens "
-            f"({'; '.join(rejection.example for rejection in short.rejections)}). Plan for more GPUs, or for shorter samples."
+            f"plan.num_gpus={request.num_gpus}: no layout of {request.hardware} holds samples of data.seq_length={request.seq_length} "
+            f"tokens ({'; '.join(rejection.example for rejection in short.rejections)}). Plan for more GPUs, or for shorter samples."
         )
-    return [LengthComparison(length, short, rank_layouts(replace(request, seq_length=length))) for length in lengths]
+    found = []
+    for length in lengths:
+        full = rank_layouts(replace(request, seq_length=length))
+        same = None
+        if full.candidates and _problem(request, full.candidates[0].layout) is None:
+            same = _tried(request, full.candidates[0].layout, get_hardware(request.hardware))
+        found.append(LengthComparison(length, request.seq_length, short, full, same))
+    return found
 
 
 _NO_FIT = "does not fit into a GPU, however it recomputes"

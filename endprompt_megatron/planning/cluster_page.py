@@ -37,8 +37,9 @@ def describe_cluster(
         "",
         f"    {command}",
         "",
-        f"{count_parameters(request.shape):,} parameters, {request.precision}; {request.global_batch_size} samples of {request.seq_length:,} "
-        f"tokens a step; hours are for {words_of_tokens(tokens)} tokens. A {request.hardware} has {hardware.memory_gib:.1f} GiB.",
+        f"{count_parameters(request.shape):,} parameters, {request.precision}; {request.global_batch_size} samples of "
+        f"{request.seq_length:,} tokens a step; hours are for {words_of_tokens(tokens)} tokens. {request.hardware}: "
+        f"{hardware.memory_gib:.1f} GiB.",
         "",
         *_ranking_lines(request, ranking, experiment, tokens, rows),
         *_rejection_lines(ranking),
@@ -54,14 +55,20 @@ def comparison_lines(request: ClusterRequest, comparisons: list[LengthComparison
         return []
     short = comparisons[0].endprompt
     fastest = short.candidates[0]
-    rows = [["any", f"EndPrompt, {request.seq_length:,} tokens", *_comparison_cells(short, fastest, tokens)]]
+    rows = [["any", f"EndPrompt, {comparisons[0].short_length:,} tokens", *_comparison_cells(short, fastest, fastest, tokens)]]
     for found in comparisons:
-        rows.append([f"{found.target_context_length:,}", "as long as the window", *_comparison_cells(found.full, fastest, tokens)])
-    header = ["window", "samples", "fastest layout that fits", "GiB a GPU", "hours", "time", "least GiB a GPU", "its hours"]
+        cells = _comparison_cells(found.full, fastest, found.same_layout, tokens)
+        rows.append([f"{found.target_context_length:,}", "as long as the window", *cells])
+    header = [
+        "window", "samples", "fastest layout that fits", "GiB a GPU", "EndPrompt there", "hours", "time", "least GiB a GPU", "its hours",
+    ]  # fmt: skip
     return [
         f"## EndPrompt against samples as long as the window, each in its own best layout of {request.num_gpus} x {request.hardware}",
         "",
         *_table(header, rows, left=3),
+        "",
+        "GiB are those of tensors. `EndPrompt there`: its samples in the layout of the row. The fastest layout takes what memory there is; "
+        "`least` recomputes everything.",
         "",
     ]
 
@@ -74,14 +81,15 @@ def words_of_tokens(tokens: float) -> str:
     return f"{tokens:,.0f}"
 
 
-def _comparison_cells(ranking: Ranking, endprompt: Candidate, tokens: float) -> list[str]:
+def _comparison_cells(ranking: Ranking, endprompt: Candidate, same_layout: Candidate | None, tokens: float) -> list[str]:
     if not ranking.candidates or ranking.leanest is None:
         excess = f"none fits: {ranking.closest[0]:.1f} GiB too much" if ranking.closest else "none is valid"
-        return [excess, "", "", "", "", ""]
+        return [excess, "", "", "", "", "", ""]
     fastest, leanest = ranking.candidates[0], ranking.leanest
     return [
         f"{fastest.layout.describe()}, {_recomputation(fastest)}",
         f"{fastest.memory.total_gib:.1f}",
+        f"{same_layout.memory.total_gib:.1f}" if same_layout else "",
         f"{fastest.hours(tokens):.2f}",
         f"{endprompt.tokens_per_second / fastest.tokens_per_second:.2f}x",
         f"{leanest.memory.total_gib:.1f}",
@@ -163,17 +171,18 @@ def _recomputation(candidate: Candidate) -> str:
 def _assumption_lines(request: ClusterRequest) -> list[str]:
     hardware = get_hardware(request.hardware)
     kind = "fp8" if request.precision not in hardware.peak_tflops else request.precision
+    te = "the kernels of Transformer Engine" + (", FP8 copies of the weights cached" if kind == "fp8" else "")
+    kernels = te if request.backend == "te" else "plain torch's kernels"
     shares = f"{hardware.matmul_share[kind]:.0%} of {hardware.peak_tflops[kind]:,.0f} TFLOP/s"
     return [
         "## What this assumes, and what it leaves out",
         "",
-        f"- Matrix products of layers reach {shares}, attention {hardware.attention_share['bf16']:.0%} of the bf16 peak, links and memory "
-        f"{LINK_SHARE:.0%} of their bandwidth; every message costs {MESSAGE_SECONDS * 1e6:.0f} microseconds. One share a GPU is calibrated on a "
-        f"published speed, the others are assumptions (planning/throughput.py names them).",
-        "- Memory is that of tensors: 4 bytes of gradient and 12 of optimizer state a parameter beside its weight, optimizer state split over "
-        "DP x CP, "
-        + ("Transformer Engine's kernels; FP8 copies of the weights are cached." if request.backend == "te" else "plain torch's kernels.")
-        + " A layout fits where a reserve is left for CUDA context, NCCL and fragmentation (1 GiB, 0.5 for each kind of group, 3 % of the GPU).",
+        f"- Matrix products of layers reach {shares}, attention {hardware.attention_share['bf16']:.0%} of the bf16 peak, links and "
+        f"memory {LINK_SHARE:.0%} of their bandwidth; every message costs {MESSAGE_SECONDS * 1e6:.0f} microseconds. One share a GPU is "
+        f"calibrated on a published speed, the others are assumptions (planning/throughput.py names them).",
+        f"- Memory is that of tensors: 4 bytes of gradient and 12 of optimizer state a parameter beside its weight, optimizer state split "
+        f"over DP x CP, {kernels}. A layout fits where a reserve is left for CUDA context, NCCL and fragmentation (1 GiB, 0.5 for each "
+        f"kind of group, 3 % of the GPU).",
         "- Gradients and weights travel beside the last backward and the first forward pass; interleaved stages send beside their work.",
         "- Left out: start-up, data loading, checkpoints, evaluation, the starts of small kernels, slow nodes, congestion, failures.",
         "- A sample counts its physical tokens, so that both methods train on as many; full-length steps have as many samples.",

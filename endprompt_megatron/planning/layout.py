@@ -108,7 +108,7 @@ class StageParameters:
 
     Attributes:
         matrices: of its layers' matrices, the ones that FP8 covers.
-        first_layer_matrices: of one layer's, for the layers that stay in bf16.
+        one_layer_matrices: of one layer alone.
         vectors: norms and biases of its layers.
         embedding: the embedding's share.
         output: the output layer's share; 0 where it is the embedding of the same stage.
@@ -116,7 +116,7 @@ class StageParameters:
     """
 
     matrices: int
-    first_layer_matrices: int
+    one_layer_matrices: int
     vectors: int
     embedding: int
     output: int
@@ -145,7 +145,7 @@ def stage_parameters(shape: ModelShape, layout: Layout, stage: int) -> StagePara
     has_output = stage == last
     return StageParameters(
         matrices=layers * shape.matrix_parameters_per_layer // tensor,
-        first_layer_matrices=shape.matrix_parameters_per_layer // tensor,
+        one_layer_matrices=shape.matrix_parameters_per_layer // tensor,
         vectors=layers * (shape.norm_parameters_per_layer + shape.bias_parameters_per_layer // tensor),
         embedding=table * (stage == 0),
         output=table * (has_output and not (stage == 0 and shape.tied_embeddings)),

@@ -10,8 +10,6 @@ from endprompt_megatron.planning.activations import POSITION, ElementBytes, Save
 from endprompt_megatron.planning.flops import ModelShape
 from endprompt_megatron.planning.layout import Layout, StageParameters, padded_vocab_size, stage_parameters
 
-__all__ = ["GIB", "MemoryEstimate", "TrainedParts", "estimate_memory", "padded_vocab_size", "reserve_gib", "stage_memory"]
-
 GIB = 2**30
 
 
@@ -145,7 +143,7 @@ def stage_memory(
         shape: of the model.
         layout: how it is cut.
         seq_length: physical tokens of a sequence, over all context parallel ranks.
-        precision: fp32, bf16, fp8, fp8_attention, fp8_blockwise or mxfp8.
+        precision: fp32, bf16, fp8 (with the first and the last layer in bf16), fp8_attention, fp8_blockwise or mxfp8.
         backend: "te" or "torch".
         trained: what trains, where that is not every weight.
     Returns:
@@ -182,7 +180,7 @@ def _one_stage(
     layers = layers_per_chunk * layout.num_chunks
     adapters = trained.adapter_parameters_per_layer * layers if trained else 0
     trains = _trained_parameters(shape, parameters, trained, layers, has_output, tensor) + adapters
-    fp8_matrices = parameters.matrices - sizes.bf16_ends * ((stage == 0) + has_output) * parameters.first_layer_matrices
+    fp8_matrices = parameters.matrices - sizes.bf16_ends * ((stage == 0) + has_output) * parameters.one_layer_matrices
     weights = (parameters.total + adapters) * sizes.weight + max(0, fp8_matrices) * sizes.fp8_weight
     optimizer_split = layout.data_parallel_size * layout.context_parallel_size if layout.use_distributed_optimizer else 1
 

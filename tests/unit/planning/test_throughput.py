@@ -66,12 +66,27 @@ def test_published_speeds_are_predicted_within_a_tenth(shape, layout, seq_length
     assert _speed(shape, layout, seq_length, "H100-80GB", "fp8") == pytest.approx(published, rel=0.1)
 
 
-@pytest.mark.parametrize(("seq_length", "context", "published"), [(65536, 2, 574e12), (131072, 4, 555e12)])
-def test_published_rates_at_long_sequences_are_predicted_within_a_twentieth(seq_length, context, published):
-    """NVIDIA, NeMo long sequence performance, Llama-2 7B, FP8, H100: TP4, DP8. The batch is not published; 64 and 32 sequences are taken."""
-    layout = _layout(4, 1, context, 8, batch=2**22 // seq_length)
+@pytest.mark.parametrize(
+    ("thousands", "tensor", "pipeline", "context", "data", "published"),
+    [
+        (4, 1, 1, 1, 4, 768), (8, 1, 2, 1, 4, 730), (16, 2, 1, 1, 8, 660), (32, 2, 1, 2, 8, 610), (64, 4, 1, 2, 8, 574),
+        (128, 4, 1, 4, 8, 555), (256, 4, 1, 8, 8, 549), (512, 8, 1, 16, 4, 549), (1024, 8, 1, 32, 4, 536),
+    ],
+)  # fmt: skip
+def test_published_rates_at_all_lengths_are_predicted_within_six_hundredths(thousands, tensor, pipeline, context, data, published):
+    """NVIDIA, NeMo long sequence performance, Llama-2 7B, FP8, H100: every row. Its batch is not told: 4M tokens a step are taken."""
+    seq_length = 1024 * thousands
+    layout = _layout(tensor, pipeline, context, data, batch=max(data, 2**22 // seq_length))
     rate = _speed(LLAMA2_7B, layout, seq_length, "H100-80GB", "fp8") * training_flops_per_token(LLAMA2_7B, seq_length)
-    assert rate == pytest.approx(published, rel=0.05)
+    assert rate == pytest.approx(published * 1e12, rel=0.06)
+
+
+def test_published_speeds_that_are_missed():
+    """Pinned, so that a better model shows: NVIDIA's 8B with CP 2 (NeMo 24.12) is slower than predicted, and torchtitan's 8B at 64K (FSDP 4,
+    CP 2, full recomputation, 500 W) takes twice the time of Megatron-Core's rates."""
+    assert _speed(LLAMA3_8B, _layout(1, 1, 2, 4), 8192, "H100-80GB", "fp8") / 12_273 == pytest.approx(1.17, abs=0.02)
+    other_stack = _layout(1, 1, 2, 4, batch=4, recompute="full")
+    assert _speed(LLAMA3_8B, other_stack, 65536, "H100-80GB", "fp8") / 2_540 == pytest.approx(1.95, abs=0.03)
 
 
 def test_bf16_on_h100_reaches_the_share_that_megatron_reports():

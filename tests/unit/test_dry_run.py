@@ -133,6 +133,11 @@ def test_what_fits_nowhere_is_refused_without_a_change(monkeypatch):
         _run(_cluster(LLAMA3_8B))
 
 
+def test_one_rank_of_a_launchers_speaks_for_all(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert _run(_cluster(LLAMA3_8B)) == ""
+
+
 def test_a_gpu_that_is_not_in_the_table():
     with pytest.raises(ConfigError, match="launch.gpu=TPU: not in the table of GPUs. Choose one of .*H100-80GB"):
         _run(_cluster(LLAMA3_8B, gpu="TPU"))

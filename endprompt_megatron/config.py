@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from endprompt_megatron.config_rules import find_problems
 from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.precision_rules import FP8_MULTIPLES
 
 if TYPE_CHECKING:  # plain numbers only: config imports nothing but errors
     from endprompt_megatron.model.architecture import ModelArchitecture
@@ -140,10 +141,24 @@ class ParallelConfig:
 
 @dataclass
 class PrecisionConfig:
-    """name: bf16 (weights and compute; float32 master weights and gradients), fp32, or auto: bf16 on a GPU and on a CPU with AMX, fp32
-    on a CPU without, where bf16 is the slower of the two."""
+    """In which numbers the model computes. Master weights, moments and gradient sums are float32 everywhere.
+
+    Attributes:
+        name: bf16 (weights and compute), fp32, or auto: bf16 on a GPU and on a CPU with AMX, fp32 on a CPU without, where bf16 is
+            slower. With Transformer Engine on a GPU also, each over bf16 weights: fp8 (one scale a tensor, taken when it is used; attention
+            in bf16), fp8_attention (scales from a history; attention in FP8 too), fp8_blockwise (a scale for 128 numbers), mxfp8 (a scale
+            for 32; Blackwell).
+        num_layers_at_start_in_bf16, num_layers_at_end_in_bf16: of an FP8 precision: layers that stay in bf16.
+    """
 
     name: str = "auto"
+    num_layers_at_start_in_bf16: int = 0
+    num_layers_at_end_in_bf16: int = 0
+
+    @property
+    def weights(self) -> str:
+        """bf16 or fp32: what weights are held in, once `auto` is resolved."""
+        return "fp32" if self.name == "fp32" else "bf16"
 
 
 @dataclass
@@ -248,9 +263,9 @@ class EvaluationConfig:
         enabled: whether to probe at all.
         systems: what is probed: base (as it came), untrained (base with the new RoPE), trained (the result).
         lengths: context lengths in tokens, for retrieval and, unless perplexity_lengths says otherwise, for perplexity.
-        tasks: forms of retrieval (evaluation/needle.py): single, multi_key, variable_tracking.
-        needle_trials: haystacks a length and task; one haystack holds one key (single), one a depth (multi_key) or one chain of
-            variables (variable_tracking).
+        tasks: forms of retrieval (evaluation/needle.py): single, multi_key, multi_value, variable_tracking.
+        needle_trials: haystacks a length and task; one haystack holds one key (single), one a depth (multi_key, multi_value) or one
+            chain of variables (variable_tracking).
         needle_tokens: the haystacks of a length and task hold at most so many tokens together, but there is at least one; 0: no bound.
         needle_depths: where the fact stands, 0 = start, 1 = end; trials go round.
         needle_digits: digits of the key.
@@ -297,12 +312,14 @@ class LaunchConfig:
     Attributes:
         nproc_per_node: processes on this host; null means one a GPU, or one on a CPU.
         num_nodes: hosts; more than one needs srun or torchrun to start them.
+        gpu: kind of GPU that a dry run plans for: a name of planning/throughput.py's table.
         hang_timeout_minutes: a rank that finishes no training step for so long ends the job and shows where it stands; so does a
             collective that some rank never joins. Longer than the longest step, save or held-out loss; 0 waits for ever.
     """
 
     nproc_per_node: Optional[int] = None
     num_nodes: int = 1
+    gpu: str = "H100-80GB"
     hang_timeout_minutes: float = 30.0
 
 
@@ -314,7 +331,8 @@ class RunConfig:
         name: of the experiment and its output directory.
         output_dir: where everything goes.
         accelerator: auto | gpu | cpu.
-        backend: auto | torch: which kernels carry attention and norms.
+        backend: which kernels carry attention, norms and linear layers: te (Transformer Engine, on NVIDIA GPUs), torch (anywhere), or auto:
+            te where it works, else torch.
         seed: of weights, sample order and end-prompt draws.
         dry_run: validate, print the plan, stop.
         control: train a second time, from the same base, with contiguous positions and no anchor.
@@ -377,6 +395,8 @@ class RunConfig:
             self.adapter = AdapterConfig()
         if self.adapter.type == "none" and self.adapter != AdapterConfig():
             notes.append("adapter.type=none: the other keys of adapter are not used; adapter=lora uses them")
+        if self.precision.name not in FP8_MULTIPLES and self.precision != PrecisionConfig(self.precision.name):
+            notes.append(f"precision.name={self.precision.name}: layers in bf16 at the start and the end are of FP8, and not used")
         if self.method.attention == "full" and self.method.attention_groups != MethodConfig().attention_groups:
             notes.append(f"method.attention=full: method.attention_groups={self.method.attention_groups} is not used; s2 uses it")
         return notes

@@ -33,7 +33,10 @@ from endprompt_megatron.mcore import runtime as mcore_runtime
 from endprompt_megatron.mcore import version
 from endprompt_megatron.model import backends
 from endprompt_megatron.model.build import build_model_chunks
+from endprompt_megatron.model.fusions import Fusions, choose_fusions
 from endprompt_megatron.model.gpt import EndPromptGPTModel
+from endprompt_megatron.model.precision import describe_precision
+from endprompt_megatron.positions.scheme import get_scheme
 from endprompt_megatron.report.report import format_table, format_terminal_table, write_report
 from endprompt_megatron.rope.scaling import RopeScaling
 from endprompt_megatron.training.metrics import peak_memory_gib
@@ -51,6 +54,7 @@ class _Run:
     output_dir: Path
     runtime: mcore_runtime.Runtime
     backend: backends.Backend
+    fusions: Fusions
     stop: StopRequests
 
 
@@ -75,7 +79,7 @@ def _run(config: RunConfig, stop: StopRequests) -> dict[str, Any]:
     started = time.monotonic()
     base = prepare(config)
     accelerator = mcore_runtime.resolve_accelerator(config.accelerator)
-    backend = backends.resolve(config.backend)
+    backend = backends.resolve(config.backend, accelerator=accelerator, precision=config.precision.name)
     output_dir = Path(config.output_dir)
     for note in base.end_prompts.notes if base.end_prompts else ():
         get_logger().info(note)
@@ -88,10 +92,18 @@ def _run(config: RunConfig, stop: StopRequests) -> dict[str, Any]:
         # longer than the watchdog's: it tells more than a collective that gives up
         timeout_minutes=2 * config.launch.hang_timeout_minutes or None,
     )
-    get_logger().info(f"backend {backend.name}: {backend.description}; precision {config.precision.name}")
     try:
-        run = _Run(config, base, preflight.run_rope(config, base.architecture, base.rope), output_dir, runtime, backend, stop)
-        return _extend(run, started)
+        backends.assert_same_everywhere(backend)
+        rope = preflight.run_rope(config, base.architecture, base.rope)
+        fusions = choose_fusions(
+            has_te_kernels=backend.has_te_kernels,
+            positions_shared=_shares_positions(config, base),
+            attention_factor=rope.attention_factor,
+            tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        )
+        precision = describe_precision(config.precision.name, _bf16_layers(config))
+        get_logger().info(f"backend {backend.name}: {backend.description}; precision {precision}; {fusions.describe()}")
+        return _extend(_Run(config, base, rope, output_dir, runtime, backend, fusions, stop), started)
     finally:
         mcore_runtime.shut_down()
 
@@ -109,7 +121,9 @@ def prepare(config: RunConfig) -> preflight.Base:
     preflight.validate(config, world_size=world_size)
     accelerator = mcore_runtime.resolve_accelerator(config.accelerator)
     config.precision.name = mcore_runtime.resolve_precision(config.precision.name, accelerator)
-    backends.resolve(config.backend)
+    if not launch.starts_workers(config):  # they look at their own GPUs
+        mcore_runtime.select_device(accelerator)
+        backends.resolve(config.backend, accelerator=accelerator, precision=config.precision.name)
     ensure_base_model(config.model.source, Path(config.model.hf_path))
     base = preflight.check_base(config, world_size=world_size)
     if global_rank() == 0:
@@ -216,12 +230,25 @@ def _base_chunks(run: _Run) -> list[EndPromptGPTModel]:
         precision=run.config.precision.name,
         backend=run.backend,
         device=run.runtime.device,
+        bf16_layers=_bf16_layers(run.config),
+        fusions=run.fusions,
         adapter=run.config.adapter,
         attention_groups=run.config.method.attention_groups if run.config.method.attention == "s2" else None,
         seed=run.config.seed,
     )
     load_hf_weights(chunks, run.base.hf_path, run.base.architecture)
     return chunks
+
+
+def _shares_positions(config: RunConfig, base: preflight.Base) -> bool:
+    """Of the training, and of the control beside it, whose positions are contiguous."""
+    lengths = base.end_prompts.lengths if base.end_prompts else []
+    scheme = get_scheme(config.method.position_scheme)
+    return scheme.shares_positions(prompt_lengths=lengths, micro_batch_size=config.trainer.micro_batch_size)
+
+
+def _bf16_layers(config: RunConfig) -> tuple[int, int]:
+    return config.precision.num_layers_at_start_in_bf16, config.precision.num_layers_at_end_in_bf16
 
 
 def _words(rope: RopeScaling) -> str:

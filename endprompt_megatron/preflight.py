@@ -1,5 +1,5 @@
 """Everything that can be found wrong before a process group, a file or a GPU is touched: the config's rules, the base model's files, the
-tokenizer, the output directory. Also the plan that `dry_run=true` prints."""
+tokenizer, the output directory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from endprompt_megatron.log import get_logger
 from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.planning.flops import ModelShape
 from endprompt_megatron.planning.memory import TrainedParts
-from endprompt_megatron.planning.planner import PlanRequest, describe_plan
+from endprompt_megatron.planning.planner import PlanRequest
+from endprompt_megatron.planning.throughput import GPUS_PER_NODE
 from endprompt_megatron.positions.scheme import SCHEMES
 from endprompt_megatron.rope.scaling import RopeScaling
 
@@ -153,23 +154,18 @@ def claim_output_dir(config: RunConfig) -> None:
         raise ConfigError(f"output_dir={output_dir} cannot be written ({error}). Set output_dir to a writable directory.") from error
 
 
-def plan(config: RunConfig, *, world_size: int, gpu_name: str = "H100-80GB") -> list[str]:
-    """The plan of a run in words.
+def plan_request(config: RunConfig, architecture: ModelArchitecture, *, world_size: int, num_prompt_tokens: int | None) -> PlanRequest:
+    """What planning makes a run's plan of.
 
     Args:
-        config: validated.
+        config: validated, precision.name resolved.
+        architecture: of the base model.
         world_size: ranks planned for.
-        gpu_name: of planning.throughput's table, for runs on GPUs.
+        num_prompt_tokens: b; None while the tokenizer is not at hand.
     """
-    architecture, base_rope = validate(config, world_size=world_size)
-    prompt_tokens = config.method.end_prompt_length
-    if SCHEMES[config.method.position_scheme].uses_end_prompt and prompt_tokens is None and Path(config.model.hf_path).exists():
-        prompt_tokens = max(check_base(config, world_size=world_size).end_prompts.lengths)
-    elif not SCHEMES[config.method.position_scheme].uses_end_prompt:
-        prompt_tokens = 0
     on_gpu = config.accelerator == "gpu"
     parallel = config.parallel
-    request = PlanRequest(
+    return PlanRequest(
         experiment=config.name,
         shape=model_shape(architecture),
         world_size=world_size,
@@ -177,7 +173,7 @@ def plan(config: RunConfig, *, world_size: int, gpu_name: str = "H100-80GB") -> 
         global_batch_size=config.trainer.global_batch_size,
         max_steps=config.trainer.max_steps,
         seq_length=config.data.seq_length,
-        num_prompt_tokens=prompt_tokens,
+        num_prompt_tokens=num_prompt_tokens,
         target_context_length=config.rope.target_context_length,
         original_context_length=round(config.rope.target_context_length / config.rope.factor),
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -187,18 +183,20 @@ def plan(config: RunConfig, *, world_size: int, gpu_name: str = "H100-80GB") -> 
         sequence_parallel=parallel.sequence_parallel,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         recompute_granularity=parallel.recompute_granularity,
-        precision="bf16" if config.precision.name == "auto" and on_gpu else config.precision.name.replace("auto", "fp32"),
+        precision=config.precision.name,
+        backend="te" if on_gpu and config.backend != "torch" and config.precision.name != "fp32" else "torch",
         position_scheme=config.method.position_scheme,
         rope_type=config.rope.type,
         rope_factor=config.rope.factor,
-        hardware=gpu_name if on_gpu else None,
-        device_memory_gib=None if on_gpu else _host_memory_gib(),
-        trained=_trained_parts(config, model_shape(architecture)),
+        hardware=config.launch.gpu if on_gpu else None,
+        device_memory_gib=None if on_gpu else _host_memory_gib() * config.launch.num_nodes / world_size,
+        gpus_per_node=config.launch.nproc_per_node or GPUS_PER_NODE,
+        trained=trained_parts(config, model_shape(architecture)),
     )
-    return describe_plan(request)
 
 
-def _trained_parts(config: RunConfig, shape: ModelShape) -> TrainedParts | None:
+def trained_parts(config: RunConfig, shape: ModelShape) -> TrainedParts | None:
+    """What trains, as planning counts it; None where that is everything."""
     adapter = config.adapter
     if adapter.type == "none":
         return None
@@ -219,6 +217,8 @@ def model_shape(architecture: ModelArchitecture) -> ModelShape:
         head_dim=architecture.head_dim,
         vocab_size=architecture.vocab_size,
         tied_embeddings=architecture.tied_embeddings,
+        qkv_bias=architecture.qkv_bias,
+        qk_norm=architecture.qk_norm,
     )
 
 

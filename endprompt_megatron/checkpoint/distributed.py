@@ -15,6 +15,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from endprompt_megatron.checkpoint import directory as checkpoint_directory
@@ -175,6 +176,7 @@ def load_latest_checkpoint(
         _check_same_run(path, record["config"], config)
         same_layout = record["layout"] == _layout()
         wanted = _sharded_state(chunks, optimizer, is_loading=True, with_random_state=same_layout)
+        _leave_out_absent_states(wanted, path, len(chunks))
         loaded = dist_checkpointing.load(wanted, str(path))
         state = RunState(**record["state"])
     except CheckpointError:
@@ -185,7 +187,7 @@ def load_latest_checkpoint(
             f"another checkpoint into {directory / LATEST}, or choose another output_dir."
         ) from error
     for index, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[f"model{index}"], strict=True)
+        _fill(chunk, loaded[f"model{index}"])
     optimizer.load_state_dict(loaded["optimizer"])
     separate_steps(optimizer)
     if same_layout:
@@ -223,6 +225,24 @@ def load_torch_dist(chunks: list[torch.nn.Module], directory: Path) -> None:
         if missing:
             raise CheckpointError(f"{directory} lacks {sorted(missing)[0]}.")
         chunk.load_state_dict(weights, strict=False)
+
+
+def _leave_out_absent_states(wanted: dict[str, Any], path: Path, num_chunks: int) -> None:
+    """Do not ask for `_extra_state` objects that the checkpoint lacks: which layers keep one depends on the backend that wrote it. All but
+    Transformer Engine's FP8 scales are empty, and those are found anew."""
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    for index in range(num_chunks):
+        state = wanted[f"model{index}"]
+        for name in [name for name, entry in state.items() if isinstance(entry, ShardedObject) and entry.unique_key not in stored]:
+            del state[name]
+
+
+def _fill(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
+    """Load every weight of a chunk, and what `_extra_state` there is."""
+    missing, unexpected = chunk.load_state_dict(state, strict=False)
+    wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
+    if wrong:
+        raise AssertionError(f"weights that do not belong together: {wrong[:5]}")
 
 
 def _newest_whole(directory: Path) -> Path | None:

@@ -9,7 +9,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from endprompt_megatron.checkpoint.hf_mapping import Binding, bindings
+from endprompt_megatron.checkpoint.hf_mapping import Binding, bindings, name_apart
 from endprompt_megatron.checkpoint.hf_weights import check_tensors
 from endprompt_megatron.checkpoint.safetensors_io import SafetensorsReader
 from endprompt_megatron.log import track
@@ -66,7 +66,7 @@ def _parameters_by_whole_model_name(chunks: list[EndPromptGPTModel]) -> dict[str
 
 
 def named_parameters_of_whole_model(chunk: EndPromptGPTModel) -> list[tuple[str, torch.nn.Parameter]]:
-    """(name, parameter) of a chunk, its layers numbered as in the whole model."""
+    """(name, parameter) of a chunk of any backend, its layers numbered as in the whole model and named as hf_mapping names them."""
     return [(_name_in_whole_model(chunk, name), parameter) for name, parameter in chunk.named_parameters()]
 
 
@@ -87,4 +87,4 @@ def _name_in_whole_model(chunk: EndPromptGPTModel, name: str) -> str:
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:
         parts[2] = str(int(parts[2]) + get_transformer_layer_offset(chunk.config, vp_stage=chunk.vp_stage))
-    return ".".join(parts)
+    return name_apart(".".join(parts))

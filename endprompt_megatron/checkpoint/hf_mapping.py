@@ -15,6 +15,14 @@ from torch import Tensor
 
 from endprompt_megatron.model.architecture import ModelArchitecture
 
+# Where a layer's norms are fused into the linear layer that follows (Transformer Engine), they bear its name. The table below has the
+# names of norms that stand apart; checkpoints have the fused ones, whichever layers wrote them.
+FUSED_NAMES = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+_NAMES_APART = {fused: apart for apart, fused in FUSED_NAMES.items()}
+
 ReadRows = Callable[[str, int, int], Tensor]
 """(HF name, first, past the last) -> that range of the tensor's rows."""
 ReadColumns = Callable[[str, int, int], Tensor]
@@ -220,6 +228,18 @@ class Binding:
     megatron: str
     hugging_face: tuple[str, ...]
     layout: Layout
+
+
+def name_apart(name: str) -> str:
+    """A parameter's name as the table has it, from that of a model of any backend.
+
+    Args:
+        name: Megatron name in the whole model.
+    """
+    if not name.startswith("decoder.layers."):
+        return name
+    *layer, rest = name.split(".", 3)
+    return ".".join((*layer, _NAMES_APART.get(rest, rest)))
 
 
 def bindings(architecture: ModelArchitecture) -> Iterator[Binding]:

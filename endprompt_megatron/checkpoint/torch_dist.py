@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from endprompt_megatron.checkpoint.directory import RUN_FILE
-from endprompt_megatron.checkpoint.hf_mapping import bindings
+from endprompt_megatron.checkpoint.hf_mapping import FUSED_NAMES, bindings
 from endprompt_megatron.checkpoint.safetensors_io import BLOCK_BYTES, FileRange, empty, read_tensor
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.model.adapters import is_adapter
@@ -37,12 +37,6 @@ from endprompt_megatron.model.architecture import ModelArchitecture
 METADATA_FILE = ".metadata"
 LAYERS = "decoder.layers."
 _PREFIXES = ("", "module.", "model.")  # NeMo writes its wrapper's name in front
-# where a layer's norms are fused into the linear layer that follows (Transformer Engine), they bear its name; Megatron's local layers write
-# the same names
-FUSED_NAMES = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
 _NO_WEIGHTS = re.compile(r"(^|\.)(optimizer|random_state|rng_state|rerun_state_machine_state|opt_param_scheduler)\b|_extra_state")
 
 _BROKEN_ARCHIVE = (

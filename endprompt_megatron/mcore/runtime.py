@@ -52,8 +52,21 @@ def resolve_accelerator(accelerator: str) -> str:
     return "gpu" if found and accelerator != "cpu" else "cpu"
 
 
+def select_device(accelerator: str) -> torch.device:
+    """The device of this process, made the current one where it is a GPU: the rank's own, before anything touches the first.
+
+    Args:
+        accelerator: gpu | cpu, resolved.
+    """
+    if accelerator == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
 def resolve_precision(precision: str, accelerator: str) -> str:
-    """bf16 or fp32 for `precision` = auto | bf16 | fp32 on a resolved accelerator: a CPU computes bf16 fast only with AMX."""
+    """What `precision` = auto means on a resolved accelerator, bf16 or fp32: a CPU computes bf16 fast only with AMX. Others stay."""
     if precision != "auto":
         return precision
     has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
@@ -73,14 +86,12 @@ def initialize(parallel: ParallelConfig, *, accelerator: str, seed: int, timeout
     kind = resolve_accelerator(accelerator)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = select_device(kind)
     if kind == "gpu":
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
         backend = "nccl"
     else:
         cpu.install_cpu_shims()
         cpu.keep_freed_memory()
-        device = torch.device("cpu")
         backend = "gloo"
     timeout = timedelta(minutes=timeout_minutes) if timeout_minutes else timedelta(days=365)
     if torch.distributed.is_initialized():

@@ -37,7 +37,8 @@ def make_loadable(optimizer: Any) -> None:
 
 def separate_steps(optimizer: Any) -> None:
     """After `load_state_dict`: give every parameter a step count of its own. Megatron hands one tensor to all, and AdamW, which adds 1
-    for each parameter, would count a step as many times as there are parameters.
+    for each parameter, would count a step as many times as there are parameters. A fused optimizer gets the count in its own form, if
+    AdamW wrote the checkpoint.
 
     Args:
         optimizer: from get_megatron_optimizer, just loaded.
@@ -46,6 +47,10 @@ def separate_steps(optimizer: Any) -> None:
         if isinstance(part.optimizer, torch.optim.AdamW):
             for state in part.optimizer.state.values():
                 state["step"] = state["step"].clone()
+        else:  # FusedAdam of Transformer Engine or Apex counts in its groups, in whole numbers; torch's AdamW saved a tensor there
+            for group in part.optimizer.param_groups:
+                if "step" in group:
+                    group["step"] = int(group["step"])
 
 
 def _set_with_own_step(part: Any, original: Any, model_param: Any, tensors: dict[str, Any]) -> None:

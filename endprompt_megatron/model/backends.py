@@ -1,14 +1,18 @@
 """The kernels that carry attention, norms and linear layers. One door: `resolve` turns the config's word into a backend that this
-machine has, and says in one line which."""
+machine has, and says which and why."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.model.layer_specs import torch_block_spec
+import torch
+
+from endprompt_megatron.errors import BackendUnavailableError, ConfigError
+from endprompt_megatron.model import te_support
+from endprompt_megatron.model.layer_specs import te_block_spec, torch_block_spec
+from endprompt_megatron.precision_rules import FP8_MULTIPLES
 
 
 @dataclass(frozen=True)
@@ -18,25 +22,65 @@ class Backend:
     Attributes:
         name: as written in `backend`.
         description: for the status line.
-        block_spec: (TransformerConfig, vp_stage=...) -> what GPTModel takes as its layer spec.
+        block_spec: (TransformerConfig, vp_stage=..., norms_apart=...) -> what GPTModel takes as its layer spec; with norms_apart no linear
+            layer has a norm inside.
+        has_te_kernels: whether it is Transformer Engine.
     """
 
     name: str
     description: str
     block_spec: Callable[..., Any]
+    has_te_kernels: bool = False
 
 
-BACKENDS = {"torch": Backend("torch", "torch SDPA attention, torch RMSNorm, Megatron linear layers", torch_block_spec)}
+BACKENDS = {
+    "torch": Backend("torch", "torch SDPA attention, torch RMSNorm, Megatron linear layers", torch_block_spec),
+    "te": Backend("te", "Transformer Engine attention, norms and linear layers", te_block_spec, has_te_kernels=True),
+}
 
 
-def resolve(name: str) -> Backend:
+def resolve(name: str, *, accelerator: str = "cpu", precision: str = "bf16") -> Backend:
     """The backend for `backend=NAME`; `auto` takes the best one this machine has.
 
+    Args:
+        name: auto | te | torch.
+        accelerator: gpu | cpu, resolved.
+        precision: resolved.
     Raises:
         ConfigError: no such backend.
+        BackendUnavailableError: this machine lacks what the backend, or the precision, needs.
     """
-    if name == "auto":
-        return BACKENDS["torch"]
-    if name not in BACKENDS:
+    if name not in ("auto", *BACKENDS):
         raise ConfigError(f"backend={name}: choose one of auto, {', '.join(BACKENDS)}.")
-    return BACKENDS[name]
+    needs_te = name == "te" or precision in FP8_MULTIPLES
+    if name == "torch" and not needs_te:
+        return BACKENDS["torch"]
+    asked = f"precision.name={precision}" if precision in FP8_MULTIPLES else f"backend={name}"
+    if accelerator == "cpu" or precision == "fp32":
+        if needs_te:
+            raise BackendUnavailableError(f"{asked}: Transformer Engine needs an NVIDIA GPU and 16 bits. Set backend=auto precision=auto.")
+        return BACKENDS["torch"]
+    machine = te_support.this_machine()
+    fault = te_support.fault_of(machine, precision) or te_support.trial_fault()
+    if fault is None:
+        version = ".".join(map(str, machine.te_version))
+        return replace(BACKENDS["te"], description=f"Transformer Engine {version} attention, norms and linear layers")
+    if needs_te:
+        raise BackendUnavailableError(f"{asked}: {fault}")
+    return replace(BACKENDS["torch"], description=f"{BACKENDS['torch'].description} (not te: {fault})")
+
+
+def assert_same_everywhere(backend: Backend) -> None:
+    """Refuse a job whose ranks found different backends; every rank takes part.
+
+    Raises:
+        BackendUnavailableError: which ranks have which.
+    """
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, (backend.name, backend.description))
+    if len({name for name, _ in found}) > 1:
+        odd = next(rank for rank, (name, _) in enumerate(found) if name != found[0][0])
+        raise BackendUnavailableError(
+            f"backend=auto: rank 0 has {found[0][0]} ({found[0][1]}), rank {odd} has {found[odd][0]} ({found[odd][1]}). Set "
+            f"backend=torch, or give every host the same image."
+        )

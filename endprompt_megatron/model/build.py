@@ -10,30 +10,38 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from endprompt_megatron.config import AdapterConfig, ParallelConfig
-from endprompt_megatron.mcore.runtime import fuses_gradient_accumulation
 from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.model.backends import Backend
+from endprompt_megatron.model.fusions import Fusions, choose_fusions
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from endprompt_megatron.model.lora import prepare_adapters, with_adapters
+from endprompt_megatron.model.precision import precision_fields
 from endprompt_megatron.model.shifted_sparse import with_shifted_sparse_attention
 from endprompt_megatron.rope.scaling import RopeScaling
-
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def _leave_as_it_is(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def transformer_config(architecture: ModelArchitecture, *, parallel: ParallelConfig, precision: str) -> TransformerConfig:
+def transformer_config(
+    architecture: ModelArchitecture,
+    *,
+    parallel: ParallelConfig,
+    precision: str,
+    bf16_layers: tuple[int, int] = (0, 0),
+    fusions: Fusions | None = None,
+) -> TransformerConfig:
     """Megatron's configuration of an architecture.
 
     Args:
         architecture: numbers of the model.
         parallel: layout and recomputation.
-        precision: bf16 | fp32.
+        precision: bf16 | fp32, or an FP8 precision.
+        bf16_layers: of an FP8 precision: layers at the start and at the end that stay in bf16.
+        fusions: None takes what any backend has.
     """
-    dtype = _DTYPES[precision]
+    fusions = fusions or choose_fusions(has_te_kernels=False)
     recompute = {}
     if parallel.recompute_granularity == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -60,10 +68,6 @@ def transformer_config(architecture: ModelArchitecture, *, parallel: ParallelCon
         init_method=_leave_as_it_is,
         output_layer_init_method=_leave_as_it_is,
         embedding_init_method=_leave_as_it_is,
-        bf16=precision == "bf16",
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        autocast_dtype=dtype,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
@@ -72,13 +76,16 @@ def transformer_config(architecture: ModelArchitecture, *, parallel: ParallelCon
         # with two stages both neighbours are the same rank, and batched sends of the interleaved schedule would reach the wrong receive
         overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
         batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
-        gradient_accumulation_fusion=fuses_gradient_accumulation(),
-        # these fusions need CUDA kernels or a C++ compiler at run time
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=fusions.gradient_accumulation,
+        bias_activation_fusion=fusions.activation,
+        bias_dropout_fusion=fusions.activation,
+        apply_rope_fusion=fusions.rope,
+        cross_entropy_loss_fusion=fusions.cross_entropy,
+        cross_entropy_fusion_impl="te" if fusions.cross_entropy else "native",
+        # of layers that no backend here has
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
         persist_layer_norm=False,
+        **precision_fields(precision, bf16_layers),
         **recompute,
     )
 
@@ -92,6 +99,8 @@ def build_model_chunks(
     precision: str,
     backend: Backend,
     device: torch.device,
+    bf16_layers: tuple[int, int] = (0, 0),
+    fusions: Fusions | None = None,
     adapter: AdapterConfig | None = None,
     attention_groups: int | None = None,
     seed: int = 0,
@@ -104,19 +113,20 @@ def build_model_chunks(
         max_sequence_length: L, for Megatron's bookkeeping.
         parallel, precision, backend: how it is cut, in which numbers and with which kernels.
         device: where the weights go.
+        bf16_layers, fusions: as transformer_config.
         adapter: adapters, and what trains beside them; None, or one of type none, trains everything.
         attention_groups: groups of S2-attention; None is full attention.
         seed: of the run; adapters are drawn from it.
     """
-    config = transformer_config(architecture, parallel=parallel, precision=precision)
+    config = transformer_config(architecture, parallel=parallel, precision=precision, bf16_layers=bf16_layers, fusions=fusions)
     virtual = parallel.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in range(virtual or 1):
         vp_stage = stage if virtual else None
-        block = backend.block_spec(config, vp_stage=vp_stage)
+        has_adapters = adapter is not None and adapter.type == "lora"
+        block = backend.block_spec(config, vp_stage=vp_stage, norms_apart=has_adapters)
         if attention_groups is not None:
             block = with_shifted_sparse_attention(block, num_groups=attention_groups)
-        has_adapters = adapter is not None and adapter.type == "lora"
         if has_adapters:
             block = with_adapters(block, adapter)
         chunk = EndPromptGPTModel(

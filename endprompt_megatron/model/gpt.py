@@ -6,15 +6,17 @@ Shapes: b micro-batch, s physical sequence, v vocabulary share of this rank; Meg
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from endprompt_megatron.mcore.cpu import no_device_names
 from endprompt_megatron.mcore.rope_concentration import rope_concentrations, set_rope_concentration
 from endprompt_megatron.model.cross_entropy import sliced_cross_entropy
 from endprompt_megatron.model.sdpa import KeyValueCache, TorchSDPA
@@ -65,7 +67,16 @@ class EndPromptGPTModel(GPTModel):
         Returns:
             Loss of each token [b, s] where labels are given, else logits [b, s, v], else hidden states [s, b, h].
         """
-        with self.rotary_pos_emb.at(position_ids):
+        if self.config.apply_rope_fusion and position_ids.dim() == 2:
+            if position_ids.shape[0] > 1:
+                raise AssertionError(
+                    f"position_ids {tuple(position_ids.shape)}: the fused rotary kernel takes one row for the whole micro-batch, and would "
+                    f"rotate every sample to the first one's positions"
+                )
+            position_ids = position_ids[0]
+        # a token at a time, the shim's share would show; training keeps it: its recomputation names devices
+        unwatched = nullcontext() if torch.is_grad_enabled() else no_device_names()
+        with unwatched, self.rotary_pos_emb.at(position_ids):
             return super().forward(input_ids, position_ids, attention_mask, **kwargs)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
@@ -102,9 +113,28 @@ class EndPromptGPTModel(GPTModel):
             hook.remove()
 
     @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside the block the model computes for probes and generation, whatever it trains with: attention is torch's, which keeps keys
+        and values and branches, and nothing is rounded to FP8, whose matrix products take only round numbers of tokens."""
+        fp8 = self.config.fp8
+        replaced = []
+        for layer in self.decoder.layers:
+            attention = layer.self_attention
+            if not any(isinstance(module, TorchSDPA) for module in attention.core_attention.modules()):
+                replaced.append((attention, attention.core_attention))
+                attention.core_attention = TorchSDPA(self.config, layer.layer_number, AttnMaskType.causal, "self").eval()
+        self.config.fp8 = None
+        try:
+            yield
+        finally:
+            self.config.fp8 = fp8
+            for attention, core_attention in replaced:
+                attention.core_attention = core_attention
+
+    @contextmanager
     def branches_after(self, trunk: int, lengths: list[int]) -> Iterator[None]:
         """Inside the block the sequence is a trunk and branches: each branch sees the trunk and itself, as if it alone followed. Several
-        questions about one long context thus share its prefill. For whole sequences on this rank, and the `torch` backend's attention.
+        questions about one long context thus share its prefill. For whole sequences on this rank, inside `evaluating`.
 
         Inside `cached`, what earlier calls read belongs to the trunk, the branches may follow without anything before them, and they are
         not kept: another call may ask anew.
@@ -127,8 +157,8 @@ class EndPromptGPTModel(GPTModel):
     @contextmanager
     def cached(self, max_length: int) -> Iterator[None]:
         """Inside the block a forward pass goes on where the last one ended: every layer keeps keys and values, and new tokens see the old
-        ones. A long context can so be read in chunks, and a text written token by token. For torch.no_grad, whole sequences on this rank,
-        and the `torch` backend's attention.
+        ones. A long context can so be read in chunks, and a text written token by token. For torch.no_grad and whole sequences on this
+        rank, inside `evaluating`.
 
         Args:
             max_length: tokens of all passes together, >= 1; the memory for them is taken with the first.

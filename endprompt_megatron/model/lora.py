@@ -254,7 +254,8 @@ def prepare_adapters(model: torch.nn.Module, adapter: AdapterConfig, *, seed: in
     tied = model.share_embeddings_and_output_weights
     for name, parameter in model.named_parameters():
         is_embedding = name.startswith("embedding.") or (tied and name.startswith("output_layer."))
-        is_norm = "norm" in name.split(".")[-2]  # input_layernorm, pre_mlp_layernorm, q_layernorm, k_layernorm, final_layernorm
+        # input_layernorm, pre_mlp_layernorm, q_layernorm, k_layernorm, final_layernorm; fused into a linear layer, its layer_norm_weight
+        is_norm = any("norm" in part for part in name.split(".")[-2:])
         trains = is_adapter(name) or (adapter.train_embeddings and is_embedding) or (adapter.train_norms and is_norm)
         parameter.requires_grad_(trains)
     if model.pre_process and not adapter.train_embeddings:

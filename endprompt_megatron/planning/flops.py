@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a Llama-like decoder (RMSNorm, no biases, grouped-query attention).
+    """The sizes of a Llama-like decoder (RMSNorm, grouped-query attention; no biases but those of query, key and value).
 
     Attributes:
         num_layers: decoder layers.
@@ -20,6 +20,8 @@ class ModelShape:
         vocab_size: rows of the embedding, unpadded.
         tied_embeddings: whether the output layer is the embedding.
         gated: whether the MLP has a gate (SwiGLU: three matrices), or only two matrices.
+        qkv_bias: whether query, key and value have biases (Qwen2).
+        qk_norm: whether each head of query and key is normalised, with one weight a head dimension (Qwen3).
     """
 
     num_layers: int
@@ -31,6 +33,8 @@ class ModelShape:
     vocab_size: int
     tied_embeddings: bool
     gated: bool = True
+    qkv_bias: bool = False
+    qk_norm: bool = False
 
     @property
     def query_size(self) -> int:
@@ -55,22 +59,40 @@ class ModelShape:
 
     @property
     def norm_parameters_per_layer(self) -> int:
-        """Parameters of one layer's two norms."""
-        return 2 * self.hidden_size
+        """Parameters of one layer's norms: two, and those of query and key."""
+        return 2 * self.hidden_size + self.qk_norm * 2 * self.head_dim
+
+    @property
+    def bias_parameters_per_layer(self) -> int:
+        """Parameters of one layer's biases."""
+        return self.qkv_bias * (self.query_size + self.key_value_size)
 
 
 def count_parameters(shape: ModelShape) -> int:
     """Parameters of the whole model, the unpadded vocabulary counted, a tied embedding counted once."""
-    layer = shape.matrix_parameters_per_layer + shape.norm_parameters_per_layer
+    layer = shape.matrix_parameters_per_layer + shape.norm_parameters_per_layer + shape.bias_parameters_per_layer
     embeddings = shape.embedding_parameters * (1 if shape.tied_embeddings else 2)
     return shape.num_layers * layer + embeddings + shape.hidden_size
 
 
-def forward_flops_per_token(shape: ModelShape, seq_length: int) -> float:
-    """Model FLOPs of the forward pass, averaged over the tokens of a causal sequence.
+def layer_matrix_flops_per_token(shape: ModelShape) -> float:
+    """FLOPs of one layer's matrix products, forward: a multiply-add counts two."""
+    return 2.0 * shape.matrix_parameters_per_layer
 
-    A multiply-add counts two. The embedding lookup counts nothing and the output layer counts whether tied or not. A token attends
-    to half of the sequence on average, so that the two attention products (scores, values) cost 2 * seq_length * query_size a layer.
+
+def layer_attention_flops_per_token(shape: ModelShape, seq_length: int) -> float:
+    """FLOPs of one layer's two attention products (scores, values), forward, averaged over the tokens of a causal sequence: a token
+    attends to half of it."""
+    return 2.0 * seq_length * shape.query_size
+
+
+def output_flops_per_token(shape: ModelShape) -> float:
+    """FLOPs of the output layer, forward; the same whether tied or not."""
+    return 2.0 * shape.embedding_parameters
+
+
+def forward_flops_per_token(shape: ModelShape, seq_length: int) -> float:
+    """Model FLOPs of the forward pass, averaged over the tokens of a causal sequence. The embedding lookup counts nothing.
 
     Args:
         shape: of the model.
@@ -78,9 +100,8 @@ def forward_flops_per_token(shape: ModelShape, seq_length: int) -> float:
     Returns:
         FLOPs a token.
     """
-    matrices = 2 * (shape.num_layers * shape.matrix_parameters_per_layer + shape.embedding_parameters)
-    causal_attention = 2 * seq_length * shape.query_size * shape.num_layers
-    return float(matrices + causal_attention)
+    layer = layer_matrix_flops_per_token(shape) + layer_attention_flops_per_token(shape, seq_length)
+    return shape.num_layers * layer + output_flops_per_token(shape)
 
 
 def training_flops_per_token(shape: ModelShape, seq_length: int) -> float:

@@ -1,45 +1,65 @@
-"""How much device memory a training layout needs, by component, for the pipeline stage that needs most. An estimate from tensor
-sizes: it says whether a layout is worth starting, not what the allocator will report."""
+"""How much device memory a training layout needs, by component, for every pipeline stage. An estimate from tensor sizes; what a process
+holds besides tensors (CUDA context, communication buffers, fragmentation) is a stated reserve."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.planning.activations import POSITION, ElementBytes, SavedTensor, kept_by_layer, layer_tensors
 from endprompt_megatron.planning.flops import ModelShape
+from endprompt_megatron.planning.layout import Layout, StageParameters, padded_vocab_size, stage_parameters
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class _Precision:
-    """Bytes: of a weight and of an activation element, of a gradient, of optimizer state a parameter, of a logit in the loss."""
+    """Bytes of what a layout holds.
 
-    element: int
-    gradient: int
+    Attributes:
+        element: of activations.
+        weight: of a parameter.
+        optimizer: of master weight and moments, a parameter.
+        fp8_weight: of the FP8 copies of a matrix's parameter; 0 without FP8.
+        bf16_ends: whether the first and the last layer of the model stay in bf16.
+    """
+
+    element: ElementBytes
+    weight: int
     optimizer: int
-    logit: int
+    fp8_weight: float = 0
+    bf16_ends: bool = False
 
 
-# Megatron-Core: gradients accumulate in an fp32 buffer; the optimizer holds an fp32 master copy and two fp32 moments. The loss
-# makes an fp32 copy of bf16 logits (both live at once); fp32 logits become the softmax in place.
+_GRADIENT_BYTES = 4  # Megatron accumulates in float32
+_LOSS_SLICE = 4 * 2**20  # logits that model/cross_entropy.py turns to float32 at once
+_BF16 = ElementBytes(2, 2, 2)
+# Transformer Engine keeps bf16 parameters and, for the matrices, their FP8 values cached between micro-batches: once as they are and once
+# transposed, because Hopper's FP8 products read one of both orders (Blackwell's tensor-wise products need no transposed copy, the
+# others do). Blockwise scales are one float32 for 128 numbers, MXFP8's one byte for 32.
 _PRECISIONS = {
-    "bf16": _Precision(element=2, gradient=4, optimizer=12, logit=6),
-    "fp32": _Precision(element=4, gradient=4, optimizer=8, logit=4),
+    "fp32": _Precision(ElementBytes(4, 4, 4), weight=4, optimizer=8),
+    "bf16": _Precision(_BF16, weight=2, optimizer=12),
+    "fp8": _Precision(ElementBytes(2, 2, 1), weight=2, optimizer=12, fp8_weight=2, bf16_ends=True),
+    "fp8_attention": _Precision(ElementBytes(2, 1, 1), weight=2, optimizer=12, fp8_weight=2),
+    "fp8_blockwise": _Precision(ElementBytes(2, 2, 1 + 4 / 128), weight=2, optimizer=12, fp8_weight=2),
+    "mxfp8": _Precision(ElementBytes(2, 2, 1 + 1 / 32), weight=2, optimizer=12, fp8_weight=2 * (1 + 1 / 32)),
 }
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Memory of one device of the pipeline stage that needs most, in GiB.
+    """Memory of one device of one pipeline stage, in GiB.
 
     Attributes:
-        weights_gib: parameters in compute precision.
+        weights_gib: parameters in compute precision, FP8 copies included.
         gradients_gib: the gradient buffer.
         optimizer_gib: master weights and moments.
-        activations_gib: what the backward pass reads, of all micro-batches in flight.
-        logits_gib: output logits and their fp32 softmax; 0 on a stage without output layer.
-        stage: which stage it is: "only", "first" or "last".
+        activations_gib: what waits for the backward pass, of all micro-batches in flight.
+        logits_gib: output logits and what the loss makes of them; 0 on a stage without output layer.
+        working_gib: while one layer goes backward: what full recomputation makes anew, and gradients of activations.
+        stage: which stage it is: "only", "first", "last" or a number from 1.
     """
 
     weights_gib: float
@@ -47,12 +67,18 @@ class MemoryEstimate:
     optimizer_gib: float
     activations_gib: float
     logits_gib: float
+    working_gib: float
     stage: str
 
     @property
+    def states_gib(self) -> float:
+        """What is there between steps: weights, gradients, optimizer."""
+        return self.weights_gib + self.gradients_gib + self.optimizer_gib
+
+    @property
     def total_gib(self) -> float:
-        """Sum of all components."""
-        return self.weights_gib + self.gradients_gib + self.optimizer_gib + self.activations_gib + self.logits_gib
+        """The fullest moment: logits are gone before the first layer goes backward, so that only the larger of both counts."""
+        return self.states_gib + self.activations_gib + max(self.logits_gib, self.working_gib)
 
 
 @dataclass(frozen=True)
@@ -70,10 +96,140 @@ class TrainedParts:
     norms: bool
 
 
-def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
-    """Rows of the embedding as Megatron holds it: a multiple of 128 * tensor_model_parallel_size."""
-    multiple = 128 * tensor_model_parallel_size
-    return -(-vocab_size // multiple) * multiple
+def reserve_gib(layout: Layout, *, device_memory_gib: float) -> float:
+    """What to keep free beside the tensors. An assumption, not a measurement: 1 GiB of CUDA context, kernels and cuBLAS workspaces,
+    0.5 GiB of NCCL buffers for each kind of group with more than one rank, and 3 % of the device for fragmentation.
+
+    Args:
+        layout: decides which groups communicate.
+        device_memory_gib: of one GPU.
+    """
+    groups = (
+        layout.tensor_model_parallel_size,
+        layout.pipeline_model_parallel_size,
+        layout.context_parallel_size,
+        layout.data_parallel_size,
+    )
+    return 1.0 + 0.5 * sum(size > 1 for size in groups) + 0.03 * device_memory_gib
+
+
+def stage_memory(
+    shape: ModelShape,
+    layout: Layout,
+    *,
+    seq_length: int,
+    precision: str,
+    backend: str = "te",
+    trained: TrainedParts | None = None,
+) -> tuple[MemoryEstimate, ...]:
+    """Memory of one device of every pipeline stage during a training step.
+
+    Assumptions, each on the side of Megatron-Core's defaults:
+    - AdamW over every weight, or over `trained`, whose adapters are counted whole on every tensor parallel rank. Bytes a parameter:
+      2 (weight) + 4 (float32 gradient) + 12 (float32 master, two moments), in fp32 4 + 4 + 8. The distributed optimizer splits the last
+      part over data *and* context parallel ranks, as Megatron does; the padding of its buffers is left out.
+    - FP8 keeps bf16 parameters and caches 2 more bytes of every layer matrix (see the table above); linear layers keep their inputs in
+      FP8, everything else stays bf16. The output layer is never FP8.
+    - What a layer keeps: activations.py. Dropout is 0.
+    - Tensor parallelism splits what lies inside attention and MLP; the rest only with sequence_parallel. Context parallelism splits
+      everything by tokens.
+    - In a pipeline a stage keeps one residual more of every pass in flight: the output that it sent on.
+    - Logits, with the vocabulary whole on a rank: one tensor, which becomes its own gradient, and a float32 slice. Split by tensor
+      parallelism: a float32 copy beside bf16 ones; the rank with padding rows masks them in another copy.
+    - While a layer goes backward: with full recomputation all that the layer keeps; gradients of twice ffn_hidden_size and of two
+      residuals more than it frees meanwhile, and under sequence_parallel one gathered residual.
+
+    Args:
+        shape: of the model.
+        layout: how it is cut.
+        seq_length: physical tokens of a sequence, over all context parallel ranks.
+        precision: fp32, bf16, fp8 (with the first and the last layer in bf16), fp8_attention, fp8_blockwise or mxfp8.
+        backend: "te" or "torch".
+        trained: what trains, where that is not every weight.
+    Returns:
+        An estimate a stage, the first stage first.
+    Raises:
+        ConfigError: precision, recompute_granularity or backend has no such value; the layers do not divide.
+    Source: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198), section 4, with
+        the terms of RMSNorm, grouped-query attention and SwiGLU; megatron-core 0.16 for schedules, optimizer and loss.
+    """
+    sizes = _sizes_of(precision)
+    stages = range(layout.pipeline_model_parallel_size)
+    return tuple(_one_stage(shape, layout, stage, seq_length, sizes, backend, trained) for stage in stages)
+
+
+def _sizes_of(precision: str) -> _Precision:
+    if precision not in _PRECISIONS:
+        raise ConfigError(f"precision.name={precision}: memory is known for {', '.join(_PRECISIONS)}. Choose one of them.")
+    return _PRECISIONS[precision]
+
+
+def _one_stage(
+    shape: ModelShape,
+    layout: Layout,
+    stage: int,
+    seq_length: int,
+    sizes: _Precision,
+    backend: str,
+    trained: TrainedParts | None,
+) -> MemoryEstimate:
+    tensor, last = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size - 1
+    has_output = stage == last
+    parameters = stage_parameters(shape, layout, stage)
+    layers_per_chunk = layout.layers_per_chunk(shape.num_layers)
+    layers = layers_per_chunk * layout.num_chunks
+    adapters = trained.adapter_parameters_per_layer * layers if trained else 0
+    trains = _trained_parameters(shape, parameters, trained, layers, has_output, tensor) + adapters
+    fp8_matrices = parameters.matrices - sizes.bf16_ends * ((stage == 0) + has_output) * parameters.one_layer_matrices
+    weights = (parameters.total + adapters) * sizes.weight + max(0, fp8_matrices) * sizes.fp8_weight
+    optimizer_split = layout.data_parallel_size * layout.context_parallel_size if layout.use_distributed_optimizer else 1
+
+    tokens = layout.micro_batch_size * seq_length / layout.context_parallel_size
+
+    def of_layer(tensors: tuple[SavedTensor, ...]) -> float:
+        return sum(saved.bytes_on_rank(layout, seq_length=seq_length) for saved in tensors)
+
+    context = layout.context_parallel_size
+    kept = of_layer(kept_by_layer(shape, sizes.element, backend, layout.recompute_granularity, context_parallel_size=context))
+    everything = layer_tensors(shape, sizes.element, backend, context_parallel_size=context)
+    recomputed = of_layer(everything[1:]) if layout.recompute_granularity == "full" else 0.0
+    residual = tokens * shape.hidden_size * sizes.element.activation / layout.residual_split
+    frequencies = SavedTensor("rotary angles", 4 * shape.head_dim, POSITION).bytes_on_rank(layout, seq_length=seq_length)
+    a_chunk = layers_per_chunk * kept + frequencies + residual * (last > 0)
+    final_norm = (2 * residual + tokens * 4 / layout.residual_split) * has_output
+    gathered = shape.hidden_size if layout.sequence_parallel else 0
+    gradients = tokens * sizes.element.activation * (2 * shape.ffn_hidden_size / tensor + gathered) + 2 * residual
+    return MemoryEstimate(
+        weights_gib=weights / GIB,
+        gradients_gib=trains * _GRADIENT_BYTES / GIB,
+        optimizer_gib=trains * sizes.optimizer / optimizer_split / GIB,
+        activations_gib=(layout.chunks_in_flight(stage) * a_chunk + final_norm) / GIB,
+        logits_gib=has_output * _logit_bytes(shape, tensor, tokens, sizes.element.activation) / GIB,
+        working_gib=(recomputed + gradients) / GIB,
+        stage="only" if last == 0 else "first" if stage == 0 else "last" if has_output else str(stage + 1),
+    )
+
+
+def _trained_parameters(
+    shape: ModelShape, parameters: StageParameters, trained: TrainedParts | None, layers: int, has_output: bool, tensor: int
+) -> float:
+    """Those with gradients, adapters apart."""
+    if trained is None:
+        return parameters.total
+    table = padded_vocab_size(shape.vocab_size, tensor) * shape.hidden_size / tensor
+    embeddings = bool(parameters.embedding) or (has_output and shape.tied_embeddings)
+    norms = layers * shape.norm_parameters_per_layer + parameters.final_norm
+    return trained.embedding * embeddings * table + trained.norms * norms
+
+
+def _logit_bytes(shape: ModelShape, tensor: int, tokens: float, element: float) -> float:
+    """Bytes of the rank's logits, and of what is made of them, at the loss's fullest moment."""
+    padded = padded_vocab_size(shape.vocab_size, tensor)
+    logits = tokens * padded / tensor
+    if tensor == 1:
+        return logits * element + min(logits, _LOSS_SLICE) * 4
+    masked = element + 1 if padded > shape.vocab_size else 0
+    return logits * (element + masked + (4 if element < 4 else 0))
 
 
 def estimate_memory(
@@ -92,111 +248,24 @@ def estimate_memory(
     num_micro_batches: int,
     virtual_pipeline_model_parallel_size: int | None = None,
     trained: TrainedParts | None = None,
+    backend: str = "te",
 ) -> MemoryEstimate:
-    """Memory of one device during a training step, on the first or the last pipeline stage, whichever needs more.
+    """Memory of one device of the pipeline stage that needs most; arguments as Layout and stage_memory have them.
 
-    Assumptions, each on the side of Megatron-Core's defaults:
-    - AdamW over every weight, or over `trained`, whose adapters are counted whole on every tensor parallel rank. Bytes a parameter:
-      bf16 2 (weight) + 4 (fp32 gradient) + 12 (fp32 master, two moments); fp32 4 + 4 + 8. The distributed optimizer splits the last
-      part over data *and* context parallel ranks, as Megatron does.
-    - Attention keeps query, key, value, output and one fp32 number a head and token (flash kernels, SDPA); no s x s scores.
-    - A layer keeps: the inputs and outputs of its two norms, query/key/value, the attention output, the MLP's first output and its
-      activated half. SwiGLU and norms are fused (SwiGLU in plain torch keeps one more ffn_hidden_size a token, a norm in plain
-      torch an fp32 copy or two), dropout is 0, the rotary embedding keeps nothing.
-    - Tensor parallelism splits what lies inside attention and MLP; the rest only with sequence_parallel. Context parallelism
-      splits everything by tokens.
-    - recompute_granularity "selective" recomputes core attention, which keeps next to nothing here, so that it saves only the fp32
-      number a head; "full" keeps each layer's input and, while one layer is recomputed, that layer's activations.
-    - 1F1B schedule: the first stage holds pipeline_model_parallel_size micro-batches, the last one; interleaved stages hold the
-      usual share more. A layer count that does not divide is rounded up.
-    Not counted: the CUDA context, communication buffers, gradients of activations, fragmentation.
-
-    Args:
-        shape: of the model.
-        seq_length: physical tokens of a sequence, over all context parallel ranks.
-        micro_batch_size: sequences a rank holds at once.
-        tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size, data_parallel_size: the layout.
-        sequence_parallel: whether norms and residuals are split over tensor parallel ranks.
-        use_distributed_optimizer: whether optimizer state is split over data and context parallel ranks.
-        precision: "bf16" or "fp32".
-        recompute_granularity: None, "selective" or "full".
-        num_micro_batches: micro-batches a rank accumulates a step.
-        virtual_pipeline_model_parallel_size: model chunks a stage of the interleaved schedule; None without it.
-        trained: what trains, where that is not every weight.
-    Returns:
-        The estimate of the stage that needs most.
     Raises:
-        ConfigError: precision or recompute_granularity has no such value.
-    Source: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198), section 4, with
-        the terms of RMSNorm, grouped-query attention and SwiGLU; megatron-core 0.16 for the optimizer and the loss.
+        ConfigError: as stage_memory.
     """
-    if precision not in _PRECISIONS:
-        raise ConfigError(f"precision.name={precision}: memory is known for {' and '.join(_PRECISIONS)}. Choose one of them.")
-    if recompute_granularity not in (None, "selective", "full"):
-        raise ConfigError(f"parallel.recompute_granularity={recompute_granularity}: choose null, selective or full.")
-    sizes = _PRECISIONS[precision]
-    tensor, pipeline = tensor_model_parallel_size, pipeline_model_parallel_size
-    tokens = micro_batch_size * seq_length / context_parallel_size
-    residual_split = tensor if sequence_parallel else 1
-    optimizer_split = data_parallel_size * context_parallel_size if use_distributed_optimizer else 1
-    vocab = padded_vocab_size(shape.vocab_size, tensor)
-    layers = -(-shape.num_layers // pipeline)
-
-    layer_parameters = shape.matrix_parameters_per_layer / tensor + shape.norm_parameters_per_layer
-    embedding_parameters = vocab * shape.hidden_size / tensor
-    residual_bytes = tokens * shape.hidden_size * sizes.element / residual_split
-    layer_bytes = tokens * _layer_bytes_per_token(
-        shape, element=sizes.element, tensor=tensor, residual_split=residual_split, recompute_granularity=recompute_granularity
+    layout = Layout(
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
+        context_parallel_size=context_parallel_size,
+        data_parallel_size=data_parallel_size,
+        sequence_parallel=sequence_parallel,
+        use_distributed_optimizer=use_distributed_optimizer,
+        recompute_granularity=recompute_granularity,
+        micro_batch_size=micro_batch_size,
+        num_micro_batches=num_micro_batches,
     )
-
-    def stage(name: str, *, index: int, has_embedding: bool, has_output: bool) -> MemoryEstimate:
-        owns_output_matrix = has_output and not (has_embedding and shape.tied_embeddings)
-        parameters = layers * layer_parameters + embedding_parameters * (has_embedding + owns_output_matrix)
-        parameters += shape.hidden_size * has_output
-        trains = parameters
-        if trained is not None:
-            adapters = layers * trained.adapter_parameters_per_layer
-            parameters += adapters
-            embeddings = has_embedding or (has_output and shape.tied_embeddings)
-            trains = adapters + trained.embedding * embedding_parameters * embeddings
-            trains += trained.norms * (layers * shape.norm_parameters_per_layer + shape.hidden_size * has_output)
-        layers_in_flight = layers * _micro_batches_in_flight(
-            index, pipeline, num_micro_batches, virtual_pipeline_model_parallel_size or 1
-        )
-        if recompute_granularity == "full":
-            activations = layers_in_flight * residual_bytes + layer_bytes
-        else:
-            activations = layers_in_flight * layer_bytes
-        activations += 2 * residual_bytes * has_output  # the final norm's input and output
-        return MemoryEstimate(
-            weights_gib=parameters * sizes.element / GIB,
-            gradients_gib=trains * sizes.gradient / GIB,
-            optimizer_gib=trains * sizes.optimizer / optimizer_split / GIB,
-            activations_gib=activations / GIB,
-            logits_gib=has_output * tokens * vocab / tensor * sizes.logit / GIB,
-            stage=name,
-        )
-
-    if pipeline == 1:
-        return stage("only", index=0, has_embedding=True, has_output=True)
-    first = stage("first", index=0, has_embedding=True, has_output=False)
-    last = stage("last", index=pipeline - 1, has_embedding=False, has_output=True)
-    return max(first, last, key=lambda estimate: estimate.total_gib)
-
-
-def _layer_bytes_per_token(
-    shape: ModelShape, *, element: int, tensor: int, residual_split: int, recompute_granularity: str | None
-) -> float:
-    around = 4 * shape.hidden_size / residual_split  # input and output of both norms
-    attention = (2 * shape.query_size + shape.key_value_size) / tensor  # query, key, value; the output
-    mlp = (3 if shape.gated else 2) * shape.ffn_hidden_size / tensor  # first product (gate and up), activated product
-    row_statistics = 0 if recompute_granularity == "selective" else 4 * shape.num_attention_heads / tensor
-    return element * (around + attention + mlp) + row_statistics
-
-
-def _micro_batches_in_flight(stage_index: int, num_stages: int, num_micro_batches: int, num_chunks: int) -> float:
-    """Micro-batches whose activations a stage holds at its fullest, counted in whole stages (chunks of a stage are fractions)."""
-    if num_chunks == 1:
-        return min(num_stages - stage_index, num_micro_batches)
-    chunks = 2 * (num_stages - 1 - stage_index) + (num_chunks - 1) * num_stages + 1
-    return min(chunks, num_micro_batches * num_chunks) / num_chunks
+    stages = stage_memory(shape, layout, seq_length=seq_length, precision=precision, backend=backend, trained=trained)
+    return max(stages, key=lambda estimate: estimate.total_gib)

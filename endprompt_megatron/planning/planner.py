@@ -6,11 +6,9 @@ from dataclasses import dataclass
 
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.planning.flops import ModelShape, count_parameters, training_flops_per_token
-from endprompt_megatron.planning.memory import MemoryEstimate, TrainedParts, estimate_memory
-from endprompt_megatron.planning.throughput import estimate_step_seconds, get_hardware
-
-# Above this share of the device memory, what the estimate leaves out (CUDA context, communication buffers, fragmentation) decides.
-_TIGHT_SHARE = 0.9
+from endprompt_megatron.planning.layout import Layout
+from endprompt_megatron.planning.memory import MemoryEstimate, TrainedParts, reserve_gib, stage_memory
+from endprompt_megatron.planning.throughput import GPUS_PER_NODE, StepTime, get_hardware, has_speed, step_time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +22,8 @@ class PlanRequest:
         tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size: the layout; data parallelism is the rest.
         virtual_pipeline_model_parallel_size: chunks a stage of the interleaved schedule, or None.
         sequence_parallel, use_distributed_optimizer, recompute_granularity: as in conf/parallel.
-        precision: "bf16", "fp32" or "fp8".
+        precision: fp32, bf16, fp8, fp8_attention, fp8_blockwise or mxfp8.
+        backend: te or torch: whose tensors are counted.
         micro_batch_size, global_batch_size: sequences.
         max_steps: optimizer steps.
         seq_length: S, physical tokens of a sample.
@@ -35,7 +34,7 @@ class PlanRequest:
         rope_type, rope_factor: name and factor of the scaling.
         hardware: a name in throughput.HARDWARE, or None (a CPU, an unknown GPU): then no time is estimated.
         device_memory_gib: memory of one rank; None takes the hardware's, and without hardware nothing is compared.
-        model_flops_utilization: assumed share of the peak while busy.
+        gpus_per_node: ranks that share NVLink.
         trained: what trains, where that is not every weight; the FLOPs and the time are those of training everything all the same.
     """
 
@@ -50,6 +49,7 @@ class PlanRequest:
     use_distributed_optimizer: bool = False
     recompute_granularity: str | None = None
     precision: str = "bf16"
+    backend: str = "te"
     micro_batch_size: int
     global_batch_size: int
     max_steps: int
@@ -62,7 +62,7 @@ class PlanRequest:
     rope_factor: float = 1.0
     hardware: str | None = None
     device_memory_gib: float | None = None
-    model_flops_utilization: float = 0.4
+    gpus_per_node: int = GPUS_PER_NODE
     trained: TrainedParts | None = None
 
     @property
@@ -84,6 +84,22 @@ class PlanRequest:
     def tokens_per_step(self) -> int:
         """Physical tokens of one optimizer step over all ranks."""
         return self.seq_length * self.global_batch_size
+
+    @property
+    def layout(self) -> Layout:
+        """The layout with its batch."""
+        return Layout(
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=self.virtual_pipeline_model_parallel_size,
+            context_parallel_size=self.context_parallel_size,
+            data_parallel_size=self.data_parallel_size,
+            sequence_parallel=self.sequence_parallel,
+            use_distributed_optimizer=self.use_distributed_optimizer,
+            recompute_granularity=self.recompute_granularity,
+            micro_batch_size=self.micro_batch_size,
+            num_micro_batches=self.num_micro_batches,
+        )
 
 
 def describe_plan(request: PlanRequest) -> list[str]:
@@ -107,7 +123,7 @@ def describe_plan(request: PlanRequest) -> list[str]:
             f"trainer.global_batch_size={request.global_batch_size}: must be a positive multiple of micro_batch_size x "
             f"data-parallel size = {sequences}."
         )
-    short, full = _memory(request, request.seq_length), _memory(request, request.target_context_length)
+    short, full = plan_memory(request), plan_memory(request, seq_length=request.target_context_length)
     return [
         f"Plan of {request.experiment}",
         *_layout_lines(request),
@@ -115,27 +131,30 @@ def describe_plan(request: PlanRequest) -> list[str]:
         *_model_lines(request),
         *_memory_lines(request, short),
         *_time_lines(request),
-        *_comparison_lines(request, short, full),
+        *_comparison_lines(request, fullest(short), fullest(full)),
     ]
 
 
-def _memory(request: PlanRequest, seq_length: int) -> MemoryEstimate:
-    return estimate_memory(
+def plan_memory(request: PlanRequest, *, seq_length: int | None = None) -> tuple[MemoryEstimate, ...]:
+    """Memory of a rank of every pipeline stage, the first stage first.
+
+    Args:
+        request: what is planned.
+        seq_length: of samples of another length; None takes the request's.
+    """
+    return stage_memory(
         request.shape,
-        seq_length=seq_length,
-        micro_batch_size=request.micro_batch_size,
-        tensor_model_parallel_size=request.tensor_model_parallel_size,
-        pipeline_model_parallel_size=request.pipeline_model_parallel_size,
-        context_parallel_size=request.context_parallel_size,
-        data_parallel_size=request.data_parallel_size,
-        sequence_parallel=request.sequence_parallel,
-        use_distributed_optimizer=request.use_distributed_optimizer,
-        precision="bf16" if request.precision == "fp8" else request.precision,
-        recompute_granularity=request.recompute_granularity,
-        num_micro_batches=request.num_micro_batches,
-        virtual_pipeline_model_parallel_size=request.virtual_pipeline_model_parallel_size,
+        request.layout,
+        seq_length=seq_length or request.seq_length,
+        precision=request.precision,
+        backend=request.backend,
         trained=request.trained,
     )
+
+
+def fullest(stages: tuple[MemoryEstimate, ...]) -> MemoryEstimate:
+    """The stage that needs most."""
+    return max(stages, key=lambda estimate: estimate.total_gib)
 
 
 def _layout_lines(request: PlanRequest) -> list[str]:
@@ -185,14 +204,19 @@ def _model_lines(request: PlanRequest) -> list[str]:
     ]
 
 
-def _memory_lines(request: PlanRequest, estimate: MemoryEstimate) -> list[str]:
-    stage = "" if estimate.stage == "only" else f", {estimate.stage} pipeline stage"
-    precision = " FP8 is counted as bf16; its copies of the weights come on top." if request.precision == "fp8" else ""
+def _memory_lines(request: PlanRequest, stages: tuple[MemoryEstimate, ...]) -> list[str]:
+    most = fullest(stages)
+    where = "" if most.stage == "only" else f", {most.stage} pipeline stage" if most.stage in ("first", "last") else f", stage {most.stage}"
+    others = []
+    if len(stages) > 1:
+        totals = ", ".join(f"{estimate.total_gib:.1f}" for estimate in stages)
+        others = [f"               by pipeline stage, first to last: {totals} GiB"]
     return [
-        f"  memory       about {estimate.total_gib:.1f} GiB a rank{stage}: weights {estimate.weights_gib:.1f}, gradients "
-        f"{estimate.gradients_gib:.1f}, optimizer {estimate.optimizer_gib:.1f}, activations {estimate.activations_gib:.1f}, "
-        f"logits {estimate.logits_gib:.1f}",
-        f"               {_fit(request, estimate)}{precision}",
+        f"  memory       about {most.total_gib:.1f} GiB a rank{where}: weights {most.weights_gib:.1f}, gradients {most.gradients_gib:.1f}, "
+        f"optimizer {most.optimizer_gib:.1f}, activations {most.activations_gib:.1f}, and the larger of logits {most.logits_gib:.1f} "
+        f"and one layer going backward {most.working_gib:.1f}",
+        *others,
+        f"               {_fit(request, most)}",
     ]
 
 
@@ -212,35 +236,60 @@ def _fit(request: PlanRequest, estimate: MemoryEstimate) -> str:
             f"That does NOT fit into {owner}: {estimate.total_gib - available:.1f} GiB too much. Raise TP, PP or CP, set "
             f"recompute_granularity=full, or turn the distributed optimizer on."
         )
-    if estimate.total_gib > _TIGHT_SHARE * available:
-        return f"That is tight in {owner}: buffers, CUDA context and fragmentation are not counted and may exceed the rest."
-    return f"That fits into {owner}; buffers, CUDA context and fragmentation are not counted."
+    reserve = reserve_gib(request.layout, device_memory_gib=available)
+    headroom = available - estimate.total_gib
+    if headroom < reserve:
+        return (
+            f"That is tight in {owner}: {headroom:.1f} GiB are left, and CUDA context, communication buffers and fragmentation may take "
+            f"{reserve:.1f} (an assumption)."
+        )
+    return (
+        f"That fits into {owner}: {headroom:.1f} GiB are left, of which CUDA context, communication buffers and fragmentation may take "
+        f"{reserve:.1f} (an assumption)."
+    )
 
 
 def _time_lines(request: PlanRequest) -> list[str]:
     if request.hardware is None:
         return ["  time         no GPU of the table was named, so none is estimated"]
     hardware = get_hardware(request.hardware)
-    if request.precision not in hardware.peak_tflops:
+    if not has_speed(hardware, request.precision):
         return [f"  time         the table has no {request.precision} peak for {hardware.name}, so none is estimated"]
-    seconds = estimate_step_seconds(
+    time = step_time(
         request.shape,
+        request.layout,
         seq_length=request.seq_length,
-        global_batch_size=request.global_batch_size,
-        world_size=request.world_size,
         hardware=hardware,
         precision=request.precision,
-        model_flops_utilization=request.model_flops_utilization,
-        num_micro_batches=request.num_micro_batches,
-        pipeline_model_parallel_size=request.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=request.virtual_pipeline_model_parallel_size,
-        recompute_granularity=request.recompute_granularity,
+        gpus_per_node=request.gpus_per_node,
     )
+    tokens_per_second = request.tokens_per_step / time.total / request.world_size
+    tflops = tokens_per_second * training_flops_per_token(request.shape, request.seq_length) / 1e12
     return [
-        f"  time         {_duration(seconds)} a step, {_duration(seconds * request.max_steps)} in all on {hardware.name}, if "
-        f"{request.model_flops_utilization:.0%} of the {hardware.peak_tflops[request.precision]:,.0f} TFLOP/s peak is reached "
-        f"(an assumption)"
+        f"  time         {_duration(time.total)} a step, {_duration(time.total * request.max_steps)} in all on {hardware.name}: "
+        f"{tokens_per_second:,.0f} tokens/s and {tflops:,.0f} TFLOP/s a GPU, predicted from rates that published runs reached",
+        f"               {shares_of_step(time)}",
     ]
+
+
+def shares_of_step(time: StepTime) -> str:
+    """What a step goes into, largest first; parts under half a percent are left out."""
+    shares = sorted(((getattr(time, name) / time.total, words) for name, words in _PARTS.items()), reverse=True)
+    return ", ".join(f"{words} {share:.0%}" for share, words in shares if share >= 0.005)
+
+
+_PARTS = {
+    "matmul": "matrix products",
+    "attention": "attention",
+    "elementwise": "norms, SwiGLU and the like",
+    "recompute": "recomputation",
+    "bubble": "pipeline bubble",
+    "tensor_parallel": "tensor parallel collectives",
+    "context_parallel": "the ring of context parallelism",
+    "pipeline": "pipeline sends",
+    "data_parallel": "gradients and weights over data parallel ranks",
+    "optimizer": "optimizer",
+}
 
 
 def _comparison_lines(request: PlanRequest, short: MemoryEstimate, full: MemoryEstimate) -> list[str]:
@@ -250,7 +299,8 @@ def _comparison_lines(request: PlanRequest, short: MemoryEstimate, full: MemoryE
     fits = "" if available is None else (", which fits" if full.total_gib <= available else ", which does not fit")
     return [
         f"  instead of   training at all {request.target_context_length:,} tokens on this layout: {_flops(full_flops)} a token "
-        f"({full_flops / short_flops:.2f}x) and about {full.total_gib:.1f} GiB a rank against {short.total_gib:.1f}{fits}"
+        f"({full_flops / short_flops:.2f}x) and about {full.total_gib:.1f} GiB a rank against {short.total_gib:.1f}{fits}; "
+        f"recipes/plan.py compares the best layouts of both"
     ]
 
 

@@ -58,6 +58,16 @@ class PositionScheme:
     text_span: int = 1
     choose_text: Callable[[SampleLayout, int, int], IntArray] | None = None
 
+    def shares_positions(self, *, prompt_lengths: list[int], micro_batch_size: int) -> bool:
+        """Whether all samples of every micro-batch have the same positions, so that one row of them serves all.
+
+        Args:
+            prompt_lengths: b of each end prompt that a sample may draw.
+            micro_batch_size: samples.
+        """
+        varies = self.varies_by_sample or (self.uses_end_prompt and len(set(prompt_lengths)) > 1)
+        return micro_batch_size == 1 or not varies
+
 
 def _random(seed: int, sample_index: int) -> np.random.Generator:
     return np.random.default_rng([seed, _POSITIONS, sample_index])

@@ -82,7 +82,7 @@ class Trainer:
         self.optimizer = build_optimizer(
             self.model,
             optim,
-            bf16=config.precision.name == "bf16",
+            bf16=config.precision.weights == "bf16",
             use_distributed_optimizer=parallel.use_distributed_optimizer,
             overlap_param_gather=parallel.overlap_param_gather,
         )

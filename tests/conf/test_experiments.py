@@ -1,4 +1,4 @@
-"""Every experiment composes onto the typed schema, validates and gives a plan, without weights and without a network."""
+"""Every experiment composes onto the typed schema, validates, dry-runs and fits, without weights, GPUs or a network."""
 
 from __future__ import annotations
 
@@ -11,10 +11,21 @@ from extend import ROOT, to_run_config  # recipes/extend.py
 from hydra.errors import ConfigCompositionException, MissingConfigException
 
 from endprompt_megatron import launch
+from endprompt_megatron.dry_run import dry_run
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.preflight import plan, validate
+from endprompt_megatron.planning.planner import describe_plan
+from endprompt_megatron.preflight import plan_request, validate
+from tests.support.tools import load_tool
+
+predict = load_tool(ROOT / "tools" / "predict.py")
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+
+
+def _plan(config) -> list[str]:
+    world_size = launch.planned_world_size(config)
+    architecture, _ = validate(config, world_size=world_size)
+    return describe_plan(plan_request(config, architecture, world_size=world_size, num_prompt_tokens=None))
 
 
 def _compose(*overrides: str):
@@ -22,14 +33,99 @@ def _compose(*overrides: str):
         return hydra.compose("extend", overrides=list(overrides))
 
 
+# The hub's own counts
+PUBLISHED = {
+    "smollm2_135m": 134_515_008,
+    "llama2_7b": 6_738_415_616,
+    "mistral_7b": 7_248_023_552,
+    "llama3_8b": 8_030_261_248,
+    "llama3_70b": 70_553_706_496,
+}
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_experiment_composes_validates_and_plans(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # no models/ here: the plan needs none
+def test_experiment_dry_runs_and_fits(name, tmp_path, monkeypatch):
+    """Composed, validated, built group by group and stage by stage, compared with its GPUs; its header says what that gave."""
+    monkeypatch.chdir(tmp_path)  # no models/ and datasets/ here: a dry run needs none
     config = to_run_config(_compose(f"+experiment={name}"))
     assert config.name == ("llama3_8b_endprompt_65536" if name == "paper" else name) and config.output_dir == f"outputs/{config.name}"
-    lines = plan(config, world_size=launch.planned_world_size(config))
-    assert f"{config.rope.target_context_length:,}" in "\n".join(lines)
+    lines = list(dry_run(config, world_size=launch.planned_world_size(config)))
+    told = "\n".join(lines)
+    assert f"{config.rope.target_context_length:,}" in told
+    assert "does NOT fit" not in told and "tight" not in told and "SPAN NODES" not in told
+    if config.model.name in PUBLISHED and config.adapter.type == "none":
+        assert f"  parameters   {PUBLISHED[config.model.name]:,} in the whole model" in told
+    if config.parallel.tensor_model_parallel_size > 1:
+        assert f"{config.parallel.tensor_model_parallel_size} tensor: 0..{config.parallel.tensor_model_parallel_size - 1}".replace("0..1", "0, 1") in told
+    header = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text().partition("defaults:")[0].splitlines()
+    if config.launch.nproc_per_node == 8:  # on a cluster, where the paper's budget is trained
+        assert config.trainer.global_batch_size == 64
+        assert config.data.seq_length * 64 * config.trainer.max_steps == pytest.approx(1e9, rel=0.005)
+    if config.accelerator == "gpu":
+        assert predict.predicted(lines) in header, f"python tools/predict.py {name} writes the line anew"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_there_is_an_experiment_for_every_model_and_window():
+    """mistral_7b_32k is none: 32,768 is its own window."""
+    lengths = {"llama3_8b": (32, 64, 96, 128, 256), "llama2_7b": (32, 64, 96, 128, 256), "mistral_7b": (64, 96, 128, 256), "llama3_70b": (64, 128)}
+    wanted = {f"{model}_{length}k" for model in lengths for length in lengths[model]}
+    rivals = {"llama3_8b_64k_full", "llama3_8b_64k_longlora", "llama3_70b_64k_full"}
+    variants = {"llama3_8b_64k_fp8", "llama3_70b_64k_fp8", "llama3_70b_64k_h100x32", "llama3_70b_128k_h100x32"}
+    assert wanted | rivals | variants <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("llama3_8b_64k", ["cluster=a100x8"]),
+        ("llama2_7b_256k", ["cluster=a800x8"]),
+        ("mistral_7b_128k", ["precision=fp8_attention"]),
+        ("llama3_8b_64k_longlora", ["precision=fp8"]),
+        ("llama3_8b_64k_full", ["parallel=tp8", "cluster=h100x8"]),
+        ("llama3_8b_64k_full", ["method=lceg_yarn", "precision=fp8"]),
+        ("llama3_70b_64k", ["precision=fp8"]),
+        ("llama3_70b_128k_h100x32", ["precision=fp8_blockwise"]),
+        ("llama3_70b_64k_full", ["precision=fp8"]),
+    ],
+)
+def test_other_gpus_precisions_and_layouts_are_an_override_away(name, overrides, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = to_run_config(_compose(f"+experiment={name}", *overrides))
+    told = "\n".join(dry_run(config, world_size=launch.planned_world_size(config)))
+    assert "tight" not in told and "SPAN NODES" not in told and "  time         " in told and "none is estimated" not in told
+    for override in overrides:
+        group, _, value = override.partition("=")
+        if group == "precision":
+            assert config.precision.name == value and f", {value}\n" in told
+        if group == "cluster":
+            assert config.launch.gpu == f"{value[:4].upper()}-80GB"
+
+
+@pytest.mark.parametrize(("precision", "cluster", "able"), [("fp8", "a100x8", "B200, H100-80GB, H200"), ("mxfp8", "h100x8", "B200")])
+def test_a_precision_that_a_gpu_lacks_is_refused(precision, cluster, able):
+    config = to_run_config(_compose("+experiment=llama3_8b_64k", f"cluster={cluster}", f"precision={precision}"))
+    with pytest.raises(ConfigError, match=f"precision.name={precision}: {config.launch.gpu} has no tensor cores for it. Set .* one of {able}."):
+        list(dry_run(config, world_size=8))
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("h100x8", 8), ("a100x8", 8), ("a800x8", 8), ("h100x32", 32), ("h100x64", 64), ("h100x256", 256)])
+def test_every_cluster_has_the_gpus_of_its_name(name, ranks):
+    config = to_run_config(_compose("+experiment=paper", f"cluster={name}"))
+    assert launch.planned_world_size(config) == ranks and config.accelerator == "gpu"
+    assert {path.stem for path in (ROOT / "conf" / "cluster").glob("*.yaml")} == {"h100x8", "a100x8", "a800x8", "h100x32", "h100x64", "h100x256"}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "parallel").glob("*.yaml")))
+def test_every_layout_is_the_one_of_its_name(name):
+    parallel = to_run_config(_compose("+experiment=paper", f"parallel={name}")).parallel
+    if name in ("single", "data_parallel_8"):
+        assert parallel.model_parallel_size == 1
+        return
+    sizes = {"tp": parallel.tensor_model_parallel_size, "pp": parallel.pipeline_model_parallel_size, "cp": parallel.context_parallel_size}
+    sizes["vpp"] = parallel.virtual_pipeline_model_parallel_size or 1
+    assert name == "_".join(f"{key}{sizes[key]}" for key in ("tp", "pp", "cp", "vpp") if sizes[key] > 1)
+    assert parallel.sequence_parallel and parallel.use_distributed_optimizer
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -48,16 +144,9 @@ def test_model_numbers_are_the_published_ones(name):
     from endprompt_megatron.planning.flops import count_parameters
     from endprompt_megatron.preflight import known_base, model_shape
 
-    published = {
-        "smollm2_135m": 134_515_008,
-        "llama2_7b": 6_738_415_616,
-        "mistral_7b": 7_248_023_552,
-        "llama3_8b": 8_030_261_248,
-        "llama3_70b": 70_553_706_496,
-    }
     config = to_run_config(_compose("+experiment=tiny_random", f"model={name}", f"model.hf_path=/nonexistent/{name}"))
-    if name in published:
-        assert count_parameters(model_shape(known_base(config)[0])) == published[name]
+    if name in PUBLISHED:
+        assert count_parameters(model_shape(known_base(config)[0])) == PUBLISHED[name]
     else:
         assert name == "tiny_random" and known_base(config)[0].num_layers == 2
 
@@ -120,7 +209,7 @@ def test_every_method_goes_with_every_scaling(method, rope, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     config = to_run_config(_compose("+experiment=smollm2_135m_64k", f"method={method}", f"rope={rope}"))
     assert config.method.name == method and config.rope.type == rope.removesuffix("_dynamic")
-    assert plan(config, world_size=launch.planned_world_size(config))
+    assert _plan(config)
     for folder, name in (("method", method), ("rope", rope)):
         text = (ROOT / "conf" / folder / f"{name}.yaml").read_text()
         assert text.removeprefix("# @package _global_\n").startswith("# ")
@@ -132,7 +221,7 @@ def test_every_method_goes_with_adapters_and_with_s2_attention(method, adapter, 
     monkeypatch.chdir(tmp_path)
     config = to_run_config(_compose("+experiment=smollm2_135m_64k", f"method={method}", f"adapter={adapter}", "method.attention=s2"))
     assert config.adapter.type == adapter and config.adapter.rank == 8 and config.adapter.alpha == 16
-    assert plan(config, world_size=launch.planned_world_size(config))
+    assert _plan(config)
     assert (ROOT / "conf" / "adapter" / f"{adapter}.yaml").read_text().startswith("# ")
 
 

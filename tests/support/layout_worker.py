@@ -1,8 +1,8 @@
 """Trains one described job on this rank, from a Hugging Face directory to metrics and checkpoints, through the library's own parts.
 
 A job: {"output": dir, "model": dir, "data": dir, "scheme": name, "steps": n, "parallel": {...}, "trainer": {...}}; optionally "adapter": {...},
-"attention_groups": m of S2-attention, "export": true. What it trained is in its metrics.jsonl, and in hf/ and adapter/ where it exports; a job
-whose output holds a checkpoint resumes it.
+"attention_groups": m of S2-attention, "seq_length": S, "export": true, "accelerator": "gpu", "backend": "te". What it trained is in its
+metrics.jsonl, and in hf/ and adapter/ where it exports; a job whose output holds a checkpoint resumes it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def run_job(job: dict, prepare: Callable[[Trainer], None] = lambda trainer: None
     architecture = architecture_from_hf(read_hf_config(Path(job["model"])))
     target = 2 * architecture.max_position_embeddings
     source = TextSource(path="package:tiny/train")
-    groups = job.get("attention_groups")
+    groups, seq_length = job.get("attention_groups"), job.get("seq_length", 64)
     config = RunConfig(
         name="layouts",
         output_dir=job["output"],
@@ -83,12 +83,13 @@ def run_job(job: dict, prepare: Callable[[Trainer], None] = lambda trainer: None
         rope=RopeConfig("pi", 2.0, target),
         parallel=parallel,
         precision=PrecisionConfig(job.get("precision", "fp32")),
-        data=DataConfig(job["data"], 64, [source]),
+        data=DataConfig(job["data"], seq_length, [source]),
         optim=OptimConfig(lr=1e-3, warmup_steps=2),
         launch=LaunchConfig(hang_timeout_minutes=job.get("hang_timeout_minutes", 5.0)),
         trainer=TrainerConfig(job["steps"], 2, job.get("global_batch_size", 8), eval_batches=0, **({"keep_last": 0} | job.get("trainer", {}))),
     )
-    runtime = mcore_runtime.initialize(parallel, accelerator="cpu", seed=config.seed)
+    accelerator = job.get("accelerator", "cpu")
+    runtime = mcore_runtime.initialize(parallel, accelerator=accelerator, seed=config.seed)
     try:
         tokenizer, tokenizer_hash = load_tokenizer(Path(job["model"])), hash_tokenizer(Path(job["model"]))
         blend, _ = prepare_corpora([source], directory=Path(job["data"]), tokenizer=tokenizer, tokenizer_hash=tokenizer_hash)
@@ -99,7 +100,7 @@ def run_job(job: dict, prepare: Callable[[Trainer], None] = lambda trainer: None
             max_sequence_length=target,
             parallel=parallel,
             precision=config.precision.name,
-            backend=resolve("torch"),
+            backend=resolve(job.get("backend", "torch"), accelerator=accelerator, precision=config.precision.name),
             device=runtime.device,
             adapter=config.adapter,
             attention_groups=groups,
@@ -110,7 +111,7 @@ def run_job(job: dict, prepare: Callable[[Trainer], None] = lambda trainer: None
             blend,
             None,
             split="1,0,0",
-            seq_length=64,
+            seq_length=seq_length,
             num_train_samples=400,
             num_validation_samples=0,
             seed=config.seed,

@@ -1,4 +1,4 @@
-"""Call a tool of tools/ in this process."""
+"""Load or call a tool of tools/ in this process."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+
+def load_tool(path: Path) -> ModuleType:
+    """A tool as a module."""
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_tool", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
 
 
 def tool_caller(path: Path, monkeypatch: Any, capsys: Any) -> Callable[..., tuple[int, str, str]]:
     """A function of a tool's arguments: (exit status, what it printed, its errors)."""
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_tool", path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool(path)
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])

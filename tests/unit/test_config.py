@@ -74,7 +74,7 @@ def test_a_good_config_passes():
         ({"optim.lr": 0.0}, "optim.lr=0.0", "lr > 0"),
         ({"optim.lr_schedule": "step"}, "optim.lr_schedule=step", "constant, cosine or linear"),
         ({"optim.lr_schedule": "cosine", "optim.warmup_steps": 100}, "optim.warmup_steps=100", "less than trainer.max_steps=100"),
-        ({"precision.name": "fp16"}, "precision.name=fp16", "auto, bf16 or fp32"),
+        ({"precision.name": "fp16"}, "precision.name=fp16", "auto, bf16, fp32, fp8, fp8_attention, fp8_blockwise, mxfp8"),
         ({"data.train": []}, "data.train is empty", "data.train="),
         ({"data.train": [TextSource("a", 0.0)]}, "weight", "Drop a corpus"),
         ({"data.split": "98"}, "data.split=98", "98,2,0"),

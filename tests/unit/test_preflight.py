@@ -97,7 +97,8 @@ class TestABaseThatIsStretchedAlready:
         base = preflight.check_base(config, world_size=1)
         assert base.rope.type == "llama3"
         assert preflight.run_rope(config, base.architecture, base.rope) == RopeScaling("pi", 500000.0, 16, factor=16.0)
-        assert "64 -> 1,024 positions" in "\n".join(preflight.plan(config, world_size=1))
+        request = preflight.plan_request(config, base.architecture, world_size=1, num_prompt_tokens=9)
+        assert (request.original_context_length, request.target_context_length) == (64, 1024)
 
     def test_multiply_keeps_linear_scaling(self, tmp_path):
         linear = {"rope_type": "linear", "factor": 2.0}

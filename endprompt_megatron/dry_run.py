@@ -1,0 +1,227 @@
+"""What `dry_run=true` does: everything of a job that can be known before it starts, for any number of ranks, on one process without a GPU.
+The process groups are Megatron's own on torch's `fake` backend, the model is the real one on `meta`; nothing is fetched or written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from endprompt_megatron import preflight
+from endprompt_megatron.config import ParallelConfig, RunConfig
+from endprompt_megatron.data.corpora import inspect_corpora
+from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.fitting import smallest_change
+from endprompt_megatron.launch import local_processes
+from endprompt_megatron.mcore import runtime
+from endprompt_megatron.mcore.fake import RankGroups, groups_of_rank
+from endprompt_megatron.model.architecture import ModelArchitecture
+from endprompt_megatron.model.stages import ModelStages, Stage, build_stages
+from endprompt_megatron.planning.memory import reserve_gib
+from endprompt_megatron.planning.planner import PlanRequest, describe_plan, fullest, plan_memory
+from endprompt_megatron.planning.throughput import HARDWARE, has_speed
+from endprompt_megatron.positions.scheme import SCHEMES, get_scheme
+from endprompt_megatron.precision_rules import FP8_MULTIPLES
+from endprompt_megatron.rope.scaling import RopeScaling
+
+
+def dry_run(config: RunConfig, *, world_size: int) -> Iterator[str]:
+    """Check a job and say what it would do.
+
+    Args:
+        config: of the run; what follows from other values is filled in.
+        world_size: its ranks.
+    Yields:
+        Lines without line ends, as they become known.
+    Raises:
+        ConfigError, DataError, CheckpointError: what is wrong, or that the job does not fit into its GPUs, with the smallest change that
+            does.
+    """
+    architecture, base_rope = preflight.validate(config, world_size=world_size)
+    _resolve_machine(config)
+    base = preflight.check_base(config, world_size=world_size) if Path(config.model.hf_path).exists() else None
+    preflight.check_output_dir(config)
+    num_prompt_tokens = config.method.end_prompt_length
+    if not SCHEMES[config.method.position_scheme].uses_end_prompt:
+        num_prompt_tokens = 0
+    elif base is not None:
+        num_prompt_tokens = max(base.end_prompts.lengths)
+    request = preflight.plan_request(config, architecture, world_size=world_size, num_prompt_tokens=num_prompt_tokens)
+    yield from describe_plan(request)
+    yield from _group_lines(config, world_size)
+    yield from _stage_lines(stages_of(config, architecture, base_rope, world_size=world_size), architecture, config.parallel)
+    yield from _base_lines(config, base)
+    yield from _data_lines(config, base)
+    refuse_what_does_not_fit(config, architecture, base_rope, request)
+
+
+def stages_of(config: RunConfig, architecture: ModelArchitecture, base_rope: RopeScaling, *, world_size: int) -> ModelStages:
+    """Every pipeline stage of the run's model, on `meta`."""
+    return build_stages(
+        architecture,
+        rope=preflight.run_rope(config, architecture, base_rope),
+        max_sequence_length=config.rope.target_context_length,
+        parallel=config.parallel,
+        precision=config.precision.name,
+        world_size=world_size,
+        adapter=config.adapter,
+        attention_groups=config.method.attention_groups if config.method.attention == "s2" else None,
+    )
+
+
+def needed_gib(request: PlanRequest) -> float:
+    """Memory that the fullest rank needs: its tensors, and on a GPU the reserve for what is none."""
+    reserve = reserve_gib(request.layout, device_memory_gib=available_gib(request)) if request.hardware else 0.0
+    return fullest(plan_memory(request)).total_gib + reserve
+
+
+def available_gib(request: PlanRequest) -> float:
+    """Memory of one rank."""
+    return HARDWARE[request.hardware].memory_gib if request.hardware else request.device_memory_gib
+
+
+def refuse_what_does_not_fit(
+    config: RunConfig, architecture: ModelArchitecture, base_rope: RopeScaling, request: PlanRequest
+) -> None:
+    """Compare the estimate with the memory of a rank.
+
+    Raises:
+        ConfigError: more is needed than there is; it names the smallest change with which some memory is left over.
+    """
+    needed, available = needed_gib(request), available_gib(request)
+    if needed <= available:
+        return
+
+    def works(changed: RunConfig, ranks: int) -> bool:
+        try:
+            changed.validate(world_size=ranks, architecture=architecture, schemes=tuple(SCHEMES), base_rope=base_rope)
+        except ConfigError:
+            return False
+        planned = preflight.plan_request(changed, architecture, world_size=ranks, num_prompt_tokens=request.num_prompt_tokens)
+        return needed_gib(planned) <= available_gib(planned)
+
+    change = smallest_change(config, world_size=request.world_size, works=works)
+    device, of_it = (
+        (f"launch.gpu={request.hardware}", "reserve for CUDA, NCCL and fragmentation included")
+        if request.hardware
+        else (f"accelerator={config.accelerator}", "without what the system needs itself")
+    )
+    way_out = (
+        f"The smallest change that fits: {' '.join(change)}"
+        if change
+        else "No layout of these ranks or more fits: train on shorter samples (data.seq_length), or name a device with more memory"
+    )
+    raise ConfigError(
+        f"{device}: a rank has {available:.1f} GiB, and this run needs about {needed:.1f} GiB of it ({of_it}) in samples of "
+        f"data.seq_length={config.data.seq_length}. {way_out}."
+    )
+
+
+def _resolve_machine(config: RunConfig) -> None:
+    """Fill in, in place, what a run finds out about its machine; a GPU that is asked for need not be here."""
+    if config.accelerator == "auto":
+        config.accelerator = runtime.resolve_accelerator("auto")
+    config.precision.name = runtime.resolve_precision(config.precision.name, config.accelerator)
+    gpu, precision = config.launch.gpu, config.precision.name
+    if gpu not in HARDWARE:
+        raise ConfigError(f"launch.gpu={gpu}: not in the table of GPUs. Choose one of {', '.join(sorted(HARDWARE))}.")
+    if precision in FP8_MULTIPLES and not has_speed(HARDWARE[gpu], precision):
+        able = [name for name, hardware in sorted(HARDWARE.items()) if has_speed(hardware, precision)]
+        raise ConfigError(f"precision.name={precision}: {gpu} has no tensor cores for it. Set precision=bf16, or launch.gpu to one of {', '.join(able)}.")
+
+
+def _group_lines(config: RunConfig, world_size: int) -> Iterator[str]:
+    if world_size == 1:
+        return
+    first, last = (groups_of_rank(config.parallel, world_size=world_size, rank=rank) for rank in (0, world_size - 1))
+    node_size = local_processes(config)
+    yield f"  groups       {world_size} ranks on {-(-world_size // node_size)} x {node_size}; members for rank 0 and for rank {last.rank}:"
+    kinds = {
+        "tensor": "tensor",
+        "context": "context",
+        "pipeline": "pipeline",
+        "data": "data",
+        "optimizer": "data x context, which sum gradients" + " and share the optimizer" * config.parallel.use_distributed_optimizer,
+    }
+    for kind, words in kinds.items():
+        members, others = getattr(first, kind), getattr(last, kind)
+        if len(members) > 1:
+            yield f"               {len(members)} {words}: {_ranks(members)} and {_ranks(others)}; {_nodes(members, others, node_size)}"
+    if spans_nodes(first, world_size, node_size):
+        yield (
+            f"               TENSOR PARALLEL GROUPS SPAN NODES of {node_size}: every layer waits for the network. Set "
+            f"parallel.tensor_model_parallel_size to a divisor of {node_size}."
+        )
+
+
+def spans_nodes(groups: RankGroups, world_size: int, node_size: int) -> bool:
+    """Whether some tensor parallel group, whose ranks follow each other, lies on more than one node.
+
+    Args:
+        groups: of any rank.
+        world_size, node_size: ranks of the job and of a node.
+    """
+    size = len(groups.tensor)
+    return any(start // node_size != (start + size - 1) // node_size for start in range(0, world_size, size))
+
+
+def _ranks(ranks: tuple[int, ...]) -> str:
+    if len(ranks) < 3:
+        return ", ".join(map(str, ranks))
+    step = ranks[1] - ranks[0]
+    if list(ranks) != list(range(ranks[0], ranks[-1] + 1, step)):
+        return f"{', '.join(map(str, ranks[:3]))}, ..., {ranks[-1]}"
+    return f"{ranks[0]}..{ranks[-1]}" + (f" by {step}" if step > 1 else "")
+
+
+def _nodes(members: tuple[int, ...], others: tuple[int, ...], node_size: int) -> str:
+    most = max(len({rank // node_size for rank in ranks}) for ranks in (members, others))
+    return "inside a node" if most == 1 else f"over {most} nodes"
+
+
+def _stage_lines(model: ModelStages, architecture: ModelArchitecture, parallel: ParallelConfig) -> Iterator[str]:
+    rows = architecture.padded_vocab_size(parallel.tensor_model_parallel_size)
+    padding = f", and {model.num_padding:,} that pad the vocabulary from {architecture.vocab_size:,} to {rows:,}"
+    yield (
+        f"  parameters   {model.num_parameters:,} in the whole model{padding if model.num_padding else ''}; built stage by stage, each "
+        f"rank holds:"
+    )
+    for stage in model.stages:
+        trained = "" if stage.num_trained == stage.num_parameters else f", of which {stage.num_trained:,} train"
+        yield f"               stage {stage.index}: {stage.num_parameters:,}{trained}; {_layers(stage)}"
+
+
+def _layers(stage: Stage) -> str:
+    """Numbers of a stage's layers, runs of them joined."""
+    runs: list[list[int]] = []
+    for layer in stage.layers:
+        if runs and runs[-1][1] == layer - 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return "layers " + ", ".join(f"{first}..{last}" if first < last else str(first) for first, last in runs)
+
+
+def _base_lines(config: RunConfig, base: preflight.Base | None) -> Iterator[str]:
+    hf_path = config.model.hf_path
+    if base is not None:
+        yield f"  base         {hf_path}: config.json, tokenizer and the headers of its weights are those of {config.model.name}"
+    elif config.model.source is not None:
+        yield f"  base         {hf_path} is not there yet: made on first use ({config.model.source})"
+    else:
+        yield f"  base         {hf_path} is not there yet: needed before the run. Download it there, or set model.hf_path"
+
+
+def _data_lines(config: RunConfig, base: preflight.Base | None) -> Iterator[str]:
+    data, trainer = config.data, config.trainer
+    tokenizer_hash = base.tokenizer_hash if base else None
+    states = inspect_corpora(data.train, directory=Path(data.directory), tokenizer_hash=tokenizer_hash)
+    total_weight = sum(state.weight for state in states)
+    drawn = trainer.max_steps * trainer.global_batch_size * data.seq_length * get_scheme(config.method.position_scheme).text_span
+    shares = [1.0, 0.0, 0.0] if data.validation else [float(share) for share in data.split.split(",")]
+    for state in states:
+        epochs = ""
+        if state.num_tokens:
+            epochs = f"; {drawn * state.weight / total_weight / (state.num_tokens * shares[0] / sum(shares)):.2f} epochs"
+        yield f"  data         {state.path}: {state.words}{epochs}"
+    for state in inspect_corpora(data.validation, directory=Path(data.directory), tokenizer_hash=tokenizer_hash):
+        yield f"  held out     {state.path}: {state.words}"

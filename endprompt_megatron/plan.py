@@ -1,0 +1,84 @@
+"""Plan an experiment for a cluster: from its configuration to ranked layouts, the comparison with full-length training, and the page with
+its picture. Nothing is trained, and neither a GPU nor a weight is needed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from endprompt_megatron import launch, preflight
+from endprompt_megatron.config import ParallelConfig, RunConfig
+from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.output_files import claimed, replace_text
+from endprompt_megatron.planning.cluster import ClusterConfig, ClusterRequest, compare_lengths, rank_layouts
+from endprompt_megatron.planning.cluster_page import describe_cluster
+
+PAGE, PICTURE = "plan.md", "plan.png"
+
+
+def plan_cluster(config: RunConfig, options: ClusterConfig, *, command: str) -> list[str]:
+    """Rank the layouts of a cluster for an experiment, and write the page.
+
+    Args:
+        config: of the experiment, not yet validated; its own layout does not count.
+        options: the cluster.
+        command: as it was typed, for the page.
+    Returns:
+        The page's lines, without the picture.
+    Raises:
+        ConfigError: the experiment, or the cluster, is not what can be planned; the output directory cannot be written.
+    """
+    short_length = config.data.seq_length
+    request = cluster_request(config, options)
+    ranking = rank_layouts(request)
+    short = request if not config.method.full_length else replace(request, seq_length=short_length)
+    lengths = [length for length in options.lengths if length > preflight.known_base(config)[0].max_position_embeddings]
+    comparisons = compare_lengths(short, lengths) if lengths else []
+    described = {"experiment": config.name, "tokens": options.tokens, "rows": options.rows, "command": command}
+    lines = describe_cluster(request, ranking, comparisons, **described)
+    with claimed(Path(options.output_dir), doing="writes a plan there") as directory:
+        picture = None
+        if comparisons:
+            from endprompt_megatron.report.planning_plots import plot_lengths
+
+            plot_lengths(directory / PICTURE, comparisons, request=request, tokens=options.tokens)
+            picture = PICTURE
+        replace_text(directory / PAGE, "\n".join(describe_cluster(request, ranking, comparisons, **described, picture=picture)))
+    return lines
+
+
+def cluster_request(config: RunConfig, options: ClusterConfig) -> ClusterRequest:
+    """What planning needs of an experiment and a cluster.
+
+    Args:
+        config: as plan_cluster; its missing values are filled in, in place.
+        options: the cluster.
+    Raises:
+        ConfigError: of the experiment with its rules, or of the cluster.
+    """
+    problems = []
+    if options.rows < 1:
+        problems.append(f"plan.rows={options.rows}: must be >= 1. The default is 10.")
+    if not options.tokens > 0:
+        problems.append(f"plan.tokens={options.tokens:g}: must be greater than 0, e.g. 1e9.")
+    if any(length < 2 for length in options.lengths):
+        problems.append(f"plan.lengths={options.lengths}: windows have at least 2 tokens.")
+    if problems:
+        raise ConfigError(*problems)
+    config.accelerator = "gpu"  # a cluster of GPUs is planned, wherever this runs
+    config.precision.name = config.precision.name.replace("auto", "bf16")
+    # any layout: the experiment's own need not suit this cluster
+    architecture, _ = preflight.validate(replace(config, parallel=ParallelConfig()), world_size=1)
+    planned = preflight.plan_request(config, architecture, world_size=config.parallel.model_parallel_size, num_prompt_tokens=0)
+    num_gpus = launch.planned_world_size(config) if options.num_gpus is None else options.num_gpus
+    return ClusterRequest(
+        shape=planned.shape,
+        num_gpus=num_gpus,
+        gpus_per_node=options.gpus_per_node,
+        hardware=options.hardware or config.launch.gpu,
+        precision=planned.precision,
+        seq_length=planned.seq_length,
+        global_batch_size=planned.global_batch_size,
+        backend=planned.backend,
+        trained=planned.trained,
+    )

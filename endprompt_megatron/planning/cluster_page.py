@@ -1,0 +1,196 @@
+"""The plan of a cluster in words: the page that recipes/plan.py prints and writes, as Markdown."""
+
+from __future__ import annotations
+
+from endprompt_megatron.planning.cluster import Candidate, ClusterRequest, LengthComparison, Ranking
+from endprompt_megatron.planning.flops import count_parameters, training_flops_per_token
+from endprompt_megatron.planning.planner import shares_of_step
+from endprompt_megatron.planning.throughput import LINK_SHARE, MESSAGE_SECONDS, get_hardware
+
+
+def describe_cluster(
+    request: ClusterRequest,
+    ranking: Ranking,
+    comparisons: list[LengthComparison],
+    *,
+    experiment: str,
+    tokens: float,
+    rows: int,
+    command: str,
+    picture: str | None = None,
+) -> list[str]:
+    """The page, one line a list item.
+
+    Args:
+        request: what was planned.
+        ranking: of its layouts.
+        comparisons: with full-length training, by window; may be empty.
+        experiment: its name.
+        tokens: physical tokens that hours are for.
+        rows: layouts that the table shows.
+        command: that made the page.
+        picture: file name of the drawing; None where there is none.
+    """
+    hardware = get_hardware(request.hardware)
+    return [
+        f"# {experiment} on {request.num_gpus} x {request.hardware}: predicted, not measured",
+        "",
+        f"    {command}",
+        "",
+        f"{count_parameters(request.shape):,} parameters, {request.precision}; {request.global_batch_size} samples of "
+        f"{request.seq_length:,} tokens a step; hours are for {words_of_tokens(tokens)} tokens. {request.hardware}: "
+        f"{hardware.memory_gib:.1f} GiB.",
+        "",
+        *_ranking_lines(request, ranking, experiment, tokens, rows),
+        *_rejection_lines(ranking),
+        *comparison_lines(request, comparisons, tokens=tokens),
+        *([f"![Memory and time by window]({picture})", ""] if picture else []),
+        *_assumption_lines(request),
+    ]
+
+
+def comparison_lines(request: ClusterRequest, comparisons: list[LengthComparison], *, tokens: float) -> list[str]:
+    """The table of EndPrompt against full-length training; nothing where there is nothing to compare."""
+    if not comparisons:
+        return []
+    short = comparisons[0].endprompt
+    fastest = short.candidates[0]
+    rows = [["any", f"EndPrompt, {comparisons[0].short_length:,} tokens", *_comparison_cells(short, fastest, fastest, tokens)]]
+    for found in comparisons:
+        cells = _comparison_cells(found.full, fastest, found.same_layout, tokens)
+        rows.append([f"{found.target_context_length:,}", "as long as the window", *cells])
+    header = [
+        "window", "samples", "fastest layout that fits", "GiB a GPU", "EndPrompt there", "hours", "time", "least GiB a GPU", "its hours",
+    ]  # fmt: skip
+    return [
+        f"## EndPrompt against samples as long as the window, each in its own best layout of {request.num_gpus} x {request.hardware}",
+        "",
+        *_table(header, rows, left=3),
+        "",
+        "GiB are those of tensors. `EndPrompt there`: its samples in the layout of the row. The fastest layout takes what memory there is; "
+        "`least` recomputes everything.",
+        "",
+    ]
+
+
+def words_of_tokens(tokens: float) -> str:
+    """1e9 as 1B."""
+    for size, letter in ((1e9, "B"), (1e6, "M")):
+        if tokens >= size:
+            return f"{tokens / size:g}{letter}"
+    return f"{tokens:,.0f}"
+
+
+def _comparison_cells(ranking: Ranking, endprompt: Candidate, same_layout: Candidate | None, tokens: float) -> list[str]:
+    if not ranking.candidates or ranking.leanest is None:
+        excess = f"none fits: {ranking.closest[0]:.1f} GiB too much" if ranking.closest else "none is valid"
+        return [excess, "", "", "", "", "", ""]
+    fastest, leanest = ranking.candidates[0], ranking.leanest
+    return [
+        f"{fastest.layout.describe()}, {_recomputation(fastest)}",
+        f"{fastest.memory.total_gib:.1f}",
+        f"{same_layout.memory.total_gib:.1f}" if same_layout else "",
+        f"{fastest.hours(tokens):.2f}",
+        f"{endprompt.tokens_per_second / fastest.tokens_per_second:.2f}x",
+        f"{leanest.memory.total_gib:.1f}",
+        f"{leanest.hours(tokens):.2f}",
+    ]
+
+
+def _ranking_lines(request: ClusterRequest, ranking: Ranking, experiment: str, tokens: float, rows: int) -> list[str]:
+    lines = [f"## Layouts that fit, fastest first ({min(rows, len(ranking.candidates))} of {len(ranking.candidates)})", ""]
+    if not ranking.candidates:
+        return [*lines, "None.", ""]
+    flops = training_flops_per_token(request.shape, request.seq_length)
+    header = ["layout", "micro-batches", "recomputation", "GiB a GPU", "reserve", "tokens/s/GPU", "TFLOP/s/GPU", "s a step", "hours"]
+    table = [
+        [
+            candidate.layout.describe(),
+            f"{candidate.layout.micro_batch_size} x {candidate.layout.num_micro_batches}",
+            candidate.layout.recompute_granularity or "none",
+            f"{candidate.memory.total_gib:.1f}",
+            f"{candidate.reserve_gib:.1f}",
+            f"{candidate.tokens_per_second:,.0f}",
+            f"{candidate.tokens_per_second * flops / 1e12:,.0f}",
+            f"{candidate.time.total:.2f}",
+            f"{candidate.hours(tokens):.2f}",
+        ]
+        for candidate in ranking.candidates[:rows]
+    ]
+    first = ranking.candidates[0]
+    memory = first.memory
+    return [
+        *lines,
+        *_table(header, table, left=1),
+        "",
+        f"The first: weights {memory.weights_gib:.1f} GiB, gradients {memory.gradients_gib:.1f}, optimizer {memory.optimizer_gib:.1f}, "
+        f"activations {memory.activations_gib:.1f}, and the larger of logits {memory.logits_gib:.1f} and one layer going backward "
+        f"{memory.working_gib:.1f}. Its time: {shares_of_step(first.time)}.",
+        "",
+        f"    python recipes/extend.py +experiment={experiment} {_overrides(first)}",
+        "",
+    ]
+
+
+def _overrides(candidate: Candidate) -> str:
+    """The layout as overrides of an experiment."""
+    layout = candidate.layout
+    virtual = layout.virtual_pipeline_model_parallel_size
+    values = {
+        "parallel.tensor_model_parallel_size": layout.tensor_model_parallel_size,
+        "parallel.sequence_parallel": str(layout.sequence_parallel).lower(),
+        "parallel.pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
+        "parallel.virtual_pipeline_model_parallel_size": virtual or "null",
+        "parallel.context_parallel_size": layout.context_parallel_size,
+        "parallel.use_distributed_optimizer": "true",
+        "parallel.overlap_grad_reduce": "true",
+        "parallel.overlap_param_gather": "true",
+        "parallel.recompute_granularity": layout.recompute_granularity or "null",
+        "trainer.micro_batch_size": layout.micro_batch_size,
+    }
+    return " ".join(f"{key}={value}" for key, value in values.items())
+
+
+def _rejection_lines(ranking: Ranking) -> list[str]:
+    if not ranking.rejections:
+        return []
+    count = sum(rejection.count for rejection in ranking.rejections)
+    return [
+        f"## Rejected: {count} of {ranking.num_layouts} layouts (TP x PP x CP x DP)",
+        "",
+        *(f"- {rejection.count}: {rejection.reason} ({rejection.example})" for rejection in ranking.rejections),
+        "",
+    ]
+
+
+def _recomputation(candidate: Candidate) -> str:
+    granularity = candidate.layout.recompute_granularity
+    return f"{granularity} recomputation" if granularity else "nothing recomputed"
+
+
+def _assumption_lines(request: ClusterRequest) -> list[str]:
+    hardware = get_hardware(request.hardware)
+    kind = "fp8" if request.precision not in hardware.peak_tflops else request.precision
+    te = "the kernels of Transformer Engine" + (", FP8 copies of the weights cached" if kind == "fp8" else "")
+    kernels = te if request.backend == "te" else "plain torch's kernels"
+    shares = f"{hardware.matmul_share[kind]:.0%} of {hardware.peak_tflops[kind]:,.0f} TFLOP/s"
+    return [
+        "## What this assumes, and what it leaves out",
+        "",
+        f"- Matrix products of layers reach {shares}, attention {hardware.attention_share['bf16']:.0%} of the bf16 peak, links and "
+        f"memory {LINK_SHARE:.0%} of their bandwidth; every message costs {MESSAGE_SECONDS * 1e6:.0f} microseconds. One share a GPU is "
+        f"calibrated on a published speed, the others are assumptions (planning/throughput.py names them).",
+        f"- Memory is that of tensors: 4 bytes of gradient and 12 of optimizer state a parameter beside its weight, optimizer state split "
+        f"over DP x CP, {kernels}. A layout fits where a reserve is left for CUDA context, NCCL and fragmentation (1 GiB, 0.5 for each "
+        f"kind of group, 3 % of the GPU).",
+        "- Gradients and weights travel beside the last backward and the first forward pass; interleaved stages send beside their work.",
+        "- Left out: start-up, data loading, checkpoints, evaluation, the starts of small kernels, slow nodes, congestion, failures.",
+        "- A sample counts its physical tokens, so that both methods train on as many; full-length steps have as many samples.",
+        "",
+    ]
+
+
+def _table(header: list[str], rows: list[list[str]], *, left: int) -> list[str]:
+    """A Markdown table whose first `left` columns are words."""
+    rule = ["---" if column < left else "---:" for column in range(len(header))]
+    return [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)]

@@ -1,0 +1,50 @@
+"""Plan an experiment for a cluster: `python recipes/plan.py +experiment=NAME [plan.num_gpus=64 plan.hardware=H200 plan.tokens=2e9 ...]`.
+
+Ranks every parallel layout by the time that it should take, says why the others cannot be, and draws EndPrompt against full-length training
+by window: memory a GPU and hours. All of it is predicted, on any machine, before a GPU is paid for; plan.md and plan.png keep it.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+
+import hydra
+from extend import ROOT, telling_errors, to_run_config
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.planning.cluster import ClusterConfig
+
+
+def to_cluster(composed: DictConfig) -> ClusterConfig:
+    """The group `plan` as a ClusterConfig; a key or type that the schema does not know fails with its dotted name."""
+    try:
+        resolved = OmegaConf.create(OmegaConf.to_container(composed, resolve=True)["plan"])
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ClusterConfig), resolved))
+    except OmegaConfBaseException as error:
+        message = f"plan.{error.full_key or ''}: {error.msg or error}. endprompt_megatron/planning/cluster.py explains the keys."
+        raise ConfigError(message) from error
+
+
+def without_plan(composed: DictConfig) -> DictConfig:
+    """The experiment alone, as recipes/extend.py has it."""
+    return OmegaConf.masked_copy(composed, [key for key in composed if key != "plan"])
+
+
+@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="plan")
+def run(composed: DictConfig) -> None:
+    """One plan."""
+    with telling_errors():
+        options = to_cluster(composed)
+        from endprompt_megatron.plan import plan_cluster
+
+        command = "python recipes/plan.py " + shlex.join(sys.argv[1:])
+        print("\n".join(plan_cluster(to_run_config(without_plan(composed)), options, command=command)))
+
+
+if __name__ == "__main__":
+    if not any("experiment=" in argument for argument in sys.argv[1:]):
+        sys.argv.append("+experiment=llama3_8b_64k")
+    run()

@@ -5,25 +5,29 @@ VENV := .venv$(TAG)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TRANSFORMERS4 := $(VENV)/transformers4
+NEMO_VENV := .venvnemo
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv extend test test-fast lint bench model clean
+.PHONY: help venv extend doctor test test-nemo test-fast lint bench model clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
-	@echo 'PYTHON=python3.12 chooses the interpreter (megatron-core 0.19 instead of 0.16), ARGS="key=value ..." goes to recipes/extend.py.'
+	@echo 'PYTHON=python3.12 chooses the interpreter (megatron-core 0.19 instead of 0.16), ARGS="key=value ..." goes to recipes/extend.py,'
+	@echo 'TESTS="tests/unit -k rope" to pytest.'
 
 venv: $(READY) ## make the virtual environment
 
-$(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; try make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+# the images of docker/ are installed by the same script
+$(READY): pyproject.toml constraints.txt docker/install.sh
+	docker/install.sh --venv $(VENV) --python $(PYTHON) --extras dev,eval
 	touch $@
 
 extend: $(READY) ## the main job on the embedded default: SmolLM2-135M, 8K -> 16K, on a CPU
 	$(BIN)/python -W ignore recipes/extend.py $(ARGS)
+
+doctor: $(READY) ## what this machine can run, and what to do about what it cannot
+	$(BIN)/python tools/doctor.py $(ARGS)
 
 # an older transformers beside the installed one: exports must open in both
 $(TRANSFORMERS4)/.ready: $(READY)
@@ -33,6 +37,16 @@ $(TRANSFORMERS4)/.ready: $(READY)
 
 test: $(READY) $(TRANSFORMERS4)/.ready ## every test that this machine can run
 	TRANSFORMERS4=$(TRANSFORMERS4) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(TESTS)
+
+$(NEMO_VENV)/.ready: pyproject.toml constraints-nemo.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "constraints-nemo.txt is for Python 3.11; try make test-nemo PYTHON=python3.11")'
+	$(PYTHON) -m venv $(NEMO_VENV)
+	$(NEMO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints-nemo.txt \
+		--editable '.[nemo]' pytest hypothesis
+	touch $@
+
+test-nemo: $(NEMO_VENV)/.ready ## the adapter for NeMo, in an environment of its own (2.2 GB)
+	OMP_NUM_THREADS=1 $(NEMO_VENV)/bin/python -m pytest tests/nemo
 
 test-fast: $(READY) ## unit tests alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/conf
@@ -45,4 +59,4 @@ bench: $(READY) ## a training step against contiguous positions and against tran
 	$(BIN)/python -W ignore tools/bench.py step
 
 clean: ## remove environments and caches; outputs, models and datasets stay
-	rm -rf .venv3* build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv3* $(NEMO_VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

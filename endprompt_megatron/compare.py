@@ -7,13 +7,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from endprompt_megatron.comparison.evaluations import read_evaluation
 from endprompt_megatron.comparison.results import RunResult, by_label, distinct, equal_time_steps, fault_of, read_outcomes, read_run
 from endprompt_megatron.comparison.runner import Runner, RunOutcome
 from endprompt_megatron.comparison.study import RunRequest, StudyConfig
-from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.errors import ConfigError, DataError
 from endprompt_megatron.log import get_logger
 from endprompt_megatron.output_files import claimed
 from endprompt_megatron.report.comparison import Section, write_comparison
+from endprompt_megatron.report.suite_comparison import write_suite_comparison
 
 _STUDY_FILE = "study.json"
 
@@ -40,6 +42,8 @@ def compare(
     for note in study.unused():
         get_logger().info(note)
     output_dir = Path(study.output_dir)
+    if study.evaluations:
+        return _compare_evaluations(study, output_dir, told)
     collected = [result for entry in study.collect for result in _collected(entry)]
     if study.reference not in {*study.methods, *(result.label for result in collected)}:
         labels = ", ".join(dict.fromkeys(result.label for result in collected))
@@ -54,6 +58,24 @@ def compare(
     with claimed(output_dir, doing="carries this study out"):
         (output_dir / _STUDY_FILE).write_text(json.dumps(asdict(study), indent=2) + "\n")
         return _Comparison(study, runner, collected, requests, told).carry_out()
+
+
+def _compare_evaluations(study: StudyConfig, output_dir: Path, told: list[str]) -> bool:
+    models = {
+        label: {seed: read_evaluation(Path(directory)) for seed, directory in enumerate(directories, 1)}
+        for label, directories in study.evaluated().items()
+    }
+    for label, seeds in models.items():
+        for seed, found in seeds.items():
+            if not found:
+                directory = study.evaluated()[label][seed - 1]
+                raise DataError(f"evaluations: {label}={directory} holds no results.json of recipes/evaluate.py with a score.")
+    _refuse_other_files(output_dir)
+    with claimed(output_dir, doing="carries this study out"):
+        (output_dir / _STUDY_FILE).write_text(json.dumps(asdict(study), indent=2) + "\n")
+        page = write_suite_comparison(output_dir, study.name, models, reference=study.reference, commands=told)
+    get_logger().info(f"page {page}")
+    return True
 
 
 def _refuse_other_files(output_dir: Path) -> None:

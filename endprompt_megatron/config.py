@@ -263,9 +263,9 @@ class EvaluationConfig:
         enabled: whether to probe at all.
         systems: what is probed: base (as it came), untrained (base with the new RoPE), trained (the result).
         lengths: context lengths in tokens, for retrieval and, unless perplexity_lengths says otherwise, for perplexity.
-        tasks: forms of retrieval (evaluation/needle.py): single, multi_key, variable_tracking.
-        needle_trials: haystacks a length and task; one haystack holds one key (single), one a depth (multi_key) or one chain of
-            variables (variable_tracking).
+        tasks: forms of retrieval (evaluation/needle.py): single, multi_key, multi_value, variable_tracking.
+        needle_trials: haystacks a length and task; one haystack holds one key (single), one a depth (multi_key, multi_value) or one
+            chain of variables (variable_tracking).
         needle_tokens: the haystacks of a length and task hold at most so many tokens together, but there is at least one; 0: no bound.
         needle_depths: where the fact stands, 0 = start, 1 = end; trials go round.
         needle_digits: digits of the key.

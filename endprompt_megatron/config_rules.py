@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from endprompt_megatron.precision_rules import precision_problems
 
 if TYPE_CHECKING:  # plain numbers only: the schema imports nothing but errors and these rules
-    from endprompt_megatron.config import RunConfig
+    from endprompt_megatron.config import ParallelConfig, RunConfig
     from endprompt_megatron.model.architecture import ModelArchitecture
     from endprompt_megatron.rope.scaling import RopeScaling
 
@@ -39,7 +39,7 @@ _FREE_KEYS = (
     "launch",
 )
 EVALUATED_SYSTEMS = ("base", "untrained", "trained")
-RETRIEVAL_TASKS = ("single", "multi_key", "variable_tracking")
+RETRIEVAL_TASKS = ("single", "multi_key", "multi_value", "variable_tracking")
 # Megatron's distributed and plain optimizers store different things
 _BOUND_KEYS = ("parallel.use_distributed_optimizer",)
 
@@ -238,22 +238,14 @@ def _adapter_problems(config: RunConfig) -> list[str]:
     return problems
 
 
-def _layout_problems(config: RunConfig, world_size: int, architecture: ModelArchitecture) -> list[str]:
-    problems = []
-    parallel, trainer = config.parallel, config.trainer
+def cut_problems(parallel: ParallelConfig, *, world_size: int, architecture: ModelArchitecture) -> list[str]:
+    """What speaks against cutting the model so over so many ranks, in sentences; nothing about batches."""
     sizes = {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "context_parallel_size": parallel.context_parallel_size,
     }
-    for key, size in sizes.items():
-        if size < 1:
-            problems.append(f"parallel.{key}={size}: must be >= 1.")
-    if world_size < 1:
-        problems.append(
-            f"launch.num_nodes={config.launch.num_nodes}, launch.nproc_per_node={config.launch.nproc_per_node}: both must be >= 1; null "
-            f"processes are one a GPU."
-        )
+    problems = [f"parallel.{key}={size}: must be >= 1." for key, size in sizes.items() if size < 1]
     if problems:
         return problems
     tensor, pipeline, context = sizes.values()
@@ -274,25 +266,40 @@ def _layout_problems(config: RunConfig, world_size: int, architecture: ModelArch
             f"parallel.pipeline_model_parallel_size={pipeline} x virtual_pipeline_model_parallel_size="
             f"{parallel.virtual_pipeline_model_parallel_size}: must divide the model's {architecture.num_layers} layers."
         )
+    if parallel.sequence_parallel and tensor == 1:
+        problems.append("parallel.sequence_parallel=true with tensor_model_parallel_size=1: nothing to split. Set it to false.")
+    if world_size % parallel.model_parallel_size:
+        problems.append(
+            f"world size {world_size}: must be a multiple of TP x PP x CP = {tensor} x {pipeline} x {context} = "
+            f"{parallel.model_parallel_size}. Start that many processes, or set smaller sizes."
+        )
+    return problems
+
+
+def _layout_problems(config: RunConfig, world_size: int, architecture: ModelArchitecture) -> list[str]:
+    parallel, trainer = config.parallel, config.trainer
+    if world_size < 1:
+        return [
+            f"launch.num_nodes={config.launch.num_nodes}, launch.nproc_per_node={config.launch.nproc_per_node}: both must be >= 1; null "
+            f"processes are one a GPU."
+        ]
+    problems = cut_problems(parallel, world_size=world_size, architecture=architecture)
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    pipeline, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    if min(tensor, pipeline, context) < 1:
+        return problems
     if context > 1 and config.data.seq_length % (2 * context):
         problems.append(
             f"parallel.context_parallel_size={context}: data.seq_length={config.data.seq_length} must be a multiple of "
             f"2*context_parallel_size={2 * context}. Set data.seq_length={-(-config.data.seq_length // (2 * context)) * 2 * context}."
         )
-    if parallel.sequence_parallel and tensor == 1:
-        problems.append("parallel.sequence_parallel=true with tensor_model_parallel_size=1: nothing to split. Set it to false.")
     if parallel.sequence_parallel and config.data.seq_length % (tensor * context):
         problems.append(f"data.seq_length={config.data.seq_length}: sequence_parallel needs a multiple of {tensor * context}.")
     if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
         problems.append("parallel.overlap_param_gather=true: needs use_distributed_optimizer=true. Set both, or neither.")
     if parallel.recompute_granularity not in (None, "selective", "full"):
         problems.append(f"parallel.recompute_granularity={parallel.recompute_granularity}: choose null, selective or full.")
-    if world_size % parallel.model_parallel_size:
-        problems.append(
-            f"world size {world_size}: must be a multiple of TP x PP x CP = {tensor} x {pipeline} x {context} = "
-            f"{parallel.model_parallel_size}. Start that many processes, or set smaller sizes."
-        )
-    else:
+    if world_size % parallel.model_parallel_size == 0:
         step = trainer.micro_batch_size * config.data_parallel_size(world_size)
         if trainer.micro_batch_size < 1 or trainer.global_batch_size < 1 or trainer.global_batch_size % step:
             problems.append(

@@ -12,6 +12,7 @@ from endprompt_megatron.data.corpora import inspect_corpora
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.fitting import smallest_change
 from endprompt_megatron.launch import local_processes
+from endprompt_megatron.log import global_rank
 from endprompt_megatron.mcore import runtime
 from endprompt_megatron.mcore.fake import RankGroups, groups_of_rank
 from endprompt_megatron.model.architecture import ModelArchitecture
@@ -36,6 +37,8 @@ def dry_run(config: RunConfig, *, world_size: int) -> Iterator[str]:
         ConfigError, DataError, CheckpointError: what is wrong, or that the job does not fit into its GPUs, with the smallest change that
             does.
     """
+    if global_rank() > 0:
+        return  # one rank of a launcher's speaks for all
     architecture, base_rope = preflight.validate(config, world_size=world_size)
     _resolve_machine(config)
     base = preflight.check_base(config, world_size=world_size) if Path(config.model.hf_path).exists() else None
@@ -85,7 +88,7 @@ def refuse_what_does_not_fit(
     """Compare the estimate with the memory of a rank.
 
     Raises:
-        ConfigError: more is needed than there is; it names the smallest change with which some memory is left over.
+        ConfigError: more is needed than there is; it names the smallest change that fits.
     """
     needed, available = needed_gib(request), available_gib(request)
     if needed <= available:
@@ -126,7 +129,9 @@ def _resolve_machine(config: RunConfig) -> None:
         raise ConfigError(f"launch.gpu={gpu}: not in the table of GPUs. Choose one of {', '.join(sorted(HARDWARE))}.")
     if precision in FP8_MULTIPLES and not has_speed(HARDWARE[gpu], precision):
         able = [name for name, hardware in sorted(HARDWARE.items()) if has_speed(hardware, precision)]
-        raise ConfigError(f"precision.name={precision}: {gpu} has no tensor cores for it. Set precision=bf16, or launch.gpu to one of {', '.join(able)}.")
+        raise ConfigError(
+            f"precision.name={precision}: {gpu} has no tensor cores for it. Set precision=bf16, or launch.gpu to one of {', '.join(able)}."
+        )
 
 
 def _group_lines(config: RunConfig, world_size: int) -> Iterator[str]:

@@ -1,11 +1,9 @@
-"""An evaluation with the harness: task after task and length after length, each finished one a file, so that the same command goes on where
-it stopped; results.json and a page are written anew after every one."""
+"""An evaluation: task after task and length after length, each finished one a file, so that the same command goes on where it stopped;
+results.json and a page are written anew after every one."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,35 +12,41 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from endprompt_megatron.checkpoint.companions import PROVENANCE_FILE
-from endprompt_megatron.checkpoint.hf_config import read_hf_config
+from endprompt_megatron import launch
+from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config
 from endprompt_megatron.comparison.bootstrap import bootstrap_interval
-from endprompt_megatron.config import ParallelConfig
+from endprompt_megatron.config_rules import cut_problems
+from endprompt_megatron.data.corpora import corpus_texts
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.evaluation.harness import ANSWER_ROOM, Harness, Sample, bos_token_of, check_backend, harness_version, has_punkt
-from endprompt_megatron.evaluation.megatron_probes import MegatronProbes, load_model
+from endprompt_megatron.evaluation.built_in import BuiltInTasks
+from endprompt_megatron.evaluation.graded import NO_SEGMENTS, TrainedSegments, graded_details, trained_segments
+from endprompt_megatron.evaluation.harness import ANSWER_ROOM, Harness, Sample, check_backend, has_punkt
+from endprompt_megatron.evaluation.megatron_probes import load_model
 from endprompt_megatron.evaluation.suite import MEGATRON, EvaluateConfig
 from endprompt_megatron.evaluation.task_sources import (
+    GAP_TASK,
+    PERPLEXITY,
+    TASKS,
     HarnessTask,
     fingerprint,
     is_offline,
     missing_offline,
+    prose_of,
     sources_of,
     uses_stand_in,
     way_out,
 )
-from endprompt_megatron.log import get_logger
+from endprompt_megatron.evaluation_conditions import LM_EVAL, Conditions, conditions_of, provenance_of
+from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore import runtime as mcore_runtime
-from endprompt_megatron.mcore.version import megatron_core_version
 from endprompt_megatron.model import backends
 from endprompt_megatron.output_files import claimed, replace_text
-from endprompt_megatron.report.evaluation import STAND_IN_MARK, write_evaluation
+from endprompt_megatron.report.by_length import ESSAYS_MARK, STAND_IN_MARK
+from endprompt_megatron.report.evaluation import write_evaluation
 
 RESULTS = "results.json"
 _RECORDS = "records"
-_OF_A_TASK = ("num_fewshot", "sources")  # conditions that differ between the tasks of one evaluation
 
 
 @dataclass(frozen=True)
@@ -53,29 +57,65 @@ class Pair:
         task: which.
         length: of its prompts in tokens; None where the task has no lengths.
         stand_in: whether its haystack is not the benchmark's.
+        essays: whether a built-in task has the benchmark's in place of noise sentences.
     """
 
     task: HarnessTask
     length: int | None
     stand_in: bool
+    essays: bool = False
 
     @property
     def name(self) -> str:
         """Of the task in results."""
-        return self.task.name + (STAND_IN_MARK if self.stand_in else "")
+        return self.task.name + (STAND_IN_MARK if self.stand_in else ESSAYS_MARK if self.essays else "")
+
+    @property
+    def unit(self) -> str:
+        """Of its score."""
+        return "nats a token" if self.task.suite == PERPLEXITY else "of 100"
 
     @property
     def stem(self) -> str:
         """Of its files."""
-        parts = (self.task.name, "stand_in" if self.stand_in else "", "" if self.length is None else str(self.length))
+        haystack = "stand_in" if self.stand_in else "essays" if self.essays else ""
+        parts = (self.task.name, haystack, "" if self.length is None else str(self.length))
         return "_".join(part for part in parts if part)
 
     def __str__(self) -> str:
         return self.name if self.length is None else f"{self.name} at {self.length}"
 
 
+def prepare(config: EvaluateConfig) -> None:
+    """Everything that can be checked before a process is started.
+
+    Raises:
+        ConfigError: settings that cannot be, or another evaluation's output directory.
+        BackendUnavailableError: lm-eval or the backend is not installed, or a GPU is asked for and there is none.
+        DataError: the model's tokenizer cannot be read.
+    """
+    config.validate()
+    world_size = launch.planned_world_size(config)
+    if config.runs_lm_eval and config.backend != MEGATRON and world_size > 1:
+        raise ConfigError(
+            f"backend={config.backend} with {world_size} processes: lm-eval's models of transformers and vLLM run in one. Set "
+            f"launch.nproc_per_node=1, or backend=megatron."
+        )
+    if config.runs_megatron:
+        mcore_runtime.resolve_accelerator(config.accelerator)
+        architecture = architecture_from_hf(read_hf_config(Path(config.model)))
+        problems = cut_problems(config.parallel, world_size=world_size, architecture=architecture)
+        if problems:
+            raise ConfigError(*problems)
+    if config.runs_lm_eval:
+        check_backend(config.backend)
+    evaluation = _Evaluation(config, config.directory(), conditions_of(config, command=""), None)
+    for pair in evaluation.pairs():
+        evaluation.is_finished(pair)
+
+
 def evaluate(config: EvaluateConfig, *, command: str, lm: Any = None) -> bool:
-    """Carry an evaluation out, or on. Writes results.json, records/ and evaluation.md.
+    """Carry an evaluation out, or on. Writes results.json, records/ and evaluation.md. Every process of a job calls it; rank 0 writes.
 
     Args:
         config: what to ask which model.
@@ -84,123 +124,110 @@ def evaluate(config: EvaluateConfig, *, command: str, lm: Any = None) -> bool:
     Returns:
         Whether no task failed; one that cannot run here and was named as such beforehand is no failure.
     Raises:
-        ConfigError: settings that cannot be, another evaluation's output directory, or a directory that another process writes.
-        BackendUnavailableError: lm-eval or the backend is not installed.
-        DataError: the model's tokenizer cannot be read, or gives other than the BOS tokens asked for.
+        as prepare; ConfigError also for a directory that another process writes, DataError for a tokenizer that gives other than the BOS
+        tokens asked for.
     """
-    config.validate()
-    check_backend(config.backend)
-    asked_by = f"lm-eval {harness_version()}" if config.backend != MEGATRON else f"megatron-core {megatron_core_version()}, built-in tasks"
+    prepare(config)
     for note in config.ignored():
         get_logger().info(note)
+    conditions = conditions_of(config, command=command)
+    if global_rank() > 0:
+        return _Evaluation(config, config.directory(), conditions, lm, writes=False).carry_out()
     with claimed(config.directory(), doing="carries this evaluation out") as directory:
         (directory / _RECORDS).mkdir(exist_ok=True)
-        return _Evaluation(config, directory, _conditions(config, asked_by, command), lm).carry_out()
-
-
-def _conditions(config: EvaluateConfig, asked_by: str, command: str) -> dict[str, Any]:
-    """What the scores depend on, and where they were made."""
-    room = f"RULER: {ANSWER_ROOM} tokens beyond the length; other tasks: prompt and answer are cut to the window"
-    token = bos_token_of(Path(config.model)) if config.bos == "one" else None
-    window = int(read_hf_config(Path(config.model))["max_position_embeddings"])
-    made = Path(config.model) / PROVENANCE_FILE
-    native = json.loads(made.read_text()).get("original_context_length", window) if made.is_file() else window
-    return {
-        "harness": asked_by,
-        "model": fingerprint(Path(config.model)),
-        "backend": {"hf": "hf, SDPA attention", MEGATRON: "Megatron-Core, SDPA attention"}.get(config.backend, config.backend),
-        "dtype": _megatron_dtype(config) if config.backend == MEGATRON else config.dtype,
-        "bos": f"one, {token}" if token else "none",
-        "chat_template": config.suite.apply_chat_template,
-        "samples": config.suite.samples,
-        "seed": config.seed,
-        "window": window,
-        "native_window": native,
-        "room_for_answers": "within the length" if config.backend == MEGATRON else room,
-        "batch_size": config.batch_size if config.backend == "hf" else None,
-        "torch": torch.__version__,
-        "transformers": importlib.metadata.version("transformers"),
-        "hardware": _hardware(),
-        "command": command,
-    }
-
-
-def _accelerator(config: EvaluateConfig) -> str:
-    """Of Megatron-Core, for the device that the config names."""
-    return {None: "auto", "cpu": "cpu"}.get(config.device, "gpu")
-
-
-def _megatron_dtype(config: EvaluateConfig) -> str:
-    """What the model computes in: as asked, or what suits the machine."""
-    if config.dtype != "auto":
-        return config.dtype
-    precision = mcore_runtime.resolve_precision("auto", mcore_runtime.resolve_accelerator(_accelerator(config)))
-    return {"fp32": "float32", "bf16": "bfloat16"}[precision]
-
-
-# of _conditions: other values make other scores
-_DECISIVE = ("harness", "model", "backend", "dtype", "bos", "chat_template", "samples", "seed", "window")
-
-
-def _hardware() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        return _Evaluation(config, directory, conditions, lm).carry_out()
 
 
 @dataclass
 class _Evaluation:
-    """One evaluation under way."""
+    """One evaluation under way, in one of its processes."""
 
     config: EvaluateConfig
     directory: Path
-    conditions: dict[str, Any]
+    conditions: Conditions
     lm: Any
+    writes: bool = True
     not_run: list[dict[str, Any]] = field(default_factory=list)
     failures: int = 0
 
     def carry_out(self) -> bool:
         """As evaluate."""
-        pairs = [pair for pair in self._pairs() if self._can_run(pair)]
-        waiting = [pair for pair in pairs if not self._is_finished(pair)]
+        pairs = [pair for pair in self.pairs() if self._can_run(pair)]
+        waiting = [pair for pair in pairs if not self.is_finished(pair)]
         if len(waiting) < len(pairs):
             get_logger().info(f"{len(pairs) - len(waiting)} of {len(pairs)} tasks and lengths are finished already")
         self.write(pending=len(waiting))
-        if waiting:
-            with self._asker(waiting) as asker:
-                for number, pair in enumerate(waiting, 1):
+        number = 0
+        # one engine after the other: a model is in memory once
+        for engine in (LM_EVAL, MEGATRON):
+            its_pairs = [pair for pair in waiting if self.conditions.engine_of(pair.task) == engine]
+            if not its_pairs:
+                continue
+            with self._asker(engine, its_pairs) as asker:
+                for pair in its_pairs:
+                    number += 1
                     self._run(asker, pair, f"[{number}/{len(waiting)}] {pair}")
                     self.write(pending=len(waiting) - number)
         get_logger().info(f"page {self.directory / 'evaluation.md'}")
         return not self.failures
 
     @contextmanager
-    def _asker(self, waiting: list[Pair]) -> Iterator[Harness | MegatronProbes]:
+    def _asker(self, engine: str, waiting: list[Pair]) -> Iterator[Harness | BuiltInTasks]:
         """What asks the tasks, with the model loaded."""
         config = self.config
-        if config.backend != MEGATRON:
-            longest = max([self.conditions["window"], *(pair.length + ANSWER_ROOM for pair in waiting if pair.length)])
+        longest = max([self.conditions.window, *(pair.length + ANSWER_ROOM for pair in waiting if pair.length)])
+        if engine == LM_EVAL and config.backend != MEGATRON:
             yield Harness(config, max_length=longest, lm=self.lm)
             return
-        runtime = mcore_runtime.initialize(ParallelConfig(), accelerator=_accelerator(config), seed=config.seed)
+        runtime = mcore_runtime.initialize(
+            config.parallel,
+            accelerator=config.accelerator,
+            seed=config.seed,
+            timeout_minutes=config.launch.hang_timeout_minutes or None,
+        )
         try:
-            precision = {"float32": "fp32", "bfloat16": "bf16"}[self.conditions["dtype"]]
-            model = load_model(Path(config.model), precision=precision, backend=backends.resolve("auto"), device=runtime.device)
-            yield MegatronProbes(config, model, device=runtime.device)
+            precision = {"float32": "fp32", "bfloat16": "bf16"}[self.conditions.engines[engine]["dtype"]]
+            chunks = load_model(
+                Path(config.model),
+                precision=precision,
+                backend=backends.resolve("auto"),
+                device=runtime.device,
+                parallel=config.parallel,
+            )
+            if engine == LM_EVAL:
+                yield Harness(config, max_length=longest, model=chunks, device=runtime.device, lm=self.lm)
+            else:
+                options = dict(lengths=self._lengths(), texts=self._texts, trained=self._trained())
+                yield BuiltInTasks(config, chunks, **options, device=runtime.device)
         finally:
             mcore_runtime.shut_down()
 
-    def _pairs(self) -> list[Pair]:
-        lengths = self.config.suite.lengths_for(self.conditions["window"])
+    def _texts(self) -> Iterator[str]:
+        perplexity = self.config.suite.perplexity
+        return corpus_texts(perplexity.text, directory=Path(perplexity.directory))
+
+    def _trained(self) -> TrainedSegments | None:
+        return trained_segments(self.config, provenance_of(Path(self.config.model)))
+
+    def _lengths(self) -> list[int]:
+        return self.config.suite.lengths_for(self.conditions.window)
+
+    def pairs(self) -> list[Pair]:
+        """What is asked for.
+
+        Raises:
+            ConfigError: no lengths are named, and the model's window is shorter than any that would be.
+        """
+        lengths = self._lengths()
         chosen = self.config.suite.chosen()
         if not lengths and any(task.has_lengths for task in chosen):
             raise ConfigError(
-                f"suite.lengths=null: the model's window of {self.conditions['window']} tokens is below the shortest length that is asked "
+                f"suite.lengths=null: the model's window of {self.conditions.window} tokens is below the shortest length that is asked "
                 f"unless you name others, 4096. Name the lengths, e.g. suite.lengths=[1024]."
             )
         paths = vars(self.config.suite.sources)
         return [
-            Pair(task, length, uses_stand_in(task, paths))
+            Pair(task, length, uses_stand_in(task, paths), prose_of(task, paths) == "essays")
             for task in chosen
             for length in (lengths if task.has_lengths else [None])
         ]
@@ -210,7 +237,9 @@ class _Evaluation:
         reason = None
         if pair.task.runs_code and not self.config.suite.allow_code_execution:
             reason = "it executes code that the model wrote: set suite.allow_code_execution=true where that may be"
-        elif is_offline():
+        elif pair.task.name == GAP_TASK and self._trained() is None:
+            reason = NO_SEGMENTS
+        elif is_offline() or pair.task.built_in:  # which fetch nothing
             reason = missing_offline(pair.task, vars(self.config.suite.sources), has_punkt=has_punkt())
         if reason is not None:
             self._cannot(pair, reason)
@@ -221,14 +250,13 @@ class _Evaluation:
         get_logger().info(f"{pair} does not run: {reason}")
 
     def _conditions_of(self, pair: Pair) -> dict[str, Any]:
-        decisive = {name: self.conditions[name] for name in _DECISIVE}
         sources = sources_of(pair.task, vars(self.config.suite.sources))
-        return decisive | {
+        return self.conditions.decisive(pair.task) | {
             "num_fewshot": self.config.suite.num_fewshot.get(pair.task.name),
             "sources": {name: path and fingerprint(Path(path)) for name, path in sources.items()},
         }
 
-    def _is_finished(self, pair: Pair) -> bool:
+    def is_finished(self, pair: Pair) -> bool:
         """Whether the pair was asked under the same conditions.
 
         Raises:
@@ -256,13 +284,13 @@ class _Evaluation:
             return None
         return json.loads(path.read_text())
 
-    def _run(self, asker: Harness | MegatronProbes, pair: Pair, label: str) -> None:
+    def _run(self, asker: Harness | BuiltInTasks, pair: Pair, label: str) -> None:
         started = time.monotonic()
         try:
             samples = asker.run(
                 pair.task,
                 length=pair.length,
-                window=self.conditions["window"],
+                window=self.conditions.window,
                 label=label,
                 log_file=self.directory / "harness.log",
             )
@@ -274,25 +302,32 @@ class _Evaluation:
             return
         score = self._score(pair, samples, time.monotonic() - started)
         self._keep(pair, score, samples)
-        get_logger().info(f"{label}: {score['score']:.1f} of 100, {len(samples)} samples, {score['seconds']:.0f} s")
+        get_logger().info(f"{label}: {score['score']:.4g} {pair.unit}, {len(samples)} samples, {score['seconds']:.0f} s")
 
     def _score(self, pair: Pair, samples: list[Sample], seconds: float) -> dict[str, Any]:
-        values = [sample.score for sample in samples]
+        together: dict[int, list[float]] = {}  # questions about one haystack are not independent of each other
+        for sample in samples:
+            together.setdefault(getattr(sample, "haystack", sample.index), []).append(sample.score)
+        values = [float(np.mean(scores)) for scores in together.values()]
+        graded = graded_details(samples, self._trained())
         return {
             "suite": pair.task.suite,
             "task": pair.name,
             "group": pair.task.group,
             "length": pair.length,
             "metric": pair.task.metric if pair.task.filter == "none" else f"{pair.task.metric}, {pair.task.filter}",
-            "score": float(np.mean(values)),
-            "samples": len(values),
+            "score": float(np.mean([sample.score for sample in samples])),
+            "samples": len(samples),
             "interval": list(bootstrap_interval(values)) if len(values) > 1 else None,
             "seconds": round(seconds, 1),
             "records": f"{_RECORDS}/{pair.stem}.jsonl",
+            **({} if graded is None else {"graded": graded}),
         }
 
     def _keep(self, pair: Pair, score: dict[str, Any], samples: list[Sample]) -> None:
         """The samples, then the score, whose file says that the pair is finished."""
+        if not self.writes:
+            return
         lines = "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
         records = self.directory / _RECORDS
         (records / f"{pair.stem}.json").unlink(missing_ok=True)
@@ -302,14 +337,19 @@ class _Evaluation:
 
     def write(self, *, pending: int) -> None:
         """results.json and the page, from every finished pair that was asked under these conditions, in this sitting or before."""
-        decisive = {name: self.conditions[name] for name in _DECISIVE}
-        scores = []
-        for path in sorted((self.directory / _RECORDS).glob("*.json")):
-            kept = self._kept(path)
-            if kept and {name: value for name, value in kept["conditions"].items() if name not in _OF_A_TASK} == decisive:
-                scores.append(kept["score"])
+        if not self.writes:
+            return
+        kept = [self._kept(path) for path in sorted((self.directory / _RECORDS).glob("*.json"))]
+        of_this = [found for found in kept if found and self._is_of_this_evaluation(found)]
+        scores = [found["score"] for found in of_this]
         sources = {name: str(path) for name, path in vars(self.config.suite.sources).items() if path}
-        conditions = self.conditions | {"num_fewshot": self.config.suite.num_fewshot, "local_sources": sources}
+        told = self.conditions.told_with([found["conditions"] for found in of_this])
+        conditions = told | {"num_fewshot": self.config.suite.num_fewshot, "local_sources": sources}
         results = {"model": str(self.config.model), "conditions": conditions, "scores": scores, "not_run": self.not_run}
         replace_text(self.directory / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         write_evaluation(self.directory, results, pending=pending)
+
+    def _is_of_this_evaluation(self, kept: dict[str, Any]) -> bool:
+        """Whether what was kept was asked under these conditions, in this sitting or before."""
+        task = TASKS.get(kept["score"]["task"].partition(" (")[0])
+        return task is not None and all(kept["conditions"].get(name) == value for name, value in self.conditions.decisive(task).items())

@@ -10,14 +10,32 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, Protocol
 
-from endprompt_megatron.config import RunConfig
+from endprompt_megatron.config import LaunchConfig
 from endprompt_megatron.errors import EXIT_RESUME, ConfigError
 from endprompt_megatron.log import get_logger
 from endprompt_megatron.mcore.children import STOP_SIGNALS, end_with_parent
+from endprompt_megatron.mcore.optional_packages import treat_broken_as_missing
 
-_DEFAULT_PORT = 29501
+treat_broken_as_missing()  # every recipe imports this module first, before megatron.core
+
+# Ports of job steps: [20000, 32007), below those that Linux lends to clients (32768 and up). Their number is a prime: steps of one job, and
+# jobs that were submitted near each other, land apart.
+_FIRST_PORT, _PORTS, _PORTS_A_JOB = 20_000, 12_007, 101
+_FIRST_UNNUMBERED_STEP = 0xFFFFFFF0  # slurm.h: from here on batch scripts, interactive shells and the like
 _LAUNCHER = "ENDPROMPT_LAUNCHER"  # process id of the plain start, for its workers
+
+
+class Launched(Protocol):
+    """What a job's configuration has to have to be launched: RunConfig has it, and EvaluateConfig."""
+
+    launch: LaunchConfig
+    output_dir: Any
+
+    @property
+    def accelerator(self) -> str:
+        """auto | gpu | cpu."""
 
 
 def adopt_srun_environment() -> None:
@@ -28,14 +46,19 @@ def adopt_srun_environment() -> None:
     """
     if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) < 2:
         return
-    if "SLURM_STEP_ID" not in os.environ and "SLURM_STEPID" not in os.environ:
-        return  # the batch script itself, not a task of srun
+    step = os.environ.get("SLURM_STEP_ID") or os.environ.get("SLURM_STEPID")
+    if not step or int(step) >= _FIRST_UNNUMBERED_STEP:
+        return  # the batch script itself or the shell of salloc, not a task of srun
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
     os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
     os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
     os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
-    # one port a job step: two jobs on one node must not meet
-    os.environ.setdefault("MASTER_PORT", str(_DEFAULT_PORT + int(os.environ.get("SLURM_JOB_ID", "0")) % 10000))
+    os.environ.setdefault("MASTER_PORT", str(_step_port(int(os.environ.get("SLURM_JOB_ID", "0")), int(step))))
+
+
+def _step_port(job: int, step: int) -> int:
+    """The port of a job step, which all its tasks know without asking: two jobs, or two steps of one, must not meet on a node."""
+    return _FIRST_PORT + (_PORTS_A_JOB * job + step) % _PORTS
 
 
 def _first_slurm_host() -> str:
@@ -54,14 +77,14 @@ def _first_slurm_host() -> str:
         return match.group(1) + match.group(2)
 
 
-def planned_world_size(config: RunConfig) -> int:
+def planned_world_size(config: Launched) -> int:
     """Ranks of the run: what a launcher announced, else what the config will start."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     return config.launch.num_nodes * local_processes(config)
 
 
-def local_processes(config: RunConfig) -> int:
+def local_processes(config: Launched) -> int:
     """Processes of one host: `launch.nproc_per_node`, else one a GPU, else one."""
     if config.launch.nproc_per_node is not None:
         return config.launch.nproc_per_node
@@ -77,7 +100,7 @@ def is_worker() -> bool:
     return "RANK" in os.environ
 
 
-def starts_workers(config: RunConfig) -> bool:
+def starts_workers(config: Launched) -> bool:
     """Whether this process is a plain start that has to launch several workers.
 
     Raises:
@@ -93,7 +116,7 @@ def starts_workers(config: RunConfig) -> bool:
     return local_processes(config) > 1
 
 
-def run_workers(config: RunConfig, arguments: list[str]) -> int:
+def run_workers(config: Launched, arguments: list[str]) -> int:
     """Run this very command in `local_processes` workers; rank 0 writes to the terminal, the others to `<output_dir>/logs/`.
 
     Args:

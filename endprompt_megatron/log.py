@@ -25,11 +25,19 @@ class _RankZero(logging.Filter):
         return global_rank() == 0 or record.levelno >= logging.ERROR
 
 
+class _ToStandardError(logging.StreamHandler):
+    """Writes to what standard error is when a message comes: it may point elsewhere for a while, and to a file that is closed later."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def get_logger() -> logging.Logger:
     """The project's logger: messages to standard error, rank 0 only below ERROR."""
     logger = logging.getLogger("endprompt_megatron")
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _ToStandardError()
         handler.setFormatter(logging.Formatter("%(message)s"))
         handler.addFilter(_RankZero())
         logger.addHandler(handler)

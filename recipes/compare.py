@@ -2,7 +2,8 @@
 
 Runs recipes/extend.py for every method and seed of the study (each in a process of its own), and writes one page with means, standard
 deviations, paired tests, costs and pictures. The same command goes on where it stopped. `write_only=true` writes the page from what is
-there; `collect=[outputs/a,outputs/b]` compares runs that you made yourself.
+there; `collect=[outputs/a,outputs/b]` compares runs that you made yourself, `evaluations="['base=DIR','after=DIR']" reference=base`
+what recipes/evaluate.py found of two or more models.
 """
 
 from __future__ import annotations

@@ -2,14 +2,16 @@
 
 Asks the model that lies in a Hugging Face directory (any export of recipes/extend.py) the tasks of a suite, and writes results.json, every
 answer (records/) and a page with the paper's columns. Suites ruler, longbench, short and all have lm-eval underneath (`pip install -e
-'.[eval]'`), probes runs on Megatron-Core alone. The same command goes on where it stopped. Tasks that cannot run are named with the reason;
-HF_HUB_OFFLINE=1 says beforehand that there is no network.
+'.[eval]'`); needle, perplexity and probes run on Megatron-Core alone, in as many processes as launch.nproc_per_node says, or under srun or
+torchrun. The same command goes on where it stopped. Tasks that cannot run are named with the reason; HF_HUB_OFFLINE=1 says beforehand that
+there is no network.
 """
 
 from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -17,10 +19,12 @@ from extend import ROOT, telling_errors
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from endprompt_megatron import launch
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.evaluation.suite import EvaluateConfig
 
 COMMAND = "python recipes/evaluate.py " + shlex.join(sys.argv[1:])
+ARGUMENTS = list(sys.argv)
 MODEL = "model="  # conf/model is a group of recipes/extend.py: Hydra would look for DIR among its files
 MODELS = [text.removeprefix(MODEL) for text in sys.argv[1:] if text.startswith(MODEL)]
 
@@ -29,7 +33,7 @@ def to_evaluation(composed: DictConfig, model: str | None = None) -> EvaluateCon
     """The composed values as an EvaluateConfig; a key or type that the schema does not know fails with its dotted name."""
     if model is not None:
         composed.model = model
-    if "suite" not in composed:
+    if OmegaConf.is_missing(composed.suite, "name"):
         known = ", ".join(sorted(path.stem for path in (ROOT / "conf" / "suite").glob("*.yaml")))
         raise ConfigError(f"no suite is named: add +suite=NAME, one of {known}.")
     try:
@@ -44,8 +48,13 @@ def run(composed: DictConfig) -> None:
     """One evaluation."""
     with telling_errors():
         config = to_evaluation(composed, MODELS[-1] if MODELS else None)
-        from endprompt_megatron.evaluate import evaluate
+        launch.adopt_srun_environment()
+        launch.end_with_launcher()
+        from endprompt_megatron.evaluate import evaluate, prepare
 
+        if launch.starts_workers(config):
+            prepare(config)  # one clear error here instead of one a worker
+            sys.exit(launch.run_workers(replace(config, output_dir=str(config.directory())), ARGUMENTS))
         done = evaluate(config, command=COMMAND)
     if not done:
         sys.exit(1)

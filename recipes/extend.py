@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from endprompt_megatron import launch  # noqa: E402
 from endprompt_megatron.config import RunConfig  # noqa: E402
 from endprompt_megatron.errors import EXIT_RESUME, EXIT_USER_ERROR, USER_ERRORS, ConfigError, RunInterrupted  # noqa: E402
-from endprompt_megatron.mcore.children import outlast_stop_signals  # noqa: E402
+from endprompt_megatron.mcore.children import obey_stop_signals, outlast_stop_signals  # noqa: E402
 
 DEFAULT_EXPERIMENT = "smollm2_135m_16k_cpu"
 
@@ -62,7 +62,6 @@ def run(composed: DictConfig) -> None:
         if config.dry_run:
             warnings.filterwarnings("ignore", module="megatron")  # of what a laptop lacks
             from endprompt_megatron.dry_run import dry_run
-
             for line in dry_run(config, world_size=launch.planned_world_size(config)):
                 print(line, flush=True)
             return
@@ -75,6 +74,7 @@ def run(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    obey_stop_signals()
     if not any("experiment=" in argument for argument in sys.argv[1:]):
         sys.argv.append(f"+experiment={DEFAULT_EXPERIMENT}")
     run()

@@ -13,11 +13,22 @@ from endprompt_megatron.checkpoint.hf_sources import build_tiny_random
 from endprompt_megatron.config import ParallelConfig
 from endprompt_megatron.mcore import runtime
 from endprompt_megatron.mcore.runtime import Runtime
+from tests.support.words import build_word_model
 
 torch.set_num_threads(1)
 # no deadline: other jobs share the machine; derandomised: a red run is red again
 hypothesis.settings.register_profile("endprompt", deadline=None, derandomize=True, max_examples=100)
 hypothesis.settings.load_profile("endprompt")
+
+# Neither torch nor Megatron can break these: the second leg of .ci/run, on another megatron-core, leaves them out (-m 'not once').
+_ONCE = ("unit/planning/", "unit/positions/", "unit/theory/", "unit/report/", "unit/comparison/", "unit/docker/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what one run on one Python is enough for."""
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).as_posix().startswith(_ONCE):
+            item.add_marker(pytest.mark.once)
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +47,13 @@ def untied_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def multi_head_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As tiny_model_dir, with as many KV heads as query heads: q, k, v and o have one shape and can be mistaken for each other."""
     return build_tiny_random(tmp_path_factory.mktemp("mha") / "model", seed=3, num_key_value_heads=4)
+
+
+@pytest.fixture(scope="session")
+def word_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As tiny_model_dir, with a tokenizer that takes about a token a word and a window of 8192: for RULER's prompts."""
+    pytest.importorskip("wonderwords", reason="wonderwords is not installed: pip install -e .[eval]")
+    return build_word_model(tmp_path_factory.mktemp("words") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
     python tools/bench.py step [--model models/smollm2_135m] [--micro-batch-size 2] [--repeats 15]
     python tools/bench.py length [--lengths 8192 16384] [--seq-length 1024]
+    python tools/bench.py gpu [--layers 4] [--precisions bf16 fp8 fp8_attention] [--page PAGE.md]
 
 `step` times one optimizer step of the Megatron model at EndPrompt positions, the same step at contiguous positions, and the same step of
 transformers' own Llama with SDPA, in turn, in one process: same weights, same tokens, same number of threads.
@@ -23,6 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bench_convert  # noqa: E402
+import bench_gpu  # noqa: E402
 import bench_length  # noqa: E402
 
 from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config  # noqa: E402
@@ -166,6 +168,7 @@ def main() -> None:
     step.set_defaults(run=bench_step)
     bench_convert.add_to(benchmarks)
     bench_length.add_to(benchmarks)
+    bench_gpu.add_to(benchmarks)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -21,6 +21,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from endprompt_megatron.errors import EXIT_USER_ERROR, CheckpointError, ConfigError, DataError  # noqa: E402
+from endprompt_megatron.mcore.optional_packages import treat_broken_as_missing  # noqa: E402
+
+treat_broken_as_missing()  # before megatron.core is imported
 
 
 def main() -> int:

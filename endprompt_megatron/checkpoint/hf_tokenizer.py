@@ -33,6 +33,19 @@ def load_tokenizer(hf_dir: Path) -> PreTrainedTokenizerBase:
         raise DataError(f"{hf_dir}: transformers cannot read its tokenizer ({type(error).__name__}: {error}).") from error
 
 
+def end_tokens(hf_dir: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids that end a text: the tokenizer's end of text, and those at which transformers' generate would stop (generation_config.json, or
+    config.json where there is none). Instruct models have several."""
+    found: set[int | None] = {tokenizer.eos_token_id}
+    for name in ("generation_config.json", "config.json"):
+        path = Path(hf_dir) / name
+        if path.is_file():
+            named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            found |= set(named) if isinstance(named, list) else {named}
+            break
+    return {token for token in found if token is not None}
+
+
 def hash_tokenizer(hf_dir: Path) -> str:
     """SHA-256 (hex) of what decides the ids of a text: tokenizer.json, or the older files in its place, and the end-of-text token.
 

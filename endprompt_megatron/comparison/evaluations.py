@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from endprompt_megatron.errors import DataError
@@ -36,13 +37,16 @@ class TaskScore:
 
     Attributes:
         score: mean over samples, 0 to 100.
-        samples: {(index, what would have been right): score}; the same question to two models has the same key.
+        samples: {(index, what would have been right): score}; the same question to two models has the same key. Questions about one
+            haystack are one sample, whose score is their mean: they are not independent of each other.
         conditions: of the evaluation.
+        entry: its row of results.json.
     """
 
     score: float
     samples: dict[SampleId, float]
     conditions: dict[str, Any]
+    entry: dict[str, Any] = field(default_factory=dict)
 
 
 Evaluation = Mapping[Key, TaskScore]
@@ -62,7 +66,7 @@ def read_evaluation(directory: Path) -> dict[Key, TaskScore]:
             results = json.loads(path.read_text())
             scores = {
                 Key(entry["suite"], entry["task"], entry["length"] or 0): TaskScore(
-                    float(entry["score"]), _samples(path.parent / entry["records"]), results["conditions"]
+                    float(entry["score"]), _samples(path.parent / entry["records"]), results["conditions"], entry
                 )
                 for entry in results["scores"]
             }
@@ -77,4 +81,10 @@ def read_evaluation(directory: Path) -> dict[Key, TaskScore]:
 
 def _samples(path: Path) -> dict[SampleId, float]:
     records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    return {(record["index"], json.dumps(record.get("references"))): float(record["score"]) for record in records}
+    together: dict[int, list[dict[str, Any]]] = {}
+    for record in records:
+        together.setdefault(record.get("haystack", record["index"]), []).append(record)
+    return {
+        (number, json.dumps([record.get("references") for record in group])): fmean(float(record["score"]) for record in group)
+        for number, group in together.items()
+    }

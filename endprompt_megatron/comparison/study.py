@@ -33,6 +33,8 @@ class StudyConfig:
         keep: of a finished run: evaluation (no weights), model (the export), all (training checkpoints too).
         write_only: start no run; write the page from what is there.
         collect: output directories of runs made elsewhere, as DIR, a row by its own method, or LABEL=DIR.
+        evaluations: output directories of recipes/evaluate.py, as LABEL=DIR: compare these and no runs. Directories with one label are
+            those of several seeds of the training.
     """
 
     name: str = "???"
@@ -50,6 +52,7 @@ class StudyConfig:
     keep: str = "model"
     write_only: bool = False
     collect: list[str] = field(default_factory=list)
+    evaluations: list[str] = field(default_factory=list)
 
     def validate(self, known_methods: tuple[str, ...]) -> None:
         """Check every rule at once.
@@ -59,9 +62,12 @@ class StudyConfig:
         Raises:
             ConfigError: with every problem found.
         """
+        if self.evaluations:
+            self._validate_evaluations()
+            return
         problems = []
         if not (self.methods or self.collect):
-            problems.append("methods=[]: name at least one method, or finished runs in collect.")
+            problems.append("methods=[]: name at least one method, or finished runs in collect, or evaluations.")
         if self.methods and not self.base_experiment:
             problems.append("base_experiment=null: the runs of `methods` start from an experiment, e.g. base_experiment=tiny_random.")
         for label in self.methods:
@@ -95,6 +101,27 @@ class StudyConfig:
                     problems.append(f"override {text}: the study sets {key} itself.")
             if text.replace(" ", "").lower() == "evaluation.enabled=false":
                 problems.append(f"override {text}: a run without probes has nothing to compare. Leave it out.")
+        if problems:
+            raise ConfigError(*problems)
+
+    def evaluated(self) -> dict[str, list[str]]:
+        """`evaluations` by label, in the order named."""
+        found: dict[str, list[str]] = {}
+        for entry in self.evaluations:
+            label, _, directory = entry.rpartition("=")
+            found.setdefault(label, []).append(directory)
+        return found
+
+    def _validate_evaluations(self) -> None:
+        problems = []
+        if self.methods or self.collect:
+            problems.append("evaluations stand alone: leave methods and collect empty.")
+        if not all(self.evaluated()):
+            problems.append(f"evaluations={self.evaluations}: write LABEL=DIR, e.g. evaluations=\"['base=outputs/a','after=outputs/b']\".")
+        elif self.reference not in self.evaluated():
+            problems.append(f"reference={self.reference}: no evaluation has this label. Choose one of {', '.join(self.evaluated())}.")
+        if len({entry.rpartition("=")[2] for entry in self.evaluations}) < len(self.evaluations):
+            problems.append(f"evaluations={self.evaluations}: each directory once.")
         if problems:
             raise ConfigError(*problems)
 

@@ -8,7 +8,7 @@ Shapes: q tokens of a prompt, n tokens of an answer, v vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
 
 import torch
@@ -28,6 +28,7 @@ def greedy_generate(
     *,
     max_new_tokens: int,
     stop_tokens: Collection[int] = (),
+    ends: Callable[[Tokens], bool] | None = None,
     prefill_chunk: int = 0,
     device: torch.device,
     label: str = "generation",
@@ -39,6 +40,7 @@ def greedy_generate(
         prompts: token ids, at least one each.
         max_new_tokens: where a text ends at the latest, >= 1.
         stop_tokens: a text ends with the first of them, which is its last token.
+        ends: says of the tokens written so far whether the text ends with them; the same on every rank.
         prefill_chunk: tokens of a prompt that are read at once; 0 reads it whole.
         device: of the model.
         label: for the progress display.
@@ -58,7 +60,7 @@ def greedy_generate(
             while True:
                 chosen = torch.zeros(1, dtype=torch.int64, device=device) if logits is None else logits[-1].argmax().view(1)
                 written.append(int(replica.from_last_stage(chosen)))
-                if written[-1] in stop_tokens or len(written) == max_new_tokens:
+                if written[-1] in stop_tokens or len(written) == max_new_tokens or (ends is not None and ends(written)):
                     return written
                 logits = replica.logits(written[-1:], first_position=len(prompt) + len(written) - 1, rows=1)
 

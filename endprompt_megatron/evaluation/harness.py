@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from endprompt_megatron.checkpoint.hf_tokenizer import load_tokenizer
+from endprompt_megatron.checkpoint.hf_tokenizer import end_tokens, load_tokenizer
 from endprompt_megatron.errors import BackendUnavailableError, DataError
 from endprompt_megatron.evaluation.ruler_prompts import bounded, generator_of, replaced
-from endprompt_megatron.evaluation.suite import RULER_SAMPLES, EvaluateConfig
+from endprompt_megatron.evaluation.suite import MEGATRON, PREFILL_CHUNK, RULER_SAMPLES, EvaluateConfig
 from endprompt_megatron.evaluation.task_sources import PUNKT, RULER, SOURCES, HarnessTask, is_offline, sources_of
 from endprompt_megatron.log import Progress
+from endprompt_megatron.model.gpt import EndPromptGPTModel
 
 VERSION = "0.4.13"
 INSTALL = "pip install -e '.[eval]'"
@@ -35,6 +36,7 @@ ANSWER_ROOM = 512
 # the harness's folders that hold the tasks: reading all of its thousands of descriptions takes half a minute
 _TASK_FOLDERS = ("ruler", "longbench", "mmlu/default", "gsm8k", "hellaswag", "humaneval")
 _PROBE = "The grass is green."
+_START = "_state_when_loaded"  # of the generator of a RULER module
 _REQUESTS_AT_ONCE = {"generate_until": 8, "loglikelihood": 256}  # between two progress lines, times the batch size
 
 
@@ -106,10 +108,20 @@ class Harness:
     Args:
         config: of the evaluation.
         max_length: tokens that a prompt and its answer may take together, at most.
+        model: on Megatron-Core, of backend megatron; the others load theirs.
+        device: of that model.
         lm: an lm-eval LM in the model's place, for tests.
     """
 
-    def __init__(self, config: EvaluateConfig, *, max_length: int, lm: Any = None):
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        *,
+        max_length: int,
+        model: EndPromptGPTModel | list[EndPromptGPTModel] | None = None,
+        device: torch.device | None = None,
+        lm: Any = None,
+    ):
         self.config, self.max_length = config, max_length
         self.metadata: dict[str, Any] = {"tokenizer": str(config.model), "max_seq_lengths": []}
         import lm_eval.tasks
@@ -120,7 +132,24 @@ class Harness:
             include_defaults=False, include_path=[str(folder / name) for name in _TASK_FOLDERS], metadata=self.metadata
         )
         self._own_model = lm is None
-        self.lm = lm or self._load()
+        self.lm = lm or (self._load() if model is None else self._wrap(model, device))
+        if self._own_model:
+            self._check_bos(self.lm)
+
+    def _wrap(self, model: EndPromptGPTModel | list[EndPromptGPTModel], device: torch.device) -> Any:
+        from endprompt_megatron.evaluation.megatron_lm import MegatronLM
+
+        model_dir = Path(self.config.model)
+        tokenizer = load_tokenizer(model_dir)
+        return MegatronLM(
+            model,
+            tokenizer,
+            end_tokens=end_tokens(model_dir, tokenizer),
+            bos=tokenizer.bos_token_id if self._wants_bos() else None,
+            max_length=self.max_length,
+            prefill_chunk=PREFILL_CHUNK,
+            device=device,
+        )
 
     def _load(self) -> Any:
         config = self.config
@@ -133,15 +162,12 @@ class Harness:
             # vLLM multiplies max_position_embeddings by a linear factor, and refuses lengths beyond its own idea of the window
             os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
             own |= {"max_model_len": self.max_length, "tensor_parallel_size": config.tensor_parallel_size, "seed": config.seed}
-            lm = VLLM(**own, batch_size="auto")
-        else:
-            from lm_eval.models.huggingface import HFLM
+            return VLLM(**own, batch_size="auto")
+        from lm_eval.models.huggingface import HFLM
 
-            device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-            own |= {"max_length": self.max_length, "device": device, "batch_size": config.batch_size, "attn_implementation": "sdpa"}
-            lm = HFLM(**own)
-        self._check_bos(lm)
-        return lm
+        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        own |= {"max_length": self.max_length, "device": device, "batch_size": config.batch_size, "attn_implementation": "sdpa"}
+        return HFLM(**own)
 
     def _wants_bos(self) -> bool:
         return self.config.bos == "one" and bos_token_of(Path(self.config.model)) is not None
@@ -180,6 +206,8 @@ class Harness:
         self.metadata["max_seq_lengths"] = [length] if length else []
         if self._own_model:
             self.lm._max_length = length + ANSWER_ROOM if length else window
+        if self.config.backend == MEGATRON:
+            self.lm.label = label  # it shows its progress itself
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
@@ -229,12 +257,19 @@ class Harness:
             yield _environment("HF_ALLOW_CODE_EVAL", "1")
 
     def _ruler_module(self, name: str) -> ModuleType:
-        """The module as the harness itself will find it, fresh: common words draws from a generator of its own that never starts again."""
+        """The module as the harness itself will find it, fresh: common words draws from a generator of its own that never starts again; it
+        is set back, because to load its module anew takes seconds."""
         from lm_eval.tasks._yaml_loader import _load_module_with_cache
 
+        module = sys.modules.get(f"lm_eval.tasks.ruler.{name}")
+        if hasattr(module, _START):
+            module.RNG.setstate(getattr(module, _START))
+            return module
         sys.modules.pop(f"lm_eval.tasks.ruler.{name}", None)
         with _no_nltk_download() if is_offline() else contextlib.nullcontext():
             module = _load_module_with_cache(self._ruler / f"{name}.py")
+        if hasattr(module, "RNG"):
+            setattr(module, _START, module.RNG.getstate())
         if hasattr(module, "get_haystack"):
             module.get_haystack.cache_clear()
         return module

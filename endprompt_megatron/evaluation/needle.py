@@ -1,5 +1,5 @@
-"""Retrieval of planted facts by context length and depth, on ordinary positions: one pass key, one of several, or a chain of variables;
-graded.
+"""Retrieval of planted facts by context length and depth, on ordinary positions: one pass key, one of several, several of one name, or a
+chain of variables; graded.
 
 One forward pass scores a haystack: under teacher forcing greedy decoding reproduces an answer exactly when every token of it is the most
 likely one, so exact match needs no generation, and the log-probability of the answer shows progress before exactness. The questions of
@@ -34,6 +34,10 @@ _NOISE = "".join(f"{sentence} " for sentence in NOISE_SENTENCES)
 _NAMED_FACT = " The pass key of {name} is {key}. Remember it. {key} is the pass key of {name}. "
 _NAMED_QUESTION = "\nWhat is the pass key of {name}? The pass key of {name} is"
 _NAMES = ("London", "Paris", "Berlin", "Madrid", "Rome", "Vienna", "Oslo", "Athens", "Dublin", "Prague", "Cairo", "Tokyo", "Lima", "Quito")
+_SEVERAL_KEYS_OF = "Lisbon"
+# And with several keys to one name, as RULER's multi-value needle has. Teacher forcing wants one right order: that of the text.
+_VALUE_INTRODUCTION = "Several pass keys of one city are hidden in a long text. Memorize them in the order of the text.\n"
+_VALUE_QUESTION = "\nWhat are the {count} pass keys of {name}, in the order of the text? The pass keys of {name} are"
 # Form of RULER's variable tracking: one chain, four hops.
 _CHAIN_INTRODUCTION = "Memorize and track the chain of variable assignment hidden in the following text.\n\n"
 _CHAIN_QUESTION = (
@@ -50,12 +54,12 @@ class Question:
     """One question about a haystack.
 
     Attributes:
-        task: single | multi_key | variable_tracking | gap (gap_probe.py).
+        task: single | multi_key | multi_value | variable_tracking | gap (gap_probe.py).
         prompt, answer: token ids.
         units: (first, past the last) token of each part of the answer whose share right is reported: a digit token of a key, a name of
-            a chain. Some tokenizers put a space of its own before them, which is no part.
-        depth: where the fact stands, 0 = start, 1 = end; None for a chain of facts.
-        distance: tokens from the end of the fact to the first token of the answer; None for a chain of facts.
+            a chain, a whole key where several are asked for at once. Some tokenizers put a space of its own before them, which is no part.
+        depth: where the fact stands, 0 = start, 1 = end; None for several facts.
+        distance: tokens from the end of the fact to the first token of the answer; None for several facts.
     """
 
     task: str
@@ -104,7 +108,8 @@ class HaystackWriter:
         for depth, fact in planted:
             before = round(depth * sentences)
             tokens += self.noise * (before - written) + fact
-            written, ends[depth] = before, len(tokens)
+            written = before
+            ends.setdefault(depth, len(tokens))  # facts at one depth: questions with a depth are about the first
         tokens += self.noise * (sentences - written)
         asked = [
             question if question.depth is None else replace(question, distance=len(tokens) - ends[question.depth] + len(question.prompt))
@@ -146,8 +151,8 @@ def make_haystacks(
     Args:
         encode: text -> token ids without special tokens.
         tasks: single (one key a haystack; the haystacks of a length go round the depths, from one that depends on the seed),
-            multi_key (a key at every depth, each asked for), variable_tracking (a chain of assignments at random places); the last two
-            share their haystacks.
+            multi_key (a key at every depth, each asked for), multi_value (a key of one name at every depth, all asked for at once),
+            variable_tracking (a chain of assignments at random places); all but the first share their haystacks.
         lengths: context lengths in tokens.
         depths: between 0 and 1.
         trials: haystacks a length.
@@ -158,7 +163,8 @@ def make_haystacks(
         DataError: a length too short for the facts and the question.
     """
     makers = [_single] if "single" in tasks else []
-    several = [plant for task, plant in (("multi_key", _keys), ("variable_tracking", _chain)) if task in tasks]
+    planters = (("multi_key", _keys), ("multi_value", _values), ("variable_tracking", _chain))
+    several = [plant for task, plant in planters if task in tasks]
     if several:
         makers.append(partial(_several, several))
     made = []
@@ -210,6 +216,14 @@ def _keys(writer: HaystackWriter, random: np.random.Generator, depths: list[floa
     return INTRODUCTION, facts, questions
 
 
+def _values(writer: HaystackWriter, random: np.random.Generator, depths: list[float], digits: int) -> tuple[str, list, list[Question]]:
+    """A key of one name at every depth, all asked for at once."""
+    keys = [draw_key(random, digits) for _ in depths]
+    facts = [(depth, _NAMED_FACT.format(name=_SEVERAL_KEYS_OF, key=key)) for depth, key in zip(sorted(depths), keys, strict=True)]
+    question = _VALUE_QUESTION.format(name=_SEVERAL_KEYS_OF, count=len(keys))
+    return _VALUE_INTRODUCTION, facts, [_ask_in_order(writer, "multi_value", question, keys)]
+
+
 def _chain(writer: HaystackWriter, random: np.random.Generator, depths: list[float], digits: int) -> tuple[str, list, list[Question]]:
     """A chain of assignments at random places."""
     value = draw_key(random, digits)
@@ -218,9 +232,13 @@ def _chain(writer: HaystackWriter, random: np.random.Generator, depths: list[flo
     places = np.sort(random.random(_CHAIN_LENGTH))
     facts = [(float(place), f" VAR {name} = {what} ") for place, name, what in zip(places, names, assigned, strict=True)]
     question = _CHAIN_QUESTION.format(value=value, count=_CHAIN_LENGTH)
-    asked = ask(writer, "variable_tracking", question, " ".join(names), None)
-    ends = [len(writer.encode(" " + " ".join(names[: count + 1]))) for count in range(_CHAIN_LENGTH)]
-    return _CHAIN_INTRODUCTION, facts, [replace(asked, units=tuple(zip([0, *ends[:-1]], ends, strict=True)))]
+    return _CHAIN_INTRODUCTION, facts, [_ask_in_order(writer, "variable_tracking", question, names)]
+
+
+def _ask_in_order(writer: HaystackWriter, task: str, question: str, parts: list[str]) -> Question:
+    """A question whose answer is several parts, one after the other."""
+    ends = [len(writer.encode(" " + " ".join(parts[: count + 1]))) for count in range(len(parts))]
+    return replace(ask(writer, task, question, " ".join(parts), None), units=tuple(zip([0, *ends[:-1]], ends, strict=True)))
 
 
 @torch.no_grad()

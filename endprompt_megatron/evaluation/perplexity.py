@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,8 +56,21 @@ def held_out_blocks(
     return np.array(blocks, dtype=np.int64)
 
 
-@torch.no_grad()
 def perplexity_by_window(
+    model: EndPromptGPTModel | list[EndPromptGPTModel], blocks: np.ndarray, lengths: list[int], **options: Any
+) -> dict[str, float]:
+    """Perplexity of the blocks, read in windows of each length. Arguments as losses_by_window.
+
+    Returns:
+        {length: exp(mean negative log-likelihood a token)}, the same on every rank.
+    """
+    found = losses_by_window(model, blocks, lengths, **options)
+    totals = {length: tuple(map(sum, zip(*of_blocks, strict=True))) for length, of_blocks in found.items()}
+    return {str(length): math.exp(loss / count) for length, (loss, count) in totals.items()}
+
+
+@torch.no_grad()
+def losses_by_window(
     model: EndPromptGPTModel | list[EndPromptGPTModel],
     blocks: np.ndarray,
     lengths: list[int],
@@ -65,8 +79,8 @@ def perplexity_by_window(
     label: str,
     stride: int = 0,
     prefill_chunk: int = 0,
-) -> dict[str, float]:
-    """Perplexity of the blocks, read in windows of each length; data-parallel copies of the model share the windows.
+) -> dict[int, list[tuple[float, int]]]:
+    """Negative log-likelihood of the blocks, read in windows of each length; data-parallel copies of the model share the windows.
 
     Args:
         model: the model, or this rank's model chunks; in evaluation mode.
@@ -78,7 +92,7 @@ def perplexity_by_window(
             before it, or all that its block has. 0: windows that do not overlap, whose first token is not scored.
         prefill_chunk: a longer window is read in pieces of so many tokens; 0 reads it whole.
     Returns:
-        {length: exp(mean negative log-likelihood a token)}, the same on every rank.
+        {length: (sum in nats, tokens scored) of each block}, the same on every rank.
     """
     replica = Replica(model, device=device)
     windows = _windows(blocks.shape[1], lengths, stride)
@@ -90,12 +104,12 @@ def perplexity_by_window(
         losses = _losses(replica, ids, prefill_chunk)
         return None if losses is None else [float(losses[scored.first - 1 : scored.past - 1].sum()) for scored in windows[start]]
 
-    total: dict[int, list[float]] = {length: [0.0, 0.0] for length in lengths}
-    for (_, start), sums in zip(work, replica.share_out(work, score, label=f"perplexity, {label}"), strict=True):
+    found = {length: [(0.0, 0)] * len(blocks) for length in lengths}
+    for (block, start), sums in zip(work, replica.share_out(work, score, label=f"perplexity, {label}"), strict=True):
         for scored, loss in zip(windows[start], sums, strict=True):
-            total[scored.length][0] += loss
-            total[scored.length][1] += scored.past - scored.first
-    return {str(length): math.exp(loss / count) for length, (loss, count) in total.items()}
+            total, count = found[scored.length][block]
+            found[scored.length][block] = (total + loss, count + scored.past - scored.first)
+    return found
 
 
 def _losses(replica: Replica, ids: list[int], prefill_chunk: int) -> torch.Tensor | None:

@@ -9,11 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from endprompt_megatron.config_rules import RETRIEVAL_TASKS
+from endprompt_megatron.evaluation.ruler import QA_TASKS
 from endprompt_megatron.evaluation.ruler import TASKS as PROBE_TASKS
 
-RULER, LONGBENCH, SHORT, PROBES = "ruler", "longbench", "short", "probes"
+RULER, LONGBENCH, SHORT, PROBES, NEEDLE, PERPLEXITY = "ruler", "longbench", "short", "probes", "needle", "perplexity"
+BUILT_IN = (PROBES, NEEDLE, PERPLEXITY)  # answered by Megatron-Core, without lm-eval
+SUITES = (RULER, LONGBENCH, SHORT, *BUILT_IN)
 PROBE_PREFIX = "probe_"  # some names are lm-eval's too
-SUITES = (RULER, LONGBENCH, SHORT, PROBES)
+NEEDLE_PREFIX = "needle_"
+GAP_TASK = NEEDLE_PREFIX + "gap"
+LOG_PERPLEXITY = "log_perplexity"
 HAYSTACK_STAND_IN = "haystack_stand_in"
 PUNKT = "punkt"
 _DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".txt", ".csv", ".arrow", ".gz")
@@ -69,10 +75,11 @@ class HarnessTask:
 
     Attributes:
         name: the harness's.
-        suite: ruler | longbench | short, which lm-eval asks; probes, which Megatron-Core answers without it.
+        suite: ruler | longbench | short, which lm-eval asks; one of BUILT_IN, which Megatron-Core answers without it.
         group: the benchmark's own.
         metric: of a sample, as the harness calls it; RULER's are called by the length.
         needs: names of SOURCES.
+        takes: names of SOURCES that it uses where they are given, and does without where not.
         filter: which of the harness's readings of an answer counts.
         runs_code: whether scoring executes what the model wrote.
     """
@@ -82,13 +89,19 @@ class HarnessTask:
     group: str
     metric: str
     needs: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
     filter: str = "none"
     runs_code: bool = False
 
     @property
+    def built_in(self) -> bool:
+        """Whether Megatron-Core answers it, without lm-eval."""
+        return self.suite in BUILT_IN
+
+    @property
     def has_lengths(self) -> bool:
-        """Whether its prompts are made for a length."""
-        return self.suite in (RULER, PROBES)
+        """Whether its prompts are made for a length. The gap probe's are made for the target window alone."""
+        return (self.suite == RULER or self.built_in) and self.name != GAP_TASK
 
 
 def _ruler(group: str, **needs: tuple[str, ...]) -> list[HarnessTask]:
@@ -99,6 +112,11 @@ def _longbench(group: str, *names: str) -> list[HarnessTask]:
     return [HarnessTask(f"longbench_{name}", LONGBENCH, group, "score", ("longbench",)) for name in names]
 
 
+def _probe(name: str, *needs: str, takes: tuple[str, ...] = ()) -> HarnessTask:
+    return HarnessTask(PROBE_PREFIX + name, PROBES, "in RULER's form", "string match", needs, takes)
+
+
+_PROSE = ("essays", HAYSTACK_STAND_IN)
 _ESSAYS = (PUNKT, "essays")
 # RULER's 13 (arXiv 2404.06654, section 3); LongBench's English and code tasks in its six groups (arXiv 2308.14508, table 1: the Chinese
 # ones are left out); the short tasks of the paper.
@@ -129,7 +147,10 @@ TASKS: dict[str, HarnessTask] = {
         HarnessTask("gsm8k", SHORT, "mathematics", "exact_match", ("gsm8k",), filter="strict-match"),
         HarnessTask("hellaswag", SHORT, "common sense", "acc_norm", ("hellaswag",)),
         HarnessTask("humaneval", SHORT, "code", "pass@1", ("humaneval",), filter="create_test", runs_code=True),
-        *(HarnessTask(PROBE_PREFIX + name, PROBES, "in RULER's form", "string match") for name in PROBE_TASKS),
+        *(_probe(name, takes=_PROSE if form.made_of is None else ()) for name, form in PROBE_TASKS.items()),
+        *(_probe(name, name.removeprefix("qa_")) for name in QA_TASKS),
+        *(HarnessTask(NEEDLE_PREFIX + name, NEEDLE, "planted facts, graded", "exact match") for name in (*RETRIEVAL_TASKS, "gap")),
+        HarnessTask(LOG_PERPLEXITY, PERPLEXITY, "held-out documents", "nats a token (lower is better)"),
     )
 }
 
@@ -180,12 +201,18 @@ def path_problems(paths: Mapping[str, str | None]) -> list[str]:
 
 def uses_stand_in(task: HarnessTask, paths: Mapping[str, str | None]) -> bool:
     """Whether the task would run on prose that is not the benchmark's."""
-    return "essays" in task.needs and bool(paths.get(HAYSTACK_STAND_IN))
+    return "essays" in task.needs + task.takes and bool(paths.get(HAYSTACK_STAND_IN))
+
+
+def prose_of(task: HarnessTask, paths: Mapping[str, str | None]) -> str | None:
+    """The source, essays or stand-in, that a built-in task hides its facts in; None: noise sentences, or what the task is made of."""
+    return next((name for name in task.takes if paths.get(name)), None)
 
 
 def sources_of(task: HarnessTask, paths: Mapping[str, str | None]) -> dict[str, str | None]:
     """{source: local path, or None where the harness fetches it} of what the task will be made of."""
     names = [HAYSTACK_STAND_IN if name == "essays" and uses_stand_in(task, paths) else name for name in task.needs]
+    names += [name for name in task.takes if paths.get(name)]
     return {name: paths.get(name) for name in names}
 
 

@@ -1,4 +1,5 @@
-"""Processes that a run starts beside itself, and their end: they follow their parent, however it ends."""
+"""A process's part in the end of a run: whom it follows, and what it does about signals, before training has handlers of its own and in the
+processes that a run starts beside itself."""
 
 from __future__ import annotations
 
@@ -7,11 +8,30 @@ import contextlib
 import ctypes
 import functools
 import multiprocessing
+import os
 import signal
+from types import FrameType
+
+from endprompt_megatron.errors import EXIT_RESUME
 
 # What asks a run to stop. Slurm sends it to every process of a job step, helpers included.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def obey_stop_signals() -> None:
+    """From the first import on: a request to stop ends this process with the status that says "start me again". Python's own answer would
+    be a death by that signal, which nobody can tell from a crash. training.signals takes over once there is something to save."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, _stop)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Signal handler. It may come within any import, so it neither raises nor touches a stream that may be in use."""
+    name = signal.Signals(number).name
+    with contextlib.suppress(OSError):
+        os.write(2, f"stopped by {name} with nothing to save; start the same command again\n".encode())
+    os._exit(EXIT_RESUME)
 
 
 def end_with_parent() -> None:

@@ -15,8 +15,8 @@ _PACKAGE = "transformer_engine"
 
 
 def treat_broken_as_missing() -> None:
-    """From now on an import of Transformer Engine either works or raises ImportError with the reason. To be called before megatron.core is
-    imported; imports nothing itself."""
+    """From now on an import of Transformer Engine either works or raises ModuleNotFoundError with the reason. To be called before
+    megatron.core is imported; imports nothing itself."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
@@ -44,10 +44,10 @@ class _HonestLoader(Loader):
         """As of the package's own loader, but for the class of its errors."""
         try:
             self._loader.exec_module(module)
-        except ImportError:
+        except ModuleNotFoundError:
             raise
-        except Exception as error:
-            raise ImportError(f"{_PACKAGE} is installed and broken: {type(error).__name__}: {error}", name=_PACKAGE) from error
+        except Exception as error:  # some of megatron.core catches ModuleNotFoundError alone
+            raise ModuleNotFoundError(f"{_PACKAGE} is installed and broken: {type(error).__name__}: {error}", name=_PACKAGE) from error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)

@@ -6,7 +6,7 @@ Shapes: b micro-batch, s physical sequence, v vocabulary share of this rank; Meg
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from endprompt_megatron.mcore.cpu import no_device_names
 from endprompt_megatron.mcore.rope_concentration import rope_concentrations, set_rope_concentration
 from endprompt_megatron.model.cross_entropy import sliced_cross_entropy
 from endprompt_megatron.model.sdpa import KeyValueCache, TorchSDPA
@@ -73,7 +74,9 @@ class EndPromptGPTModel(GPTModel):
                     f"rotate every sample to the first one's positions"
                 )
             position_ids = position_ids[0]
-        with self.rotary_pos_emb.at(position_ids):
+        # a token at a time, the shim's share would show; training keeps it: its recomputation names devices
+        unwatched = nullcontext() if torch.is_grad_enabled() else no_device_names()
+        with unwatched, self.rotary_pos_emb.at(position_ids):
             return super().forward(input_ids, position_ids, attention_mask, **kwargs)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:

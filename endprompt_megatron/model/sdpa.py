@@ -28,7 +28,8 @@ _MASK_ELEMENTS = 2**24
 
 
 class KeyValueCache:
-    """Keys and values that one layer has seen in earlier calls, in a buffer that is as large from the start as it will ever be.
+    """Keys and values that one layer has seen in earlier calls, in a buffer that is as large from the start as it will ever be and holds
+    the tokens of a head together, as attention reads them.
 
     Args:
         max_length: tokens that it holds.
@@ -57,7 +58,8 @@ class KeyValueCache:
         if past > self.max_length:
             raise AssertionError(f"{past} tokens do not fit into a key/value cache of {self.max_length}")
         if self._buffers is None:
-            self._buffers = (key.new_empty(self.max_length, *key.shape[1:]), value.new_empty(self.max_length, *value.shape[1:]))
+            batch, heads, dim = key.shape[1:]
+            self._buffers = tuple(new.new_empty(batch, heads, self.max_length, dim).permute(2, 0, 1, 3) for new in (key, value))
         for buffer, new in zip(self._buffers, (key, value), strict=True):
             buffer[self.length : past] = new
         return self._buffers[0][:past], self._buffers[1][:past]
@@ -137,6 +139,10 @@ class TorchSDPA(MegatronModule):
         sequence, batch, heads, dim = query.shape
         if not first_row:
             context = self._fused(query, key, value, is_causal=True)
+        elif sequence == 1:  # the heads of a group as rows: their keys and values are read once
+            groups = key.shape[2]
+            rows = query.view(batch, groups, heads // groups, dim).permute(2, 0, 1, 3)
+            context = self._fused(rows, key, value).reshape(batch, heads, 1, dim)
         else:  # torch's kernels for a CPU take only a mask here, so rows go in blocks that bound it
             step = max(1, _MASK_ELEMENTS // key.shape[0])
             blocks = []

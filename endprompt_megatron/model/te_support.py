@@ -52,9 +52,9 @@ def import_transformer_engine() -> tuple[Any, str | None]:
             warnings.simplefilter("ignore")
             return importlib.import_module("transformer_engine.pytorch"), None
     except ModuleNotFoundError as error:
-        if error.name == "transformer_engine":
+        if error.name == "transformer_engine" and error.__cause__ is None:
             return None, "transformer_engine is not installed"
-        return None, f"transformer_engine cannot be imported ({error})"
+        return None, str(error)  # one of its parts, or mcore.optional_packages says why
     except Exception as error:  # an empty meta package raises RuntimeError, mixed versions AssertionError, a missing library OSError
         return None, f"transformer_engine cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})"
 

@@ -22,13 +22,14 @@ from endprompt_megatron.comparison.results import (
     task_mean,
 )
 from endprompt_megatron.comparison.runner import RunOutcome
-from endprompt_megatron.comparison.statistics import PairedTest, Summary, paired_tests, summarize
+from endprompt_megatron.comparison.statistics import PairedTest, paired_tests, summarize
 from endprompt_megatron.comparison.study import StudyConfig
 from endprompt_megatron.report.comparison_plots import TASK_NAMES, plot_cost, plot_scores_by_distance, plot_scores_by_length
 from endprompt_megatron.report.plots import length_label
+from endprompt_megatron.report.suite_comparison import suite_tables
+from endprompt_megatron.report.tables import MISSING, p_value, signed, spread, table, without_nan
 
 PAGE, NUMBERS = "comparison.md", "comparison.json"
-_MISSING = "–"
 
 
 @dataclass(frozen=True)
@@ -83,16 +84,16 @@ def write_comparison(
             continue
         groups = _ordered(by_label(section.results), study)
         tests = paired_tests(groups, study.reference)
-        parts += [*_tables(groups, study, tests), *_suites(compared, study.reference)]
+        parts += [*_tables(groups, study, tests), *suite_tables(compared, study.reference)]
         parts += _pictures(output_dir, section, groups, reference=study.reference, draw=draw)
     if failed:
         rows = [[outcome.request.label, str(outcome.request.seed), outcome.request.budget, outcome.failure] for outcome in failed]
-        parts += ["## Runs that failed", _table(["method", "seed", "budget", "reason"], rows), "The same command tries them again."]
+        parts += ["## Runs that failed", table(["method", "seed", "budget", "reason"], rows), "The same command tries them again."]
     if sections:
         parts += ["## Conditions", _conditions(sections[0].results)]
     page = output_dir / PAGE
     page.write_text("\n\n".join(part for part in parts if part) + "\n")
-    (output_dir / NUMBERS).write_text(json.dumps(_json(_numbers(study, sections, suites, failed)), indent=1) + "\n")
+    (output_dir / NUMBERS).write_text(json.dumps(without_nan(_numbers(study, sections, suites, failed)), indent=1) + "\n")
     return page
 
 
@@ -127,7 +128,7 @@ def _tables(groups: dict[str, list[RunResult]], study: StudyConfig, tests: list[
     for label, group in groups.items():
         values = [_cell(group, lambda run, window=window: run.perplexity().get(window, math.nan), ".1f") for window in windows]
         rows.append([label, str(len(group)), *values, *_test_cells(tests, label, "log_perplexity", with_haystacks=False)])
-    tables.append(_table(header, rows))
+    tables.append(table(header, rows))
     for task in TASKS:
         if not any(run.scores(task) for run in runs):
             continue
@@ -151,7 +152,7 @@ def _tables(groups: dict[str, list[RunResult]], study: StudyConfig, tests: list[
                 cells.append(_cell(group, lambda run, task=task: task_mean(run, task, "key_log_probability", beyond=native), ".2f"))
             rows.append([label, str(len(group)), *cells, *_test_cells(tests, label, task, with_haystacks=True)])
         lengths = sorted({length for run in runs for length in run.scores(task)})
-        tables += [f"### {TASK_NAMES[task]}: means over {', '.join(map(length_label, lengths))} tokens", _table(header, rows)]
+        tables += [f"### {TASK_NAMES[task]}: means over {', '.join(map(length_label, lengths))} tokens", table(header, rows)]
     tables += ["### Cost", _cost_table(groups), _test_note(study, tests)]
     return tables
 
@@ -176,15 +177,15 @@ def _cost_table(groups: dict[str, list[RunResult]]) -> str:
                 _cell(group, lambda run: run.summary["loss_last"], ".3f"),
             ]
         )
-    return _table(header, rows) if rows else ""
+    return table(header, rows) if rows else ""
 
 
 def _test_cells(tests: list[PairedTest], label: str, measure: str, *, with_haystacks: bool) -> list[str]:
     found = next((test for test in tests if (test.label, test.measure) == (label, measure)), None)
     count = 3 if with_haystacks else 2
     if found is None:
-        return [_MISSING] * count
-    cells = [_signed(found.difference), _p(found.p_seeds), _p(found.p_haystacks)]
+        return [MISSING] * count
+    cells = [signed(found.difference), p_value(found.p_seeds), p_value(found.p_haystacks)]
     return cells[:count]
 
 
@@ -203,33 +204,6 @@ def _test_note(study: StudyConfig, tests: list[PairedTest]) -> str:
 def _compared(groups: dict[str, list[RunResult]], reference: str) -> dict[str, list[TaskComparison]]:
     models = {label: {run.seed: run.suites for run in group if run.suites} for label, group in groups.items()}
     return compare_evaluations({label: seeds for label, seeds in models.items() if seeds}, reference)
-
-
-def _suites(suites: dict[str, list[TaskComparison]], reference: str) -> list[str]:
-    """The scores of recipes/evaluate.py, where runs have any."""
-    compared = sorted(((label, found) for label, tasks in suites.items() for found in tasks), key=lambda pair: pair[1].key)
-    if not compared:
-        return []
-    header = ["task", "method", "seeds", "score", "Δ", "95 % interval", "p (sign flips, samples)", "common samples"]
-    note = (
-        f"Scores of 0 to 100 by recipes/evaluate.py. Δ: minus `{reference}` on the samples that both answered, averaged over their common "
-        "seeds; interval (bootstrap) and p take a sample as a unit and know nothing of the noise of training."
-    )
-    differing = dict.fromkeys(f"{label} in {name}" for label, found in compared for name in found.differing)
-    if differing:
-        note += f" **Not evaluated as the reference was: {', '.join(differing)}.**"
-    return ["### Suites (higher is better)", _table(header, [_suite_row(label, found) for label, found in compared]), note]
-
-
-def _suite_row(label: str, found: TaskComparison) -> list[str]:
-    key, score, difference = found.key, found.score, found.difference
-    task = key.task + (f" at {length_label(key.length)}" if key.length else "")
-    cells = [_MISSING] * 4
-    if difference is not None:
-        low, high = difference.interval
-        interval = _MISSING if math.isnan(low) else f"{_signed(low, 1)} to {_signed(high, 1)}"
-        cells = [_signed(difference.difference, 1), interval, _p(difference.p), str(difference.samples)]
-    return [task, label, str(score.seeds), _spread(Summary(score.mean, score.deviation, score.seeds), ".1f"), *cells]
 
 
 def _range(values: list[int]) -> str:
@@ -295,36 +269,5 @@ def _numbers(
     }
 
 
-def _json(value: object) -> object:
-    """What is not a number as null: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _json(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json(inner) for inner in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
 def _cell(group: list[RunResult], value: Callable[[RunResult], float], form: str) -> str:
-    return _spread(summarize([value(run) for run in group]), form)
-
-
-def _spread(summary: Summary, form: str) -> str:
-    if math.isnan(summary.mean):
-        return _MISSING
-    text = format(summary.mean, form)
-    if not math.isnan(summary.deviation):
-        text += f" ± {format(summary.deviation, form)}"
-    return text.replace("-", "−")
-
-
-def _signed(value: float, digits: int = 3) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
-
-
-def _p(value: float) -> str:
-    return _MISSING if math.isnan(value) else ("<0.001" if value < 0.001 else f"{value:.3f}")
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    aligned = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in (header, aligned, *rows))
+    return spread(summarize([value(run) for run in group]), form)

@@ -32,7 +32,12 @@ from endprompt_megatron.report.plots import (
 _Question = tuple[float, int, int]  # depth, length, number
 _PURPLE = "#CC79A7"
 _SMALL_DIFFERENCE = 0.5  # nats; an axis of differences is linear up to here
-TASK_NAMES = {"needle": "One key", "multi_key": "One of several keys", "variable_tracking": "Variable tracking"}
+TASK_NAMES = {
+    "needle": "One key",
+    "multi_key": "One of several keys",
+    "multi_value": "Several keys of one name",
+    "variable_tracking": "Variable tracking",
+}
 _STYLES = {
     BASE: SystemStyle("#000000", "o", "-"),
     "untrained_pi": SystemStyle(GREY, "x", ":"),

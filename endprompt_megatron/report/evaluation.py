@@ -1,5 +1,5 @@
-"""The page of an evaluation: RULER by task and length, LongBench by group, short tasks, each beside the paper's numbers; what did not run
-and why; the conditions. It is made from results.json alone."""
+"""The page of an evaluation: RULER by task and length, LongBench by group, short tasks, each beside the paper's numbers; planted facts and
+perplexity; what did not run and why; the conditions. It is made from results.json alone."""
 
 from __future__ import annotations
 
@@ -7,14 +7,23 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from endprompt_megatron.evaluation.task_sources import LONGBENCH, PROBES, RULER, SHORT, TASKS
+from endprompt_megatron.evaluation.task_sources import BUILT_IN, LONGBENCH, NEEDLE, PERPLEXITY, PROBES, RULER, SHORT, SUITES, TASKS
 from endprompt_megatron.output_files import replace_text
-from endprompt_megatron.report.evaluation_plots import Curve, plot_scores_by_length
+from endprompt_megatron.report.by_length import ESSAYS_MARK, PAPER_LENGTHS, STAND_IN_MARK, length_picture
+from endprompt_megatron.report.graded import (
+    NEEDLE_NOTE,
+    PERPLEXITY_NOTE,
+    needle_maps,
+    needle_table,
+    perplexity_picture,
+    perplexity_table,
+    perplexity_windows,
+    region_table,
+)
 from endprompt_megatron.report.plots import length_label
+from endprompt_megatron.report.tables import MISSING, table
 
 PAGE = "evaluation.md"
-STAND_IN_MARK = " (stand-in haystack)"
-_MISSING = "–"
 _SOURCE = "EndPrompt, arXiv 2605.14589: Llama-3-8B, 8K → 64K, one run each"
 # RULER: mean of 13 tasks over 4K to 64K; LongBench: mean; short: mean of MMLU, GSM8K, HellaSwag and HumanEval after supervised fine-tuning
 _PAPER: dict[str, dict[str, float]] = {
@@ -25,7 +34,6 @@ _PAPER: dict[str, dict[str, float]] = {
     "LCEG": {RULER: 72.24, LONGBENCH: 36.61, SHORT: 49.74},
     "full fine-tuning": {RULER: 69.23, LONGBENCH: 35.63, SHORT: 50.98},
 }
-_PAPER_LENGTHS = {"EndPrompt": {4096: 90.92, 8192: 87.07, 16384: 83.28, 32768: 75.23}}
 _RULER_NOTE = (
     "Made by lm-eval, whose tasks are not NVIDIA's in every point: question answering counts the share of the accepted answers found where "
     "NVIDIA counts any, common words lacks its worked example, and the answer prefix comes on top of the length. The means are ours: over "
@@ -33,7 +41,8 @@ _RULER_NOTE = (
 )
 _PROBES_NOTE = (
     "Synthetic tasks in RULER's form (arXiv 2404.06654) with names and sentences of our own, on Megatron-Core: no RULER scores. Needles "
-    "hide in repeated sentences; prompt and answer fit the length together; an answer counts when it occurs in the output."
+    "hide in repeated sentences where a row does not say otherwise; prompt and answer fit the length together; an answer counts when it "
+    "occurs in the output, and of a question's accepted answers any one is enough, as NVIDIA's program has it."
 )
 _LONGBENCH_NOTE = (
     "Made by lm-eval, which cuts prompts longer than the window at their start, where LongBench's own program cuts the middle out. "
@@ -53,10 +62,10 @@ def write_evaluation(output_dir: Path, results: dict[str, Any], *, pending: int 
         Path of the page.
     """
     scores = results["scores"]
-    of_suite = {suite: [score for score in scores if score["suite"] == suite] for suite in (RULER, LONGBENCH, SHORT, PROBES)}
+    of_suite = {suite: [score for score in scores if score["suite"] == suite] for suite in SUITES}
     parts = [f"# Evaluation of {results['model']}", _opening(results, pending)]
     if of_suite[RULER]:
-        picture = _picture(output_dir, RULER, of_suite[RULER], results["conditions"])
+        picture = length_picture(Path(output_dir), RULER, {"this model": of_suite[RULER]}, results["conditions"])
         parts += ["## RULER", _ruler(of_suite[RULER]), picture, _intervals(of_suite[RULER]), _RULER_NOTE]
         if any(STAND_IN_MARK in score["task"] for score in of_suite[RULER]):
             parts.append(
@@ -64,15 +73,25 @@ def write_evaluation(output_dir: Path, results: dict[str, Any], *, pending: int 
                 "sources). They are no RULER scores and no part of the means."
             )
     if of_suite[PROBES]:
-        picture = _picture(output_dir, PROBES, of_suite[PROBES], results["conditions"])
+        picture = length_picture(Path(output_dir), PROBES, {"this model": of_suite[PROBES]}, results["conditions"])
         parts += ["## In RULER's form", _probes(of_suite[PROBES]), picture, _intervals(of_suite[PROBES]), _PROBES_NOTE]
     if of_suite[LONGBENCH]:
         parts += ["## LongBench", _longbench(of_suite[LONGBENCH]), _intervals(of_suite[LONGBENCH]), _LONGBENCH_NOTE]
     if of_suite[SHORT]:
         parts += ["## Short tasks", _short(of_suite[SHORT]), _intervals(of_suite[SHORT]), _SHORT_NOTE]
+    mine = {"this model": of_suite[NEEDLE]}
+    if of_suite[NEEDLE]:
+        maps, regions = needle_maps(Path(output_dir), mine, results["conditions"]), region_table(mine)
+        parts += ["## Planted facts", needle_table(of_suite[NEEDLE]), *maps, _intervals(of_suite[NEEDLE]), NEEDLE_NOTE]
+        parts += ["### What distance does", regions] if regions else []
+    if of_suite[PERPLEXITY]:
+        mine = {"this model": of_suite[PERPLEXITY]}
+        picture = perplexity_picture(Path(output_dir), mine, results["conditions"])
+        windows = perplexity_windows(results["conditions"])
+        parts += ["## Perplexity of held-out text", perplexity_table(mine), picture, f"{windows} {PERPLEXITY_NOTE}"]
     if results["not_run"]:
         rows = [[entry["task"], _length(entry["length"]), entry["reason"]] for entry in results["not_run"]]
-        parts += ["## What did not run", _table(["task", "length", "reason"], rows, numbers=False)]
+        parts += ["## What did not run", table(["task", "length", "reason"], rows, numbers_from=None)]
     parts += ["## Conditions", _conditions(results["conditions"])]
     page = Path(output_dir) / PAGE
     replace_text(page, "\n\n".join(part for part in parts if part) + "\n")
@@ -83,7 +102,7 @@ def _opening(results: dict[str, Any], pending: int) -> str:
     conditions = results["conditions"]
     prompts = "the model's chat template" if conditions["chat_template"] else "raw prompts, no chat template"
     ran, missing = len(results["scores"]), len(results["not_run"])
-    beside_paper = any(score["suite"] != PROBES for score in results["scores"])
+    beside_paper = any(score["suite"] not in BUILT_IN for score in results["scores"])
     return (
         f"Scores from 0 to 100, by {conditions['harness']} ({conditions['backend']}, {conditions['dtype']}, {prompts}, BOS: "
         f"{conditions['bos']}). {ran} tasks and lengths ran"
@@ -110,55 +129,24 @@ def _ruler(scores: list[dict[str, Any]]) -> str:
         place = next((index for index, row in enumerate(rows) if STAND_IN_MARK in row[0]), len(rows))
         rows.insert(place, [f"**mean over tasks, {total}**", *cells, _score(_mean(list(means.values())))])
     for method, values in _PAPER.items():
-        by_length = _PAPER_LENGTHS.get(method, {})
+        by_length = PAPER_LENGTHS.get(method, {})
         cells = [_paper(by_length.get(length)) for length in lengths]
         rows.append([f"*paper*, {method}, 13 tasks", *cells, f"{values[RULER]:.2f} (4K to 64K)"])
-    return _table(["task", *map(length_label, lengths), "mean over lengths"], rows)
+    return table(["task", *map(length_label, lengths), "mean over lengths"], rows)
 
 
 def _probes(scores: list[dict[str, Any]]) -> str:
     lengths = sorted({score["length"] for score in scores})
     found = {(score["task"], score["length"]): score["score"] for score in scores}
-    names = [task for task in TASKS if any((task, length) in found for length in lengths)]
+    names = [name + mark for name in TASKS for mark in ("", ESSAYS_MARK, STAND_IN_MARK)]
+    names = [name for name in names if any((name, length) in found for length in lengths)]
     values = [[found.get((name, length)) for length in lengths] for name in names]
     rows = [[name, *map(_score, row), _score(_mean(row))] for name, row in zip(names, values, strict=True)]
     means = [_mean(list(column)) for column in zip(*values, strict=True)]
     asked = [_of(sum(value is not None for value in column), len(names)) for column in zip(*values, strict=True)]
     cells = [_score(mean) + lacking for mean, lacking in zip(means, asked, strict=True)]
     rows.append(["**mean over tasks**", *cells, _score(_mean(means))])
-    return _table(["task", *map(length_label, lengths), "mean over lengths"], rows)
-
-
-def _picture(output_dir: Path, suite: str, scores: list[dict[str, Any]], conditions: dict[str, Any]) -> str:
-    """The mean over tasks by length, where all of them ran at two lengths or more; for RULER the paper's curve beside it."""
-    own = [score for score in scores if STAND_IN_MARK not in score["task"]]
-    tasks = {score["task"] for score in own}
-    by_length = {length: [score for score in own if score["length"] == length] for length in sorted({score["length"] for score in own})}
-    whole = {length: found for length, found in by_length.items() if len(found) == len(tasks)}
-    if len(whole) < 2:
-        return ""
-    means = {length: fmean(score["score"] for score in found) for length, found in whole.items()}
-    intervals = {
-        length: _interval_of_mean(means[length], found) for length, found in whole.items() if all(score["interval"] for score in found)
-    }
-    curves = [Curve(f"this model, mean of {len(tasks)} tasks", means, intervals)]
-    if suite == RULER:
-        curves += [Curve(f"paper, {method}, mean of 13 tasks", values, published=True) for method, values in _PAPER_LENGTHS.items()]
-    path = plot_scores_by_length(
-        Path(output_dir) / f"{suite}_by_length.png",
-        curves,
-        measure="mean score (0 to 100)",
-        title="RULER by length" if suite == RULER else "Tasks in RULER's form by length",
-        original_context_length=conditions["native_window"],
-        target_context_length=conditions["window"],
-    )
-    return f"![Mean score by length of the prompt; bars: 95 % intervals over samples.]({path.name})"
-
-
-def _interval_of_mean(mean: float, scores: list[dict[str, Any]]) -> tuple[float, float]:
-    """Of a mean over tasks with samples of their own: half widths add in squares."""
-    half = sum(((score["interval"][1] - score["interval"][0]) / 2) ** 2 for score in scores) ** 0.5 / len(scores)
-    return max(0.0, mean - half), min(100.0, mean + half)
+    return table(["task", *map(length_label, lengths), "mean over lengths"], rows)
 
 
 def _longbench(scores: list[dict[str, Any]]) -> str:
@@ -171,8 +159,8 @@ def _longbench(scores: list[dict[str, Any]]) -> str:
         means.append(_mean(values))
         cells.append(_score(means[-1]) + _of(len(values), len(wanted[group])))
     rows = [["this model", *cells, _score(_mean(means)) + _of(sum(mean is not None for mean in means), len(groups))]]
-    rows += [[f"*paper*, {method}", *[_MISSING] * len(groups), f"{values[LONGBENCH]:.2f}"] for method, values in _PAPER.items()]
-    return _table(["", *groups, "mean"], rows)
+    rows += [[f"*paper*, {method}", *[MISSING] * len(groups), f"{values[LONGBENCH]:.2f}"] for method, values in _PAPER.items()]
+    return table(["", *groups, "mean"], rows)
 
 
 def _short(scores: list[dict[str, Any]]) -> str:
@@ -181,20 +169,20 @@ def _short(scores: list[dict[str, Any]]) -> str:
     ran = [found.get(name) for name in names]
     total = _score(_mean(ran)) + _of(sum(value is not None for value in ran), len(names))
     rows = [["this model", *map(_score, ran), total]]
-    rows += [[f"*paper*, {method}", *[_MISSING] * len(names), f"{values[SHORT]:.2f}"] for method, values in _PAPER.items()]
-    return _table(["", *names, "mean"], rows)
+    rows += [[f"*paper*, {method}", *[MISSING] * len(names), f"{values[SHORT]:.2f}"] for method, values in _PAPER.items()]
+    return table(["", *names, "mean"], rows)
 
 
 def _intervals(scores: list[dict[str, Any]]) -> str:
     """Every score with its interval, folded away: it is what a comparison needs and a reader seldom does."""
     order = list(TASKS)
     rows = []
-    for score in sorted(scores, key=lambda score: (order.index(score["task"].removesuffix(STAND_IN_MARK)), score["length"] or 0)):
-        interval = _MISSING if score["interval"] is None else f"{score['interval'][0]:.1f} to {score['interval'][1]:.1f}"
+    for score in sorted(scores, key=lambda score: (order.index(score["task"].partition(" (")[0]), score["length"] or 0)):
+        interval = MISSING if score["interval"] is None else f"{score['interval'][0]:.1f} to {score['interval'][1]:.1f}"
         cells = [score["task"], _length(score["length"]), score["metric"], _score(score["score"]), interval]
         rows.append([*cells, str(score["samples"]), f"{score['seconds']:,.0f}", f"[samples]({score['records']})"])
     header = ["task", "length", "metric", "score", "95 % interval (bootstrap)", "samples", "seconds", "records"]
-    return f"<details><summary>Every score with its interval</summary>\n\n{_table(header, rows)}\n\n</details>"
+    return f"<details><summary>Every score with its interval</summary>\n\n{table(header, rows)}\n\n</details>"
 
 
 def _conditions(conditions: dict[str, Any]) -> str:
@@ -220,17 +208,12 @@ def _of(count: int, wanted: int) -> str:
 
 
 def _score(value: float | None) -> str:
-    return _MISSING if value is None else f"{value:.1f}"
+    return MISSING if value is None else f"{value:.1f}"
 
 
 def _paper(value: float | None) -> str:
-    return _MISSING if value is None else f"{value:.2f}"
+    return MISSING if value is None else f"{value:.2f}"
 
 
 def _length(length: int | None) -> str:
-    return _MISSING if length is None else length_label(length)
-
-
-def _table(header: list[str], rows: list[list[str]], *, numbers: bool = True) -> str:
-    aligned = ["---", *["---:" if numbers else "---"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in (header, aligned, *rows))
+    return MISSING if length is None else length_label(length)

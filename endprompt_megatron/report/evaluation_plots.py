@@ -126,7 +126,8 @@ def _draw_map(
 
 def _mark_windows(axes: Axes, lengths: Sequence[int], native: int, target: int) -> None:
     """Lines between the columns that a window parts."""
-    for window, name, line in ((native, "native", "-"), (target, "target", "--")):
+    windows = ((native, "native", "-"), (target, "target", "--")) if native != target else ((native, "model's", "-"),)
+    for window, name, line in windows:
         if window > lengths[-1]:
             axes.plot([], [], " ", label=f"the {name} window ({window:,}) ends beyond the map")
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import hydra
@@ -73,6 +74,25 @@ def test_there_is_an_experiment_for_every_model_and_window():
     rivals = {"llama3_8b_64k_full", "llama3_8b_64k_longlora", "llama3_70b_64k_full"}
     variants = {"llama3_8b_64k_fp8", "llama3_70b_64k_fp8", "llama3_70b_64k_h100x32", "llama3_70b_128k_h100x32"}
     assert wanted | rivals | variants <= set(EXPERIMENTS)
+
+
+def test_the_readme_tells_what_the_headers_predict():
+    """Of one experiment of each row; the others of a row have the same figures."""
+    table = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ") and "GiB, " in line]
+    told = [re.findall(r"([\d.]+ GiB), ([\d.]+ (?:min|h))", line) for line in table]
+    rows = [
+        ["smollm2_135m_64k"], ["llama3_8b_64k"], ["llama2_7b_64k"], ["mistral_7b_64k"], ["llama3_70b_64k", "llama3_70b_64k_h100x32"],
+        ["llama3_8b_64k_fp8", "llama3_70b_64k_fp8"], ["llama3_8b_64k_full", "llama3_8b_64k_longlora", "llama3_70b_64k_full"],
+    ]  # fmt: skip
+    headers = {}
+    for name in EXPERIMENTS:
+        found = re.search(r"^# Predicted: ([\d.]+ GiB) a GPU, .+, (.+) in all", (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text(), flags=re.M)
+        headers[name] = found.groups() if found else None
+    for row in rows:
+        assert [headers[name] for name in row] in told
+    for model in ("llama3_8b", "llama2_7b", "mistral_7b", "llama3_70b"):
+        windows = {headers[name] for name in EXPERIMENTS if re.fullmatch(rf"{model}_\d+k", name)}
+        assert len(windows) == 1, "samples stay as long whatever the window"
 
 
 @pytest.mark.parametrize(

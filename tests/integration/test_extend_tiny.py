@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -153,10 +154,24 @@ def test_another_config_is_refused_the_directory(finished):
     assert _weights_digest(finished / "run") == before
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
-    done = run_recipe("+experiment=llama3_8b_64k", "dry_run=true", cwd=tmp_path)
+def test_dry_run_of_512_ranks_takes_seconds_and_little_memory_and_writes_nothing(tmp_path):
+    """Processor time, which other programs on the machine do not change; on an idle machine the clock says about as much."""
+    overrides = ["+experiment=llama3_70b_64k_full", "launch.num_nodes=64", "dry_run=true"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = run_recipe(*overrides, cwd=tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
-    assert "8,030,261,248" in done.stdout and "65,536" in done.stdout and "1,907" in done.stdout
+    assert "512 ranks = TP 8 x PP 4 x CP 8 x DP 2" in done.stdout and "70,553,706,496 in the whole model" in done.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 20
+    assert after.ru_maxrss < 2 * 2**20, "KiB of the largest child so far: the weights would be 131 GiB"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_refuses_what_does_not_fit(tmp_path):
+    done = run_recipe("+experiment=llama3_8b_64k", "parallel=single", "dry_run=true", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "8,030,261,248" in done.stdout and "ConfigError: launch.gpu=H100-80GB: a rank has 79.1 GiB" in done.stderr
+    assert "The smallest change that fits: parallel.tensor_model_parallel_size=4 parallel.sequence_parallel=true." in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,6 +17,7 @@ import pytest
 from endprompt_megatron.checkpoint.hf_sources import build_tiny_random
 from endprompt_megatron.errors import EXIT_RESUME
 from endprompt_megatron.log import read_metrics
+from endprompt_megatron.mcore.children import STOP_SIGNALS
 from tests.support.run_recipe import recipe_command, run_recipe, tiny_overrides
 
 
@@ -163,3 +164,19 @@ def test_a_failed_ranks_traceback_is_shown_once(place):
     text = job.log.read_text()
     assert text.count("failed with exit status") == 1
     assert text.count("Traceback (most recent call last)") <= 1
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_asked_to_stop_while_it_still_imports(place, number):
+    """Imports take minutes on a cluster's shared disk: a warning that comes meanwhile ends the run as later ones do."""
+    process = subprocess.Popen(
+        recipe_command(*tiny_overrides(place, "early")), cwd=place, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while "libtorch_cpu" not in Path(f"/proc/{process.pid}/maps").read_text():  # megatron.core and transformers are still to come
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == EXIT_RESUME and f"stopped by {number.name}" in said and "Traceback" not in said, said
+    assert not (place / "early").exists()

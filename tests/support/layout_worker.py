@@ -1,8 +1,8 @@
 """Trains one described job on this rank, from a Hugging Face directory to metrics and checkpoints, through the library's own parts.
 
 A job: {"output": dir, "model": dir, "data": dir, "scheme": name, "steps": n, "parallel": {...}, "trainer": {...}}; optionally "adapter": {...},
-"attention_groups": m of S2-attention, "seq_length": S, "export": true. What it trained is in its metrics.jsonl, and in hf/ and adapter/ where it exports; a job
-whose output holds a checkpoint resumes it.
+"attention_groups": m of S2-attention, "seq_length": S, "export": true, "accelerator": "gpu", "backend": "te". What it trained is in its
+metrics.jsonl, and in hf/ and adapter/ where it exports; a job whose output holds a checkpoint resumes it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def run_job(job: dict, prepare: Callable[[Trainer], None] = lambda trainer: None
         launch=LaunchConfig(hang_timeout_minutes=job.get("hang_timeout_minutes", 5.0)),
         trainer=TrainerConfig(job["steps"], 2, job.get("global_batch_size", 8), eval_batches=0, **({"keep_last": 0} | job.get("trainer", {}))),
     )
-    runtime = mcore_runtime.initialize(parallel, accelerator="cpu", seed=config.seed)
+    accelerator = job.get("accelerator", "cpu")
+    runtime = mcore_runtime.initialize(parallel, accelerator=accelerator, seed=config.seed)
     try:
         tokenizer, tokenizer_hash = load_tokenizer(Path(job["model"])), hash_tokenizer(Path(job["model"]))
         blend, _ = prepare_corpora([source], directory=Path(job["data"]), tokenizer=tokenizer, tokenizer_hash=tokenizer_hash)
@@ -99,7 +100,7 @@ def run_job(job: dict, prepare: Callable[[Trainer], None] = lambda trainer: None
             max_sequence_length=target,
             parallel=parallel,
             precision=config.precision.name,
-            backend=resolve("torch"),
+            backend=resolve(job.get("backend", "torch"), accelerator=accelerator, precision=config.precision.name),
             device=runtime.device,
             adapter=config.adapter,
             attention_groups=groups,

@@ -18,12 +18,13 @@ from pathlib import Path
 from tests.support.run_recipe import ROOT
 
 
-def start_ranks(world_size: int, jobs: Iterable[dict]) -> list[BaseProcess]:
-    """Start `world_size` processes that do the jobs one after the other: train (layout_worker.py), or what the module job["worker"] does."""
+def start_ranks(world_size: int, jobs: Iterable[dict], *, preload: Iterable[str] = ()) -> list[BaseProcess]:
+    """Start `world_size` processes that do the jobs one after the other: train (layout_worker.py), or what the module job["worker"] does.
+    `preload` names modules that are imported once for all of them."""
     os.environ["PYTHONPATH"] = str(ROOT)  # for the server, which starts with the first process
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.layout_worker", "torch.utils.tensorboard"])
+    context.set_forkserver_preload(["tests.support.layout_worker", "torch.utils.tensorboard", *preload])
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -46,9 +47,9 @@ def end_of(ranks: list[BaseProcess], seconds: float = 300) -> list[int]:
     return [process.exitcode for process in ranks]
 
 
-def run_ranks(world_size: int, jobs: Iterable[dict]) -> None:
+def run_ranks(world_size: int, jobs: Iterable[dict], *, preload: Iterable[str] = ()) -> None:
     """Train the jobs; a failed rank fails the test with the end of what it said."""
-    ranks = start_ranks(world_size, jobs)
+    ranks = start_ranks(world_size, jobs, preload=preload)
     statuses = end_of(ranks)
     for process, status in zip(ranks, statuses, strict=True):
         assert status == 0, f"{process.name} of {world_size}: exit status {status}\n{process.log.read_text()[-4000:]}"

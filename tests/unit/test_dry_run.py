@@ -128,9 +128,14 @@ def _overridden(config: RunConfig, overrides: list[str]) -> RunConfig:
 def test_what_fits_nowhere_is_refused_without_a_change(monkeypatch):
     from endprompt_megatron import dry_run as module
 
-    monkeypatch.setattr(module, "needed_gib", lambda config, request: 1e6)
+    monkeypatch.setattr(module, "needed_gib", lambda request: 1e6)
     with pytest.raises(ConfigError, match="No layout of these ranks or more fits: train on shorter samples"):
         _run(_cluster(LLAMA3_8B))
+
+
+def test_one_rank_of_a_launchers_speaks_for_all(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert _run(_cluster(LLAMA3_8B)) == ""
 
 
 def test_a_gpu_that_is_not_in_the_table():

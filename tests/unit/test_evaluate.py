@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from endprompt_megatron import evaluate as module
+from endprompt_megatron import evaluation_conditions
+from endprompt_megatron.config import LaunchConfig, ParallelConfig
 from endprompt_megatron.errors import BackendUnavailableError, ConfigError
 from endprompt_megatron.evaluate import evaluate
 from endprompt_megatron.evaluation.harness import VERSION, Sample
-from endprompt_megatron.evaluation.suite import EvaluateConfig, SourcesConfig, SuiteConfig
+from endprompt_megatron.evaluation.suite import EvaluateConfig, NeedleConfig, PerplexityConfig, SourcesConfig, SuiteConfig
 from tests.support.tiny import copy_model, edit_config
 
 OFFLINE_TASKS = ["niah_single_1", "ruler_vt"]
@@ -38,7 +40,7 @@ def harness(monkeypatch):
     monkeypatch.setattr(FakeHarness, "asked", [])
     monkeypatch.setattr(FakeHarness, "failing", {})
     monkeypatch.setattr(module, "Harness", FakeHarness)
-    monkeypatch.setattr(module, "harness_version", lambda: VERSION)
+    monkeypatch.setattr(evaluation_conditions, "harness_version", lambda: VERSION)
     monkeypatch.setattr(module, "has_punkt", lambda: False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return FakeHarness
@@ -189,3 +191,28 @@ def test_missing_backends_say_how_to_install_them(tiny_model_dir, tmp_path, monk
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BackendUnavailableError, match="vLLM is not installed"):
         evaluate(_config(tiny_model_dir, tmp_path, backend="vllm"), command="")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"parallel": ParallelConfig(tensor_model_parallel_size=3), "launch": LaunchConfig(nproc_per_node=3)}, "must divide the model's"),
+        ({"parallel": ParallelConfig(pipeline_model_parallel_size=2)}, "must be a multiple of TP x PP x CP"),
+        ({"suite": {"needle": NeedleConfig(depths=[2.0])}}, r"suite.needle.depths=\[2.0\]"),
+        ({"suite": {"tasks": ["needle", "ruler"]}, "launch": LaunchConfig(nproc_per_node=2)}, "run in one"),
+        ({"suite": {"tasks": ["perplexity"], "perplexity": PerplexityConfig(stride=512)}}, "must be less than the shortest of suite.lengths"),
+        ({"model": "nowhere"}, "model=nowhere: no config.json there"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(tiny_model_dir, tmp_path, changes, words):
+    suite = {"tasks": ["needle"]} | changes.pop("suite", {})
+    config = _config(changes.pop("model", tiny_model_dir), tmp_path / "out", suite=suite, **changes)
+    with pytest.raises(ConfigError, match=words):
+        evaluate(config, command="")
+    assert not (tmp_path / "out").exists()
+
+
+def test_lm_evals_own_models_run_in_one_process_however_many_gpus_there_are(tiny_model_dir, tmp_path):
+    assert _config(tiny_model_dir, tmp_path).launch.nproc_per_node == 1
+    assert _config(tiny_model_dir, tmp_path, suite={"tasks": ["needle"]}).launch.nproc_per_node is None
+    assert _config(tiny_model_dir, tmp_path, backend="megatron").launch.nproc_per_node is None

@@ -27,17 +27,24 @@ MAY_IMPORT = {
     "config_rules": {"precision_rules"},
     "precision_rules": set(),
     "launch": {"config", "mcore"},
+    "doctor": {"mcore"},
     "mcore": {"config"},
     "data": {"positions", "config", "mcore"},
     "model": {"rope", "config", "precision_rules", "mcore"},
     "checkpoint": {"model", "rope", "config_rules", "config", "mcore"},
     "training": {"data", "model", "checkpoint", "config", "mcore", "planning"},
-    "evaluation": {"model", "checkpoint", "config", "theory"},
+    "evaluation": {"model", "checkpoint", "config", "config_rules", "theory"},
     "comparison": {"mcore"},
     "report": {"evaluation", "comparison", "planning", "theory"},
     "compare": {"comparison", "report"},
     "plan": {"config", "launch", "planning", "preflight", "report"},
-    "evaluate": {"checkpoint", "comparison", "config", "evaluation", "mcore", "model", "report"},
+    "evaluate": {
+        "checkpoint", "comparison", "config_rules", "data", "evaluation", "evaluation_conditions", "launch", "mcore", "model", "report",
+    },
+    "evaluation_conditions": {"checkpoint", "evaluation", "mcore"},
+    "extension": {"checkpoint", "config", "data", "mcore", "model", "preflight", "rope"},
+    "nemo": {"checkpoint", "data", "extension", "mcore", "model", "training"},
+    "bridge": {"checkpoint", "data", "extension", "model", "training"},
     "preflight": {"checkpoint", "config", "config_rules", "precision_rules", "data", "model", "planning", "positions", "rope"},
     "fitting": {"config"},
     "dry_run": {
@@ -58,11 +65,15 @@ OWNERS = {
     "safetensors": {"checkpoint"},
     "tokenizers": {"checkpoint"},
     "transformer_engine": {"model"},
-    "lm_eval": {"evaluation/harness.py"},
+    "lm_eval": {"evaluation/harness.py", "evaluation/megatron_lm.py"},
     "scipy": {"comparison"},
+    "nemo": {"nemo"},
+    "nemo_run": {"nemo"},
+    "lightning": {"nemo"},
+    "megatron.bridge": {"bridge"},
 }
 NO_TORCH = (
-    "positions", "theory", "planning", "errors", "log", "config", "rope/scaling.py", "model/architecture.py", "checkpoint/hf_config.py",
+    "positions", "theory", "planning", "doctor", "errors", "log", "config", "rope/scaling.py", "model/architecture.py", "checkpoint/hf_config.py",
 )  # fmt: skip
 
 
@@ -104,7 +115,8 @@ def test_internal_imports(path):
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_third_parties_have_one_owner(path):
     for name in _imports(path) - _under_type_checking(path):
-        owners = OWNERS.get(name.split(".")[0])
+        parts = name.split(".")
+        owners = OWNERS.get(".".join(parts[:2]), OWNERS.get(parts[0]))
         if owners is not None:
             assert _part(path) in owners or path.as_posix() in owners, f"{path} imports {name}"
 
@@ -132,6 +144,11 @@ def test_plain_number_modules_leave_torch_out():
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("adapter", ["nemo", "bridge"])
+def test_adapters_stay_thin(adapter):
+    assert sum(len(path.read_text().splitlines()) for path in (PACKAGE / adapter).glob("*.py")) <= 300
 
 
 def test_recipes_are_short():

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from endprompt_megatron.checkpoint.hf_mapping import Binding, bindings
+from endprompt_megatron.checkpoint.hf_mapping import FUSED_NAMES, Binding, bindings, name_apart
 from endprompt_megatron.model.architecture import ModelArchitecture
 from tests.support.tiny import architecture_of, load_model
 
@@ -149,3 +149,19 @@ def test_order_is_embedding_layers_norm_output():
     layers = [name for name in names if "decoder.layers" in name]
     assert names == ["embedding.word_embeddings.weight", *layers, "decoder.final_layernorm.weight", "output_layer.weight"]
     assert [int(name.split(".")[2]) for name in layers] == [0] * 6 + [1] * 6
+
+
+@pytest.mark.parametrize("changes", [{}, {"tied_embeddings": True}, {"qkv_bias": True}, {"qk_norm": True}])
+def test_names_of_transformer_engines_layers_lead_back_to_the_table(changes):
+    """As a model of megatron-core 0.19 over Transformer Engine 2.20 names its parameters."""
+    arch = architecture(num_layers=12, **changes)
+    per_layer = [
+        "self_attention.linear_proj.weight", "self_attention.linear_qkv.layer_norm_weight", "self_attention.linear_qkv.weight",
+        *(["self_attention.linear_qkv.bias"] if arch.qkv_bias else []),
+        *(["self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"] if arch.qk_norm else []),
+        "mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight",
+    ]  # fmt: skip
+    names = ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight", *([] if arch.tied_embeddings else ["output_layer.weight"])]
+    names += [f"decoder.layers.{layer}.{name}" for layer in range(12) for name in per_layer]
+    assert sorted(map(name_apart, names)) == sorted(binding.megatron for binding in bindings(arch))
+    assert all(name_apart(f"decoder.layers.10.{fused}") == f"decoder.layers.10.{apart}" for apart, fused in FUSED_NAMES.items())

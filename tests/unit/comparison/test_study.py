@@ -60,3 +60,22 @@ def test_what_is_said_of_labels_that_do_not_run_is_told():
     study = _study(seeds_of={"pose": [1]}, overrides_of={"pose": ["x=1"]})
     study.validate(METHODS)
     assert study.unused() == ["seeds_of.pose is not used: pose is not in methods", "overrides_of.pose is not used: pose is not in methods"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"evaluations": ["a=x", "b"]}, "write LABEL=DIR"),
+        ({"evaluations": ["a=x", "b=x"]}, "each directory once"),
+        ({"evaluations": ["a=x"], "reference": "c"}, "no evaluation has this label. Choose one of a"),
+        ({"evaluations": ["a=x"], "reference": "a", "collect": ["y"]}, "leave methods and collect empty"),
+    ],
+)
+def test_evaluations_that_cannot_be_compared_are_refused(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        StudyConfig(**({"name": "n", "reference": "a"} | changes)).validate(())
+    StudyConfig(name="n", evaluations=["a=x", "b=y", "b=z"], reference="a").validate(())
+
+
+def test_directories_with_one_label_are_seeds_of_it():
+    assert StudyConfig(name="n", evaluations=["a=x", "b=y=1", "a=z"]).evaluated() == {"a": ["x", "z"], "b=y": ["1"]}

@@ -13,7 +13,6 @@ import pytest
 from endprompt_megatron.errors import DataError
 from endprompt_megatron.evaluation.suite import EvaluateConfig, SourcesConfig, SuiteConfig
 from endprompt_megatron.evaluation.task_sources import TASKS
-from tests.support.run_recipe import ROOT
 
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm-eval is not installed: pip install -e .[eval]", allow_module_level=True)
@@ -53,15 +52,6 @@ def _silent(doc) -> str:
     return ""
 
 
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    """A real tokenizer: byte-like ones make RULER's prompts too long."""
-    path = ROOT / "models" / "smollm2_135m"
-    if not (path / "tokenizer.json").is_file():
-        pytest.skip("models/smollm2_135m is not there: python tools/fetch_smollm2.py --destination models/smollm2_135m")
-    return path
-
-
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -76,8 +66,8 @@ def _run(harness: Harness, task: str, directory: Path, length: int | None = 1024
     return harness.run(TASKS[task], length=length, window=8192, label=task, log_file=directory / "harness.log")
 
 
-def test_right_answers_score_100_and_silence_0_on_every_offline_task(smollm2, tmp_path):
-    right, silent = _harness(smollm2, _right), _harness(smollm2, _silent)
+def test_right_answers_score_100_and_silence_0_on_every_offline_task(word_model_dir, tmp_path):
+    right, silent = _harness(word_model_dir, _right), _harness(word_model_dir, _silent)
     for task in OFFLINE:
         found = _run(right, task, tmp_path)
         assert [(sample.index, sample.score) for sample in found] == [(0, 100.0), (1, 100.0)], task
@@ -85,16 +75,16 @@ def test_right_answers_score_100_and_silence_0_on_every_offline_task(smollm2, tm
         assert [sample.score for sample in _run(silent, task, tmp_path)] == [0.0, 0.0], task
 
 
-def test_half_an_answer_scores_half(smollm2, tmp_path):
-    half = _harness(smollm2, lambda doc: " ".join(doc["outputs"][: len(doc["outputs"]) // 2]))
+def test_half_an_answer_scores_half(word_model_dir, tmp_path):
+    half = _harness(word_model_dir, lambda doc: " ".join(doc["outputs"][: len(doc["outputs"]) // 2]))
     assert [sample.score for sample in _run(half, "ruler_cwe", tmp_path)] == [50.0, 50.0]
 
 
 @pytest.mark.parametrize("task", ["ruler_vt", "ruler_cwe", "niah_multikey_2"])
-def test_samples_are_the_first_of_the_500_that_lm_eval_makes(task, smollm2, tmp_path):
+def test_samples_are_the_first_of_the_500_that_lm_eval_makes(task, word_model_dir, tmp_path):
     from lm_eval.tasks import TaskManager
 
-    harness = _harness(smollm2, _right)
+    harness = _harness(word_model_dir, _right)
     _run(harness, "ruler_cwe", tmp_path)  # what ran before must not matter
     harness.lm.prompts.clear()
     _run(harness, task, tmp_path)
@@ -102,7 +92,7 @@ def test_samples_are_the_first_of_the_500_that_lm_eval_makes(task, smollm2, tmp_
     harness._ruler_module("cwe_utils")  # lm-eval's own generator of common words, at its start
     random.seed(42)
     np.random.seed(42)
-    manager = TaskManager(include_defaults=False, include_path=str(folder), metadata={"tokenizer": str(smollm2), "max_seq_lengths": [1024]})
+    manager = TaskManager(include_defaults=False, include_path=str(folder), metadata={"tokenizer": str(word_model_dir), "max_seq_lengths": [1024]})
     documents = manager.load([task])["tasks"][task].dataset["test"]
     assert len(documents) == 500
     for prompt, document in zip(harness.lm.prompts, documents, strict=False):
@@ -128,14 +118,14 @@ def _squad(path: Path) -> Path:
     return path
 
 
-def test_a_local_squad_takes_the_place_of_the_download(smollm2, tmp_path):
-    harness = _harness(smollm2, _right, squad=str(_squad(tmp_path / "dev.json")))
+def test_a_local_squad_takes_the_place_of_the_download(word_model_dir, tmp_path):
+    harness = _harness(word_model_dir, _right, squad=str(_squad(tmp_path / "dev.json")))
     found = _run(harness, "ruler_qa_squad", tmp_path)
     assert [(sample.references, sample.score) for sample in found] == [(["11"], 100.0), (["23"], 100.0)]
     assert "The house has 11 rooms." in harness.lm.prompts[0]
 
 
-def test_a_local_longbench_takes_the_place_of_the_hubs(smollm2, tmp_path):
+def test_a_local_longbench_takes_the_place_of_the_hubs(word_model_dir, tmp_path):
     copy = tmp_path / "longbench"
     (copy / "qasper").mkdir(parents=True)
     rows = [{"context": f"The answer is {n}.", "question": "Which?", "answers": [f"number {n}"], "all_classes": None} for n in range(3)]
@@ -143,19 +133,19 @@ def test_a_local_longbench_takes_the_place_of_the_hubs(smollm2, tmp_path):
     (copy / "README.md").write_text(
         "---\nconfigs:\n- config_name: qasper\n  data_files:\n  - split: test\n    path: qasper/test.jsonl\n---\n"
     )
-    found = _run(_harness(smollm2, _right, longbench=str(copy)), "longbench_qasper", tmp_path, length=None)
+    found = _run(_harness(word_model_dir, _right, longbench=str(copy)), "longbench_qasper", tmp_path, length=None)
     assert [(sample.index, sample.score) for sample in found] == [(0, 100.0), (1, 100.0)]
-    assert [sample.score for sample in _run(_harness(smollm2, _silent, longbench=str(copy)), "longbench_qasper", tmp_path, length=None)] == [0, 0]
+    assert [sample.score for sample in _run(_harness(word_model_dir, _silent, longbench=str(copy)), "longbench_qasper", tmp_path, length=None)] == [0, 0]
 
 
-def test_local_prose_takes_the_place_of_the_essays(smollm2, tmp_path):
+def test_local_prose_takes_the_place_of_the_essays(word_model_dir, tmp_path):
     from endprompt_megatron.evaluation.harness import has_punkt
 
     if not has_punkt():
         pytest.skip("NLTK's punkt_tab is not there: python -m nltk.downloader punkt_tab, or set NLTK_DATA")
     (tmp_path / "prose").mkdir()
     (tmp_path / "prose" / "a.txt").write_text("A sentence about gardens stands here. " * 2000)
-    harness = _harness(smollm2, _right, haystack_stand_in=str(tmp_path / "prose"))
+    harness = _harness(word_model_dir, _right, haystack_stand_in=str(tmp_path / "prose"))
     for task in ("niah_single_2", "niah_multivalue"):
         assert [sample.score for sample in _run(harness, task, tmp_path, length=4096)] == [100.0, 100.0]
     assert all("A sentence about gardens" in prompt for prompt in harness.lm.prompts)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from endprompt_megatron.config import ParallelConfig
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.evaluation.megatron_probes import MegatronProbes, load_model
 from endprompt_megatron.evaluation.ruler import make_samples
@@ -19,9 +20,8 @@ CPU = torch.device("cpu")
 
 def config_of(model_dir, tmp_path, **changes) -> EvaluateConfig:
     suite = {"name": "probes", "tasks": ["probes"], "lengths": [4096], "samples": 1} | changes.pop("suite", {})
-    return EvaluateConfig(
-        model=str(model_dir), backend="megatron", dtype="float32", output_dir=str(tmp_path), suite=SuiteConfig(**suite), **changes
-    )
+    changes = {"backend": "megatron", "dtype": "float32", "output_dir": str(tmp_path)} | changes
+    return EvaluateConfig(model=str(model_dir), suite=SuiteConfig(**suite), **changes)
 
 
 def test_prompts_and_answers_are_those_of_transformers(tiny_model_dir, tmp_path):
@@ -43,10 +43,17 @@ def test_prompts_and_answers_are_those_of_transformers(tiny_model_dir, tmp_path)
     assert (found.index, found.prompt_tokens, found.references) == (0, ids.shape[1], list(sample.references))
 
 
-def test_tasks_and_backends_that_do_not_go_together_are_refused(tiny_model_dir, tmp_path):
-    with pytest.raises(ConfigError, match="backend=hf: the tasks of probes run on Megatron-Core. Set backend=megatron"):
-        EvaluateConfig(model=str(tiny_model_dir), suite=SuiteConfig(name="s", tasks=["probe_niah_single"])).validate()
-    with pytest.raises(ConfigError, match="backend=megatron: lm-eval's tasks run on hf or vllm"):
-        config_of(tiny_model_dir, tmp_path, suite={"tasks": ["ruler"]}).validate()
-    with pytest.raises(ConfigError, match="lm-eval does not know the tasks of probes"):
-        config_of(tiny_model_dir, tmp_path, suite={"tasks": ["probe_niah_single", "ruler_vt"]}).validate()
+def test_settings_that_built_in_tasks_cannot_have_are_refused_or_named(tiny_model_dir, tmp_path):
+    for changes, words in (
+        ({"dtype": "float16"}, "dtype=float16: Megatron-Core computes in float32 or bfloat16"),
+        ({"suite": {"apply_chat_template": True}}, "these tasks are raw prompts"),
+        ({"parallel": ParallelConfig(context_parallel_size=2)}, "parallel.context_parallel_size=2"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            config_of(tiny_model_dir, tmp_path, **changes).validate()
+    config = config_of(tiny_model_dir, tmp_path, batch_size=4)
+    config.validate()
+    assert config.ignored() == ["batch_size=4 is ignored: these tasks run on Megatron-Core"]
+    mixed = config_of(tiny_model_dir, tmp_path, suite={"tasks": ["probes", "ruler"], "apply_chat_template": True})
+    mixed.validate()
+    assert "suite.apply_chat_template=true is for lm-eval's tasks: the built-in ones are raw prompts" in mixed.ignored()

@@ -13,6 +13,7 @@ from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.evaluation.suite import EvaluateConfig, SourcesConfig, SuiteConfig
 from endprompt_megatron.evaluation.task_sources import (
     SOURCES,
+    SUITES,
     TASKS,
     fingerprint,
     is_offline,
@@ -40,17 +41,26 @@ def _compose(*overrides: str):
         return hydra.compose("evaluate", overrides=list(overrides))
 
 
-@pytest.mark.parametrize("name", ["all", "longbench", "ruler", "short"])
+@pytest.mark.parametrize("name", SUITE_FILES)
 def test_suite_composes_and_is_valid(name, to_evaluation, tiny_model_dir):
     config = to_evaluation(_compose(f"+suite={name}"), str(tiny_model_dir))
     config.validate()
     assert config.suite.name == name
-    assert {task.suite for task in config.suite.chosen()} == ({"ruler", "longbench", "short"} if name == "all" else {name})
+    assert {task.suite for task in config.suite.chosen()} == (set(SUITES) if name == "all" else {name})
     assert "recipes/evaluate.py +suite=" + name in (ROOT / "conf" / "suite" / f"{name}.yaml").read_text()
 
 
+def test_the_skeleton_has_the_defaults_of_the_schema(to_evaluation, tiny_model_dir):
+    """Hydra overrides only keys that are there."""
+    config = to_evaluation(_compose("+suite=ruler"), str(tiny_model_dir))
+    fresh = EvaluateConfig(model=str(tiny_model_dir), suite=SuiteConfig(name="ruler", tasks=["ruler"], samples=500))
+    assert config == fresh
+    sources = to_evaluation(_compose("+suite=ruler", f"suite.sources.squad={tiny_model_dir}"), str(tiny_model_dir)).suite.sources
+    assert sources.squad == str(tiny_model_dir)
+
+
 def test_numbers_of_tasks_are_the_benchmarks():
-    assert [len(tasks_of([suite])) for suite in ("ruler", "longbench", "short", "probes")] == [13, 16, 4, 10]
+    assert [len(tasks_of([suite])) for suite in ("ruler", "longbench", "short", "probes")] == [13, 16, 4, 12]
     assert len({task.group for task in tasks_of(["longbench"])}) == 6
     assert len(tasks_of(["ruler", "niah_single_1", "ruler"])) == 13
     assert {name for task in TASKS.values() for name in task.needs} <= set(SOURCES)

@@ -29,6 +29,15 @@ def test_cuda_names_mean_cpu(single_process):
         torch.cuda.synchronize()
 
 
+def test_forward_passes_without_gradients_go_unwatched(single_process):
+    with pytest.raises(ZeroDivisionError), cpu.no_device_names():
+        assert torch.ones(3).type() == "torch.FloatTensor"
+        raise ZeroDivisionError
+    assert torch.ones(3).type() == "torch.cuda.FloatTensor"  # also after an error
+    with torch.device("meta"), cpu.no_device_names():  # another mode lies on top of the shim: both stay
+        assert torch.empty(3).device.type == "meta" and torch.ones(3, device="cpu").type() == "torch.cuda.FloatTensor"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weight_gradients_add_up_in_the_buffer(single_process, dtype):
     from megatron.core.tensor_parallel import layers

@@ -78,3 +78,12 @@ def test_curves_keep_their_intervals_and_published_ones_look_different(tmp_path,
     assert (low, high) == (60, 80)
     legend = figures[0].legends[0].get_window_extent()
     assert not legend.overlaps(axes.get_window_extent())
+
+
+def test_a_window_that_is_native_and_target_is_marked_once(tmp_path, monkeypatch):
+    marked = []
+    monkeypatch.setattr(evaluation_plots.Axes, "axvline", lambda self, place, **style: marked.append(style["label"]))
+    cells = {(length, depth): 1.0 for length in (512, 1024, 2048) for depth in (0.0, 1.0)}
+    options = dict(measure="m", value_range=(0, 1), title="t", original_context_length=1024)
+    plot_depth_by_length(tmp_path / "a.png", {"one": cells}, target_context_length=1024, **options)
+    assert marked == ["end of the model's window (1,024)"]

@@ -1,0 +1,101 @@
+"""Questions put to other processes, so that a wheel that crashes on import, or a driver that hangs, is a finding and not the end of the
+examination."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+_TIMEOUT_SECONDS = 300  # the first import of Transformer Engine took 50 s on a busy machine; network file systems are slower still
+_NO_ANSWER = "no answer"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a process said.
+
+    Attributes:
+        values: the JSON object that a Python probe printed; empty for failures and for commands.
+        text: standard output.
+        error: in a line, why there is none; "" for success.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    text: str = ""
+    error: str = ""
+
+    @property
+    def timed_out(self) -> bool:
+        """Whether there was no answer in time."""
+        return self.error.startswith(_NO_ANSWER)
+
+
+def run_command(*command: str, timeout: float = _TIMEOUT_SECONDS) -> Answer:
+    """Run a program and return its output, or why it failed."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+    except OSError as error:
+        return Answer(error=f"{command[0]} cannot be started: {error.strerror}")
+    except subprocess.TimeoutExpired:
+        return Answer(error=f"{_NO_ANSWER} within {timeout:g} s")
+    if done.returncode < 0:
+        return Answer(text=done.stdout, error=f"it crashed with {signal.Signals(-done.returncode).name}")
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        return Answer(text=done.stdout, error=lines[-1].strip() if lines else f"exit status {done.returncode}")
+    return Answer(text=done.stdout)
+
+
+def run_python(code: str, *, timeout: float = _TIMEOUT_SECONDS) -> Answer:
+    """Run code in a fresh interpreter of this environment; its last line of output is a JSON object."""
+    # -P: the working directory's own folders (datasets/) must not be taken for packages
+    answer = run_command(sys.executable, "-P", "-W", "ignore", "-c", code, timeout=timeout)
+    if answer.error:
+        return answer
+    return Answer(values=json.loads(answer.text.splitlines()[-1]), text=answer.text)
+
+
+TORCH = """
+import json, torch
+found = {"version": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "gpus": [], "nccl": None}
+if torch.version.cuda:
+    found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+if torch.cuda.is_available():
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        found["gpus"].append({"name": gpu.name, "memory_gib": gpu.total_memory / 2**30, "capability": [gpu.major, gpu.minor]})
+print(json.dumps(found))
+"""
+
+MEGATRON = """
+import json, megatron.core, megatron.core.dist_checkpointing, megatron.core.models.gpt
+print(json.dumps({"version": megatron.core.__version__}))
+"""
+
+# torch first, as in a run: it loads NCCL and cuDNN, which Transformer Engine's library then finds
+TRANSFORMER_ENGINE = """
+import json, torch, transformer_engine, transformer_engine.pytorch
+print(json.dumps({"version": transformer_engine.__version__}))
+"""
+
+# Where it lies and what lies beside it, before anything of it is imported: the apex of PyPI would import a web framework.
+APEX_FILES = """
+import importlib.util, json, pathlib
+spec = importlib.util.find_spec("apex")
+folders = [pathlib.Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+print(json.dumps({
+    "found": spec is not None,
+    "location": str(folders[0]) if folders else getattr(spec, "origin", None),
+    "is_nvidia": any((folder / "multi_tensor_apply").is_dir() for folder in folders),
+    "kernels": [name for name in ("amp_C", "fused_weight_gradient_mlp_cuda") if importlib.util.find_spec(name)],
+}))
+"""
+
+APEX_IMPORT = """
+import json, torch, apex.optimizers, amp_C
+print(json.dumps({}))
+"""

@@ -1,0 +1,44 @@
+"""The texts of a local folder, for tasks that hide facts in prose: the same folders that lm-eval's essay tasks read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from endprompt_megatron.errors import DataError
+
+
+def read_texts(folder: Path) -> list[str]:
+    """Every text of a folder, in the order of the files' names.
+
+    Args:
+        folder: holds .txt files, a text each, or .jsonl or .parquet files with rows {"text"}; it may have subfolders.
+    Raises:
+        DataError: none of these, or a file of another form.
+    """
+    folder, texts = Path(folder).expanduser(), []
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in _READERS and path.is_file():
+            try:
+                texts += _READERS[path.suffix](path)
+            except (ValueError, KeyError, TypeError) as error:  # pyarrow's own errors are ValueErrors
+                raise DataError(f"{path}: no rows {{\"text\"}} there ({error!r}). Give .txt, or .jsonl or .parquet with them.") from error
+    if not any(text.strip() for text in texts):
+        raise DataError(f"{folder}: no text there. Give .txt files, or .jsonl or .parquet files with rows {{\"text\"}}.")
+    return texts
+
+
+def _jsonl(path: Path) -> Iterator[str]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.strip():
+            yield json.loads(line)["text"]
+
+
+def _parquet(path: Path) -> list[str]:
+    import pyarrow.parquet  # comes with datasets; half a second to import
+
+    return pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()
+
+
+_READERS = {".txt": lambda path: [path.read_text(encoding="utf-8")], ".jsonl": _jsonl, ".parquet": _parquet}

@@ -1,0 +1,209 @@
+"""One description of a window extension for frameworks that bring a trainer of their own (nemo/, bridge/): from it come the model, the
+samples and the export, by the same code and the same rules as in our own runs, so that they cannot disagree."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from endprompt_megatron import preflight
+from endprompt_megatron.checkpoint.convert import megatron_to_hf
+from endprompt_megatron.checkpoint.hf_config import read_hf_config
+from endprompt_megatron.checkpoint.megatron_model import MegatronModel
+from endprompt_megatron.checkpoint.torch_dist import find_torch_dist
+from endprompt_megatron.config import (
+    DataConfig,
+    EvaluationConfig,
+    MethodConfig,
+    ModelConfig,
+    ParallelConfig,
+    RopeConfig,
+    RunConfig,
+    TextSource,
+    TrainerConfig,
+)
+from endprompt_megatron.data.dataset import Blend, TokenizerFacts, build_datasets
+from endprompt_megatron.data.preprocess import check_manifest
+from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.mcore import version
+from endprompt_megatron.model import backends
+from endprompt_megatron.model.build import transformer_config
+from endprompt_megatron.model.gpt import EndPromptGPTModel
+from endprompt_megatron.rope.scaling import RopeScaling
+
+_SHARED_FIELDS = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "normalization",
+    "layernorm_epsilon", "activation_func", "gated_linear_unit", "add_bias_linear", "add_qkv_bias", "qk_layernorm", "hidden_dropout",
+    "attention_dropout", "gradient_accumulation_fusion", "bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion",
+    "apply_rope_fusion", "persist_layer_norm", "cross_entropy_loss_fusion",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WindowExtension:
+    """Which base is extended to which window, and how.
+
+    Attributes:
+        hf_path: Hugging Face directory of the base: weights, config.json, tokenizer.
+        target_context_length: L, in positions.
+        seq_length: S, physical tokens of a sample.
+        method: position scheme, end prompts, their loss weight; `full_length`, `trained=false` and `attention=s2` are our trainer's own.
+        rope: scaling; its target_context_length and factor follow from L.
+        backend: kernels of attention and norms (model/backends.py).
+    """
+
+    hf_path: str
+    target_context_length: int
+    seq_length: int
+    method: MethodConfig = field(default_factory=MethodConfig)
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    backend: str = "auto"
+
+    def check(self, parallel: ParallelConfig | None = None) -> tuple[preflight.Base, RopeScaling]:
+        """The base model, read and checked, and the frequencies to train with.
+
+        Args:
+            parallel: layout of the model; None is one rank.
+        Raises:
+            ConfigError, DataError, CheckpointError: as in our own runs, with all broken rules at once.
+        """
+        version.assert_supported()
+        method, parallel = self.method, parallel or ParallelConfig()
+        if method.full_length or not method.trained or method.attention != "full":
+            raise ConfigError(
+                f"method.full_length={method.full_length}, method.trained={method.trained}, method.attention={method.attention}: of these "
+                f"only false, true and full work outside of recipes/extend.py. For full length set seq_length={self.target_context_length}."
+            )
+        config = RunConfig(
+            name=method.name,
+            backend=self.backend,
+            model=ModelConfig(name=Path(self.hf_path).name, hf_path=str(self.hf_path)),
+            method=dataclasses.replace(method),
+            rope=dataclasses.replace(self.rope, target_context_length=self.target_context_length),
+            parallel=parallel,
+            data=DataConfig(seq_length=self.seq_length, train=[TextSource("the trainer's")]),
+            evaluation=EvaluationConfig(enabled=False),
+            # one replica with a micro-batch a stage: how many there are is checked by the trainer that runs them
+            trainer=TrainerConfig(max_steps=1, global_batch_size=parallel.pipeline_model_parallel_size),
+        )
+        preflight.validate(config, world_size=parallel.model_parallel_size)
+        base = preflight.check_base(config, world_size=parallel.model_parallel_size)
+        return base, preflight.run_rope(config, base.architecture, base.rope)
+
+    def transformer_fields(self) -> dict[str, Any]:
+        """Numbers and fusions of the base in Megatron's TransformerConfig, as our own runs set them; layout, precision and recomputation
+        are the trainer's."""
+        base, _ = self.check()
+        ours = transformer_config(base.architecture, parallel=ParallelConfig(), precision="fp32")
+        return {name: getattr(ours, name) for name in _SHARED_FIELDS}
+
+    def build_chunk(
+        self, config: TransformerConfig, *, vp_stage: int | None, pre_process: bool | None = None, post_process: bool | None = None
+    ) -> EndPromptGPTModel:
+        """This rank's chunk of the model, weights not yet loaded.
+
+        Args:
+            config: Megatron's configuration, with the layout in it.
+            vp_stage: virtual pipeline stage, or None.
+            pre_process, post_process: whether it holds embedding and output layer; None goes by the pipeline stage.
+        Raises:
+            ConfigError: as check; or the loss would be taken over tokens.
+        """
+        if config.calculate_per_token_loss:
+            raise ConfigError("calculate_per_token_loss=True: EndPrompt's loss is a mean over samples (eq. 11). Set it to False.")
+        layout = {name: getattr(config, name) for name in ParallelConfig.__dataclass_fields__ if hasattr(config, name)}
+        base, rope = self.check(ParallelConfig(**layout))
+        stage = {"ignore_virtual": False, "vp_stage": vp_stage}
+        return EndPromptGPTModel(
+            config,
+            backends.resolve(self.backend).block_spec(config, vp_stage=vp_stage),
+            base.architecture.padded_vocab_size(config.tensor_model_parallel_size),
+            self.target_context_length,
+            num_real_tokens=base.architecture.vocab_size,
+            rope=rope,
+            pre_process=parallel_state.is_pipeline_first_stage(**stage) if pre_process is None else pre_process,
+            post_process=parallel_state.is_pipeline_last_stage(**stage) if post_process is None else post_process,
+            share_embeddings_and_output_weights=base.architecture.tied_embeddings,
+            vp_stage=vp_stage,
+        )
+
+    def tokenizer_facts(self) -> TokenizerFacts:
+        """What Megatron's dataset code asks of the base's tokenizer.
+
+        Raises:
+            ConfigError, DataError, CheckpointError: as check.
+        """
+        return _tokenizer_facts(self.check()[0])
+
+    def build_datasets(
+        self,
+        train: Blend,
+        validation: Blend | None,
+        *,
+        num_train_samples: int,
+        num_validation_samples: int,
+        split: str,
+        seed: int,
+        cache_dir: Path,
+    ) -> tuple[Any, Any]:
+        """The samples that our own trainer would see.
+
+        Args:
+            train, validation, num_train_samples, num_validation_samples, split, seed, cache_dir: as of data.dataset.build_datasets.
+        Raises:
+            DataError: a corpus is too short, or was made with another tokenizer.
+        """
+        base, _ = self.check()
+        tokenizer = _tokenizer_facts(base)
+        for prefix in (*train.prefixes, *(validation.prefixes if validation else ())):
+            if Path(f"{prefix}.manifest.json").is_file():  # Megatron's own preprocessing writes none
+                check_manifest(Path(prefix), tokenizer_hash=tokenizer.sha256)
+        return build_datasets(
+            train,
+            validation,
+            split=split,
+            seq_length=self.seq_length,
+            num_train_samples=num_train_samples,
+            num_validation_samples=num_validation_samples,
+            seed=seed,
+            tokenizer=tokenizer,
+            cache_dir=cache_dir,
+            position_scheme=self.method.position_scheme,
+            target_context_length=self.target_context_length,
+            end_prompts=base.end_prompts,
+            end_prompt_loss_weight=self.method.end_prompt_loss_weight,
+            num_chunks=self.method.num_chunks,
+        )
+
+    def export_checkpoint(self, checkpoint: Path, destination: Path, *, dtype: torch.dtype | None = None) -> Path:
+        """Write a torch_dist checkpoint of the extended model as a Hugging Face directory with its scaling and window; no GPU, no process
+        group.
+
+        Args:
+            checkpoint: of Megatron-LM, Megatron-Bridge or NeMo, as checkpoint.torch_dist.find_torch_dist takes it.
+            destination: directory to make.
+            dtype: of the weights; None keeps theirs.
+        Raises:
+            CheckpointError: weights are missing or belong to another model; destination exists.
+        """
+        base, rope = self.check()
+        model = MegatronModel(
+            directory=find_torch_dist(checkpoint),
+            base_hf_path=base.hf_path,
+            base_config=read_hf_config(base.hf_path),
+            architecture=base.architecture,
+            rope=rope,
+            context_length=self.target_context_length,
+            origin="the window extension it was trained with",
+        )
+        return megatron_to_hf(model, destination, dtype=dtype)
+
+
+def _tokenizer_facts(base: preflight.Base) -> TokenizerFacts:
+    return TokenizerFacts(base.architecture.vocab_size, base.tokenizer.eos_token_id, base.tokenizer_hash)

@@ -1,0 +1,99 @@
+"""EndPrompt's samples for NeMo 2.x: PreTrainingDataModule over our dataset; for the same data and seed the samples of our own trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nemo.collections import llm
+
+from endprompt_megatron.data.dataset import Blend, EndPromptDataset, TokenizerFacts
+from endprompt_megatron.data.loader import collate
+from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.extension import WindowExtension
+
+
+class EndPromptDataModule(llm.PreTrainingDataModule):
+    """PreTrainingDataModule of EndPrompt's samples.
+
+    Args:
+        paths: prefixes of .bin/.idx files (recipes/prepare_data.py makes them), or [weight, prefix, ...], or {"train": ..., "validation":
+            ..., "test": ...} of these, as PreTrainingDataModule takes them; nothing is tested.
+        extension: what is extended and how; its seq_length is that of the samples.
+        tokenizer: what Megatron asks of one. Not NeMo's: that would copy the base, weights and all, into every checkpoint.
+        seed: of sample order, and of the draws of end prompts and positions.
+        split: train,validation,test shares where `paths` names no validation data.
+        index_mapping_dir: where Megatron keeps its index caches.
+        micro_batch_size, global_batch_size, num_workers, pin_memory, persistent_workers: as PreTrainingDataModule.
+    """
+
+    def __init__(
+        self,
+        paths: Any,
+        extension: WindowExtension,
+        tokenizer: TokenizerFacts,
+        micro_batch_size: int = 1,
+        global_batch_size: int = 64,
+        seed: int = 1234,
+        split: str = "98,2,0",
+        index_mapping_dir: str = "datasets/indices",
+        num_workers: int = 2,
+        pin_memory: bool = True,
+        persistent_workers: bool = False,
+    ):
+        self.extension = extension
+        super().__init__(
+            paths,
+            seq_length=extension.seq_length,
+            tokenizer=tokenizer,
+            micro_batch_size=micro_batch_size,
+            global_batch_size=global_batch_size,
+            seed=seed,
+            split=split,
+            index_mapping_dir=index_mapping_dir,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            persistent_workers=persistent_workers,
+            dataset_cls=EndPromptDataset,
+        )
+
+    def build(
+        self,
+        trainer_max_steps: int,
+        trainer_val_check_interval: int,
+        trainer_limit_val_batches: int | float,
+        trainer_limit_test_batches: int | float,
+    ) -> None:
+        """Build the datasets of a run; NeMo calls it with the trainer's settings. Every validation takes the same batches.
+
+        Raises:
+            ConfigError: corpora without weights, or a number of batches that cannot be told beforehand.
+            DataError: as WindowExtension.build_datasets.
+        """
+        batches = trainer_limit_val_batches
+        if isinstance(batches, float) and batches != 0.0:
+            raise ConfigError(f"limit_val_batches={batches}: a share of unknown text. Set a whole number of global batches, or 0 for none.")
+        blends = [_blend(*blend) for blend in self.build_kwargs.get("blend_per_split", [self.build_kwargs.get("blend")])]
+        self._train_ds, self._validation_ds = self.extension.build_datasets(
+            blends[0],
+            blends[1] if len(blends) > 1 else None,
+            num_train_samples=trainer_max_steps * self.global_batch_size,
+            num_validation_samples=int(batches) * self.global_batch_size,
+            split=self.split,
+            seed=self.seed,
+            cache_dir=Path(self.index_mapping_dir),
+        )
+        self._test_ds = None
+        for dataset in filter(None, (self._train_ds, self._validation_ds)):
+            dataset.collate_fn = collate  # where PreTrainingDataModule looks for one
+
+
+def _blend(prefixes: list[str], weights: list[float] | None) -> Blend:
+    if weights is None and len(prefixes) > 1:
+        raise ConfigError(f"paths={prefixes}: several corpora need their shares. Write [weight, prefix, weight, prefix, ...].")
+    return Blend([str(prefix) for prefix in prefixes], weights or [1.0])
+
+
+def endprompt_data_module(paths: Any, extension: WindowExtension, **settings: Any) -> EndPromptDataModule:
+    """EndPromptDataModule of an extension that is checked first; arguments as there, errors as of WindowExtension.check."""
+    return EndPromptDataModule(paths, extension, extension.tokenizer_facts(), **settings)

@@ -1,0 +1,63 @@
+"""NeMo-Run recipes of the paper's setting, Llama 3 from 8K to 64K: `run.run(llama3_8b_64k(paths=[...]))`, or on a cluster through an
+executor. They take NeMo's layouts for the physical 8,192 tokens of a sample, not those of its own 64K recipes."""
+
+from __future__ import annotations
+
+import nemo_run as run
+from megatron.core.optimizer import OptimizerConfig
+from nemo import lightning as nl
+from nemo.collections import llm
+from nemo.collections.llm.recipes import llama3_8b, llama3_70b
+from nemo.collections.llm.recipes.log.default import default_log, default_resume
+from nemo.lightning.pytorch.optim.lr_scheduler import WarmupPolicyScheduler
+
+from endprompt_megatron.extension import WindowExtension
+from endprompt_megatron.nemo.data import endprompt_data_module
+from endprompt_megatron.nemo.model import EndPromptLlamaModel, endprompt_llama_config
+
+_MAX_STEPS = 1907  # x 64 samples x 8,192 tokens = 1.0B tokens. Source: EndPrompt (arXiv 2605.14589), section on training
+
+
+@run.cli.factory(target=llm.pretrain, name="endprompt_llama3_8b_64k")
+def llama3_8b_64k(
+    paths: list[str], hf_path: str = "models/llama3_8b", dir: str | None = None, name: str = "endprompt_llama3_8b_64k", num_nodes: int = 1
+) -> run.Partial:
+    """Llama-3-8B on nodes of 8 GPUs of 80 GB, data-parallel.
+
+    Args:
+        paths: training text, as EndPromptDataModule takes it.
+        hf_path: Hugging Face directory of the base.
+        dir, name, num_nodes: as NeMo's own recipes.
+    """
+    trainer = llama3_8b.trainer(context_parallelism=1, num_nodes=num_nodes, max_steps=_MAX_STEPS)
+    return _recipe(trainer, paths, hf_path, dir, name)
+
+
+@run.cli.factory(target=llm.pretrain, name="endprompt_llama3_70b_64k")
+def llama3_70b_64k(
+    paths: list[str], hf_path: str = "models/llama3_70b", dir: str | None = None, name: str = "endprompt_llama3_70b_64k", num_nodes: int = 8
+) -> run.Partial:
+    """Llama-3-70B on nodes of 8 GPUs of 80 GB: TP 4, PP 4 with 5 virtual stages, CP 2. Arguments as llama3_8b_64k."""
+    trainer = llama3_70b.trainer(num_nodes=num_nodes, max_steps=_MAX_STEPS)
+    return _recipe(trainer, paths, hf_path, dir, name)
+
+
+def _recipe(trainer: run.Config, paths: list[str], hf_path: str, dir: str | None, name: str) -> run.Partial:
+    extension = run.Config(WindowExtension, hf_path=hf_path, target_context_length=65536, seq_length=8192)
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    trainer.limit_val_batches = 4
+    trainer.val_check_interval = 100
+    trainer.limit_test_batches = 0
+    trainer.strategy.ckpt_async_save = False  # NeMo 2.7 asks megatron-core for a module that 0.16 no longer has
+    optimizer = run.Config(
+        OptimizerConfig, lr=2e-5, weight_decay=0.0, adam_beta1=0.9, adam_beta2=0.95, bf16=True, use_distributed_optimizer=True
+    )
+    return run.Partial(
+        llm.pretrain,
+        model=run.Config(EndPromptLlamaModel, config=run.Config(endprompt_llama_config, extension=extension, **recompute)),
+        data=run.Config(endprompt_data_module, paths=paths, extension=extension, global_batch_size=64),
+        trainer=trainer,
+        log=default_log(dir=dir, name=name),
+        resume=default_resume(),
+        optim=run.Config(nl.MegatronOptimizerModule, config=optimizer, lr_scheduler=run.Config(WarmupPolicyScheduler, warmup_steps=20)),
+    )

@@ -1,0 +1,144 @@
+"""The parts of an evaluation's page that tell of planted facts and of perplexity: tables, maps by depth and length, what distance does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from endprompt_megatron.evaluation.gap_probe import ANCHOR, GAP, NEAR
+from endprompt_megatron.evaluation.task_sources import GAP_TASK, NEEDLE_PREFIX, TASKS
+from endprompt_megatron.report.evaluation_plots import Cells, plot_depth_by_length
+from endprompt_megatron.report.plots import length_label, plot_perplexity
+from endprompt_megatron.report.tables import MISSING, table
+
+Scores = Sequence[Mapping[str, Any]]
+_REGIONS = {NEAR: "near: seen within a segment", GAP: "gap: never seen", ANCHOR: "anchor: seen between prompt and text"}
+NEEDLE_NOTE = (
+    "Keys of digits hide in repeated sentences (pass-key test), and the answer is graded under teacher forcing: an answer is right where "
+    "greedy decoding would write all of it. In brackets: share of its parts (digits, keys, names) that are the most likely ones, and its "
+    "log-probability in nats. Questions about one text are not independent: intervals take a text as a unit."
+)
+PERPLEXITY_NOTE = (
+    "The same tokens of the same documents at every length, without a BOS; a longer window can only help through the context it adds. "
+    "Interval: bootstrap over documents, which differ far more from each other than windows do: compare models on the same documents."
+)
+
+
+def needle_table(scores: Scores) -> str:
+    """Retrieval by task and length, the gap probe apart."""
+    asked = [score for score in scores if score["task"] != GAP_TASK]
+    lengths = sorted({score["length"] for score in asked})
+    found = {(score["task"], score["length"]): score for score in asked}
+    names = [name for name in TASKS if any((name, length) in found for length in lengths)]
+    rows = [[name.removeprefix(NEEDLE_PREFIX), *(_retrieval(found.get((name, length))) for length in lengths)] for name in names]
+    return table(["task", *map(length_label, lengths)], rows) if rows else ""
+
+
+def _retrieval(score: Mapping[str, Any] | None) -> str:
+    if score is None:
+        return MISSING
+    graded = score["graded"]
+    return f"{score['score']:.0f} ({100 * graded['parts_right']:.0f}%, {_signed(graded['log_probability'])})"
+
+
+def needle_maps(output_dir: Path, panels: Mapping[str, Scores], conditions: Mapping[str, Any]) -> list[str]:
+    """A map for each task whose questions have depths, where it was asked at two lengths or more; a panel for each system.
+
+    Args:
+        output_dir: where the pictures go.
+        panels: {system: its scores}.
+        conditions: with native_window and window.
+    Returns:
+        Markdown of the pictures.
+    """
+    pictures = []
+    tasks = dict.fromkeys(score["task"] for scores in panels.values() for score in scores if score["length"] and score.get("graded"))
+    for task in tasks:
+        cells = {label: _cells([score for score in scores if score["task"] == task]) for label, scores in panels.items()}
+        cells = {label: found for label, found in cells.items() if found}
+        places = [set(axis) for axis in zip(*(cell for found in cells.values() for cell in found), strict=True)]
+        if len(places) < 2 or min(map(len, places)) < 2:
+            continue
+        name = task.removeprefix(NEEDLE_PREFIX).replace("_", " ")
+        path = plot_depth_by_length(
+            output_dir / f"{task}_depth_by_length.png",
+            cells,
+            measure="digits right (%)",
+            value_range=(0, 100),
+            original_context_length=conditions["native_window"],
+            target_context_length=conditions["window"],
+            title=f"Planted facts ({name}) by depth and length",
+        )
+        pictures.append(f"![{name}: digits right by the depth of the fact and the length of the text.]({path.name})")
+    return pictures
+
+
+def _cells(scores: Scores) -> Cells:
+    """{(length, depth): digits right in percent}, averaged where several seeds have a cell."""
+    found: dict[tuple[int, float], list[float]] = {}
+    for score in scores:
+        for depth, figures in (score["graded"].get("by_depth") or {}).items():
+            found.setdefault((score["length"], float(depth)), []).append(100 * figures["digit_accuracy"])
+    return {place: sum(values) / len(values) for place, values in found.items()}
+
+
+def region_table(panels: Mapping[str, Scores]) -> str:
+    """What distance does: questions by whether the training of EndPrompt showed their distances."""
+    rows = []
+    for label, scores in panels.items():
+        for score in scores:
+            regions = (score.get("graded") or {}).get("by_region") or {}
+            for region in [name for name in _REGIONS if name in regions] if len(regions) > 1 else []:
+                figures = regions[region]
+                first, last = figures["distances"]
+                task = score["task"].removeprefix(NEEDLE_PREFIX) + (f" at {length_label(score['length'])}" if score["length"] else "")
+                rows.append([
+                    task, label, _REGIONS[region], f"{first:,} to {last:,}", f"{100 * figures['exact_match']:.0f}",
+                    f"{100 * figures['digit_accuracy']:.0f}", _signed(figures["key_log_probability"]), str(figures["trials"]),
+                ])  # fmt: skip
+    header = ["task", "system", "distances", "asked, in tokens", "exact (%)", "digits (%)", "log-probability (nats)", "questions"]
+    return table(header, rows, numbers_from=3) if rows else ""
+
+
+def perplexity_table(panels: Mapping[str, Scores]) -> str:
+    """Perplexity by window."""
+    lengths = sorted({score["length"] for scores in panels.values() for score in scores})
+    rows = []
+    for label, scores in panels.items():
+        found = {score["length"]: score for score in scores}
+        rows.append([label, *(_perplexity(found.get(length)) for length in lengths)])
+    return table(["", *map(length_label, lengths)], rows)
+
+
+def _perplexity(score: Mapping[str, Any] | None) -> str:
+    if score is None:
+        return MISSING
+    low, high = score["interval"] or (math.nan, math.nan)
+    interval = "" if math.isnan(low) else f" ({math.exp(low):.1f} to {math.exp(high):.1f})"
+    return f"{math.exp(score['score']):.2f}{interval}"
+
+
+def perplexity_windows(conditions: Mapping[str, Any]) -> str:
+    """How the windows lie, in a sentence."""
+    stride = conditions["perplexity"]["stride"]
+    if not stride:
+        return "Windows do not overlap."
+    return f"Windows slide by {stride} tokens: a token is scored with at least window − {stride} tokens before it, or all that there are."
+
+
+def perplexity_picture(output_dir: Path, panels: Mapping[str, Scores], conditions: Mapping[str, Any]) -> str:
+    """Perplexity by window, where two lengths or more were asked."""
+    systems = {
+        label: {"label": label, "perplexity": {str(score["length"]): math.exp(score["score"]) for score in scores}}
+        for label, scores in panels.items()
+    }
+    if len({score["length"] for scores in panels.values() for score in scores}) < 2:
+        return ""
+    path = plot_perplexity(output_dir / "perplexity_by_length.png", systems, original_context_length=conditions["native_window"])
+    return f"![Perplexity by window.]({path.name})"
+
+
+def _signed(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−")

@@ -1,0 +1,51 @@
+"""Tables of pages in Markdown, and numbers as their cells have them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from endprompt_megatron.comparison.statistics import Summary
+
+MISSING = "–"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers_from: int | None = 1) -> str:
+    """A table in Markdown.
+
+    Args:
+        header, rows: cells; a bar in one becomes a slash.
+        numbers_from: first column that is aligned to the right; None: none is.
+    """
+    first = len(header) if numbers_from is None else numbers_from
+    aligned = ["---" if column < first else "---:" for column in range(len(header))]
+    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in (header, aligned, *rows))
+
+
+def spread(summary: Summary, form: str) -> str:
+    """Mean ± deviation, each in the format `form`."""
+    if math.isnan(summary.mean):
+        return MISSING
+    text = format(summary.mean, form)
+    if not math.isnan(summary.deviation):
+        text += f" ± {format(summary.deviation, form)}"
+    return text.replace("-", "−")
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """A difference, with its sign."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def p_value(value: float) -> str:
+    """A p-value; NaN is missing."""
+    return MISSING if math.isnan(value) else ("<0.001" if value < 0.001 else f"{value:.3f}")
+
+
+def without_nan(value: object) -> object:
+    """What is not a number as null: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

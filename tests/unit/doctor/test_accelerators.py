@@ -1,0 +1,182 @@
+"""What is concluded from the answers of torch and nvidia-smi, which the tests speak themselves; FP8 kinds against Transformer Engine's own."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from endprompt_megatron.doctor.accelerators import Accelerators, Gpu, accelerator_findings, fp8_kinds, look
+from endprompt_megatron.doctor.finding import LIMITS, MISSING, OK, Finding
+from endprompt_megatron.doctor.probes import Answer
+
+H100 = Gpu("NVIDIA H100 80GB HBM3", 79.1, (9, 0))
+A100 = Gpu("NVIDIA A100-SXM4-80GB", 79.2, (8, 0))
+B200 = Gpu("NVIDIA B200", 178.4, (10, 0))
+NO_SMI = Answer(error="nvidia-smi cannot be started: No such file or directory")
+CPU = {"version": "2.13.0+cpu", "cuda": None, "cudnn": None, "gpus": [], "nccl": None}
+CUDA = {"version": "2.11.0a0+a6c236b9fd.nv26.03", "cuda": "13.2", "cudnn": 91900, "gpus": [], "nccl": "2.29.2"}
+
+QUERY = "NVIDIA H100 80GB HBM3, 81559, {used}, 9.0, {driver}\n"
+# nvidia-smi topo -m of two GPUs of an HGX H100 and of two cards on one PCIe switch each
+NVLINK = "\tGPU0\tGPU1\tNIC0\tCPU Affinity\nGPU0\t X \tNV18\tPIX\t0-51\nGPU1\tNV18\t X \tNODE\t0-51\nNIC0\tPIX\tNODE\t X \t\n"
+PCIE = "\tGPU0\tGPU1\tCPU Affinity\nGPU0\t X \tSYS\t0-51\nGPU1\tSYS\t X \t52-103\n"
+
+
+def _findings(torch=CUDA, smi=NO_SMI, gpus=(), te=True) -> dict[str, Finding]:
+    answer = torch if isinstance(torch, Answer) else Answer(values=torch)
+    return {finding.key: finding for finding in accelerator_findings(Accelerators(answer, smi, tuple(gpus)), transformer_engine=te)}
+
+
+def _smi(driver: str = "580.65.06", used: int = 4, count: int = 1) -> Answer:
+    return Answer(text=QUERY.format(used=used, driver=driver) * count)
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """Put a nvidia-smi on the path that prints what it is given for its query and for its matrix."""
+
+    def install(query: str, matrix: str = "") -> None:
+        (tmp_path / "query").write_text(query)
+        (tmp_path / "matrix").write_text(matrix)
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f'#!/bin/sh\nif [ "$1" = topo ]; then cat "{tmp_path}/matrix"; else cat "{tmp_path}/query"; fi\n')
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+    return install
+
+
+def test_no_gpu_and_a_build_without_cuda():
+    found = _findings(CPU)
+    assert found["torch"].level == OK and "without CUDA" in found["torch"].found
+    assert {found[key].level for key in ("gpu", "driver", "nccl", "cudnn", "fp8")} == {MISSING}
+
+
+def test_two_h100(nvidia_smi):
+    nvidia_smi("", NVLINK)
+    found = _findings(smi=_smi(count=2), gpus=[H100] * 2)
+    assert {finding.level for finding in found.values()} == {OK}
+    assert found["gpu"].found == "2 x NVIDIA H100 80GB HBM3 (79.1 GiB, compute capability 9.0)"
+    assert found["fp8"].found == "precision=fp8|fp8_attention|fp8_blockwise"
+    assert found["cudnn"].found == "9.19.0"
+
+
+def test_gpus_that_torch_cannot_use():
+    found = _findings(CPU, _smi())
+    assert found["torch"].level == LIMITS and "CUDA build" in found["torch"].advice
+    assert found["gpu"].level == MISSING and "1 x NVIDIA H100 80GB HBM3, which torch cannot use" in found["gpu"].found
+    found = _findings(smi=_smi(driver="535.104.05"))
+    assert found["gpu"].level == MISSING and "CUDA_VISIBLE_DEVICES" in found["gpu"].advice
+    assert found["driver"].level == MISSING and "needs driver 580" in found["driver"].meaning
+
+
+def test_driver_that_lives_on_compatibility_libraries():
+    found = _findings(smi=_smi(driver="535.104.05"), gpus=[H100])["driver"]
+    assert found.level == LIMITS and "compatibility libraries" in found.meaning
+    assert _findings({**CUDA, "cuda": "12.8"}, _smi(driver="535.104.05"), [H100])["driver"].level == OK
+
+
+def test_gpu_in_use_and_gpu_without_bf16():
+    assert "GPU 0 is in use" in _findings(smi=_smi(used=40000), gpus=[H100])["gpu"].meaning
+    found = _findings(smi=_smi(), gpus=[Gpu("Tesla V100-SXM2-32GB", 31.7, (7, 0))])["gpu"]
+    assert found.level == LIMITS and found.advice == "precision=fp32"
+
+
+@pytest.mark.parametrize(
+    ("number", "level", "text"),
+    [(90201, OK, "9.2.1"), (90100, LIMITS, "9.1.0"), (91000, LIMITS, "9.10.0"), (91001, OK, "9.10.1"), (92500, OK, "9.25.0")],
+)
+def test_cudnn_and_fp8_attention(number, level, text):
+    """torch counts major * 10000 + minor * 100 + patch."""
+    found = _findings({**CUDA, "cudnn": number}, _smi(), [H100])
+    assert (found["cudnn"].level, found["cudnn"].found) == (level, text)
+    assert ("fp8_attention" in found["fp8"].found) == (level == OK) and found["fp8"].level == OK
+
+
+def test_fp8_is_what_the_weakest_gpu_has():
+    assert _findings(gpus=[H100, A100])["fp8"].level == MISSING
+    assert _findings(gpus=[H100, B200])["fp8"].found == "precision=fp8|fp8_attention|fp8_blockwise"
+    assert _findings(gpus=[B200])["fp8"].found.endswith("|mxfp8")
+    missing = _findings(gpus=[H100], te=False)["fp8"]
+    assert missing.level == MISSING and "Transformer Engine is missing" in missing.found
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [("ModuleNotFoundError: No module named 'torch'", "not installed"), ("ImportError: libcudart.so.13", "it does not import: ImportError")],
+)
+def test_no_torch(error, said):
+    found = _findings(Answer(error=error))
+    assert found["torch"].level == MISSING and said in found["torch"].found and found["torch"].advice
+
+
+def test_torch_that_is_too_old():
+    """A pre-release counts by its numbers: NVIDIA's 2.11.0a0 is newer than 2.9."""
+    assert _findings({**CPU, "version": "2.8.0"})["torch"].level == MISSING
+    assert _findings(CUDA)["torch"].level == OK
+
+
+@pytest.mark.parametrize(("matrix", "level", "ways"), [(NVLINK, OK, "NV18"), (PCIE, LIMITS, "SYS"), ("", LIMITS, "does not tell")])
+def test_links(nvidia_smi, matrix, level, ways):
+    nvidia_smi("", matrix)
+    found = _findings(gpus=[H100, H100])["nvlink"]
+    assert found.level == level and ways in found.found
+
+
+def test_look_reads_nvidia_smi_and_torch(nvidia_smi, tmp_path, monkeypatch):
+    """Through processes: a nvidia-smi on the path, and a torch that claims two GPUs."""
+    nvidia_smi(QUERY.format(used=4, driver="580.65.06") * 2, NVLINK)
+    (tmp_path / "torch.py").write_text(
+        "from types import SimpleNamespace as N\n__version__ = '2.11.0'\nversion = N(cuda='13.0')\n"
+        "backends = N(cudnn=N(version=lambda: 91900))\n"
+        "cuda = N(nccl=N(version=lambda: (2, 28, 9)), is_available=lambda: True, device_count=lambda: 2,\n"
+        "         get_device_properties=lambda index: N(name=f'GPU {index}', total_memory=80 * 2**30, major=9, minor=0))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    seen = look()
+    assert seen.gpus == (Gpu("GPU 0", 80.0, (9, 0)), Gpu("GPU 1", 80.0, (9, 0))) and seen.cuda == "13.0"
+    found = {finding.key: finding for finding in accelerator_findings(seen, transformer_engine=True)}
+    assert {finding.level for finding in found.values()} == {OK} and found["nccl"].found == "2.28.9"
+
+
+def test_look_at_this_machine():
+    import torch
+
+    seen = look()
+    assert seen.torch.values["version"] == torch.__version__ and len(seen.gpus) == torch.cuda.device_count()
+
+
+@pytest.mark.parametrize(
+    ("capability", "cuda", "kinds"),
+    [
+        ((7, 0), "12.8", []),
+        ((8, 0), "13.0", []),
+        ((8, 9), "12.0", []),
+        ((8, 9), "12.8", ["fp8"]),
+        ((9, 0), "12.8", ["fp8", "fp8_attention"]),
+        ((9, 0), "13.0", ["fp8", "fp8_attention", "fp8_blockwise"]),
+        ((10, 0), "13.0", ["fp8", "fp8_attention", "fp8_blockwise", "mxfp8"]),
+        ((12, 0), "13.0", ["fp8", "fp8_attention", "fp8_blockwise"]),
+    ],
+)
+def test_fp8_kinds(capability, cuda, kinds):
+    assert fp8_kinds(capability, cuda=cuda) == kinds
+
+
+@pytest.mark.requires_te
+def test_fp8_kinds_are_transformer_engines(monkeypatch):
+    pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine; it imports without a GPU", exc_type=Exception)
+    quantization = sys.modules["transformer_engine.pytorch.quantization"]
+    for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)):
+        for cuda in ("12.8", "12.9", "13.0"):
+            monkeypatch.setattr(quantization, "get_device_compute_capability", lambda capability=capability: capability)
+            monkeypatch.setattr(quantization.torch.version, "cuda", cuda)
+            theirs = {
+                "fp8": quantization._compute_fp8_support()[0],
+                "fp8_blockwise": quantization._compute_fp8_block_scaling_support()[0],
+                "mxfp8": quantization._compute_mxfp8_support()[0],
+            }
+            ours = fp8_kinds(capability, cuda=cuda)
+            assert {kind: kind in ours for kind in theirs} == theirs, (capability, cuda)

@@ -1,0 +1,64 @@
+"""WindowExtension without a framework around it: the rules are those of our own runs, and so is what comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from endprompt_megatron.config import MethodConfig, RopeConfig
+from endprompt_megatron.data.prompts import PAPER_END_PROMPTS
+from endprompt_megatron.errors import CheckpointError, ConfigError
+from endprompt_megatron.extension import WindowExtension
+from endprompt_megatron.rope.scaling import RopeScaling
+from tests.support.tiny import WINDOW, copy_model, edit_config
+
+
+@pytest.fixture
+def extension(tiny_model_dir) -> WindowExtension:
+    return WindowExtension(str(tiny_model_dir), target_context_length=WINDOW, seq_length=64)
+
+
+def test_factor_and_prompts_follow_from_the_base(extension):
+    base, rope = extension.check()
+    assert rope == RopeScaling("pi", 10000.0, 16, factor=2.0)
+    assert base.end_prompts.texts == (PAPER_END_PROMPTS["EP_1"],)
+    assert extension.tokenizer_facts().vocab_size == 512
+    _, yarn = dataclasses.replace(extension, rope=RopeConfig(type="yarn")).check()
+    assert (yarn.type, yarn.factor, yarn.original_context_length) == ("yarn", 2.0, 128)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"target_context_length": 128}, "rope.target_context_length=128"),
+        ({"seq_length": 300}, "data.seq_length=300"),
+        ({"seq_length": 8}, "end_prompt"),
+        ({"rope": RopeConfig(type="stretchy")}, "rope.type=stretchy"),
+        ({"rope": RopeConfig(factor=3.0)}, "rope.factor=3.0"),
+        ({"method": MethodConfig(position_scheme="nowhere")}, "method.position_scheme=nowhere"),
+        ({"method": MethodConfig(full_length=True)}, "set seq_length=256"),
+        ({"method": MethodConfig(attention="s2")}, "method.attention=s2"),
+        ({"backend": "abacus"}, "backend=abacus"),
+    ],
+)
+def test_broken_rules_are_told(extension, changes, told):
+    with pytest.raises(ConfigError, match=told):
+        dataclasses.replace(extension, **changes).check()
+
+
+def test_existing_scaling_needs_a_word(tiny_model_dir, tmp_path):
+    stretched = copy_model(tiny_model_dir, tmp_path / "model")
+    edit_config(stretched, rope_scaling={"rope_type": "linear", "factor": 2.0}, max_position_embeddings=256)
+    extension = WindowExtension(str(stretched), target_context_length=512, seq_length=64)
+    with pytest.raises(ConfigError, match="rope.existing_scaling=null"):
+        extension.check()
+    _, rope = dataclasses.replace(extension, rope=RopeConfig(existing_scaling="multiply")).check()
+    assert rope.factor == 4.0
+
+
+def test_missing_base_and_checkpoint(extension, tmp_path):
+    with pytest.raises(CheckpointError, match="no config.json"):
+        dataclasses.replace(extension, hf_path=str(tmp_path)).check()
+    with pytest.raises(CheckpointError, match="no .metadata"):
+        extension.export_checkpoint(tmp_path, tmp_path / "hf")

@@ -1,0 +1,115 @@
+"""Says what this machine can run, and what to do about what it cannot.
+
+    python tools/doctor.py                          # a line a thing: ok, limits or missing; then the experiments
+    python tools/doctor.py --require gpu,te,fp8     # and fail if one of these is missing
+    python tools/doctor.py --json --network         # for programs; also ask the Hugging Face hub
+
+Exit status: 0; 1 if no experiment can run or something required is missing; 2 for a wrong option.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from endprompt_megatron.doctor.examination import IMAGE_NEEDS, NO, Examination, Needs, examine  # noqa: E402
+from endprompt_megatron.doctor.finding import Finding  # noqa: E402
+from endprompt_megatron.errors import EXIT_USER_ERROR, ConfigError  # noqa: E402
+from endprompt_megatron.planning.throughput import HARDWARE  # noqa: E402
+
+_PLANNED_FOR = "H100-80GB"  # where an experiment does not name its GPU
+
+
+def main() -> int:
+    """Examine, print, return the exit status."""
+    arguments = _parser().parse_args()
+    required = [key for key in arguments.require.split(",") if key]
+    if arguments.strict_build:
+        required += [key for key in IMAGE_NEEDS if key not in required]
+    try:
+        experiments = read_experiments()
+        examination = examine(Path(arguments.directory), experiments, network=arguments.network)
+        lacks = examination.lacks(required)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    if arguments.json:
+        print(json.dumps(_record(examination, lacks), indent=2))
+    else:
+        _print(examination, lacks)
+    can_do_nothing = examination.can_run_nothing and not arguments.strict_build
+    return 1 if lacks or can_do_nothing else 0
+
+
+def read_experiments() -> list[Needs]:
+    """What every experiment of conf/ asks for, composed as recipes/extend.py composes it; none where Hydra is not installed."""
+    try:
+        import hydra
+        from omegaconf import OmegaConf
+    except ImportError:
+        return []
+    found = []
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for path in sorted((ROOT / "conf" / "experiment").glob("*.yaml")):
+            composed = hydra.compose("extend", overrides=[f"+experiment={path.stem}"])
+            gpu = OmegaConf.select(composed, "launch.gpu") or _PLANNED_FOR
+            found.append(
+                Needs(
+                    path.stem,
+                    on_gpu=composed.accelerator == "gpu",
+                    gpus_per_node=composed.launch.nproc_per_node or 1,
+                    nodes=composed.launch.num_nodes,
+                    gpu=gpu,
+                    gpu_memory_gib=HARDWARE[gpu].memory_gib,
+                    precision=composed.precision.name,
+                )
+            )
+    return found
+
+
+def _print(examination: Examination, lacks: list[Finding]) -> None:
+    for finding in examination.findings:
+        print(f"{finding.level:8}{finding.key:14}{finding.found}")
+        for more in (finding.meaning, finding.advice and f"-> {finding.advice}"):
+            if more:
+                print(f"{'':22}{more}")
+    if not examination.verdicts:
+        print("\nWhich experiments run is unknown: hydra-core is not installed (make venv).")
+    else:
+        print("\nThis machine can run:")
+        width = max(len(verdict.name) for verdict in examination.verdicts)
+        for verdict in examination.verdicts:
+            reason = f" ({verdict.reason})" if verdict.reason else ""
+            print(f"  {verdict.name:{width}}  {verdict.verdict}{reason}")
+    if lacks:
+        print(f"\nrequired and missing: {', '.join(finding.key for finding in lacks)}", file=sys.stderr)
+
+
+def _record(examination: Examination, lacks: list[Finding]) -> dict[str, Any]:
+    return {
+        "findings": [asdict(finding) for finding in examination.findings],
+        "experiments": [asdict(verdict) for verdict in examination.verdicts],
+        "can_run": [verdict.name for verdict in examination.verdicts if verdict.verdict != NO],
+        "required_and_missing": [finding.key for finding in lacks],
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--require", default="", metavar="KEY,...", help="fail if one of these is missing; the keys are the second column")
+    parser.add_argument("--strict-build", action="store_true", help="fail if what docker/Dockerfile has to bring is missing; a GPU is not")
+    parser.add_argument("--network", action="store_true", help="ask the Hugging Face hub")
+    parser.add_argument("--directory", default=".", help="where outputs/, models/ and datasets/ are (default: here)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,320 @@
+#!/usr/bin/env bash
+# Submit a run of recipes/extend.py to Slurm:
+#
+#   tools/slurm/submit.sh [options] -- +experiment=NAME [key=value ...]
+#
+#   --nodes N             nodes (1)
+#   --gpus-per-node N     GPUs of a node, one task each (8); 0 trains on CPUs
+#   --ntasks-per-node N   tasks of a node, with --gpus-per-node 0 only (1)
+#   --cpus-per-task N     CPU cores of a task (8; 1 without GPUs)
+#   --container KIND      pyxis | apptainer | none (none)
+#   --image IMAGE         a file, or what the container runtime fetches by name: for pyxis REGISTRY#NAME:TAG, for apptainer docker://...
+#   --mounts A:B[,...]    directories for the container beside those that the run is known to need: this checkout, the working directory,
+#                         the output directory, HF_HOME, and data.directory and model.hf_path where they are absolute
+#   --mpi KIND            none | pmi2 | pmix, as the cluster's srun wants it (none; training itself needs no MPI)
+#   --time LIMIT          as sbatch takes it: minutes, HH:MM:SS, D-HH:MM:SS (the partition's)
+#   --partition, --account NAME
+#   --signal-seconds N    warning before the time limit, time to finish a step and to save (300)
+#   --max-requeues N      starts after the first (50)
+#   --python COMMAND      interpreter, in the container where there is one (python3)
+#   --shared DIRECTORY    is on a file system that every node sees, whatever its path looks like; may be repeated
+#   --local DIRECTORY     of each node, for temporary files and compiled kernels (/tmp)
+#   --log-dir DIRECTORY   for NAME-JOB.out (slurm/ beside the output directory)
+#   --sbatch OPTION       one more option for sbatch, as --sbatch --qos=high; may be repeated
+#   --srun OPTION         one more option for srun; may be repeated
+#   --dry-run             print the script instead of submitting it; needs no Slurm
+#
+# The job is warned before its time limit, saves, and goes back into the queue until it is done. README.md beside this file says more.
+# Exit status: 0 submitted; 2 something is wrong with the command, and nothing was submitted; else sbatch's own.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+checkout=$(cd "$here/../.." && pwd)
+
+problems=()
+problem() { problems+=("$*"); }
+stop_at_problems() {
+    if [[ ${#problems[@]} -gt 0 ]]; then
+        printf 'submit.sh: %s\n' "${problems[@]}" >&2
+        exit 2
+    fi
+}
+
+# ------------------------------------------------------------------ arguments
+nodes=1 gpus_per_node=8 tasks_per_node="" cpus_per_task="" container=none image="" mounts="" mpi=none time="" partition="" account=""
+signal_seconds=300 max_requeues=50 python=python3 local_directory=/tmp log_directory="" dry_run=0
+shared=() sbatch_options=() srun_options=() overrides=()
+while [[ $# -gt 0 ]]; do
+    case $1 in
+        --) shift && overrides=("$@") && break ;;
+        -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" && exit 0 ;;
+        --dry-run) dry_run=1 && shift && continue ;;
+        --sbatch | --srun) [[ $# -gt 1 ]] && option=$1 value=$2 && shift ;; # their values have a = of their own
+        --*=*) option=${1%%=*} value=${1#*=} ;;
+        --*) option=$1 value=${2-} && if [[ $# -gt 1 ]]; then shift; fi ;;
+        *) problem "$1 is no option. Settings of the run (key=value) go after --." && shift && continue ;;
+    esac
+    shift
+    if [[ -z $value || $value == -- ]]; then
+        problem "$option needs a value."
+        [[ $value == -- ]] && set -- -- "$@"
+        continue
+    fi
+    case $option in
+        --nodes) nodes=$value ;;
+        --gpus-per-node) gpus_per_node=$value ;;
+        --ntasks-per-node) tasks_per_node=$value ;;
+        --cpus-per-task) cpus_per_task=$value ;;
+        --container) container=$value ;;
+        --image) image=$value ;;
+        --mounts) mounts+=${mounts:+,}$value ;;
+        --mpi) mpi=$value ;;
+        --time) time=$value ;;
+        --partition) partition=$value ;;
+        --account) account=$value ;;
+        --signal-seconds) signal_seconds=$value ;;
+        --max-requeues) max_requeues=$value ;;
+        --python) python=$value ;;
+        --shared) shared+=("$value") ;;
+        --local) local_directory=$value ;;
+        --log-dir) log_directory=$value ;;
+        --sbatch) sbatch_options+=("$value") ;;
+        --srun) srun_options+=("$value") ;;
+        *) problem "$option is no option; --help lists them." ;;
+    esac
+done
+
+# ------------------------------------------------------------------ the run: its experiment and output directory
+override() { # last value that the overrides give a key
+    local word found=""
+    for word in ${overrides[@]+"${overrides[@]}"}; do
+        word=${word#+} && word=${word#+}
+        if [[ $word == "$1="* ]]; then found=${word#*=}; fi
+    done
+    echo "$found"
+}
+absolute() { if [[ $1 == /* ]]; then echo "$1"; else echo "$PWD/${1#./}"; fi; }
+
+experiment=$(override experiment)
+known=$(cd "$checkout/conf/experiment" && for file in *.yaml; do printf '%s ' "${file%.yaml}"; done)
+recipe=$checkout/conf/experiment/$experiment.yaml
+output_dir=$(override output_dir)
+if [[ -z $experiment ]]; then
+    problem "no experiment: end the command with -- +experiment=NAME; NAME is one of ${known% }."
+elif [[ ! -f $recipe ]]; then
+    problem "+experiment=$experiment is unknown: choose one of ${known% }."
+elif [[ -z $output_dir ]]; then
+    name=$(override name)
+    name=${name:-$(sed -n 's/^name: *//p' "$recipe")}
+    if [[ -z $name || $name == *'$'* ]]; then # only Hydra knows, and a login node may have none
+        problem "+experiment=$experiment composes the name of its output directory. Choose one: output_dir=outputs/NAME."
+    fi
+    output_dir=outputs/$name
+fi
+output_dir=$(absolute "${output_dir:-outputs/unknown}")
+output_dir=${output_dir%/}
+if [[ -z $log_directory ]]; then log_directory=$(dirname "$output_dir")/slurm; fi
+log_directory=$(absolute "$log_directory")
+
+# ------------------------------------------------------------------ rules
+whole() { [[ $1 =~ ^[0-9]+$ ]]; }
+at_least() { # option value smallest
+    if ! whole "$2" || [[ $2 -lt $3 ]]; then problem "$1 $2: must be a whole number, $3 or more."; fi
+}
+one_of() { # option value choices...
+    local option=$1 value=$2 choice
+    shift 2
+    for choice in "$@"; do if [[ $value == "$choice" ]]; then return; fi; done
+    problem "$option $value: choose one of $*."
+}
+seconds_of() { # a time limit of sbatch; nothing if it is none
+    local days=0 left=$1 fields
+    if [[ ! $1 =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]]; then return; fi
+    if [[ $1 == *-* ]]; then days=${1%%-*} left=${1#*-}; fi
+    IFS=: read -ra fields <<<"$left"
+    if [[ $1 == *-* || ${#fields[@]} -eq 3 ]]; then # [D-]H[:M[:S]]
+        echo $((((10#$days * 24 + 10#${fields[0]}) * 60 + 10#${fields[1]:-0}) * 60 + 10#${fields[2]:-0}))
+    else # M[:S]
+        echo $((10#${fields[0]} * 60 + 10#${fields[1]:-0}))
+    fi
+}
+seen_by_every_node() { # what DIRECTORY
+    local known_shared
+    for known_shared in ${shared[@]+"${shared[@]}"}; do
+        if [[ $2/ == "${known_shared%/}"/* ]]; then return; fi
+    done
+    if [[ $2/ =~ ^(/tmp|/var/tmp|/dev/shm|/run|/var/run)/ || (-n ${TMPDIR-} && $2/ == "${TMPDIR%/}"/*) ]]; then
+        problem "$1 $2 is on a disk of one node: the others, and the next start of the job, do not see it." \
+            "Use a shared file system (or say --shared DIRECTORY if it is one)."
+    fi
+}
+plain() { # what DIRECTORY
+    if [[ $2 =~ [^A-Za-z0-9_./@+=-] ]]; then
+        problem "$1 $2: neither Slurm's options nor container mounts take a '${BASH_REMATCH[0]}' in a path. Use another directory."
+    fi
+}
+
+at_least --nodes "$nodes" 1
+at_least --gpus-per-node "$gpus_per_node" 0
+at_least --signal-seconds "$signal_seconds" 1
+at_least --max-requeues "$max_requeues" 0
+if [[ $gpus_per_node == 0 ]]; then
+    tasks_per_node=${tasks_per_node:-1} cpus_per_task=${cpus_per_task:-1}
+elif [[ -n $tasks_per_node && $tasks_per_node != "$gpus_per_node" ]]; then
+    problem "--ntasks-per-node $tasks_per_node with --gpus-per-node $gpus_per_node: there is one task a GPU. Leave --ntasks-per-node out."
+fi
+tasks_per_node=${tasks_per_node:-$gpus_per_node} cpus_per_task=${cpus_per_task:-8}
+at_least --ntasks-per-node "$tasks_per_node" 1
+at_least --cpus-per-task "$cpus_per_task" 1
+one_of --container "$container" pyxis apptainer none
+one_of --mpi "$mpi" none pmi2 pmix
+if [[ -n $time ]] && whole "$signal_seconds"; then
+    limit=$(seconds_of "$time")
+    if [[ -z $limit ]]; then
+        problem "--time $time: sbatch takes minutes, HH:MM:SS or D-HH:MM:SS."
+    elif [[ $limit -lt $((2 * signal_seconds)) ]]; then
+        problem "--time $time is less than twice --signal-seconds $signal_seconds: the job would be told to stop before it got anywhere." \
+            "Set a longer --time, or a shorter --signal-seconds that still holds a step and a save."
+    fi
+fi
+plain "the checkout" "$checkout"
+plain "the working directory" "$PWD"
+plain "output_dir" "$output_dir"
+plain "--log-dir" "$log_directory"
+plain "--local" "$local_directory"
+seen_by_every_node "the checkout" "$checkout"
+seen_by_every_node "the working directory" "$PWD"
+seen_by_every_node "output_dir" "$output_dir"
+if [[ $local_directory != /* ]]; then problem "--local $local_directory: must be an absolute path."; fi
+huggingface=${HF_HOME:-$HOME/.cache/huggingface}
+if [[ $container == none ]]; then
+    if [[ -n $image ]]; then problem "--image $image with --container none: choose pyxis or apptainer, or leave --image out."; fi
+    if [[ -n $mounts ]]; then problem "--mounts $mounts with --container none: there is nothing to mount into. Leave it out."; fi
+elif [[ -z $image && $container =~ ^(pyxis|apptainer)$ ]]; then
+    problem "--container $container needs --image: a file, or REGISTRY#NAME:TAG (pyxis) or docker://NAME:TAG (apptainer)."
+elif [[ -e $image ]]; then
+    image=$(absolute "$image")
+    plain "--image" "$image"
+    seen_by_every_node "--image" "$image"
+elif [[ $image == [./~]* || $image =~ \.(sqsh|squashfs|sif|img)$ ]]; then
+    problem "--image $image: no such file (looked for $(absolute "$image"))."
+elif [[ $container == apptainer && $image != *://* ]]; then
+    problem "--image $image: no such file, and a name that apptainer fetches starts with docker://, library:// or oras://."
+elif [[ $container == pyxis && ${image#*://} =~ ^[A-Za-z0-9-]+\.[A-Za-z0-9.-]+(:[0-9]+)?/ && $image != *'#'* ]]; then
+    problem "--image $image: pyxis wants a # after the registry's name: --image '${image/\//#}'."
+fi
+
+# ------------------------------------------------------------------ what the container sees
+bound=()
+bind() { # DIRECTORY, unless it lies in one that is bound already
+    local other
+    for other in ${bound[@]+"${bound[@]}"}; do
+        if [[ $1/ == "$other"/* ]]; then return; fi
+    done
+    bound+=("$1")
+}
+bind "$checkout"
+bind "$PWD"
+bind "$(dirname "$output_dir")"
+bind "$huggingface"
+for key in data.directory model.hf_path; do
+    value=$(override "$key")
+    if [[ $value == /* ]]; then bind "${value%/}"; fi
+done
+binds=""
+for directory in "${bound[@]}"; do binds+=${binds:+,}$directory:$directory; done
+if [[ -n $mounts ]]; then
+    IFS=, read -ra wanted <<<"$mounts"
+    for mount in "${wanted[@]}"; do
+        if [[ ! $mount =~ ^/[^:]*:/[^:]*(:[^:]+)?$ ]]; then
+            problem "--mounts $mount: write ABSOLUTE_PATH:ABSOLUTE_PATH_IN_CONTAINER, with :ro behind it where nothing may be written."
+        fi
+        binds+=,$mount
+    done
+fi
+stop_at_problems
+
+# ------------------------------------------------------------------ the script
+quoted() { # WORD...: one a line, as bash reads them
+    local word
+    for word in "$@"; do
+        if [[ $word =~ ^[A-Za-z0-9_./:@%+=#-]+$ ]]; then printf '    %s\n' "$word"; else printf '    %s\n' "${word@Q}"; fi
+    done
+}
+
+sbatch_lines=()
+if [[ $gpus_per_node -gt 0 ]]; then sbatch_lines+=("--gpus-per-node=$gpus_per_node"); fi
+if [[ -n $time ]]; then sbatch_lines+=("--time=$time"); fi
+if [[ -n $partition ]]; then sbatch_lines+=("--partition=$partition"); fi
+if [[ -n $account ]]; then sbatch_lines+=("--account=$account"); fi
+sbatch_lines+=(${sbatch_options[@]+"${sbatch_options[@]}"})
+exports=()
+# shellcheck disable=SC2016 # the job expands them
+if [[ $gpus_per_node -gt 0 ]]; then
+    # one queue to the device keeps communication and computation in the order in which Megatron issues them
+    exports+=('export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}' 'export NCCL_DEBUG=${NCCL_DEBUG:-WARN}')
+fi
+in_container=()
+if [[ $container == pyxis ]]; then
+    srun_options+=("--container-image=$image" "--container-mounts=$binds" "--container-workdir=$PWD" --no-container-mount-home)
+elif [[ $container == apptainer ]]; then
+    in_container=(apptainer exec)
+    if [[ $gpus_per_node -gt 0 ]]; then in_container+=(--nv); fi
+    in_container+=(--bind "$binds" --pwd "$PWD" "$image")
+fi
+if [[ $container != none ]]; then exports+=('export PYTHONNOUSERSITE=1 # ~/.local was installed for another Python'); fi
+command=("$python" -W ignore "$checkout/recipes/extend.py" "${overrides[@]}")
+if [[ $((nodes * tasks_per_node)) -eq 1 ]]; then command+=(launch.nproc_per_node=1); fi # Slurm starts one, so it would start more by itself
+
+declare -A values=(
+    [TASK_IS_A]=$(if [[ $gpus_per_node -gt 0 ]]; then echo GPU; else echo "CPU process"; fi)
+    [JOB_NAME]=$(basename "$output_dir")
+    [NODES]=$nodes
+    [TASKS_PER_NODE]=$tasks_per_node
+    [CPUS_PER_TASK]=$cpus_per_task
+    [WORKING_DIRECTORY]=$PWD
+    [LOG_DIRECTORY]=$log_directory
+    [SIGNAL_SECONDS]=$signal_seconds
+    [MAX_REQUEUES]=$max_requeues
+    [OUTPUT_DIR]=$output_dir
+    [LOCAL_DIRECTORY]=${local_directory%/}
+    [HF_HOME]=$huggingface
+    [MPI]=$mpi
+    [SBATCH_LINES]=$(if [[ ${#sbatch_lines[@]} -gt 0 ]]; then printf '#SBATCH %s\n' "${sbatch_lines[@]}"; fi)
+    [EXPORTS]=$(if [[ ${#exports[@]} -gt 0 ]]; then printf '%s\n' "${exports[@]}"; fi)
+    [SRUN_OPTIONS]=$(quoted ${srun_options[@]+"${srun_options[@]}"})
+    [CONTAINER]=$(quoted ${in_container[@]+"${in_container[@]}"})
+    [COMMAND]=$(quoted "${command[@]}")
+)
+render() { # one pass, so that nothing in a value is taken for a placeholder
+    local line rest only
+    while IFS= read -r line; do
+        only=$line rest=""
+        while [[ $line =~ ^(.*)__([A-Z]+(_[A-Z]+)*)__ ]]; do
+            rest=${values[${BASH_REMATCH[2]}]}${line:${#BASH_REMATCH[0]}}$rest
+            line=${BASH_REMATCH[1]}
+        done
+        line+=$rest
+        if [[ -n $line || -z $only ]]; then printf '%s\n' "$line"; fi # a placeholder without a value leaves no empty line
+    done <"$here/extend.sbatch"
+}
+script=$(render)
+if [[ $dry_run -eq 1 ]]; then
+    printf '%s\n' "$script"
+    exit 0
+fi
+
+# ------------------------------------------------------------------ submission
+if ! command -v sbatch >/dev/null; then
+    problem "sbatch is not here: submit on a login node of the cluster, or print the script with --dry-run."
+    stop_at_problems
+fi
+mkdir -p "$log_directory" "$(dirname "$output_dir")" "$huggingface" # bind mounts want directories that exist
+job=$(sbatch --parsable <<<"$script")
+job=${job%%;*}
+cat <<TOLD
+submitted as job $job
+  log     $log_directory/$(basename "$output_dir")-$job.out
+  output  $output_dir
+  save and go back into the queue: scancel --batch --signal=USR1 $job    end: scancel $job
+TOLD

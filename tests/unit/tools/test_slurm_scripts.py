@@ -176,7 +176,8 @@ class Script:
         programs = {
             "srun": SRUN,
             "scontrol": 'echo "scontrol $*" >>calls; case $1 in show) [[ $2 == config ]] && echo "SlurmdTimeout = -60 sec" || echo node1;; requeue) kill -KILL -- -$PPID;; esac',
-            "squeue": "echo ${STATE:-RUNNING}",
+            "squeue": "[[ -e busy ]] && rm busy && exit 1; echo ${STATE:-RUNNING}",
+            "sleep": f"exec {shutil.which('sleep')} 0.1",
         }
         (place / "bin").mkdir()
         for name, text in programs.items():
@@ -213,6 +214,12 @@ def test_a_warning_reaches_the_tasks_and_the_job_goes_back_into_the_queue(script
 
 def test_tasks_that_were_told_by_slurm_itself_are_enough(script):
     assert script.run("save; exit 75")[2]
+
+
+def test_a_busy_controller_is_asked_again(script):
+    (script.place / "busy").touch()
+    _, said, requeued = script.run("save; exit 75")
+    assert requeued and not (script.place / "busy").exists()
 
 
 def test_tasks_that_die_of_the_warning_while_python_starts_count_as_asked(script):

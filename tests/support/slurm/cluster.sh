@@ -64,9 +64,9 @@ PriorityType=priority/basic
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait=15
-MessageTimeout=5
-TCPTimeout=2
-SlurmdTimeout=15
+MessageTimeout=20
+TCPTimeout=5
+SlurmdTimeout=20
 InactiveLimit=0
 CONF
 for ((node = 1; node <= count; node++)); do

@@ -44,6 +44,7 @@ $(NEMO_VENV)/.ready: pyproject.toml constraints-nemo.txt
 	$(PYTHON) -m venv $(NEMO_VENV)
 	$(NEMO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints-nemo.txt \
 		--editable '.[nemo]' pytest hypothesis
+	rm -rf $(NEMO_VENV)/lib/python3.11/site-packages/tests # nemo-toolkit installs its own as a package of that name, which hides ours
 	touch $@
 
 test-nemo: $(NEMO_VENV)/.ready ## the adapter for NeMo, in an environment of its own (2.2 GB)

@@ -129,7 +129,7 @@ def _port() -> Finding:
         try:
             listener.bind(("", port))
         except OSError as error:
-            meaning = "Ranks meet on it when srun starts them."
+            meaning = "Ranks that torchrun starts on one node meet on it."
             return Finding("port", LIMITS, f"{port}: {error.strerror}", meaning, "export MASTER_PORT=PORT with one that is free.")
     return Finding("port", OK, f"{port} is free")
 

@@ -7,9 +7,10 @@ READY := $(VENV)/.ready
 TRANSFORMERS4 := $(VENV)/transformers4
 NEMO_VENV := .venvnemo
 ARGS ?=
+GPU_PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help venv extend doctor test test-nemo test-fast lint bench model clean
+.PHONY: help venv extend doctor test test-nemo test-fast lint bench gpu model clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +44,7 @@ $(NEMO_VENV)/.ready: pyproject.toml constraints-nemo.txt
 	$(PYTHON) -m venv $(NEMO_VENV)
 	$(NEMO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints-nemo.txt \
 		--editable '.[nemo]' pytest hypothesis
+	rm -rf $(NEMO_VENV)/lib/python3.11/site-packages/tests # nemo-toolkit installs its own as a package of that name, which hides ours
 	touch $@
 
 test-nemo: $(NEMO_VENV)/.ready ## the adapter for NeMo, in an environment of its own (2.2 GB)
@@ -57,6 +59,10 @@ lint: $(READY) ## ruff
 bench: $(READY) ## a training step against contiguous positions and against transformers
 	$(BIN)/python tools/fetch_smollm2.py --destination models/smollm2_135m
 	$(BIN)/python -W ignore tools/bench.py step
+
+gpu: ## tests and measurements that need a GPU (ten minutes); GPU_PYTHON=... names a Python with Transformer Engine
+	@status=0; $(GPU_PYTHON) -W ignore -m pytest -s --confcutdir=tests/gpu tests/gpu || status=$$?; \
+	$(GPU_PYTHON) -W ignore tools/bench.py gpu --page outputs/gpu/stack.md --overwrite || status=$$?; exit $$status
 
 clean: ## remove environments and caches; outputs, models and datasets stay
 	rm -rf .venv3* $(NEMO_VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

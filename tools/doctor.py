@@ -19,11 +19,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from endprompt_megatron.doctor.examination import IMAGE_NEEDS, NO, Examination, Needs, examine  # noqa: E402
+from endprompt_megatron.doctor.examination import IMAGE_NEEDS, NO, PART, UNSURE, YES, Examination, Needs, examine  # noqa: E402
 from endprompt_megatron.doctor.finding import Finding  # noqa: E402
 from endprompt_megatron.errors import EXIT_USER_ERROR, ConfigError  # noqa: E402
 from endprompt_megatron.planning.throughput import HARDWARE  # noqa: E402
 
+_BEST_FIRST = (YES, PART, UNSURE, NO)
 _PLANNED_FOR = "H100-80GB"  # where an experiment does not name its GPU
 
 
@@ -85,7 +86,7 @@ def _print(examination: Examination, lacks: list[Finding]) -> None:
     else:
         print("\nThis machine can run:")
         width = max(len(verdict.name) for verdict in examination.verdicts)
-        for verdict in examination.verdicts:
+        for verdict in sorted(examination.verdicts, key=lambda verdict: _BEST_FIRST.index(verdict.verdict)):
             reason = f" ({verdict.reason})" if verdict.reason else ""
             print(f"  {verdict.name:{width}}  {verdict.verdict}{reason}")
     if lacks:

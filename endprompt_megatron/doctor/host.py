@@ -20,7 +20,7 @@ _LOW_DISK_GIB = 10
 _LOW_SHM_GIB = 1
 _LOW_MEMORY_GIB = 10  # the embedded default, as README.md has it
 _LOW_FILES = 4096
-_DEFAULT_PORT = 29501
+_TORCHRUN_PORT = 29500  # where MASTER_PORT names none
 _HUB = "https://huggingface.co"
 
 
@@ -124,7 +124,7 @@ def _infiniband(sys: Path) -> list[Finding]:
 
 
 def _port() -> Finding:
-    port = int(os.environ.get("MASTER_PORT", _DEFAULT_PORT))
+    port = int(os.environ.get("MASTER_PORT", _TORCHRUN_PORT))
     with socket.socket() as listener:
         try:
             listener.bind(("", port))

@@ -4,6 +4,7 @@ and that a measured run is compared with."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.planning.flops import ModelShape
@@ -55,6 +56,7 @@ class ElementBytes:
     linear_input: float
 
 
+@lru_cache(maxsize=256)  # a search asks the same for thousands of layouts
 def layer_tensors(
     shape: ModelShape, element: ElementBytes, backend: str, *, context_parallel_size: int = 1
 ) -> tuple[SavedTensor, ...]:
@@ -118,6 +120,7 @@ def layer_tensors(
 SELECTIVE_DROPS = ("row statistics of attention", "output of attention")
 
 
+@lru_cache(maxsize=256)
 def kept_by_layer(
     shape: ModelShape, element: ElementBytes, backend: str, recompute_granularity: str | None, *, context_parallel_size: int = 1
 ) -> tuple[SavedTensor, ...]:

@@ -154,8 +154,9 @@ def stage_memory(
         the terms of RMSNorm, grouped-query attention and SwiGLU; megatron-core 0.16 for schedules, optimizer and loss.
     """
     sizes = _sizes_of(precision)
+    layer = _layer_bytes(shape, layout, seq_length, sizes.element, backend)
     stages = range(layout.pipeline_model_parallel_size)
-    return tuple(_one_stage(shape, layout, stage, seq_length, sizes, backend, trained) for stage in stages)
+    return tuple(_one_stage(shape, layout, stage, seq_length, sizes, layer, trained) for stage in stages)
 
 
 def _sizes_of(precision: str) -> _Precision:
@@ -164,13 +165,22 @@ def _sizes_of(precision: str) -> _Precision:
     return _PRECISIONS[precision]
 
 
+def _layer_bytes(shape: ModelShape, layout: Layout, seq_length: int, element: ElementBytes, backend: str) -> tuple[float, float]:
+    """Of one layer and micro-batch: what waits for the backward pass, and what full recomputation makes anew in it."""
+    context, granularity = layout.context_parallel_size, layout.recompute_granularity
+    kept = kept_by_layer(shape, element, backend, granularity, context_parallel_size=context)
+    anew = layer_tensors(shape, element, backend, context_parallel_size=context)[1:] if granularity == "full" else ()
+    of_kept, of_anew = (sum(saved.bytes_on_rank(layout, seq_length=seq_length) for saved in tensors) for tensors in (kept, anew))
+    return of_kept, of_anew
+
+
 def _one_stage(
     shape: ModelShape,
     layout: Layout,
     stage: int,
     seq_length: int,
     sizes: _Precision,
-    backend: str,
+    layer: tuple[float, float],
     trained: TrainedParts | None,
 ) -> MemoryEstimate:
     tensor, last = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size - 1
@@ -184,15 +194,8 @@ def _one_stage(
     weights = (parameters.total + adapters) * sizes.weight + max(0, fp8_matrices) * sizes.fp8_weight
     optimizer_split = layout.data_parallel_size * layout.context_parallel_size if layout.use_distributed_optimizer else 1
 
+    kept, recomputed = layer
     tokens = layout.micro_batch_size * seq_length / layout.context_parallel_size
-
-    def of_layer(tensors: tuple[SavedTensor, ...]) -> float:
-        return sum(saved.bytes_on_rank(layout, seq_length=seq_length) for saved in tensors)
-
-    context = layout.context_parallel_size
-    kept = of_layer(kept_by_layer(shape, sizes.element, backend, layout.recompute_granularity, context_parallel_size=context))
-    everything = layer_tensors(shape, sizes.element, backend, context_parallel_size=context)
-    recomputed = of_layer(everything[1:]) if layout.recompute_granularity == "full" else 0.0
     residual = tokens * shape.hidden_size * sizes.element.activation / layout.residual_split
     frequencies = SavedTensor("rotary angles", 4 * shape.head_dim, POSITION).bytes_on_rank(layout, seq_length=seq_length)
     a_chunk = layers_per_chunk * kept + frequencies + residual * (last > 0)

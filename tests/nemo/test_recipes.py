@@ -28,7 +28,7 @@ def test_recipe_is_the_papers_setting(recipe, gpus, model_parallel):
 
 
 def test_slurm_job_as_far_as_without_a_cluster(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("nemo_run.config.NEMORUN_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("nemo_run.config._NEMORUN_HOME", str(tmp_path / "home"))
     recipe = llama3_70b_64k(paths=["/data/slimpajama"], hf_path="/models/llama3_70b")
     executor = run.SlurmExecutor(
         account="research",

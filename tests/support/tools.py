@@ -13,7 +13,7 @@ from typing import Any
 def load_tool(path: Path) -> ModuleType:
     """A tool as a module."""
     spec = importlib.util.spec_from_file_location(f"{path.stem}_tool", path)
-    tool = importlib.util.module_from_spec(spec)
+    tool = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
     spec.loader.exec_module(tool)
     return tool
 

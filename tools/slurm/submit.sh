@@ -32,7 +32,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 checkout=$(cd "$here/../.." && pwd)
 
 problems=()
-problem() { problems+=("$1"); }
+problem() { problems+=("$*"); }
 stop_at_problems() {
     if [[ ${#problems[@]} -gt 0 ]]; then
         printf 'submit.sh: %s\n' "${problems[@]}" >&2
@@ -144,7 +144,8 @@ seen_by_every_node() { # what DIRECTORY
         if [[ $2/ == "${known_shared%/}"/* ]]; then return; fi
     done
     if [[ $2/ =~ ^(/tmp|/var/tmp|/dev/shm|/run|/var/run)/ || (-n ${TMPDIR-} && $2/ == "${TMPDIR%/}"/*) ]]; then
-        problem "$1 $2 is on a disk of one node: the others, and the next start of the job, do not see it. Use a shared file system (or say --shared DIRECTORY if it is one)."
+        problem "$1 $2 is on a disk of one node: the others, and the next start of the job, do not see it." \
+            "Use a shared file system (or say --shared DIRECTORY if it is one)."
     fi
 }
 plain() { # what DIRECTORY
@@ -172,7 +173,8 @@ if [[ -n $time ]] && whole "$signal_seconds"; then
     if [[ -z $limit ]]; then
         problem "--time $time: sbatch takes minutes, HH:MM:SS or D-HH:MM:SS."
     elif [[ $limit -lt $((2 * signal_seconds)) ]]; then
-        problem "--time $time is less than twice --signal-seconds $signal_seconds: the job would be told to stop before it got anywhere. Set a longer --time, or a shorter --signal-seconds that still holds a step and a save."
+        problem "--time $time is less than twice --signal-seconds $signal_seconds: the job would be told to stop before it got anywhere." \
+            "Set a longer --time, or a shorter --signal-seconds that still holds a step and a save."
     fi
 fi
 plain "the checkout" "$checkout"
@@ -186,7 +188,7 @@ seen_by_every_node "output_dir" "$output_dir"
 if [[ $local_directory != /* ]]; then problem "--local $local_directory: must be an absolute path."; fi
 huggingface=${HF_HOME:-$HOME/.cache/huggingface}
 if [[ $container == none ]]; then
-    if [[ -n $image ]]; then problem "--image $image with --container none: choose --container pyxis or apptainer, or leave --image out."; fi
+    if [[ -n $image ]]; then problem "--image $image with --container none: choose pyxis or apptainer, or leave --image out."; fi
     if [[ -n $mounts ]]; then problem "--mounts $mounts with --container none: there is nothing to mount into. Leave it out."; fi
 elif [[ -z $image && $container =~ ^(pyxis|apptainer)$ ]]; then
     problem "--container $container needs --image: a file, or REGISTRY#NAME:TAG (pyxis) or docker://NAME:TAG (apptainer)."

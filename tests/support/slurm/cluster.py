@@ -77,25 +77,28 @@ class Cluster:
         logs = [self.directory / "cluster.log", *sorted((self.directory / "log").glob("*.log"))]
         return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-1500:]}" for log in logs if log.exists())
 
-    def run(self, *command: str, cwd: Path | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run a command where the controller is: a login node, with Slurm's clients."""
+    def run(self, *command: str, cwd: Path | None = None, attempts: int = 1) -> subprocess.CompletedProcess[str]:
+        """Run a command where the controller is: a login node, with Slurm's clients. It has to succeed, at one of so many attempts."""
         inside = ["nsenter", f"--target={self._first}", "--mount", "--pid", "--net", "--uts", f"--wdns={cwd or self.directory}"]
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "PYTEST_"))}
         environment["SLURM_CONF"] = str(self.directory / "slurm.conf")
-        done = subprocess.run([*inside, *command], capture_output=True, text=True, env=environment, timeout=60)
-        assert not check or done.returncode == 0, f"{command}: exit status {done.returncode}\n{done.stdout}{done.stderr}{self.told()}"
-        return done
+        for _ in range(attempts):
+            done = subprocess.run([*inside, *command], capture_output=True, text=True, env=environment, timeout=120)
+            if done.returncode == 0:
+                return done
+        raise AssertionError(f"{command}: exit status {done.returncode}\n{done.stdout}{done.stderr}{self.told()}")
 
     def job(self, number: str) -> dict[str, str]:
         """What `scontrol show job` tells: JobState, Restarts, ExitCode, NodeList, BatchHost, ..."""
-        return dict(word.split("=", 1) for word in self.run("scontrol", "show", "job", "--oneliner", number).stdout.split() if "=" in word)
+        told = self.run("scontrol", "show", "job", "--oneliner", number, attempts=5).stdout
+        return dict(word.split("=", 1) for word in told.split() if "=" in word)
 
     def wait_for_end(self, number: str, seconds: float) -> dict[str, str]:
         """`job` once it has ended."""
         deadline = time.monotonic() + seconds
         while (found := self.job(number))["JobState"] not in _FINISHED:
             assert time.monotonic() < deadline, f"job {number} is {found['JobState']} after {seconds} s\n{self.told()}"
-            time.sleep(0.2)
+            time.sleep(0.5)
         return found
 
     def nodes_of(self, number: str) -> list[str]:

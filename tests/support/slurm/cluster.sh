@@ -64,9 +64,9 @@ PriorityType=priority/basic
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait=15
-MessageTimeout=5
-TCPTimeout=2
-SlurmdTimeout=15
+MessageTimeout=20
+TCPTimeout=5
+SlurmdTimeout=20
 InactiveLimit=0
 CONF
 for ((node = 1; node <= count; node++)); do
@@ -87,8 +87,9 @@ for ((node = 1; node <= count; node++)); do
     mkdir -p "$directory/spool/node$node"
     # the shell is the node's first process: it reaps what others leave, and takes the node with it
     # shellcheck disable=SC2016 # expanded there
+    boot='hostname "$1" && mount -t tmpfs tmpfs "$2" && { slurmd -D -N "$1" & while kill -0 $! 2>/dev/null; do wait; done; }'
     ip netns exec "node$node" unshare --uts --mount --pid --fork --kill-child=KILL --mount-proc \
-        bash -c 'hostname "$1" && mount -t tmpfs tmpfs "$2" && { slurmd -D -N "$1" & while kill -0 $! 2>/dev/null; do wait; done; }' node "node$node" "$directory/disk" &
+        bash -c "$boot" node "node$node" "$directory/disk" &
     echo $! >"$directory/node$node.pid"
 done
 until [[ $(sinfo --noheader --Node --partition=main --format=%t 2>/dev/null | grep -c idle) -eq $count ]]; do sleep 0.1; done

@@ -102,10 +102,10 @@ def test_port(machine, monkeypatch):
     assert machine()["port"].level == OK
 
 
-def test_default_port_is_the_launchers():
-    from endprompt_megatron import launch
+def test_default_port_is_torchruns():
+    from torch.distributed.run import get_args_parser
 
-    assert host._DEFAULT_PORT == launch._DEFAULT_PORT
+    assert get_args_parser().get_default("master_port") == host._TORCHRUN_PORT
 
 
 def test_what_starts_jobs(machine, monkeypatch):

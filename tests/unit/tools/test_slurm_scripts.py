@@ -139,6 +139,20 @@ def test_all_problems_at_once(tmp_path):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 4
 
 
+def test_what_is_submitted_is_what_a_dry_run_prints(tmp_path):
+    fake = tmp_path / "bin"
+    fake.mkdir()
+    (fake / "sbatch").write_text("#!/bin/sh\ncat >submitted\necho '42;cluster'\n")
+    (fake / "sbatch").chmod(0o755)
+    done = _submit(tmp_path, *TINY, PATH=f"{fake}:{os.environ['PATH']}", HOME=str(tmp_path))
+    assert done.returncode == 0 and f"{tmp_path}/outputs/slurm/tiny_random-42.out" in done.stdout, done.stderr
+    assert (tmp_path / "submitted").read_text() == _rendered(tmp_path, *TINY, HOME=str(tmp_path))
+    assert (tmp_path / "outputs" / "slurm").is_dir() and not (tmp_path / "outputs" / "tiny_random").exists()
+    (fake / "sbatch").write_text("#!/bin/sh\necho 'invalid partition' >&2\nexit 1\n")
+    done = _submit(tmp_path, *TINY, PATH=f"{fake}:{os.environ['PATH']}", HOME=str(tmp_path))
+    assert (done.returncode, done.stdout) == (1, "") and "invalid partition" in done.stderr
+
+
 def test_without_slurm_it_says_so(tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -176,7 +190,8 @@ class Script:
         programs = {
             "srun": SRUN,
             "scontrol": 'echo "scontrol $*" >>calls; case $1 in show) [[ $2 == config ]] && echo "SlurmdTimeout = -60 sec" || echo node1;; requeue) kill -KILL -- -$PPID;; esac',
-            "squeue": "echo ${STATE:-RUNNING}",
+            "squeue": "[[ -e busy ]] && rm busy && exit 1; echo ${STATE:-RUNNING}",
+            "sleep": f"exec {shutil.which('sleep')} 0.1",
         }
         (place / "bin").mkdir()
         for name, text in programs.items():
@@ -213,6 +228,12 @@ def test_a_warning_reaches_the_tasks_and_the_job_goes_back_into_the_queue(script
 
 def test_tasks_that_were_told_by_slurm_itself_are_enough(script):
     assert script.run("save; exit 75")[2]
+
+
+def test_a_busy_controller_is_asked_again(script):
+    (script.place / "busy").touch()
+    _, said, requeued = script.run("save; exit 75")
+    assert requeued and not (script.place / "busy").exists()
 
 
 def test_tasks_that_die_of_the_warning_while_python_starts_count_as_asked(script):

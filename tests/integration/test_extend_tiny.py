@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -172,6 +173,8 @@ def test_dry_run_refuses_what_does_not_fit(tmp_path):
     assert done.returncode == 2
     assert "8,030,261,248" in done.stdout and "ConfigError: launch.gpu=H100-80GB: a rank has 79.1 GiB" in done.stderr
     assert "The smallest change that fits: parallel.tensor_model_parallel_size=4 parallel.sequence_parallel=true." in done.stderr
+    told = (Path(__file__).parents[2] / "README.md").read_text()
+    assert re.search(r"needs about [\d.]+ GiB", done.stderr)[0] in told, "the README's example"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from endprompt_megatron import launch
 from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config
 from endprompt_megatron.comparison.bootstrap import bootstrap_interval
 from endprompt_megatron.config_rules import cut_problems
-from endprompt_megatron.data.corpora import corpus_texts
-from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.data.corpora import check_corpora, corpus_texts
+from endprompt_megatron.errors import ConfigError, DataError
 from endprompt_megatron.evaluation.built_in import BuiltInTasks
 from endprompt_megatron.evaluation.graded import NO_SEGMENTS, TrainedSegments, graded_details, trained_segments
 from endprompt_megatron.evaluation.harness import ANSWER_ROOM, Harness, Sample, check_backend, has_punkt
@@ -110,8 +111,11 @@ def prepare(config: EvaluateConfig) -> None:
     if config.runs_lm_eval:
         check_backend(config.backend)
     evaluation = _Evaluation(config, config.directory(), conditions_of(config, command=""), None)
-    for pair in evaluation.pairs():
+    pairs = evaluation.pairs()
+    for pair in pairs:
         evaluation.is_finished(pair)
+    if any(pair.task.suite == PERPLEXITY for pair in pairs) and not launch.is_worker():
+        evaluation.text_problem  # noqa: B018  fetched once, before several processes would
 
 
 def evaluate(config: EvaluateConfig, *, command: str, lm: Any = None) -> bool:
@@ -190,7 +194,7 @@ class _Evaluation:
             chunks = load_model(
                 Path(config.model),
                 precision=precision,
-                backend=backends.resolve("auto"),
+                backend=backends.resolve("torch"),  # as the conditions say
                 device=runtime.device,
                 parallel=config.parallel,
             )
@@ -201,6 +205,16 @@ class _Evaluation:
                 yield BuiltInTasks(config, chunks, **options, device=runtime.device)
         finally:
             mcore_runtime.shut_down()
+
+    @cached_property
+    def text_problem(self) -> str | None:
+        """What is wrong with the held-out text, which is fetched where it is a package; None where nothing is."""
+        perplexity = self.config.suite.perplexity
+        try:
+            check_corpora(perplexity.text, directory=Path(perplexity.directory))
+        except DataError as error:
+            return f"suite.perplexity.text: {error}"
+        return None
 
     def _texts(self) -> Iterator[str]:
         perplexity = self.config.suite.perplexity
@@ -239,6 +253,8 @@ class _Evaluation:
             reason = "it executes code that the model wrote: set suite.allow_code_execution=true where that may be"
         elif pair.task.name == GAP_TASK and self._trained() is None:
             reason = NO_SEGMENTS
+        elif pair.task.suite == PERPLEXITY and self.text_problem:
+            reason = self.text_problem
         elif is_offline() or pair.task.built_in:  # which fetch nothing
             reason = missing_offline(pair.task, vars(self.config.suite.sources), has_punkt=has_punkt())
         if reason is not None:

@@ -9,7 +9,7 @@ import pytest
 
 from endprompt_megatron import evaluate as module
 from endprompt_megatron import evaluation_conditions
-from endprompt_megatron.config import LaunchConfig, ParallelConfig
+from endprompt_megatron.config import LaunchConfig, ParallelConfig, TextSource
 from endprompt_megatron.errors import BackendUnavailableError, ConfigError
 from endprompt_megatron.evaluate import evaluate
 from endprompt_megatron.evaluation.harness import VERSION, Sample
@@ -216,3 +216,12 @@ def test_lm_evals_own_models_run_in_one_process_however_many_gpus_there_are(tiny
     assert _config(tiny_model_dir, tmp_path).launch.nproc_per_node == 1
     assert _config(tiny_model_dir, tmp_path, suite={"tasks": ["needle"]}).launch.nproc_per_node is None
     assert _config(tiny_model_dir, tmp_path, backend="megatron").launch.nproc_per_node is None
+
+
+def test_held_out_text_that_is_missing_is_named_and_the_others_go_on(tiny_model_dir, tmp_path, harness):
+    text = PerplexityConfig(text=[TextSource(path=str(tmp_path / "none.jsonl"))])
+    suite = {"tasks": ["ruler_vt", "perplexity"], "lengths": [512], "perplexity": text}
+    assert evaluate(_config(tiny_model_dir, tmp_path / "out", suite=suite), command="")
+    (missing,) = _results(tmp_path / "out")["not_run"]
+    assert missing["task"] == "log_perplexity" and "suite.perplexity.text" in missing["reason"] and "none.jsonl" in missing["reason"]
+    assert harness.asked == [("ruler_vt", 512)]

@@ -31,7 +31,7 @@ from endprompt_megatron.config import (
 from endprompt_megatron.data.dataset import Blend, TokenizerFacts, build_datasets
 from endprompt_megatron.data.preprocess import check_manifest
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.mcore import version
+from endprompt_megatron.mcore import runtime, version
 from endprompt_megatron.model import backends
 from endprompt_megatron.model.build import transformer_config
 from endprompt_megatron.model.gpt import EndPromptGPTModel
@@ -114,15 +114,18 @@ class WindowExtension:
             pre_process, post_process: whether it holds embedding and output layer; None goes by the pipeline stage.
         Raises:
             ConfigError: as check; or the loss would be taken over tokens.
+            BackendUnavailableError: this machine lacks what `backend` needs.
         """
         if config.calculate_per_token_loss:
             raise ConfigError("calculate_per_token_loss=True: EndPrompt's loss is a mean over samples (eq. 11). Set it to False.")
         layout = {name: getattr(config, name) for name in ParallelConfig.__dataclass_fields__ if hasattr(config, name)}
         base, rope = self.check(ParallelConfig(**layout))
         stage = {"ignore_virtual": False, "vp_stage": vp_stage}
+        accelerator, precision = runtime.resolve_accelerator("auto"), "bf16" if config.bf16 else "fp32"
+        backend = backends.resolve(self.backend, accelerator=accelerator, precision=precision)
         return EndPromptGPTModel(
             config,
-            backends.resolve(self.backend).block_spec(config, vp_stage=vp_stage),
+            backend.block_spec(config, vp_stage=vp_stage),
             base.architecture.padded_vocab_size(config.tensor_model_parallel_size),
             self.target_context_length,
             num_real_tokens=base.architecture.vocab_size,

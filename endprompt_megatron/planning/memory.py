@@ -135,7 +135,8 @@ def stage_memory(
       everything by tokens.
     - In a pipeline a stage keeps one residual more of every pass in flight: the output that it sent on.
     - Logits, with the vocabulary whole on a rank: one tensor, which becomes its own gradient, and a float32 slice. Split by tensor
-      parallelism: a float32 copy beside bf16 ones; the rank with padding rows masks them in another copy.
+      parallelism: Megatron's loss makes a float32 copy of bf16 ones, Transformer Engine's (2.20) keeps a copy as they are; the rank
+      with padding rows masks them in another.
     - While a layer goes backward: with full recomputation all that the layer keeps; gradients of twice ffn_hidden_size and of two
       residuals more than it frees meanwhile, and under sequence_parallel one gathered residual.
 
@@ -156,7 +157,7 @@ def stage_memory(
     sizes = _sizes_of(precision)
     layer = _layer_bytes(shape, layout, seq_length, sizes.element, backend)
     stages = range(layout.pipeline_model_parallel_size)
-    return tuple(_one_stage(shape, layout, stage, seq_length, sizes, layer, trained) for stage in stages)
+    return tuple(_one_stage(shape, layout, stage, seq_length, sizes, layer, backend, trained) for stage in stages)
 
 
 def _sizes_of(precision: str) -> _Precision:
@@ -181,6 +182,7 @@ def _one_stage(
     seq_length: int,
     sizes: _Precision,
     layer: tuple[float, float],
+    backend: str,
     trained: TrainedParts | None,
 ) -> MemoryEstimate:
     tensor, last = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size - 1
@@ -207,7 +209,7 @@ def _one_stage(
         gradients_gib=trains * _GRADIENT_BYTES / GIB,
         optimizer_gib=trains * sizes.optimizer / optimizer_split / GIB,
         activations_gib=(layout.chunks_in_flight(stage) * a_chunk + final_norm) / GIB,
-        logits_gib=has_output * _logit_bytes(shape, tensor, tokens, sizes.element.activation) / GIB,
+        logits_gib=has_output * _logit_bytes(shape, tensor, tokens, sizes.element.activation, backend) / GIB,
         working_gib=(recomputed + gradients) / GIB,
         stage="only" if last == 0 else "first" if stage == 0 else "last" if has_output else str(stage + 1),
     )
@@ -225,14 +227,15 @@ def _trained_parameters(
     return trained.embedding * embeddings * table + trained.norms * norms
 
 
-def _logit_bytes(shape: ModelShape, tensor: int, tokens: float, element: float) -> float:
+def _logit_bytes(shape: ModelShape, tensor: int, tokens: float, element: float, backend: str) -> float:
     """Bytes of the rank's logits, and of what is made of them, at the loss's fullest moment."""
     padded = padded_vocab_size(shape.vocab_size, tensor)
     logits = tokens * padded / tensor
     if tensor == 1:
         return logits * element + min(logits, _LOSS_SLICE) * 4
     masked = element + 1 if padded > shape.vocab_size else 0
-    return logits * (element + masked + (4 if element < 4 else 0))
+    copy = element if backend == "te" else 4 if element < 4 else 0
+    return logits * (element + masked + copy)
 
 
 def estimate_memory(

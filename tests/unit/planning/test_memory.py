@@ -106,11 +106,12 @@ def test_activations_and_logits_by_hand():
     assert large == pytest.approx(2**17 * 2048 * 2 + 4 * 4 * 2**20)
 
 
-def test_logits_split_by_tensor_parallelism_have_a_float32_copy_and_padding_another():
-    split = _bytes(tensor_model_parallel_size=4)["logits_gib"]
-    assert split == pytest.approx(TOKENS * 2048 / 4 * (2 + 4))
-    padded = _bytes(dataclasses.replace(SHAPE, vocab_size=2047), tensor_model_parallel_size=4)["logits_gib"]
-    assert padded == pytest.approx(TOKENS * 2048 / 4 * (2 + 2 + 1 + 4))
+@pytest.mark.parametrize(("backend", "copy"), [("torch", 4), ("te", 2)])
+def test_logits_split_by_tensor_parallelism_have_a_copy_and_padding_another(backend, copy):
+    split = _bytes(tensor_model_parallel_size=4, backend=backend)["logits_gib"]
+    assert split == pytest.approx(TOKENS * 2048 / 4 * (2 + copy))
+    padded = _bytes(dataclasses.replace(SHAPE, vocab_size=2047), tensor_model_parallel_size=4, backend=backend)["logits_gib"]
+    assert padded == pytest.approx(TOKENS * 2048 / 4 * (2 + 2 + 1 + copy))
 
 
 def test_the_fullest_moment_has_logits_or_a_layer_going_backward():

@@ -16,7 +16,7 @@ from tests.support.ranks import run_ranks
 
 STEPS = 6
 LAYOUTS = {
-    3: {"pipeline": {"pipeline_model_parallel_size": 3, "pipeline_dtype": None}},
+    3: {"pipeline": {"pipeline_model_parallel_size": 3}},
     2: {
         "tensor": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
         "context": {"context_parallel_size": 2},

@@ -11,6 +11,7 @@ from endprompt_megatron.mcore import cpu
 
 cpu.install_cpu_shims()
 
+import torch  # noqa: E402
 from lightning.pytorch.callbacks import Callback  # noqa: E402
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig  # noqa: E402
@@ -48,7 +49,7 @@ def indexed_prefix(data: Path) -> str:
 def run_job(job: dict) -> nl.Trainer:
     """Train one job on this rank."""
     unset_num_microbatches_calculator()  # of the job before, which NeMo would insist on
-    extension, output, parallel = extension_of(job["model"], job["scheme"]), Path(job["output"]), dict(job["parallel"])
+    extension, output, parallel = extension_of(job["model"], job["scheme"]), Path(job["output"]), job["parallel"]
     data = endprompt_data_module(
         [indexed_prefix(job["data"])],
         extension,
@@ -72,7 +73,7 @@ def run_job(job: dict) -> nl.Trainer:
         enable_checkpointing=False,
         logger=False,
         use_distributed_sampler=False,
-        strategy=nl.MegatronStrategy(ckpt_async_save=False, **parallel),
+        strategy=nl.MegatronStrategy(ckpt_async_save=False, pipeline_dtype=torch.float32, **parallel),
     )
     checkpoint = nl.ModelCheckpoint(save_last=True, save_top_k=0, monitor=None, every_n_train_steps=job["steps"])
     llm.train(

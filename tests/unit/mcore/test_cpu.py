@@ -85,3 +85,27 @@ def test_unsupported_megatron_core_is_refused(monkeypatch):
         monkeypatch.setattr(version, "megatron_core_version", lambda wrong=wrong: wrong)
         with pytest.raises(BackendUnavailableError, match=f"megatron-core {wrong} is installed"):
             version.assert_supported()
+
+
+def test_fused_optimizers_of_an_installed_transformer_engine_stay_on_their_gpu(single_process, monkeypatch):
+    """Megatron takes them wherever they import; on a CPU it gets what it has without."""
+    import megatron.core.optimizer as optimizers
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+
+    for module, names in (
+        (optimizers, ("Adam", "SGD")),
+        (distrib_optimizer, ("Adam", "HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER")),
+        (clip_grads, ("multi_tensor_applier", "multi_tensor_scale_impl", "l2_norm_impl", "multi_tensor_scale_tensor_impl")),
+        (optimizer, ("multi_tensor_applier", "multi_tensor_scale_impl")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, "of the GPU", raising=False)
+    monkeypatch.setattr(optimizers, "USING_PYTORCH_OPTIMIZER", False)
+    cpu._replace_fused_optimizers()
+    assert optimizers.Adam is distrib_optimizer.Adam is torch.optim.AdamW and optimizers.USING_PYTORCH_OPTIMIZER
+    assert not (distrib_optimizer.HAVE_APEX_OR_TE or distrib_optimizer.USING_TE_OPTIMIZER or distrib_optimizer.USING_APEX_OPTIMIZER)
+    for module in (clip_grads, optimizer):
+        assert module.multi_tensor_applier is utils.local_multi_tensor_applier
+        assert module.multi_tensor_scale_impl is utils.local_multi_tensor_scale
+    assert clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm and clip_grads.multi_tensor_scale_tensor_impl is None

@@ -91,6 +91,16 @@ class TestResolve:
             backends.resolve("cuda")
 
 
+def test_ranks_that_found_different_backends_end_together(monkeypatch):
+    theirs = [("te", "Transformer Engine 2.20.2"), ("te", "Transformer Engine 2.20.2"), ("torch", "not te: it is not installed")]
+    monkeypatch.setattr(backends.torch.distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(backends.torch.distributed, "all_gather_object", lambda found, mine: found.__setitem__(slice(None), theirs))
+    with pytest.raises(BackendUnavailableError, match=r"rank 0 has te .*rank 2 has torch \(not te: it is not installed\). Set backend=torch"):
+        backends.assert_same_everywhere(backends.BACKENDS["te"])
+    theirs[2] = ("te", "Transformer Engine 2.19")
+    backends.assert_same_everywhere(backends.BACKENDS["te"])
+
+
 class TestFusions:
     def test_the_fused_rotation_needs_shared_positions_and_no_attention_factor(self):
         assert choose_fusions(has_te_kernels=True, positions_shared=True).rope

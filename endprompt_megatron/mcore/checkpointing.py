@@ -10,7 +10,7 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from endprompt_megatron.mcore.children import serve_parent
+from endprompt_megatron.mcore.children import serve_parent, starting_helpers
 
 
 def begin_save(sharded_state: dict[str, Any], directory: str, *, asynchronous: bool) -> Any:
@@ -36,5 +36,6 @@ def _prepare_queue() -> None:
     rank, and dies of the signal that only asks the rank to stop. Can go when upstream's does not."""
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        manager.start(initializer=serve_parent)
+        with starting_helpers():
+            manager.start(initializer=serve_parent)
         filesystem_async._results_queue = manager.Queue()

@@ -10,6 +10,8 @@ import functools
 import multiprocessing
 import os
 import signal
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from types import FrameType
 
 from endprompt_megatron.errors import EXIT_RESUME
@@ -54,6 +56,19 @@ def serve_parent() -> None:
     """In a helper process that serves its parent and nobody else: live exactly as long."""
     end_with_parent()
     outlast_stop_signals()
+
+
+@contextlib.contextmanager
+def starting_helpers() -> Iterator[None]:
+    """Inside the block this process holds stop signals back, and so do the processes that it starts there, for good: one that is told to
+    stop while it still imports would die before it can `serve_parent`. What comes for this process is heard at the block's end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        resource_tracker.ensure_running()  # multiprocessing's own helper; to start it lets SIGTERM through again
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @functools.cache

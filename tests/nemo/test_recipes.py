@@ -3,6 +3,8 @@ a CPU with a tiny model in the place of Llama."""
 
 from __future__ import annotations
 
+import io
+
 import fiddle
 import nemo_run as run
 import pytest
@@ -29,6 +31,7 @@ def test_recipe_is_the_papers_setting(recipe, gpus, model_parallel):
 
 def test_slurm_job_as_far_as_without_a_cluster(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("nemo_run.config._NEMORUN_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # NeMo-Run hands it to the commands that it starts
     recipe = llama3_70b_64k(paths=["/data/slimpajama"], hf_path="/models/llama3_70b")
     executor = run.SlurmExecutor(
         account="research",

@@ -41,9 +41,9 @@ def smallest_change(config: RunConfig, *, world_size: int, works: Callable[[RunC
     while ranks <= max(_MAX_RANKS, world_size):
         for changes in _combinations(config, ranks // nodes):
             values = {key: value for change in changes for key, value in change.values.items()}
+            if nodes != config.launch.num_nodes:
+                values["launch.num_nodes"] = nodes
             if works(_changed(config, values), ranks):
-                if nodes != config.launch.num_nodes:
-                    values["launch.num_nodes"] = nodes
                 return [f"{key}={_as_override(value)}" for key, value in values.items()]
         nodes, ranks = 2 * nodes, 2 * ranks
     return None

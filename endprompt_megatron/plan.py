@@ -3,6 +3,7 @@ its picture. Nothing is trained, and neither a GPU nor a weight is needed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,25 +17,27 @@ from endprompt_megatron.planning.cluster_page import describe_cluster
 PAGE, PICTURE = "plan.md", "plan.png"
 
 
-def plan_cluster(config: RunConfig, options: ClusterConfig, *, command: str) -> list[str]:
+def plan_cluster(config: RunConfig, options: ClusterConfig, *, command: str, overrides: Sequence[str] = ()) -> list[str]:
     """Rank the layouts of a cluster for an experiment, and write the page.
 
     Args:
         config: of the experiment, not yet validated; its own layout does not count.
         options: the cluster.
         command: as it was typed, for the page.
+        overrides: of the experiment among it, quoted for a shell: with them the page says how to start the run in the first layout.
     Returns:
         The page's lines, without the picture.
     Raises:
         ConfigError: the experiment, or the cluster, is not what can be planned; the output directory cannot be written.
     """
-    short_length = config.data.seq_length
+    short_length, accelerator = config.data.seq_length, config.accelerator
     request = cluster_request(config, options)
     ranking = rank_layouts(request)
     short = request if not config.method.full_length else replace(request, seq_length=short_length)
     lengths = [length for length in options.lengths if length > preflight.known_base(config)[0].max_position_embeddings]
     comparisons = compare_lengths(short, lengths) if lengths else []
-    described = {"experiment": config.name, "tokens": options.tokens, "rows": options.rows, "command": command}
+    job = " ".join([*overrides, *_cluster_overrides(config, request, accelerator=accelerator)])
+    described = {"experiment": config.name, "job": job, "tokens": options.tokens, "rows": options.rows, "command": command}
     lines = describe_cluster(request, ranking, comparisons, **described)
     with claimed(Path(options.output_dir), doing="writes a plan there") as directory:
         picture = None
@@ -81,4 +84,16 @@ def cluster_request(config: RunConfig, options: ClusterConfig) -> ClusterRequest
         global_batch_size=planned.global_batch_size,
         backend=planned.backend,
         trained=planned.trained,
+        whole_samples=config.method.attention == "s2",
+        bf16_layers=(config.precision.num_layers_at_start_in_bf16, config.precision.num_layers_at_end_in_bf16),
     )
+
+
+def _cluster_overrides(config: RunConfig, request: ClusterRequest, *, accelerator: str) -> list[str]:
+    """What makes the experiment's cluster, and its own accelerator, the planned one, as overrides."""
+    nodes = -(-request.num_gpus // request.gpus_per_node)
+    while request.num_gpus % nodes:
+        nodes += 1
+    planned = {"nproc_per_node": request.num_gpus // nodes, "num_nodes": nodes, "gpu": request.hardware}
+    changed = [f"launch.{key}={value}" for key, value in planned.items() if getattr(config.launch, key) != value]
+    return [*(["accelerator=gpu"] if accelerator != "gpu" else []), *changed]

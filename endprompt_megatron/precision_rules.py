@@ -1,5 +1,5 @@
 """What makes a choice of precision or of kernels wrong, in words: the limits of Transformer Engine's FP8 that follow from numbers alone, so
-that a dry run on a laptop finds them. What depends on the machine (GPU, cuDNN, versions) is model/transformer_engine_checks.py's.
+that a dry run on a laptop finds them. What depends on the machine (GPU, cuDNN, versions) is model/te_support.py's.
 
 Sources: megatron-core 0.16-0.19 (transformer_config.py, fp8_utils.py, transformer_block.py) and Transformer Engine 2.20
 (pytorch/utils.py: assert_dim_for_fp8_exec; is_quantizable of its block-scaled tensors; common/fused_attn: FP8 backend).

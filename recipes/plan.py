@@ -41,7 +41,8 @@ def run(composed: DictConfig) -> None:
         from endprompt_megatron.plan import plan_cluster
 
         command = "python recipes/plan.py " + shlex.join(sys.argv[1:])
-        print("\n".join(plan_cluster(to_run_config(without_plan(composed)), options, command=command)))
+        overrides = [shlex.quote(argument) for argument in sys.argv[1:] if not argument.lstrip("+").startswith("plan.")]
+        print("\n".join(plan_cluster(to_run_config(without_plan(composed)), options, command=command, overrides=overrides)))
 
 
 if __name__ == "__main__":

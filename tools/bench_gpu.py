@@ -298,8 +298,29 @@ def page(arguments: argparse.Namespace, variants: list[Variant], architecture: M
     return "\n".join(lines)
 
 
+def _problems(arguments: argparse.Namespace) -> list[str]:
+    """What is wrong with the numbers of the command line."""
+    least = {"layers": 1, "micro_batches": 1, "steps": 1, "warmup": 0, "rounds": 1}
+    problems = [
+        f"--{key.replace('_', '-')} {getattr(arguments, key)}: must be {smallest} or more."
+        for key, smallest in least.items()
+        if getattr(arguments, key) < smallest
+    ]
+    window, length, target = LLAMA3_8B.max_position_embeddings, arguments.seq_length, arguments.target
+    if target < window:
+        problems.append(f"--target {target}: must be the model's window of {window} positions or more.")
+    if not _PROMPT_TOKENS < length <= target:
+        problems.append(f"--seq-length {length}: must be more than the end prompt's {_PROMPT_TOKENS} tokens, at most --target {target}.")
+    if arguments.long not in (0, target):
+        problems.append(f"--long {arguments.long}: full-length samples fill the window: give --target {target}, or 0 for none.")
+    return problems
+
+
 def bench_gpu(arguments: argparse.Namespace) -> None:
     """Measure every variant in turn and print, or write, the page."""
+    problems = _problems(arguments)
+    if problems:
+        sys.exit("\n".join(problems))
     if arguments.page and arguments.page.exists() and not arguments.overwrite:
         sys.exit(f"--page {arguments.page} is there already: choose another name, or give --overwrite.")
     architecture = TINY if arguments.tiny else replace(LLAMA3_8B, num_layers=arguments.layers)

@@ -168,20 +168,19 @@ def _cudnn(seen: Accelerators) -> Finding:
 
 
 def fp8_kinds(capability: tuple[int, int], *, cuda: str) -> list[str]:
-    """The values of `precision` for FP8 that a GPU and a CUDA release carry.
+    """The values of `precision` for FP8 that a run accepts on a GPU with a CUDA release: model/te_support.py's rules, without torch.
 
     Args:
         capability: compute capability of the GPU, (major, minor).
         cuda: CUDA release of torch, for example "12.8".
-    Source: Transformer Engine, pytorch/quantization.py (_compute_*_support); FP8 attention needs Hopper or later.
+    Source: Transformer Engine, pytorch/quantization.py (_compute_*_support), which has FP8 on Ada as well; no run here asks it there.
     """
-    release_of_cuda = release(cuda)
     kinds = []
-    if capability >= (9, 0) or (capability == (8, 9) and release_of_cuda >= (12, 1)):
-        kinds.append("fp8")
     if capability >= (9, 0):
-        kinds.append("fp8_attention")
-        if release_of_cuda >= (12, 9):
+        kinds.append("fp8")
+        if capability < (12, 0):
+            kinds.append("fp8_attention")
+        if release(cuda) >= (12, 9):
             kinds.append("fp8_blockwise")
     if (10, 0) <= capability < (12, 0):
         kinds.append("mxfp8")
@@ -195,7 +194,7 @@ def _fp8(seen: Accelerators, *, transformer_engine: bool) -> Finding:
     weakest = min(seen.gpus, key=lambda gpu: gpu.capability)
     kinds = fp8_kinds(weakest.capability, cuda=seen.cuda or "0")
     if not kinds:
-        return Finding("fp8", MISSING, f"not on {weakest.name}", f"FP8 needs compute capability 8.9 (Ada, Hopper) or later; {meaning}")
+        return Finding("fp8", MISSING, f"not on {weakest.name}", f"FP8 training needs compute capability 9.0 (Hopper) or later; {meaning}")
     if not transformer_engine:
         found = f"{weakest.name} has it, Transformer Engine is missing"
         return Finding("fp8", MISSING, found, meaning, "Install it: the line te says how.")

@@ -15,8 +15,9 @@ from endprompt_megatron.planning.throughput import GPUS_PER_NODE, Hardware, Step
 MICRO_BATCH_SIZES = (1, 2, 4)
 # Tried in this order: the first that fits is the fastest.
 RECOMPUTE_GRANULARITIES = (None, "selective", "full")
-# FP8 products take multiples: tensor cores of 16, one scale covers 128 or 32 numbers.
+# FP8 products take multiples (tensor cores of 16, one scale covers 128 or 32 numbers), FP8 attention blocks of tokens.
 _FP8_MULTIPLES = {"fp8": 16, "fp8_attention": 16, "fp8_blockwise": 128, "mxfp8": 32}
+_FP8_ATTENTION_BLOCK = 128
 
 
 @dataclass
@@ -55,6 +56,8 @@ class ClusterRequest:
         global_batch_size: samples a step.
         backend: te or torch: whose tensors are counted.
         trained: what trains, where that is not every weight.
+        whole_samples: whether a rank needs samples whole (S2-attention), so that there is no context parallelism.
+        bf16_layers: of an FP8 precision: layers at the start and at the end that stay in bf16, each within one pipeline stage.
     """
 
     shape: ModelShape
@@ -66,6 +69,8 @@ class ClusterRequest:
     global_batch_size: int
     backend: str = "te"
     trained: TrainedParts | None = None
+    whole_samples: bool = False
+    bf16_layers: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -209,7 +214,8 @@ def compare_lengths(request: ClusterRequest, lengths: list[int]) -> list[LengthC
     if not short.candidates:
         raise ConfigError(
             f"plan.num_gpus={request.num_gpus}: no layout of {request.hardware} holds samples of data.seq_length={request.seq_length} "
-            f"tokens ({'; '.join(rejection.example for rejection in short.rejections)}). Plan for more GPUs, or for shorter samples."
+            f"tokens ({'; '.join(f'{rejection.reason} ({rejection.example})' for rejection in short.rejections)}). Plan for another number "
+            f"of GPUs (plan.num_gpus), or for shorter samples (data.seq_length)."
         )
     found = []
     for length in lengths:
@@ -250,23 +256,31 @@ def _divisors(number: int) -> list[int]:
 def _problem(request: ClusterRequest, layout: Layout) -> tuple[str, str] | None:
     """(reason, example) of why Megatron-Core cannot run a layout, whatever its batch; or why nobody should."""
     shape, tensor, context = request.shape, layout.tensor_model_parallel_size, layout.context_parallel_size
+    pipeline = layout.pipeline_model_parallel_size
     if shape.num_query_groups % tensor or shape.num_attention_heads % tensor:
         heads = f"{shape.num_attention_heads} heads and {shape.num_query_groups} KV heads"
         return f"TP has to divide the model's {heads}", f"TP {tensor}"
     if tensor > request.gpus_per_node:
         return f"TP leaves the node of {request.gpus_per_node} GPUs, whose links between layers it needs", f"TP {tensor}"
-    if shape.num_layers % layout.pipeline_model_parallel_size:
-        return f"PP has to divide the model's {shape.num_layers} layers", f"PP {layout.pipeline_model_parallel_size}"
+    if shape.num_layers % pipeline:
+        return f"PP has to divide the model's {shape.num_layers} layers", f"PP {pipeline}"
+    if request.whole_samples and context > 1:
+        return "S2-attention needs whole samples on a rank", f"CP {context}"
     if context > 1 and request.seq_length % (2 * context) or request.seq_length % (tensor * context):
         return f"2 x CP and TP x CP have to divide the {request.seq_length:,} tokens of a sample", f"CP {context}"
     if request.global_batch_size % layout.data_parallel_size:
         return f"DP has to divide the {request.global_batch_size} samples of a step", f"DP {layout.data_parallel_size}"
     multiple = _FP8_MULTIPLES.get(request.precision)
     if multiple:
+        start, end = request.bf16_layers
+        if max(start, end) > shape.num_layers // pipeline:
+            return f"the first {start} and the last {end} layers, which stay in bf16, each need one stage", f"PP {pipeline}"
         tokens = request.seq_length // context // tensor
         widths = (shape.query_size + shape.key_value_size, shape.query_size, shape.ffn_hidden_size)
         if any(width % (tensor * multiple) for width in widths) or tokens % multiple:
             return f"{request.precision} needs tokens and widths of a rank in multiples of {multiple}", f"TP {tensor}, CP {context}"
+        if request.precision == "fp8_attention" and request.seq_length % (_FP8_ATTENTION_BLOCK * (2 * context if context > 1 else 1)):
+            return f"FP8 attention needs blocks of {_FP8_ATTENTION_BLOCK} tokens, two for each of CP ranks", f"CP {context}"
     return None
 
 
@@ -276,6 +290,8 @@ def _best_of(request: ClusterRequest, layout: Layout, hardware: Hardware) -> tup
     nearest = (float("inf"), layout)
     for variant in _variants(request, layout):
         for recompute in RECOMPUTE_GRANULARITIES:
+            if recompute == "selective" and request.precision == "fp8_attention":
+                continue  # delayed scaling would count the repeated attention twice
             candidate = _tried(request, replace(variant, recompute_granularity=recompute), hardware)
             excess = candidate.memory.total_gib + candidate.reserve_gib - hardware.memory_gib
             nearest = min(nearest, (excess, candidate.layout), key=lambda one: one[0])

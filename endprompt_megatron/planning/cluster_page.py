@@ -5,7 +5,7 @@ from __future__ import annotations
 from endprompt_megatron.planning.cluster import Candidate, ClusterRequest, LengthComparison, Ranking
 from endprompt_megatron.planning.flops import count_parameters, training_flops_per_token
 from endprompt_megatron.planning.planner import shares_of_step
-from endprompt_megatron.planning.throughput import LINK_SHARE, MESSAGE_SECONDS, get_hardware
+from endprompt_megatron.planning.throughput import LINK_SHARE, MESSAGE_SECONDS, get_hardware, kinds_of_numbers
 
 
 def describe_cluster(
@@ -14,6 +14,7 @@ def describe_cluster(
     comparisons: list[LengthComparison],
     *,
     experiment: str,
+    job: str,
     tokens: float,
     rows: int,
     command: str,
@@ -26,6 +27,7 @@ def describe_cluster(
         ranking: of its layouts.
         comparisons: with full-length training, by window; may be empty.
         experiment: its name.
+        job: arguments of recipes/extend.py that start it on this cluster, in any layout.
         tokens: physical tokens that hours are for.
         rows: layouts that the table shows.
         command: that made the page.
@@ -41,7 +43,7 @@ def describe_cluster(
         f"{request.seq_length:,} tokens a step; hours are for {words_of_tokens(tokens)} tokens. {request.hardware}: "
         f"{hardware.memory_gib:.1f} GiB.",
         "",
-        *_ranking_lines(request, ranking, experiment, tokens, rows),
+        *_ranking_lines(request, ranking, job, tokens, rows),
         *_rejection_lines(ranking),
         *comparison_lines(request, comparisons, tokens=tokens),
         *([f"![Memory and time by window]({picture})", ""] if picture else []),
@@ -97,7 +99,7 @@ def _comparison_cells(ranking: Ranking, endprompt: Candidate, same_layout: Candi
     ]
 
 
-def _ranking_lines(request: ClusterRequest, ranking: Ranking, experiment: str, tokens: float, rows: int) -> list[str]:
+def _ranking_lines(request: ClusterRequest, ranking: Ranking, job: str, tokens: float, rows: int) -> list[str]:
     lines = [f"## Layouts that fit, fastest first ({min(rows, len(ranking.candidates))} of {len(ranking.candidates)})", ""]
     if not ranking.candidates:
         return [*lines, "None.", ""]
@@ -127,7 +129,7 @@ def _ranking_lines(request: ClusterRequest, ranking: Ranking, experiment: str, t
         f"activations {memory.activations_gib:.1f}, and the larger of logits {memory.logits_gib:.1f} and one layer going backward "
         f"{memory.working_gib:.1f}. Its time: {shares_of_step(first.time)}.",
         "",
-        f"    python recipes/extend.py +experiment={experiment} {_overrides(first)}",
+        f"    python recipes/extend.py {job} {_overrides(first)}",
         "",
     ]
 
@@ -170,19 +172,22 @@ def _recomputation(candidate: Candidate) -> str:
 
 def _assumption_lines(request: ClusterRequest) -> list[str]:
     hardware = get_hardware(request.hardware)
-    kind = "fp8" if request.precision not in hardware.peak_tflops else request.precision
+    kind, attention_kind = kinds_of_numbers(request.precision)
     te = "the kernels of Transformer Engine" + (", FP8 copies of the weights cached" if kind == "fp8" else "")
     kernels = te if request.backend == "te" else "plain torch's kernels"
-    shares = f"{hardware.matmul_share[kind]:.0%} of {hardware.peak_tflops[kind]:,.0f} TFLOP/s"
+    products = f"{hardware.matmul_share[kind]:.0%} of {hardware.peak_tflops[kind]:,.0f} TFLOP/s"
+    attention = f"{hardware.attention_share[attention_kind]:.0%} of the {attention_kind} peak"
     return [
         "## What this assumes, and what it leaves out",
         "",
-        f"- Matrix products of layers reach {shares}, attention {hardware.attention_share['bf16']:.0%} of the bf16 peak, links and "
-        f"memory {LINK_SHARE:.0%} of their bandwidth; every message costs {MESSAGE_SECONDS * 1e6:.0f} microseconds. One share a GPU is "
+        f"- Matrix products of layers reach {products}, attention {attention}, links and memory "
+        f"{LINK_SHARE:.0%} of their bandwidth; every message costs {MESSAGE_SECONDS * 1e6:.0f} microseconds. One share a GPU is "
         f"calibrated on a published speed, the others are assumptions (planning/throughput.py names them).",
         f"- Memory is that of tensors: 4 bytes of gradient and 12 of optimizer state a parameter beside its weight, optimizer state split "
         f"over DP x CP, {kernels}. A layout fits where a reserve is left for CUDA context, NCCL and fragmentation (1 GiB, 0.5 for each "
         f"kind of group, 3 % of the GPU).",
+        *(["- Adapters train, in short and in long samples alike; the time is that of every weight trained."] if request.trained else []),
+        *(["- S2-attention is timed as full attention."] if request.whole_samples else []),
         "- Gradients and weights travel beside the last backward and the first forward pass; interleaved stages send beside their work.",
         "- Left out: start-up, data loading, checkpoints, evaluation, the starts of small kernels, slow nodes, congestion, failures.",
         "- A sample counts its physical tokens, so that both methods train on as many; full-length steps have as many samples.",

@@ -83,7 +83,7 @@ class Layout:
         behind = self.pipeline_model_parallel_size - 1 - stage
         if self.pipeline_model_parallel_size == 1:
             return 1
-        if self.num_chunks == 1:
+        if self.virtual_pipeline_model_parallel_size is None:  # 1 is the interleaved schedule too
             return min(behind + 1, self.num_micro_batches)
         warm_up = 2 * behind + (self.num_chunks - 1) * self.pipeline_model_parallel_size
         return min(warm_up + 1, self.num_micro_batches * self.num_chunks)

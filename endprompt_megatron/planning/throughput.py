@@ -142,6 +142,11 @@ def has_speed(hardware: Hardware, precision: str) -> bool:
     return precision in _KINDS and _KINDS[precision][0] in hardware.peak_tflops
 
 
+def kinds_of_numbers(precision: str) -> tuple[str, str]:
+    """What matrix products and what attention are computed in, as the tables of `Hardware` name it; precision as step_time."""
+    return _KINDS[precision][:2]
+
+
 def pipeline_bubble_factor(
     pipeline_model_parallel_size: int, num_micro_batches: int, virtual_pipeline_model_parallel_size: int | None = None
 ) -> float:

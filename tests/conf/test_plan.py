@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,14 @@ import pytest
 from extend import ROOT, to_run_config  # recipes/extend.py
 from plan import to_cluster, without_plan  # recipes/plan.py
 
+from endprompt_megatron import preflight
 from endprompt_megatron.config import ParallelConfig
 from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.launch import planned_world_size
 from endprompt_megatron.plan import PAGE, PICTURE, cluster_request, plan_cluster
 from endprompt_megatron.planning.cluster import rank_layouts
 from endprompt_megatron.planning.cluster_page import comparison_lines
+from endprompt_megatron.planning.planner import fullest, plan_memory
 
 # one a model, cluster and method: other windows change nothing but the positions of EndPrompt
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*_64k*.yaml") if not path.stem.startswith("smollm2"))
@@ -74,6 +78,34 @@ def test_full_length_methods_rank_full_length_and_compare_with_the_short_samples
     config, options = _compose("+experiment=llama3_8b_64k", "method=full", "plan.lengths=[65536]")
     page = "\n".join(plan_cluster(config, options, command="x"))
     assert "64 samples of 65,536 tokens a step" in page and "| any | EndPrompt, 8,192 tokens |" in page
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["+experiment=llama3_8b_64k", "precision=fp8", "parallel=tp8", "plan.num_gpus=16", "plan.hardware=H200"],
+        ["+experiment=paper", "model=mistral_7b", "length=128k", "plan.num_gpus=4"],
+        ["+experiment=smollm2_135m_16k_cpu", "plan.num_gpus=2"],
+        ["+experiment=llama3_8b_64k_longlora"],
+    ],
+    ids=["another_cluster", "composed", "cpu", "longlora"],
+)
+def test_the_command_on_the_page_starts_what_was_planned(typed, tmp_path, monkeypatch):
+    """Its words alone make the first layout's run: the same ranks, GPU, precision, samples and memory."""
+    monkeypatch.chdir(tmp_path)
+    config, options = _compose(*typed, "plan.lengths=[]")
+    page = plan_cluster(config, options, command="x", overrides=[word for word in typed if not word.startswith("plan.")])
+    (line,) = [line for line in page if line.startswith("    python recipes/extend.py ")]
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        run = to_run_config(hydra.compose("extend", overrides=shlex.split(line)[2:]))
+    ranks = planned_world_size(run)
+    architecture, _ = preflight.validate(run, world_size=ranks)
+    run.precision.name = run.precision.name.replace("auto", "bf16")
+    request = cluster_request(*_compose(*typed))
+    best = rank_layouts(request).candidates[0]
+    planned = preflight.plan_request(run, architecture, world_size=ranks, num_prompt_tokens=0)
+    assert planned.layout == best.layout and fullest(plan_memory(planned)) == best.memory
+    assert (planned.hardware, planned.precision, planned.seq_length) == (request.hardware, request.precision, request.seq_length)
 
 
 def test_adapters():

@@ -72,4 +72,7 @@ def test_more_nodes_where_these_do_not_do():
     config = _config()
     asked = smallest_change(config, world_size=8, works=lambda changed, ranks: ranks >= 32 and changed.parallel.use_distributed_optimizer)
     assert asked == ["parallel.use_distributed_optimizer=true", "launch.num_nodes=4"]
+    # memory of hosts is shared by their ranks, so `works` has to see the nodes
+    shared = smallest_change(config, world_size=8, works=lambda changed, ranks: changed.launch.num_nodes >= 2 and ranks == 16)
+    assert shared == ["launch.num_nodes=2"]
     assert smallest_change(config, world_size=8, works=lambda changed, ranks: False) is None

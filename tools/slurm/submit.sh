@@ -103,6 +103,8 @@ if [[ -z $experiment ]]; then
     problem "no experiment: end the command with -- +experiment=NAME; NAME is one of ${known% }."
 elif [[ ! -f $recipe ]]; then
     problem "+experiment=$experiment is unknown: choose one of ${known% }."
+elif [[ " ${overrides[*]} " == *" experiment=$experiment "* ]]; then # the recipe has no experiment that could be replaced
+    problem "experiment=$experiment: write +experiment=$experiment."
 elif [[ -z $output_dir ]]; then
     name=$(override name)
     name=${name:-$(sed -n 's/^name: *//p' "$recipe")}
@@ -117,7 +119,7 @@ if [[ -z $log_directory ]]; then log_directory=$(dirname "$output_dir")/slurm; f
 log_directory=$(absolute "$log_directory")
 
 # ------------------------------------------------------------------ rules
-whole() { [[ $1 =~ ^[0-9]+$ ]]; }
+whole() { [[ $1 =~ ^(0|[1-9][0-9]{0,8})$ ]]; } # bash takes 08 for octal
 at_least() { # option value smallest
     if ! whole "$2" || [[ $2 -lt $3 ]]; then problem "$1 $2: must be a whole number, $3 or more."; fi
 }

@@ -10,6 +10,8 @@ import pytest
 from endprompt_megatron.doctor.accelerators import Accelerators, Gpu, accelerator_findings, fp8_kinds, look
 from endprompt_megatron.doctor.finding import LIMITS, MISSING, OK, Finding
 from endprompt_megatron.doctor.probes import Answer
+from endprompt_megatron.model.te_support import Machine, fault_of
+from endprompt_megatron.precision_rules import FP8_MULTIPLES
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", 79.1, (9, 0))
 A100 = Gpu("NVIDIA A100-SXM4-80GB", 79.2, (8, 0))
@@ -153,16 +155,17 @@ def test_look_at_this_machine():
     [
         ((7, 0), "12.8", []),
         ((8, 0), "13.0", []),
-        ((8, 9), "12.0", []),
-        ((8, 9), "12.8", ["fp8"]),
+        ((8, 9), "12.8", []),
         ((9, 0), "12.8", ["fp8", "fp8_attention"]),
         ((9, 0), "13.0", ["fp8", "fp8_attention", "fp8_blockwise"]),
         ((10, 0), "13.0", ["fp8", "fp8_attention", "fp8_blockwise", "mxfp8"]),
-        ((12, 0), "13.0", ["fp8", "fp8_attention", "fp8_blockwise"]),
+        ((12, 0), "13.0", ["fp8", "fp8_blockwise"]),
     ],
 )
-def test_fp8_kinds(capability, cuda, kinds):
+def test_fp8_kinds_are_what_a_run_accepts(capability, cuda, kinds):
     assert fp8_kinds(capability, cuda=cuda) == kinds
+    machine = Machine(None, (2, 13), "it", capability, tuple(map(int, cuda.split("."))), (9, 20, 0))
+    assert kinds == [precision for precision in FP8_MULTIPLES if fault_of(machine, precision) is None]
 
 
 @pytest.mark.requires_te
@@ -178,5 +181,6 @@ def test_fp8_kinds_are_transformer_engines(monkeypatch):
                 "fp8_blockwise": quantization._compute_fp8_block_scaling_support()[0],
                 "mxfp8": quantization._compute_mxfp8_support()[0],
             }
+            theirs["fp8"] = theirs["fp8"] and capability != (8, 9)  # Ada: a run asks for Hopper
             ours = fp8_kinds(capability, cuda=cuda)
             assert {kind: kind in ours for kind in theirs} == theirs, (capability, cuda)

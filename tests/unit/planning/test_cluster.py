@@ -8,7 +8,7 @@ from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.planning.cluster import ClusterRequest, compare_lengths, rank_layouts
 from endprompt_megatron.planning.cluster_page import describe_cluster, words_of_tokens
 from endprompt_megatron.planning.flops import ModelShape
-from endprompt_megatron.planning.memory import stage_memory
+from endprompt_megatron.planning.memory import TrainedParts, stage_memory
 from endprompt_megatron.planning.throughput import get_hardware
 
 LLAMA3_8B = ModelShape(32, 4096, 14336, 32, 8, 128, 128256, tied_embeddings=False)
@@ -94,7 +94,9 @@ def test_the_page_tells_layouts_rejections_windows_and_assumptions():
     request = dataclasses.replace(NODE, shape=LLAMA3_70B, num_gpus=64)
     ranking, comparisons = rank_layouts(request), compare_lengths(request, [65536, 2**21])
     page = "\n".join(
-        describe_cluster(request, ranking, comparisons, experiment="big", tokens=2e9, rows=3, command="python x", picture="plan.png")
+        describe_cluster(
+            request, ranking, comparisons, experiment="big", job="+experiment=big", tokens=2e9, rows=3, command="python x", picture="plan.png"
+        )
     )
     first = ranking.candidates[0]
     for stated in (
@@ -113,8 +115,39 @@ def test_the_page_tells_layouts_rejections_windows_and_assumptions():
         assert stated in page, stated
     table = [line for line in page.splitlines() if line.startswith("| TP")]
     assert len(table) == 3
-    empty = "\n".join(describe_cluster(request, ranking, [], experiment="big", tokens=1e9, rows=3, command="x"))
+    empty = "\n".join(describe_cluster(request, ranking, [], experiment="big", job="+experiment=big", tokens=1e9, rows=3, command="x"))
     assert "EndPrompt against" not in empty
+
+
+def test_the_page_names_the_peaks_that_the_precision_uses_and_what_adapters_and_s2_attention_leave_uncounted():
+    def page(**changes):
+        request = dataclasses.replace(NODE, **changes)
+        described = {"experiment": "big", "job": "+experiment=big", "tokens": 1e9, "rows": 1, "command": "x"}
+        return "\n".join(describe_cluster(request, rank_layouts(request), [], **described))
+
+    assert "attention 55% of the bf16 peak" in page(precision="fp8") and "attention 35% of the fp8 peak" in page(precision="fp8_attention")
+    assert "every weight trained" in page(trained=TrainedParts(10, embedding=True, norms=True)) and "every weight trained" not in page()
+    assert "S2-attention is timed as full attention" in page(whole_samples=True) and "S2-attention" not in page()
+
+
+def test_s2_attention_has_no_context_parallelism():
+    ranking = rank_layouts(dataclasses.replace(NODE, whole_samples=True))
+    assert {candidate.layout.context_parallel_size for candidate in ranking.candidates} == {1}
+    assert _reasons(ranking)["S2-attention"].count == 10  # of 8 GPUs' 20 layouts those with CP 2, 4 and 8: 6 + 3 + 1
+
+
+def test_fp8_attention_takes_blocks_of_tokens_and_is_not_computed_twice():
+    """1,024 tokens are two halves of a block of 128 on each of CP 4 ranks, not of CP 8."""
+    short = rank_layouts(dataclasses.replace(NODE, precision="fp8_attention", seq_length=1024))
+    assert {candidate.layout.context_parallel_size for candidate in short.candidates} == {1, 2, 4}
+    # so long that a layout has to recompute something
+    long = rank_layouts(dataclasses.replace(NODE, precision="fp8_attention", seq_length=32768))
+    assert {candidate.layout.recompute_granularity for candidate in long.candidates} == {None, "full"}
+
+
+def test_layers_in_bf16_have_to_lie_in_one_stage():
+    ranking = rank_layouts(dataclasses.replace(NODE, precision="fp8", bf16_layers=(8, 1)))
+    assert {candidate.layout.pipeline_model_parallel_size for candidate in ranking.candidates} == {1, 2, 4}
 
 
 def test_tokens_in_words():
@@ -137,5 +170,5 @@ def test_clusters_that_cannot_be_planned_are_refused(changes, words):
 
 
 def test_a_model_that_fits_nowhere_is_refused():
-    with pytest.raises(ConfigError, match=r"no layout of H100-80GB holds samples .*closest: .* GiB too much"):
+    with pytest.raises(ConfigError, match=r"no layout of H100-80GB holds samples .*however it recomputes \(closest: .* GiB too much"):
         compare_lengths(dataclasses.replace(NODE, shape=LLAMA3_70B), [65536])

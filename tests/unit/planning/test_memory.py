@@ -169,6 +169,9 @@ def test_every_stage_holds_its_micro_batches_in_flight():
     assert [stage.logits_gib > 0 for stage in stages] == [False, False, False, True]
     few = stage_memory(SHAPE, dataclasses.replace(layout, num_micro_batches=2), seq_length=32, precision="bf16")
     assert few[0].activations_gib * GIB == pytest.approx(2 * micro_batch)
+    # one chunk a stage of the interleaved schedule warms up twice as long: 2 * 3 passes, and one more
+    one_chunk = stage_memory(SHAPE, dataclasses.replace(layout, virtual_pipeline_model_parallel_size=1), seq_length=32, precision="bf16")
+    assert one_chunk[0].activations_gib * GIB == pytest.approx(7 * micro_batch)
 
 
 def test_the_estimate_is_the_stage_that_needs_most():

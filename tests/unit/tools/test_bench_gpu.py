@@ -50,6 +50,21 @@ def test_without_a_gpu_it_says_how_to_prove_it(call, monkeypatch):
         call("--precisions", "bf16")
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "rule"),
+    [
+        ("--steps", 0, "must be 1 or more"),
+        ("--layers", 0, "must be 1 or more"),
+        ("--seq-length", 7, "more than the end prompt's 11 tokens"),
+        ("--target", 4096, "the model's window of 8192 positions or more"),
+        ("--long", 32768, "full-length samples fill the window"),  # they would take EndPrompt's positions under the name of full length
+    ],
+)
+def test_wrong_numbers_are_refused_before_anything_runs(call, option, value, rule):
+    with pytest.raises(SystemExit, match=f"{option} {value}: .*{rule}"):
+        call("--accelerator", "cpu", option, value)
+
+
 def test_figures_by_hand():
     """Llama-3-8B costs 51.5 GFLOP a token at 8,192 (docs of the planner): 10,000 tokens/s are 515 TFLOP/s, 26 % of an H100's FP8 peak."""
     variant = bench.Variant("fp8", "fp8", 8192, 4, None, seconds=[3.2, 3.2768, 3.4], peak_gib=50.0, status="backend te: x")

@@ -229,8 +229,11 @@ def _run(variant: Variant, arguments: argparse.Namespace, architecture: ModelArc
 
 
 def hardware_of(gpu: str | None) -> Hardware | None:
-    """The planner's entry for a GPU as torch names it, e.g. "NVIDIA H100 80GB HBM3"; None where it knows none, or none is meant."""
-    return next((entry for name, entry in HARDWARE.items() if gpu and name.split("-")[0] in gpu), None)
+    """The planner's entry for a GPU as torch names it, e.g. "NVIDIA H100 80GB HBM3"; None where it knows none, or none is meant. Cards that
+    bear the name and are slower (PCIe, NVL) or smaller (40GB) are other ones."""
+    if not gpu or any(word in gpu for word in ("PCIe", "PCIE", "NVL", "40GB")):
+        return None
+    return next((entry for name, entry in HARDWARE.items() if name.split("-")[0] in gpu), None)
 
 
 def table(variants: list[Variant], architecture: ModelArchitecture, hardware: Hardware | None) -> list[str]:

@@ -85,3 +85,4 @@ def test_gpus_that_the_planner_knows(gpu, name):
 
 def test_gpus_that_it_does_not_know():
     assert bench.hardware_of("NVIDIA GeForce RTX 4090") is None and bench.hardware_of(None) is None
+    assert not any(map(bench.hardware_of, ("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB")))

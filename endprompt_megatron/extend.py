@@ -7,7 +7,6 @@ import copy
 import datetime
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from endprompt_megatron.checkpoint.hf_export import export_hf
 from endprompt_megatron.checkpoint.hf_import import load_hf_weights
 from endprompt_megatron.checkpoint.hf_sources import ensure_base_model
 from endprompt_megatron.checkpoint.hf_verify import format_findings, verify_export
-from endprompt_megatron.checkpoint.model_card import MODEL_CARD, model_card, source_version
+from endprompt_megatron.checkpoint.model_card import MODEL_CARD, model_card
 from endprompt_megatron.checkpoint.peft_adapter import export_peft_adapter
 from endprompt_megatron.config import RunConfig
 from endprompt_megatron.data.corpora import check_corpora, corpus_texts, prepare_corpora
@@ -30,32 +29,18 @@ from endprompt_megatron.evaluation.perplexity import held_out_blocks
 from endprompt_megatron.evaluation.results import Probes, probe_system
 from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore import runtime as mcore_runtime
-from endprompt_megatron.mcore import version
 from endprompt_megatron.model import backends
 from endprompt_megatron.model.build import build_model_chunks
-from endprompt_megatron.model.fusions import Fusions, choose_fusions
+from endprompt_megatron.model.fusions import choose_fusions
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from endprompt_megatron.model.precision import describe_precision
 from endprompt_megatron.positions.scheme import get_scheme
 from endprompt_megatron.report.report import format_table, format_terminal_table, write_report
 from endprompt_megatron.rope.scaling import RopeScaling
+from endprompt_megatron.run_record import Run, conditions_of_run, provenance_of_run, summary_of_run
 from endprompt_megatron.training.metrics import peak_memory_gib
 from endprompt_megatron.training.signals import StopRequests
 from endprompt_megatron.training.trainer import Trainer, TrainingResult
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What the steps of one run share."""
-
-    config: RunConfig
-    base: preflight.Base
-    rope: RopeScaling
-    output_dir: Path
-    runtime: mcore_runtime.Runtime
-    backend: backends.Backend
-    fusions: Fusions
-    stop: StopRequests
 
 
 def extend(config: RunConfig) -> dict[str, Any]:
@@ -103,7 +88,7 @@ def _run(config: RunConfig, stop: StopRequests) -> dict[str, Any]:
         )
         precision = describe_precision(config.precision.name, _bf16_layers(config))
         get_logger().info(f"backend {backend.name}: {backend.description}; precision {precision}; {fusions.describe()}")
-        return _extend(_Run(config, base, rope, output_dir, runtime, backend, fusions, stop), started)
+        return _extend(Run(config, base, rope, output_dir, runtime, backend, fusions, stop), started)
     finally:
         mcore_runtime.shut_down()
 
@@ -136,7 +121,7 @@ def prepare(config: RunConfig) -> preflight.Base:
     return base
 
 
-def _extend(run: _Run, started: float) -> dict[str, Any]:
+def _extend(run: Run, started: float) -> dict[str, Any]:
     config = run.config
     if run.runtime.world_size > 1:  # one rank a host prepares, the others wait and find it done
         if run.runtime.local_rank == 0:
@@ -163,7 +148,7 @@ def _extend(run: _Run, started: float) -> dict[str, Any]:
         systems["base"] = _probe(run, probes, chunks, "base", "base model, untouched", rope=run.base.rope)
     if "untrained" in wanted or (wanted and not config.method.trained):
         systems["untrained"] = _probe(run, probes, chunks, "untrained", f"base with {_words(run.rope)}, no training", rope=run.rope)
-    provenance = _provenance(run, data_hashes)
+    provenance = provenance_of_run(run, data_hashes)
     result = _train(run, chunks, blends, run.output_dir, config, provenance)
     export = _export(run, chunks, result, provenance)
     if "trained" in wanted and config.method.trained:
@@ -171,10 +156,10 @@ def _extend(run: _Run, started: float) -> dict[str, Any]:
         systems["trained"] = _probe(run, probes, chunks, "trained", label, rope=run.rope, step=result.state.step)
     if config.control and config.method.trained:
         systems["control"] = _train_control(run, blends, probes)
-    summary = _summary(run, result, systems, export, time.monotonic() - started)
+    summary = summary_of_run(run, result, systems, export, time.monotonic() - started)
     if global_rank() == 0:
         if probes:
-            conditions = {**probes.conditions(), **_conditions(run)}
+            conditions = {**probes.conditions(), **conditions_of_run(run)}
             _write_json(run.output_dir / "evaluation.json", {"conditions": conditions, "systems": systems})
         _write_json(run.output_dir / "summary.json", summary)
         page = write_report(run.output_dir)
@@ -196,7 +181,7 @@ def _prepare_text(config: RunConfig, base: preflight.Base) -> tuple[tuple[Any, A
     return (train, validation), {**hashes, **more}
 
 
-def _make_probes(run: _Run) -> Probes:
+def _make_probes(run: Run) -> Probes:
     evaluation = run.config.evaluation
 
     def encode(text: str) -> list[int]:
@@ -221,7 +206,7 @@ def _make_probes(run: _Run) -> Probes:
     return Probes(haystacks, blocks, evaluation, run.config.seed)
 
 
-def _base_chunks(run: _Run) -> list[EndPromptGPTModel]:
+def _base_chunks(run: Run) -> list[EndPromptGPTModel]:
     chunks = build_model_chunks(
         run.base.architecture,
         rope=run.rope,
@@ -256,7 +241,7 @@ def _words(rope: RopeScaling) -> str:
 
 
 def _probe(
-    run: _Run, probes: Probes, chunks: list[EndPromptGPTModel], name: str, label: str, *, rope: RopeScaling, step: int | None = None
+    run: Run, probes: Probes, chunks: list[EndPromptGPTModel], name: str, label: str, *, rope: RopeScaling, step: int | None = None
 ) -> dict[str, Any]:
     for chunk in chunks:
         chunk.set_rope(rope)
@@ -268,7 +253,7 @@ def _probe(
 
 
 def _train(
-    run: _Run,
+    run: Run,
     chunks: list[EndPromptGPTModel],
     blends: tuple[Any, Any],
     output_dir: Path,
@@ -309,7 +294,7 @@ def _train(
     return trainer.train()
 
 
-def _train_control(run: _Run, blends: tuple[Any, Any], probes: Probes | None) -> dict[str, Any] | None:
+def _train_control(run: Run, blends: tuple[Any, Any], probes: Probes | None) -> dict[str, Any] | None:
     """The same training from the same base with contiguous positions and no anchor."""
     get_logger().info("control: the same training with contiguous positions and no end prompt")
     config = copy.deepcopy(run.config)
@@ -324,49 +309,7 @@ def _train_control(run: _Run, blends: tuple[Any, Any], probes: Probes | None) ->
     return _probe(run, probes, chunks, "control", label, rope=run.rope, step=result.state.step)
 
 
-def _provenance(run: _Run, data_hashes: dict[str, str]) -> dict[str, Any]:
-    """How the model is made: what endprompt.json and the checkpoints tell of it."""
-    config, prompts = run.config, run.base.end_prompts
-    return {
-        "method": config.method.name,
-        "position_scheme": config.method.position_scheme,
-        "end_prompts": list(prompts.texts) if prompts else [],
-        "end_prompt_lengths": prompts.lengths if prompts else [],
-        "end_prompt_loss_weight": config.method.end_prompt_loss_weight,
-        "num_chunks": config.method.num_chunks,
-        **_adapter_provenance(config),
-        "base": config.model.name,
-        # the window that is stretched: the unscaled one where existing scaling is replaced
-        "original_context_length": round(config.rope.target_context_length / config.rope.factor),
-        "target_context_length": config.rope.target_context_length,
-        "rope_type": run.rope.type,
-        "rope_factor": run.rope.factor,
-        "seq_length": config.data.seq_length,
-        "global_batch_size": config.trainer.global_batch_size,
-        "learning_rate": config.optim.lr,
-        "precision": config.precision.name,
-        "seed": config.seed,
-        "tokenizer_sha256": run.base.tokenizer_hash,
-        "data_sha256": data_hashes,
-        "commit": source_version(),
-        "megatron_core": f"{version.megatron_core_version()}, torch {torch.__version__}",
-    }
-
-
-def _adapter_provenance(config: RunConfig) -> dict[str, Any]:
-    told: dict[str, Any] = {}
-    if config.method.attention == "s2":
-        told["attention"] = f"S2 in training, {config.method.attention_groups} groups"
-    if config.adapter.type == "lora":
-        adapter = config.adapter
-        in_full = [name for name, trains in (("embedding", adapter.train_embeddings), ("norms", adapter.train_norms)) if trains]
-        told["adapter"] = f"LoRA r {adapter.rank}, alpha {adapter.alpha:g}: {', '.join(adapter.target_modules)}" + (
-            f"; in full: {', '.join(in_full)}" if in_full else ""
-        )
-    return told
-
-
-def _export(run: _Run, chunks: list[EndPromptGPTModel], result: TrainingResult, provenance: dict[str, Any]) -> Path:
+def _export(run: Run, chunks: list[EndPromptGPTModel], result: TrainingResult, provenance: dict[str, Any]) -> Path:
     config = run.config
     export = export_hf(
         chunks,
@@ -404,7 +347,7 @@ def _export(run: _Run, chunks: list[EndPromptGPTModel], result: TrainingResult, 
     return export
 
 
-def _tell_results(run: _Run, export: Path, evaluation: dict[str, Any]) -> None:
+def _tell_results(run: Run, export: Path, evaluation: dict[str, Any]) -> None:
     """Put what was measured into the model card of the export."""
     told = (
         format_table(evaluation)
@@ -415,56 +358,6 @@ def _tell_results(run: _Run, export: Path, evaluation: dict[str, Any]) -> None:
     temporary = export / (MODEL_CARD + ".tmp")
     temporary.write_text(model_card(provenance, base_hf_path=run.base.hf_path, results=told))
     temporary.replace(export / MODEL_CARD)
-
-
-def _conditions(run: _Run) -> dict[str, Any]:
-    """The run's conditions that the report states beside the probes'."""
-    return {
-        "megatron_core": version.megatron_core_version(),
-        "torch": torch.__version__,
-        "device": mcore_runtime.device_name(run.runtime.device),
-        "precision": run.config.precision.name,
-        "learning_rate": run.config.optim.lr,
-        "global_batch_size": run.config.trainer.global_batch_size,
-        "training_text": ", ".join(f"{source.path} ({source.weight:g})" for source in run.config.data.train),
-        "end_prompt_tokens": max(run.base.end_prompts.lengths) if run.base.end_prompts else 0,
-    }
-
-
-def _summary(
-    run: _Run, result: TrainingResult, systems: dict[str, Any], export: Path, wall_seconds: float
-) -> dict[str, Any]:
-    def needle(system: str) -> dict[str, float]:
-        return {length: row["exact_match"] for length, row in systems.get(system, {}).get("needle", {}).items()}
-
-    def perplexity(system: str) -> dict[str, float]:
-        return systems.get(system, {}).get("perplexity", {})
-
-    config = run.config
-    return {
-        "experiment": config.name,
-        "method": config.method.name,
-        "seed": config.seed,
-        "steps": result.state.step,
-        "tokens": result.state.tokens,
-        "physical_length": config.data.seq_length,
-        "target_length": config.rope.target_context_length,
-        "rope_factor": config.rope.factor,
-        "loss_first": result.state.loss_first,
-        "loss_last": result.state.loss_last,
-        "tokens_per_second": result.tokens_per_second,
-        "peak_memory_gib": result.peak_memory_gib,
-        "wall_seconds": wall_seconds,
-        "backend": run.backend.name,
-        "world_size": run.runtime.world_size,
-        "hf_checkpoint": str(export),
-        "needle_before": needle("base"),
-        "needle_untrained": needle("untrained"),
-        "needle_after": needle("trained"),
-        "perplexity_before": perplexity("base"),
-        "perplexity_untrained": perplexity("untrained"),
-        "perplexity_after": perplexity("trained"),
-    }
 
 
 def _write_json(path: Path, value: Any) -> None:

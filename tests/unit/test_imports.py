@@ -50,8 +50,10 @@ MAY_IMPORT = {
     "dry_run": {
         "preflight", "fitting", "launch", "config", "data", "mcore", "model", "planning", "positions", "precision_rules", "rope",
     },
+    "run_record": {"preflight", "checkpoint", "config", "mcore", "model", "rope", "training"},
     "extend": {
-        "preflight", "checkpoint", "config", "data", "evaluation", "launch", "mcore", "model", "positions", "report", "rope", "training",
+        "preflight", "run_record", "checkpoint", "config", "data", "evaluation", "launch", "mcore", "model", "positions", "report", "rope",
+        "training",
     },
 }  # fmt: skip
 # third party -> the only places that may import it

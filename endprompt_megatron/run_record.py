@@ -1,0 +1,136 @@
+"""What a run tells of itself: the provenance that its export and checkpoints carry, the conditions on its page, its summary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from endprompt_megatron import preflight
+from endprompt_megatron.checkpoint.model_card import source_version
+from endprompt_megatron.config import RunConfig
+from endprompt_megatron.mcore import runtime as mcore_runtime
+from endprompt_megatron.mcore import version
+from endprompt_megatron.model import backends
+from endprompt_megatron.model.fusions import Fusions
+from endprompt_megatron.rope.scaling import RopeScaling
+from endprompt_megatron.training.signals import StopRequests
+from endprompt_megatron.training.trainer import TrainingResult
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the steps of one run share."""
+
+    config: RunConfig
+    base: preflight.Base
+    rope: RopeScaling
+    output_dir: Path
+    runtime: mcore_runtime.Runtime
+    backend: backends.Backend
+    fusions: Fusions
+    stop: StopRequests
+
+
+def provenance_of_run(run: Run, data_hashes: dict[str, str]) -> dict[str, Any]:
+    """How the model is made: what endprompt.json and the checkpoints tell of it."""
+    config, prompts = run.config, run.base.end_prompts
+    return {
+        "method": config.method.name,
+        "position_scheme": config.method.position_scheme,
+        "end_prompts": list(prompts.texts) if prompts else [],
+        "end_prompt_lengths": prompts.lengths if prompts else [],
+        "end_prompt_loss_weight": config.method.end_prompt_loss_weight,
+        "num_chunks": config.method.num_chunks,
+        **_adapter_provenance(config),
+        "base": config.model.name,
+        # the window that is stretched: the unscaled one where existing scaling is replaced
+        "original_context_length": round(config.rope.target_context_length / config.rope.factor),
+        "target_context_length": config.rope.target_context_length,
+        "rope_type": run.rope.type,
+        "rope_factor": run.rope.factor,
+        "seq_length": config.data.seq_length,
+        "global_batch_size": config.trainer.global_batch_size,
+        "learning_rate": config.optim.lr,
+        "precision": config.precision.name,
+        "seed": config.seed,
+        "tokenizer_sha256": run.base.tokenizer_hash,
+        "data_sha256": data_hashes,
+        "commit": source_version(),
+        "megatron_core": f"{version.megatron_core_version()}, torch {torch.__version__}",
+    }
+
+
+def _adapter_provenance(config: RunConfig) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    if config.method.attention == "s2":
+        told["attention"] = f"S2 in training, {config.method.attention_groups} groups"
+    if config.adapter.type == "lora":
+        adapter = config.adapter
+        in_full = [name for name, trains in (("embedding", adapter.train_embeddings), ("norms", adapter.train_norms)) if trains]
+        told["adapter"] = f"LoRA r {adapter.rank}, alpha {adapter.alpha:g}: {', '.join(adapter.target_modules)}" + (
+            f"; in full: {', '.join(in_full)}" if in_full else ""
+        )
+    return told
+
+
+def conditions_of_run(run: Run) -> dict[str, Any]:
+    """The run's conditions that the report states beside the probes'."""
+    return {
+        "megatron_core": version.megatron_core_version(),
+        "torch": torch.__version__,
+        "device": mcore_runtime.device_name(run.runtime.device),
+        "precision": run.config.precision.name,
+        "learning_rate": run.config.optim.lr,
+        "global_batch_size": run.config.trainer.global_batch_size,
+        "training_text": ", ".join(f"{source.path} ({source.weight:g})" for source in run.config.data.train),
+        "end_prompt_tokens": max(run.base.end_prompts.lengths) if run.base.end_prompts else 0,
+    }
+
+
+def summary_of_run(
+    run: Run, result: TrainingResult, systems: dict[str, Any], export: Path, wall_seconds: float
+) -> dict[str, Any]:
+    """The flat object that other programs read: summary.json.
+
+    Args:
+        run: which.
+        result: of the training.
+        systems: what was probed, by name.
+        export: directory of the Hugging Face model.
+        wall_seconds: from start to end.
+    """
+
+    def needle(system: str) -> dict[str, float]:
+        return {length: row["exact_match"] for length, row in systems.get(system, {}).get("needle", {}).items()}
+
+    def perplexity(system: str) -> dict[str, float]:
+        return systems.get(system, {}).get("perplexity", {})
+
+    config = run.config
+    return {
+        "experiment": config.name,
+        "method": config.method.name,
+        "seed": config.seed,
+        "steps": result.state.step,
+        "tokens": result.state.tokens,
+        "physical_length": config.data.seq_length,
+        "target_length": config.rope.target_context_length,
+        "rope_factor": config.rope.factor,
+        "loss_first": result.state.loss_first,
+        "loss_last": result.state.loss_last,
+        "tokens_per_second": result.tokens_per_second,
+        "peak_memory_gib": result.peak_memory_gib,
+        "wall_seconds": wall_seconds,
+        "backend": run.backend.name,
+        "world_size": run.runtime.world_size,
+        "hf_checkpoint": str(export),
+        "needle_before": needle("base"),
+        "needle_untrained": needle("untrained"),
+        "needle_after": needle("trained"),
+        "perplexity_before": perplexity("base"),
+        "perplexity_untrained": perplexity("untrained"),
+        "perplexity_after": perplexity("trained"),
+    }

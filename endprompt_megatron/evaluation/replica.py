@@ -164,16 +164,37 @@ class Replica:
             label: for the progress display.
         Returns:
             Results in the order of the items, the same on every rank.
+        Raises:
+            what `work` raised here; RuntimeError on the ranks that wait for one where it raised, or that is at other work: they would
+            take its next results for these.
         """
         size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
         mine = range(rank, len(items), size)
-        found: dict[int, Any] = {index: work(items[index]) for index in track(mine, label, total=len(mine))}
+        found: dict[int, Any] = {}
+        failure: Exception | None = None
+        try:
+            for index in track(mine, label, total=len(mine)):
+                found[index] = work(items[index])
+        except Exception as error:  # the others wait for this rank, and must hear of it before they go on
+            failure = error
         if torch.distributed.get_world_size() > 1:
             tells = self.has_results and parallel_state.get_tensor_model_parallel_rank() == 0
             told: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(told, found if tells else {})
-            found = {index: result for part in told for index, result in part.items()}
+            torch.distributed.all_gather_object(told, (label, failure and f"{type(failure).__name__}: {failure}", found if tells else {}))
+            if failure is None:
+                _refuse_failures(told, label)
+            found = {index: result for _, _, part in told for index, result in part.items()}
+        if failure is not None:
+            raise failure
         return [found[index] for index in range(len(items))]
+
+
+def _refuse_failures(told: Sequence[tuple[str, str | None, Any]], label: str) -> None:
+    for rank, (at, failed, _) in enumerate(told):
+        if at != label:
+            raise RuntimeError(f"rank {rank} is at {at!r} while others are at {label!r}. Its log says what it left out; start again.")
+        if failed:
+            raise RuntimeError(f"rank {rank}: {failed}")
 
 
 def pieces(count: int, chunk: int) -> list[tuple[int, int]]:

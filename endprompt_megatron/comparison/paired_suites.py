@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -56,10 +57,20 @@ def _task_comparison(key: Key, mine: Mapping[int, Evaluation], theirs: Mapping[i
     score = combine_seeds([scores[key].score for scores in mine.values() if key in scores])
     seeds = [seed for seed in mine if key in mine[seed] and key in theirs.get(seed, {})]
     pairs = [(mine[seed][key], theirs[seed][key]) for seed in seeds]
-    differing = {name for own, other in pairs for name in _DECISIVE if own.conditions.get(name) != other.conditions.get(name)}
+    differing = {name for own, other in pairs for name in _differing(key, own.conditions, other.conditions)}
     first, second = (_mean_over_seeds(pair[side].samples for pair in pairs) for side in (0, 1))
     difference = paired_comparison(first, second) if first.keys() & second.keys() else None
     return TaskComparison(key, score, difference, len(seeds), tuple(sorted(differing)))
+
+
+def _differing(key: Key, own: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
+    """Names of the conditions of two evaluations that are not the same."""
+    found = {name for name in _DECISIVE if own.get(name) != other.get(name)}
+    for group, name in (("num_fewshot", key.task), ("perplexity", "stride")):
+        applies = group == "num_fewshot" or group == key.suite
+        if applies and (own.get(group) or {}).get(name) != (other.get(group) or {}).get(name):
+            found.add(f"{group}.{name}")
+    return found
 
 
 def _mean_over_seeds(seeds: Iterable[Mapping[SampleId, float]]) -> dict[SampleId, float]:

@@ -75,6 +75,24 @@ def test_other_questions_are_not_compared(tmp_path):
     assert found.differing == ("dtype",) and found.difference.difference == 30.0
 
 
+@pytest.mark.parametrize(
+    ("own", "other", "told"),
+    [
+        ({"num_fewshot": {"vt": 5}}, {"num_fewshot": {}}, ("num_fewshot.vt",)),
+        ({"num_fewshot": {"cwe": 5}}, {"num_fewshot": {}}, ()),
+        ({"perplexity": {"stride": 256}}, {"perplexity": {"stride": 0}}, ("perplexity.stride",)),
+    ],
+)
+def test_settings_of_a_task_under_which_scores_differ_are_named(tmp_path, own, other, told):
+    suite = "perplexity" if "perplexity" in own else "ruler"
+    found = [
+        {Key(suite, key.task, key.length): score for key, score in _read(tmp_path / str(index), {("vt", 4096): [1.0]}, **conditions).items()}
+        for index, conditions in enumerate((own, other))
+    ]
+    (compared,) = compare_evaluations({"model": {1: found[0]}, "reference": {1: found[1]}}, "reference")["model"]
+    assert compared.differing == told
+
+
 def test_a_model_without_the_reference_has_scores_alone(tmp_path):
     model = _read(tmp_path / "b", {("vt", 4096): [40.0, 60.0]})
     (found,) = compare_evaluations({"model": {1: model}}, "reference")["model"]

@@ -20,10 +20,11 @@ from endprompt_megatron.evaluation.perplexity import held_out_blocks, losses_by_
 from endprompt_megatron.evaluation.suite import PREFILL_CHUNK, EvaluateConfig
 from endprompt_megatron.evaluation.task_sources import GAP_TASK, LOG_PERPLEXITY, NEEDLE_PREFIX, HarnessTask
 from endprompt_megatron.model.gpt import EndPromptGPTModel
+from endprompt_megatron.theory.coverage import gap_of_endprompt
 
 _HAYSTACKS, _DOCUMENTS = 10, 8  # where suite.samples is null
 NO_SEGMENTS = (
-    "the model has no endprompt.json that names an end prompt, so which distances were trained is not known: set "
+    "the model has no endprompt.json of a training with a fixed end prompt that left distances unseen (eq. 9): set "
     "suite.needle.num_context_tokens, num_prompt_tokens and target_context_length to those of the model that it is compared with"
 )
 
@@ -68,7 +69,8 @@ class TrainedSegments:
 
 
 def trained_segments(config: EvaluateConfig, provenance: dict[str, Any]) -> TrainedSegments | None:
-    """As suite.needle names them, else as the model's endprompt.json tells; None where neither does.
+    """As suite.needle names them, else as the model's endprompt.json tells; None where neither does, where the end prompt moved from sample
+    to sample, so that other distances were seen than eq. 8 has, and where none was left unseen.
 
     Args:
         config: of the evaluation.
@@ -77,10 +79,11 @@ def trained_segments(config: EvaluateConfig, provenance: dict[str, Any]) -> Trai
     named = config.suite.needle
     if named.num_context_tokens is not None:
         return TrainedSegments(named.num_context_tokens, named.num_prompt_tokens, named.target_context_length)
-    if not provenance.get("end_prompt_lengths"):
+    if not provenance.get("end_prompt_lengths") or provenance.get("position_scheme") != "endprompt":
         return None
     prompt = max(provenance["end_prompt_lengths"])
-    return TrainedSegments(provenance["seq_length"] - prompt, prompt, provenance["target_context_length"])
+    told = TrainedSegments(provenance["seq_length"] - prompt, prompt, provenance["target_context_length"])
+    return told if gap_of_endprompt(**vars(told)) is not None else None
 
 
 def graded_details(samples: Sequence[Sample], trained: TrainedSegments | None) -> dict[str, Any] | None:
@@ -163,10 +166,12 @@ class GradedTasks:
         for index, ((number, asked), record) in enumerate(zip(questions, records, strict=True)):
             depth, exact, right, log_probability, distance = record
             tokens = len(placed[number].tokens) + len(asked.prompt)
-            answer = hashlib.sha256(np.array(asked.answer, dtype=np.int64).tobytes()).hexdigest()[:12]
+            # the text too: the same key at another depth or distance is another question
+            told = [*haystacks[number].tokens, *asked.prompt, *asked.answer]
+            identity = hashlib.sha256(np.array(told, dtype=np.int64).tobytes()).hexdigest()[:12]
             samples.append(
                 Needle(
-                    index, 100.0 * exact, f"{log_probability:.4f} nats", answer, tokens, haystack=number, parts_right=right,
+                    index, 100.0 * exact, f"{log_probability:.4f} nats", identity, tokens, haystack=number, parts_right=right,
                     log_probability=log_probability, depth=depth, distance=distance,
                 )
             )  # fmt: skip

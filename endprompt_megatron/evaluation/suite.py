@@ -19,6 +19,7 @@ from endprompt_megatron.evaluation.task_sources import (
     path_problems,
     tasks_of,
 )
+from endprompt_megatron.theory.coverage import gap_of_endprompt
 
 MEGATRON = "megatron"
 BACKENDS = ("hf", "vllm", MEGATRON)
@@ -76,6 +77,8 @@ class NeedleConfig:
         problems = []
         if not self.depths or any(not 0 <= depth <= 1 for depth in self.depths):
             problems.append(f"suite.needle.depths={list(self.depths)}: name at least one, between 0 (start) and 1 (end).")
+        if len(set(self.depths)) < len(self.depths):
+            problems.append(f"suite.needle.depths={list(self.depths)}: name each once.")
         if not 1 <= self.digits <= 18:
             problems.append(f"suite.needle.digits={self.digits}: must be 1 to 18. The default is 5.")
         trained = (self.num_context_tokens, self.num_prompt_tokens, self.target_context_length)
@@ -84,7 +87,19 @@ class NeedleConfig:
                 f"suite.needle: num_context_tokens={trained[0]}, num_prompt_tokens={trained[1]}, target_context_length={trained[2]}: name "
                 f"all three, each >= 1, or none."
             )
+        elif None not in trained:
+            problems += _gap_problems(*trained)
         return problems
+
+
+def _gap_problems(num_context_tokens: int, num_prompt_tokens: int, target_context_length: int) -> list[str]:
+    """What is wrong with segments that a gap is to be probed of."""
+    told = f"suite.needle: num_context_tokens={num_context_tokens} and num_prompt_tokens={num_prompt_tokens}"
+    if num_context_tokens + num_prompt_tokens > target_context_length:
+        return [f"{told} exceed target_context_length={target_context_length}. Name the numbers of a training, or none."]
+    if gap_of_endprompt(num_context_tokens, num_prompt_tokens, target_context_length=target_context_length) is None:
+        return [f"{told} show every distance of target_context_length={target_context_length}: no gap is there to probe. Name none."]
+    return []
 
 
 @dataclass
@@ -152,6 +167,13 @@ class SuiteConfig:
                 if not SHORTEST <= length <= LONGEST:
                     problems.append(f"suite.lengths: {length} tokens; prompts are made for {SHORTEST} to {LONGEST}.")
         if PERPLEXITY in self.suites():
+            longest = max(self.lengths or [DEFAULT_LENGTHS_FROM])
+            uneven = [length for length in self.lengths or [] if length > 0 and longest % length]
+            if uneven and not self.perplexity.stride:
+                problems.append(
+                    f"suite.lengths={list(self.lengths)}: windows of {uneven[0]} tokens that do not overlap end before {longest}, so that "
+                    f"perplexity would be of other tokens at every length. Name divisors of the longest, or set suite.perplexity.stride."
+                )
             if not self.perplexity.text:
                 problems.append("suite.perplexity.text is empty: name a corpus, e.g. suite.perplexity.text='[{path: held_out.jsonl}]'.")
             if self.perplexity.stride and not 0 < self.perplexity.stride < min(self.lengths or [DEFAULT_LENGTHS_FROM]):

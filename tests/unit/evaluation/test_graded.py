@@ -105,14 +105,28 @@ def test_the_gap_probe_asks_in_every_region_and_what_it_finds_is_parted_by_them(
 
 
 def test_which_distances_were_trained_comes_from_the_settings_or_the_model(tiny_model_dir):
-    told = {"end_prompt_lengths": [9, 11], "seq_length": 512, "target_context_length": 16384}
+    told = {"position_scheme": "endprompt", "end_prompt_lengths": [9, 11], "seq_length": 512, "target_context_length": 16384}
     assert trained_segments(config_of(tiny_model_dir), told) == TrainedSegments(501, 11, 16384)
     named = config_of(tiny_model_dir, needle=NeedleConfig(num_context_tokens=10, num_prompt_tokens=2, target_context_length=99))
     assert trained_segments(named, told) == TrainedSegments(10, 2, 99)
     assert trained_segments(config_of(tiny_model_dir), {"end_prompt_lengths": []}) is None
+    for other in ({"position_scheme": "endprompt_random"}, {"target_context_length": 768}):  # the prompt moved; every distance was seen
+        assert trained_segments(config_of(tiny_model_dir), told | other) is None, other
     half = config_of(tiny_model_dir, needle=NeedleConfig(num_context_tokens=10))
     with pytest.raises(ConfigError, match="name all three"):
         half.validate()
+
+
+def test_the_same_key_at_another_place_is_another_question(asker, tiny_model_dir, monkeypatch):
+    """What pairs the samples of two models must not pair two depths, or two distances of the gap probe."""
+    _answer_with(monkeypatch, right=True)
+    by_depths = [
+        asker(config_of(tiny_model_dir, needle=NeedleConfig(depths=depths), samples=1)).run(TASKS["needle_single"], length=512, label="t")[0]
+        for depths in ([0.0], [1.0], [1.0])
+    ]
+    assert by_depths[0].references != by_depths[1].references == by_depths[2].references
+    placed = asker(config_of(tiny_model_dir, samples=1)).run(TASKS[GAP_TASK], length=None, label="t")
+    assert len({sample.references for sample in placed}) == 3, "one key, in three regions"
 
 
 def test_without_them_the_gap_probe_says_what_to_set(asker, tiny_model_dir):

@@ -10,7 +10,7 @@ import hydra
 import pytest
 
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.evaluation.suite import EvaluateConfig, SourcesConfig, SuiteConfig
+from endprompt_megatron.evaluation.suite import EvaluateConfig, NeedleConfig, PerplexityConfig, SourcesConfig, SuiteConfig
 from endprompt_megatron.evaluation.task_sources import (
     SOURCES,
     SUITES,
@@ -95,6 +95,24 @@ def test_every_problem_is_told_at_once(tmp_path):
         "tensor_parallel_size=0",
     ):  # fmt: skip
         assert part in told, part
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        (dict(tasks=["perplexity"], lengths=[768, 1024]), "windows of 768 tokens that do not overlap end before 1024"),
+        (dict(tasks=["needle"], needle=NeedleConfig(num_context_tokens=500, num_prompt_tokens=20, target_context_length=510)), "exceed"),
+        (dict(tasks=["needle"], needle=NeedleConfig(num_context_tokens=500, num_prompt_tokens=20, target_context_length=768)), "every distance"),
+        (dict(tasks=["needle"], needle=NeedleConfig(depths=[0.5, 0.5])), "each once"),
+    ],
+)
+def test_what_would_be_asked_wrongly_is_refused(keys, told):
+    assert told in "\n".join(SuiteConfig(name="mine", **keys).problems())
+
+
+def test_sliding_windows_reach_the_end_at_any_length():
+    config = SuiteConfig(name="mine", tasks=["perplexity"], lengths=[768, 1024], perplexity=PerplexityConfig(stride=256))
+    assert config.problems() == []
 
 
 def test_lengths_end_at_the_window():

@@ -19,6 +19,7 @@ from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_h
 from endprompt_megatron.comparison.bootstrap import bootstrap_interval
 from endprompt_megatron.config_rules import cut_problems
 from endprompt_megatron.data.corpora import check_corpora, corpus_texts
+from endprompt_megatron.data.preprocess import local_files
 from endprompt_megatron.errors import ConfigError, DataError
 from endprompt_megatron.evaluation.built_in import BuiltInTasks
 from endprompt_megatron.evaluation.graded import NO_SEGMENTS, TrainedSegments, graded_details, trained_segments
@@ -267,10 +268,23 @@ class _Evaluation:
 
     def _conditions_of(self, pair: Pair) -> dict[str, Any]:
         sources = sources_of(pair.task, vars(self.config.suite.sources))
+        told = {name: path and fingerprint(Path(path)) for name, path in sources.items()}
         return self.conditions.decisive(pair.task) | {
             "num_fewshot": self.config.suite.num_fewshot.get(pair.task.name),
-            "sources": {name: path and fingerprint(Path(path)) for name, path in sources.items()},
+            "sources": told | (self._held_out if pair.task.suite == PERPLEXITY else {}),
         }
+
+    @cached_property
+    def _held_out(self) -> dict[str, list[str] | None]:
+        """Column and contents of local held-out texts; None for one that is not there. What a package holds does not change."""
+        found: dict[str, list[str] | None] = {}
+        for source in self.config.suite.perplexity.text:
+            if not source.path.startswith("package:"):
+                try:
+                    found[source.path] = [f"{source.text_key} {fingerprint(file)}" for file in local_files(source.path)]
+                except DataError:
+                    found[source.path] = None
+        return found
 
     def is_finished(self, pair: Pair) -> bool:
         """Whether the pair was asked under the same conditions.
@@ -355,8 +369,7 @@ class _Evaluation:
         """results.json and the page, from every finished pair that was asked under these conditions, in this sitting or before."""
         if not self.writes:
             return
-        kept = [self._kept(path) for path in sorted((self.directory / _RECORDS).glob("*.json"))]
-        of_this = [found for found in kept if found and self._is_of_this_evaluation(found)]
+        of_this = self._of_this_evaluation()
         scores = [found["score"] for found in of_this]
         sources = {name: str(path) for name, path in vars(self.config.suite.sources).items() if path}
         told = self.conditions.told_with([found["conditions"] for found in of_this])
@@ -365,7 +378,21 @@ class _Evaluation:
         replace_text(self.directory / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         write_evaluation(self.directory, results, pending=pending)
 
-    def _is_of_this_evaluation(self, kept: dict[str, Any]) -> bool:
-        """Whether what was kept was asked under these conditions, in this sitting or before."""
-        task = TASKS.get(kept["score"]["task"].partition(" (")[0])
-        return task is not None and all(kept["conditions"].get(name) == value for name, value in self.conditions.decisive(task).items())
+    def _of_this_evaluation(self) -> list[dict[str, Any]]:
+        """What was asked under these conditions, in this sitting or before. A suite that this sitting leaves out may have settings of its
+        own (depths, held-out text), which are those of its newest score."""
+        paths = sorted((self.directory / _RECORDS).glob("*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        settings = {suite: self.conditions.of_suites.get(suite, {}) for suite in self.config.suite.suites()}
+        found = {}
+        for path in paths:
+            kept = self._kept(path)
+            task = kept and TASKS.get(kept["score"]["task"].partition(" (")[0])
+            if not task:
+                continue
+            before = kept["conditions"]
+            own = {name: before.get(name) for name in self.conditions.of_suites.get(task.suite, {})}
+            wanted = self.conditions.decisive(task, settings=settings.get(task.suite, own))
+            if all(before.get(name) == value for name, value in wanted.items()):
+                settings.setdefault(task.suite, own)
+                found[path.name] = kept
+        return [found[name] for name in sorted(found)]

@@ -46,20 +46,26 @@ class Conditions:
         """Who puts the task to the model."""
         return MEGATRON if task.built_in else LM_EVAL
 
-    def decisive(self, task: HarnessTask) -> dict[str, Any]:
-        """What a task's scores depend on, its sources apart; also of a task that this evaluation does not ask."""
-        engine = self.engines.get(self.engine_of(task), {})
-        return engine | {name: self.told[name] for name in _DECISIVE} | self.of_suites.get(task.suite, {})
+    def decisive(self, task: HarnessTask, *, settings: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What a task's scores depend on, its sources apart; also of a task that this evaluation does not ask.
 
+        Args:
+            task: which.
+            settings: of its suite, in place of this evaluation's.
+        """
+        engine = self.engines.get(self.engine_of(task), {})
+        own = self.of_suites.get(task.suite, {}) if settings is None else settings
+        return engine | {name: self.told[name] for name in _DECISIVE} | own
 
     def told_with(self, others: list[dict[str, Any]]) -> dict[str, Any]:
-        """`told`, with the engines of earlier sittings beside those of this one.
+        """`told`, with the engines of earlier sittings beside those of this one, and what their suites depend on.
 
         Args:
             others: conditions of scores.
         """
         named = [*self.engines.values(), *others]
-        return self.told | {name: "; ".join(dict.fromkeys(str(engine[name]) for engine in named)) for name in _OF_AN_ENGINE}
+        own = {name: other[name] for other in others for values in self.of_suites.values() for name in values if name in other}
+        return self.told | own | {name: "; ".join(dict.fromkeys(str(engine[name]) for engine in named)) for name in _OF_AN_ENGINE}
 
 
 def conditions_of(config: EvaluateConfig, *, command: str) -> Conditions:

@@ -64,7 +64,7 @@ def write_suite_comparison(
     for suite in dict.fromkeys(key.suite for seeds in models.values() for found in seeds.values() for key in sorted(found)):
         panels = {label: _merged(seeds, suite) for label, seeds in models.items()}
         panels = {label: scores for label, scores in panels.items() if scores}
-        parts += [f"## {suite}", *_section(Path(output_dir), suite, panels, {**next(iter(told.values())), **windows})]
+        parts += [f"## {suite}", *_section(Path(output_dir), suite, panels, {**_conditions_of(models, suite), **windows})]
         of_suite = {label: [found for found in tasks if found.key.suite == suite] for label, tasks in compared.items()}
         parts += suite_tables(of_suite, reference)
     rows = [[label, *(str(conditions.get(key, MISSING)) for key in _TOLD)] for label, conditions in told.items()]
@@ -84,6 +84,12 @@ def _section(output_dir: Path, suite: str, panels: Mapping[str, list[dict[str, A
         windows = perplexity_windows(conditions)
         return [perplexity_table(panels), f"{windows} {PERPLEXITY_NOTE}", perplexity_picture(output_dir, panels, conditions)]
     return [length_picture(output_dir, suite, panels, conditions)] if suite in (RULER, PROBES) else []
+
+
+def _conditions_of(models: Mapping[str, Mapping[int, Evaluation]], suite: str) -> dict[str, Any]:
+    """Of the first score of the suite: a model's suites may have been asked in evaluations of their own."""
+    scores = (found for seeds in models.values() for scores in seeds.values() for key, found in scores.items() if key.suite == suite)
+    return next(scores).conditions
 
 
 def _merged(seeds: Mapping[int, Evaluation], suite: str) -> list[dict[str, Any]]:

@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from endprompt_megatron.comparison.evaluations import read_evaluation
+from endprompt_megatron.config import TextSource
+from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.evaluate import evaluate
 from endprompt_megatron.evaluation import megatron_probes
 from endprompt_megatron.evaluation.ruler import QA_TASKS, TASKS
-from endprompt_megatron.evaluation.suite import EvaluateConfig, SourcesConfig, SuiteConfig
+from endprompt_megatron.evaluation.suite import EvaluateConfig, PerplexityConfig, SourcesConfig, SuiteConfig
+from endprompt_megatron.report.suite_comparison import write_suite_comparison
 
 PROSE = ["It was a quiet morning in the valley. The miller opened his window; nobody passed. ", "They built a second bridge! It stood on seven arches. "]
 
@@ -100,6 +104,33 @@ def test_local_prose_hides_the_facts_and_is_named(tiny_model_dir, tmp_path, aske
     page = (tmp_path / "out" / "evaluation.md").read_text()
     assert all(f"| {name} | 100.0 |" in page for name in named)
     assert results["conditions"]["local_sources"] == {source: str(tmp_path / "prose")}
+
+
+def test_suites_share_a_directory_and_a_comparison(tiny_model_dir, tmp_path):
+    """Asked one after the other, in one directory or in several; each on the page with its own conditions."""
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps({"text": PROSE[0] * 40}) + "\n")
+    text = PerplexityConfig(text=[TextSource(path=str(held_out))])
+    for directory in ("together", "apart/one"):
+        _evaluate(tiny_model_dir, tmp_path / directory, tasks=["perplexity"], lengths=[512], perplexity=text)
+    for directory in ("together", "apart/another"):
+        results = _evaluate(tiny_model_dir, tmp_path / directory, tasks=["needle_single"], lengths=[512])
+    page = (tmp_path / "together" / "evaluation.md").read_text()
+    assert "Windows do not overlap." in page and f"text ['{held_out}']" in page and "depths" in page
+    assert "perplexity" not in results["conditions"], "that directory has none"
+    models = {name: {1: read_evaluation(tmp_path / name)} for name in ("apart", "together")}
+    page = write_suite_comparison(tmp_path, "c", models, reference="together", commands=["c"]).read_text()
+    assert "| needle_single at 512 | apart | 1 | 0.0 | +0.0 |" in page and "| log_perplexity at 512 | apart |" in page
+
+
+def test_another_held_out_text_of_the_same_name_is_asked_anew(tiny_model_dir, tmp_path):
+    held_out = tmp_path / "held_out.jsonl"
+    asked = dict(tasks=["perplexity"], lengths=[512], perplexity=PerplexityConfig(text=[TextSource(path=str(held_out))]))
+    held_out.write_text(json.dumps({"text": PROSE[0] * 40}) + "\n")
+    _evaluate(tiny_model_dir, tmp_path / "out", **asked)
+    held_out.write_text(json.dumps({"text": PROSE[1] * 60}) + "\n")
+    with pytest.raises(ConfigError, match="asked under other conditions .*sources was"):
+        _evaluate(tiny_model_dir, tmp_path / "out", **asked)
 
 
 def test_lm_evals_tasks_are_asked_of_the_same_model(word_model_dir, tmp_path, monkeypatch):

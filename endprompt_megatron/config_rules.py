@@ -368,10 +368,8 @@ def _number_problems(config: RunConfig) -> list[str]:
             for source in sources
             if not source.weight > 0
         ]
-    if not config.data.validation:
-        shares = _numbers(config.data.split)
-        if shares is None or len(shares) != 3 or not shares[0] > 0 or not all(0 <= share < math.inf for share in shares):
-            problems.append(f"data.split={config.data.split}: needs three shares train,validation,test, e.g. 98,2,0.")
+    if not config.data.validation and not is_split(config.data.split):
+        problems.append(f"data.split={config.data.split}: needs three shares train,validation,test, e.g. 98,2,0.")
     evaluation = config.evaluation
     if evaluation.enabled:
         if not evaluation.lengths or min(evaluation.lengths) < 128:
@@ -402,6 +400,12 @@ def _number_problems(config: RunConfig) -> list[str]:
             if getattr(evaluation, key) < 1:
                 problems.append(f"evaluation.{key}={getattr(evaluation, key)}: must be >= 1.")
     return problems
+
+
+def is_split(text: str) -> bool:
+    """Whether a text is train,validation,test shares of which the first is some."""
+    shares = _numbers(text)
+    return shares is not None and len(shares) == 3 and shares[0] > 0 and all(0 <= share < math.inf for share in shares)
 
 
 def _numbers(text: str) -> list[float] | None:

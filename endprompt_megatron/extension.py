@@ -28,9 +28,10 @@ from endprompt_megatron.config import (
     TextSource,
     TrainerConfig,
 )
+from endprompt_megatron.config_rules import is_split
 from endprompt_megatron.data.dataset import Blend, TokenizerFacts, build_datasets
 from endprompt_megatron.data.preprocess import check_manifest
-from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.errors import ConfigError, DataError
 from endprompt_megatron.mcore import runtime, version
 from endprompt_megatron.model import backends
 from endprompt_megatron.model.build import transformer_config
@@ -160,11 +161,20 @@ class WindowExtension:
         Args:
             train, validation, num_train_samples, num_validation_samples, split, seed, cache_dir: as of data.dataset.build_datasets.
         Raises:
-            DataError: a corpus is too short, or was made with another tokenizer.
+            ConfigError: no shares or weights that samples can be drawn by.
+            DataError: a corpus is missing or too short, or was made with another tokenizer.
         """
         base, _ = self.check()
         tokenizer = _tokenizer_facts(base)
-        for prefix in (*train.prefixes, *(validation.prefixes if validation else ())):
+        if validation is None and not is_split(split):
+            raise ConfigError(f"split={split}: needs three shares train,validation,test, e.g. 98,2,0.")
+        blends = [train] if validation is None else [train, validation]
+        for prefix, weight in ((prefix, weight) for blend in blends for prefix, weight in zip(blend.prefixes, blend.weights, strict=True)):
+            if not weight > 0:
+                raise ConfigError(f"{prefix}: weight={weight} must be above 0. Leave a corpus out that is not wanted.")
+            for ending in ("idx", "bin"):
+                if not Path(f"{prefix}.{ending}").is_file():
+                    raise DataError(f"{prefix}.{ending}: no such file. Name the prefix of a .bin/.idx pair (recipes/prepare_data.py).")
             if Path(f"{prefix}.manifest.json").is_file():  # Megatron's own preprocessing writes none
                 check_manifest(Path(prefix), tokenizer_hash=tokenizer.sha256)
         return build_datasets(

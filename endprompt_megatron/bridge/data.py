@@ -38,6 +38,11 @@ class EndPromptDatasetProvider(DatasetProvider):
     index_cache_dir: str = "datasets/indices"
     dataloader_type: str = "single"
 
+    @property
+    def seq_length(self) -> int:
+        """Physical tokens of a sample; Bridge logs throughput by it."""
+        return self.extension.seq_length
+
     def build_datasets(self, context: DatasetBuildContext) -> tuple[Any, Any, None]:
         """The datasets of a run; Bridge calls it with its numbers of samples.
 

@@ -67,9 +67,11 @@ class EndPromptDataModule(llm.PreTrainingDataModule):
         """Build the datasets of a run; NeMo calls it with the trainer's settings. Every validation takes the same batches.
 
         Raises:
-            ConfigError: corpora without weights, or a number of batches that cannot be told beforehand.
+            ConfigError: corpora without weights, or a number of steps or batches that cannot be told beforehand.
             DataError: as WindowExtension.build_datasets.
         """
+        if trainer_max_steps < 1:  # NeMo's own -1 would also let its learning rates end at 0 after their warm-up
+            raise ConfigError(f"max_steps={trainer_max_steps}: how many samples are wanted? Set the trainer's max_steps.")
         batches = trainer_limit_val_batches
         if isinstance(batches, float) and batches != 0.0:
             raise ConfigError(f"limit_val_batches={batches}: a share of unknown text. Set a whole number of global batches, or 0 for none.")

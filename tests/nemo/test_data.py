@@ -79,6 +79,8 @@ def test_wrong_input_is_refused(trained_by_us, multi_head_model_dir, tmp_path):
     prefix = indexed_prefix(trained_by_us["data"])
     with pytest.raises(ConfigError, match="limit_val_batches=1.0"):
         build(prefix, trained_by_us["model"], "endprompt", tmp_path).build(4, 2, 1.0, 0)
+    with pytest.raises(ConfigError, match="max_steps=-1"):
+        build(prefix, trained_by_us["model"], "endprompt", tmp_path).build(-1, 2, 0, 0)
     with pytest.raises(ConfigError, match="several corpora need their shares"):
         build(prefix, trained_by_us["model"], "endprompt", tmp_path, paths=[prefix, prefix]).build(4, 2, 0, 0)
     with pytest.raises(ConfigError, match="position_scheme=nowhere"):

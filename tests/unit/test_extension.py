@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 
 from endprompt_megatron.config import MethodConfig, RopeConfig
+from endprompt_megatron.data.dataset import Blend
 from endprompt_megatron.data.prompts import PAPER_END_PROMPTS
-from endprompt_megatron.errors import CheckpointError, ConfigError
+from endprompt_megatron.errors import CheckpointError, ConfigError, DataError
 from endprompt_megatron.extension import WindowExtension
 from endprompt_megatron.rope.scaling import RopeScaling
 from tests.support.tiny import WINDOW, copy_model, edit_config
@@ -62,3 +63,20 @@ def test_missing_base_and_checkpoint(extension, tmp_path):
         dataclasses.replace(extension, hf_path=str(tmp_path)).check()
     with pytest.raises(CheckpointError, match="no .metadata"):
         extension.export_checkpoint(tmp_path, tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "split", "told"),
+    [
+        (Blend(["text"], [1.0]), None, "most of it", "split=most of it"),
+        (Blend(["text"], [1.0]), None, "0,0,0", "split=0,0,0"),
+        (Blend(["text", "more"], [1.0, 0.0]), None, "1,0,0", r"more: weight=0.0"),
+        (Blend(["text"], [1.0]), None, "1,0,0", "text.idx: no such file"),
+        (Blend(["text"], [1.0]), Blend(["held_out"], [-1.0]), "1,0,0", "held_out: weight=-1.0"),
+    ],
+)
+def test_wrong_corpora_are_told(extension, tmp_path, monkeypatch, train, validation, split, told):
+    monkeypatch.chdir(tmp_path)
+    sizes = {"num_train_samples": 8, "num_validation_samples": 8, "seed": 1, "cache_dir": tmp_path}
+    with pytest.raises((ConfigError, DataError), match=told):
+        extension.build_datasets(train, validation, split=split, **sizes)

@@ -42,7 +42,7 @@ MAY_IMPORT = {
         "checkpoint", "comparison", "config_rules", "data", "evaluation", "evaluation_conditions", "launch", "mcore", "model", "report",
     },
     "evaluation_conditions": {"checkpoint", "evaluation", "mcore"},
-    "extension": {"checkpoint", "config", "data", "mcore", "model", "preflight", "rope"},
+    "extension": {"checkpoint", "config", "config_rules", "data", "mcore", "model", "preflight", "rope"},
     "nemo": {"checkpoint", "data", "extension", "mcore", "model", "training"},
     "bridge": {"checkpoint", "data", "extension", "model", "training"},
     "preflight": {"checkpoint", "config", "config_rules", "precision_rules", "data", "model", "planning", "positions", "rope"},

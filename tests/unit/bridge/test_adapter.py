@@ -122,6 +122,7 @@ def test_provider_makes_our_model_with_the_weights_of_the_base(single_process, b
 def test_samples_and_loss_are_those_of_our_step(single_process, bridge, extension, prefix, tmp_path):
     provider = bridge.data.EndPromptDatasetProvider(extension=extension, paths=[prefix], split="1,0,0", index_cache_dir=str(tmp_path))
     assert provider.dataloader_type == "single"
+    assert provider.seq_length == 64  # train_utils.training_log reads it where throughput or runtime is logged
     context = SimpleNamespace(train_samples=16, valid_samples=0, test_samples=0)
     train, validation, test = provider.build_datasets(context)
     assert validation is None and test is None

@@ -169,9 +169,11 @@ class WindowExtension:
         if validation is None and not is_split(split):
             raise ConfigError(f"split={split}: needs three shares train,validation,test, e.g. 98,2,0.")
         blends = [train] if validation is None else [train, validation]
-        for prefix, weight in ((prefix, weight) for blend in blends for prefix, weight in zip(blend.prefixes, blend.weights, strict=True)):
+        weights = {prefix: weight for blend in blends for prefix, weight in zip(blend.prefixes, blend.weights, strict=True)}
+        for prefix, weight in weights.items():
             if not weight > 0:
                 raise ConfigError(f"{prefix}: weight={weight} must be above 0. Leave a corpus out that is not wanted.")
+        for prefix in weights:
             for ending in ("idx", "bin"):
                 if not Path(f"{prefix}.{ending}").is_file():
                     raise DataError(f"{prefix}.{ending}: no such file. Name the prefix of a .bin/.idx pair (recipes/prepare_data.py).")

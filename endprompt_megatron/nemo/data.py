@@ -67,20 +67,18 @@ class EndPromptDataModule(llm.PreTrainingDataModule):
         """Build the datasets of a run; NeMo calls it with the trainer's settings. Every validation takes the same batches.
 
         Raises:
-            ConfigError: corpora without weights, or a number of steps or batches that cannot be told beforehand.
-            DataError: as WindowExtension.build_datasets.
+            ConfigError, DataError: as WindowExtension.build_datasets; or steps or batches whose number cannot be told beforehand.
         """
-        if trainer_max_steps < 1:  # NeMo's own -1 would also let its learning rates end at 0 after their warm-up
+        if trainer_max_steps < 1:  # NeMo's -1 would also let learning rates end at 0
             raise ConfigError(f"max_steps={trainer_max_steps}: how many samples are wanted? Set the trainer's max_steps.")
-        batches = trainer_limit_val_batches
-        if isinstance(batches, float) and batches != 0.0:
-            raise ConfigError(f"limit_val_batches={batches}: a share of unknown text. Set a whole number of global batches, or 0 for none.")
+        if isinstance(trainer_limit_val_batches, float) and trainer_limit_val_batches != 0.0:
+            raise ConfigError(f"limit_val_batches={trainer_limit_val_batches}: a share of unknown text. Set a number of batches, or 0.")
         blends = [_blend(*blend) for blend in self.build_kwargs.get("blend_per_split", [self.build_kwargs.get("blend")])]
         self._train_ds, self._validation_ds = self.extension.build_datasets(
             blends[0],
             blends[1] if len(blends) > 1 else None,
             num_train_samples=trainer_max_steps * self.global_batch_size,
-            num_validation_samples=int(batches) * self.global_batch_size,
+            num_validation_samples=int(trainer_limit_val_batches) * self.global_batch_size,
             split=self.split,
             seed=self.seed,
             cache_dir=Path(self.index_mapping_dir),
@@ -93,7 +91,7 @@ class EndPromptDataModule(llm.PreTrainingDataModule):
 def _blend(prefixes: list[str], weights: list[float] | None) -> Blend:
     if weights is None and len(prefixes) > 1:
         raise ConfigError(f"paths={prefixes}: several corpora need their shares. Write [weight, prefix, weight, prefix, ...].")
-    return Blend([str(prefix) for prefix in prefixes], weights or [1.0])
+    return Blend(list(map(str, prefixes)), weights or [1.0])
 
 
 def endprompt_data_module(paths: Any, extension: WindowExtension, **settings: Any) -> EndPromptDataModule:

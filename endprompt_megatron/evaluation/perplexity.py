@@ -50,8 +50,9 @@ def held_out_blocks(
             break
     if not blocks:
         raise DataError(
-            f"evaluation.text: no held-out document has {block_length} tokens (the longest has {longest}). "
-            f"Use longer documents, or a smaller maximum in evaluation.perplexity_lengths (evaluation.lengths where that is empty)."
+            f"evaluation.text (suite.perplexity.text): no held-out document has {block_length} tokens (the longest has {longest}). "
+            f"Use longer documents, or a smaller maximum in evaluation.perplexity_lengths, evaluation.lengths where that is empty "
+            f"(suite.lengths)."
         )
     return np.array(blocks, dtype=np.int64)
 

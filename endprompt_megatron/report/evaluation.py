@@ -102,9 +102,11 @@ def _opening(results: dict[str, Any], pending: int) -> str:
     conditions = results["conditions"]
     prompts = "the model's chat template" if conditions["chat_template"] else "raw prompts, no chat template"
     ran, missing = len(results["scores"]), len(results["not_run"])
+    in_nats = any(score["suite"] == PERPLEXITY for score in results["scores"])
+    scale = "Scores from 0 to 100" + (" (log_perplexity: nats a token, lower is better)" if in_nats else "")
     beside_paper = any(score["suite"] not in BUILT_IN for score in results["scores"])
     return (
-        f"Scores from 0 to 100, by {conditions['harness']} ({conditions['backend']}, {conditions['dtype']}, {prompts}, BOS: "
+        f"{scale}, by {conditions['harness']} ({conditions['backend']}, {conditions['dtype']}, {prompts}, BOS: "
         f"{conditions['bos']}). {ran} tasks and lengths ran"
         + (f", {missing} did not (reasons below)." if missing else ".")
         + (f" **{pending} are still to be asked; the same command goes on with them.**" if pending else "")

@@ -95,13 +95,14 @@ class RopeConfig:
     """What a position means.
 
     Attributes:
-        type: none | pi | ntk | yarn | llama3 (rope/scaling.py says what they do).
+        type: none | pi | ntk | abf | yarn | llama3 (rope/scaling.py says what they do).
         factor: s; null means target_context_length / original_context_length, and a number must equal it.
         target_context_length: L, positions of the extended window.
         original_context_length: window that `factor` counts from; null means the base's own (max_position_embeddings, or with
             existing_scaling=replace the window before that scaling).
         existing_scaling: what happens to RoPE scaling that the base has already (Llama-3.1, YaRN); must be chosen there, null elsewhere.
             replace: dropped; training starts from the unscaled frequencies. multiply: kept and stretched further; linear scaling only.
+        theta: of abf: the raised base of the frequencies, at least the model's own.
         ntk_dynamic_factor: of ntk: f of the dynamic rule pinned at the target window; 0 means ceil(s / 2), null is the static rule.
         beta_fast, beta_slow: of yarn: rotations over the native window above which a frequency is kept, below which it is divided.
         low_freq_factor, high_freq_factor: of llama3: the ends of the band between divided and kept frequencies.
@@ -112,6 +113,7 @@ class RopeConfig:
     target_context_length: int = "???"  # type: ignore[assignment]
     original_context_length: Optional[int] = None
     existing_scaling: Optional[str] = None
+    theta: Optional[float] = None
     ntk_dynamic_factor: Optional[float] = None
     beta_fast: float = 32.0
     beta_slow: float = 1.0
@@ -144,10 +146,10 @@ class PrecisionConfig:
     """In which numbers the model computes. Master weights, moments and gradient sums are float32 everywhere.
 
     Attributes:
-        name: bf16 (weights and compute), fp32, or auto: bf16 on a GPU and on a CPU with AMX, fp32 on a CPU without, where bf16 is
-            slower. With Transformer Engine on a GPU also, each over bf16 weights: fp8 (one scale a tensor, taken when it is used; attention
-            in bf16), fp8_attention (scales from a history; attention in FP8 too), fp8_blockwise (a scale for 128 numbers), mxfp8 (a scale
-            for 32; Blackwell).
+        name: bf16 (weights and compute), fp32, or auto: bf16 on a GPU and on a CPU that multiplies bf16 matrices faster than float32 ones
+            (timed at the start), else fp32. With Transformer Engine on a GPU also, each over bf16 weights: fp8 (one scale a tensor, taken
+            when it is used; attention in bf16), fp8_attention (scales from a history; attention in FP8 too), fp8_blockwise (a scale for
+            128 numbers), mxfp8 (a scale for 32; Blackwell).
         num_layers_at_start_in_bf16, num_layers_at_end_in_bf16: of an FP8 precision: layers that stay in bf16.
     """
 
@@ -263,28 +265,37 @@ class EvaluationConfig:
         enabled: whether to probe at all.
         systems: what is probed: base (as it came), untrained (base with the new RoPE), trained (the result).
         lengths: context lengths in tokens, for retrieval and, unless perplexity_lengths says otherwise, for perplexity.
-        tasks: forms of retrieval (evaluation/needle.py): single, multi_key, multi_value, variable_tracking.
+        tasks: forms of retrieval: single, multi_key, multi_value, variable_tracking (evaluation/needle.py: a text of noise for each
+            length); word, number (evaluation/probes/long_text.py: facts in held-out prose, read once for all lengths).
+        planted_words, planted_numbers: of word and number: facts in a long text.
+        long_texts: long texts, each as long as the longest of `lengths`.
         needle_trials: haystacks a length and task; one haystack holds one key (single), one a depth (multi_key, multi_value) or one
             chain of variables (variable_tracking).
         needle_tokens: the haystacks of a length and task hold at most so many tokens together, but there is at least one; 0: no bound.
         needle_depths: where the fact stands, 0 = start, 1 = end; trials go round.
-        needle_digits: digits of the key.
+        needle_digits: digits of the key, and of the numbers in a long text.
+        perplexity_tail: > 0: perplexity is that of the last so many tokens before each of `lengths` in the long texts, planted facts left
+            out, and costs no reading of its own. 0: it is that of perplexity_tokens tokens in windows, by the keys below.
         perplexity_lengths: windows in tokens; empty means `lengths`.
         perplexity_tokens: held-out tokens scored a length.
         perplexity_stride: tokens that a sliding window moves at once; 0: windows that do not overlap.
         prefill_chunk: tokens that are read at once, in a cache of keys and values: longer haystacks and windows take several goes, and less
             memory. 0 reads them whole. The figures do not depend on it.
-        text: held-out corpora (as data.train) for the haystacks and for perplexity.
+        text: held-out corpora (as data.train) for the long texts and for perplexity.
     """
 
     enabled: bool = True
     systems: list[str] = field(default_factory=lambda: ["base", "untrained", "trained"])
     lengths: list[int] = field(default_factory=list)
     tasks: list[str] = field(default_factory=lambda: ["single"])
+    planted_words: int = 18
+    planted_numbers: int = 4
+    long_texts: int = 1
     needle_trials: int = 10
     needle_tokens: int = 0
     needle_depths: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
     needle_digits: int = 5
+    perplexity_tail: int = 0
     perplexity_lengths: list[int] = field(default_factory=list)
     perplexity_tokens: int = 16384
     perplexity_stride: int = 0

@@ -40,6 +40,8 @@ _FREE_KEYS = (
 )
 EVALUATED_SYSTEMS = ("base", "untrained", "trained")
 RETRIEVAL_TASKS = ("single", "multi_key", "multi_value", "variable_tracking")
+# tasks of evaluation/probes/long_text.py: key of their number of facts, and the most that it can write
+LONG_TEXT_TASKS = {"word": ("planted_words", 32), "number": ("planted_numbers", 24)}
 # Megatron's distributed and plain optimizers store different things
 _BOUND_KEYS = ("parallel.use_distributed_optimizer",)
 
@@ -56,7 +58,7 @@ def find_problems(
     """Every broken rule, one sentence each: the value, the rule, the way out. Arguments as RunConfig.validate."""
     return [
         *_existing_scaling_problems(config, architecture, base_rope),
-        *_window_problems(config, window_to_stretch(config, architecture, base_rope)),
+        *_window_problems(config, window_to_stretch(config, architecture, base_rope), architecture.rope_theta),
         *_method_problems(config, schemes, prompt_lengths),
         *_attention_problems(config),
         *_adapter_problems(config),
@@ -126,11 +128,18 @@ def window_to_stretch(config: RunConfig, architecture: ModelArchitecture, base_r
     return base_rope.unscaled_window(native) if base_rope and config.rope.existing_scaling == "replace" else native
 
 
-def _window_problems(config: RunConfig, native: int) -> list[str]:
+def _window_problems(config: RunConfig, native: int, theta: float) -> list[str]:
     problems = []
     rope = config.rope
-    if rope.type not in ("none", "pi", "ntk", "yarn", "llama3"):
-        problems.append(f"rope.type={rope.type}: choose one of none, pi, ntk, yarn, llama3.")
+    if rope.type not in ("none", "pi", "ntk", "abf", "yarn", "llama3"):
+        problems.append(f"rope.type={rope.type}: choose one of none, pi, ntk, abf, yarn, llama3.")
+    if rope.type == "abf" and not (rope.theta is not None and theta <= rope.theta < math.inf):
+        problems.append(
+            f"rope.theta={rope.theta} with rope.type=abf: must be the raised base, at least the model's own rope_theta={theta:g}, e.g. "
+            f"rope.theta={theta * 10:g}."
+        )
+    if rope.type != "abf" and rope.theta is not None:
+        problems.append(f"rope.theta={rope.theta} with rope.type={rope.type}: for abf alone. Set rope=abf, or rope.theta=null.")
     if rope.ntk_dynamic_factor is not None and (rope.type != "ntk" or not rope.ntk_dynamic_factor >= 1):
         problems.append(f"rope.ntk_dynamic_factor={rope.ntk_dynamic_factor} with rope.type={rope.type}: for ntk alone, and >= 1.")
     if not 0 < rope.beta_slow < rope.beta_fast:
@@ -376,7 +385,14 @@ def _number_problems(config: RunConfig) -> list[str]:
             problems.append(f"evaluation.lengths={evaluation.lengths}: name at least one length, none under 128 tokens.")
         if evaluation.perplexity_lengths and min(evaluation.perplexity_lengths) < 2:
             problems.append(f"evaluation.perplexity_lengths={evaluation.perplexity_lengths}: windows have at least 2 tokens.")
-        for key, known in (("systems", EVALUATED_SYSTEMS), ("tasks", RETRIEVAL_TASKS)):
+        beyond = [length for length in evaluation.lengths if length > config.rope.target_context_length]
+        if beyond:
+            problems.append(
+                f"evaluation.lengths={list(evaluation.lengths)}: {beyond[0]} is beyond rope.target_context_length="
+                f"{config.rope.target_context_length}, for which the model is made. Leave it out, or set a larger target."
+            )
+        problems += _long_text_problems(config)
+        for key, known in (("systems", EVALUATED_SYSTEMS), ("tasks", (*RETRIEVAL_TASKS, *LONG_TEXT_TASKS))):
             named = getattr(evaluation, key)
             if not named or set(named) - set(known):
                 problems.append(f"evaluation.{key}={named}: name at least one of {', '.join(known)}, and no other.")
@@ -399,6 +415,24 @@ def _number_problems(config: RunConfig) -> list[str]:
         for key in ("needle_trials", "needle_digits", "perplexity_tokens"):
             if getattr(evaluation, key) < 1:
                 problems.append(f"evaluation.{key}={getattr(evaluation, key)}: must be >= 1.")
+    return problems
+
+
+def _long_text_problems(config: RunConfig) -> list[str]:
+    evaluation, problems = config.evaluation, []
+    for task, (key, most) in LONG_TEXT_TASKS.items():
+        if task in evaluation.tasks and not 1 <= getattr(evaluation, key) <= most:
+            problems.append(
+                f"evaluation.{key}={getattr(evaluation, key)}: must be between 1 and {most}, or leave {task} out of evaluation.tasks."
+            )
+    if evaluation.long_texts < 1:
+        problems.append(f"evaluation.long_texts={evaluation.long_texts}: must be >= 1.")
+    shortest = min(evaluation.lengths, default=0)
+    if evaluation.perplexity_tail < 0 or evaluation.perplexity_tail >= max(shortest, 1):
+        problems.append(
+            f"evaluation.perplexity_tail={evaluation.perplexity_tail}: must be >= 0 and less than the shortest of evaluation.lengths="
+            f"{list(evaluation.lengths)}; 0 measures perplexity in windows instead."
+        )
     return problems
 
 

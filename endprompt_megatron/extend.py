@@ -22,11 +22,11 @@ from endprompt_megatron.checkpoint.hf_verify import format_findings, verify_expo
 from endprompt_megatron.checkpoint.model_card import MODEL_CARD, model_card
 from endprompt_megatron.checkpoint.peft_adapter import export_peft_adapter
 from endprompt_megatron.config import RunConfig
-from endprompt_megatron.data.corpora import check_corpora, corpus_texts, prepare_corpora
+from endprompt_megatron.data.corpora import check_corpora, prepare_corpora
 from endprompt_megatron.data.dataset import TokenizerFacts, build_datasets
-from endprompt_megatron.evaluation.needle import make_haystacks
-from endprompt_megatron.evaluation.perplexity import held_out_blocks
 from endprompt_megatron.evaluation.results import Probes, probe_system
+from endprompt_megatron.jobs.run_probes import check_probe_memory, make_probes
+from endprompt_megatron.jobs.stage_times import StageTimes
 from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore import runtime as mcore_runtime
 from endprompt_megatron.model import backends
@@ -35,7 +35,8 @@ from endprompt_megatron.model.fusions import choose_fusions
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from endprompt_megatron.model.precision import describe_precision
 from endprompt_megatron.positions.scheme import get_scheme
-from endprompt_megatron.report.report import format_table, format_terminal_table, write_report
+from endprompt_megatron.report.reach import reach_sentences
+from endprompt_megatron.report.report import format_table, format_terminal_table, native_window, write_report
 from endprompt_megatron.rope.scaling import RopeScaling
 from endprompt_megatron.run_record import Run, conditions_of_run, provenance_of_run, summary_of_run
 from endprompt_megatron.training.metrics import peak_memory_gib
@@ -61,8 +62,9 @@ def extend(config: RunConfig) -> dict[str, Any]:
 
 
 def _run(config: RunConfig, stop: StopRequests) -> dict[str, Any]:
-    started = time.monotonic()
-    base = prepare(config)
+    started, times = time.monotonic(), StageTimes()
+    with times.stage("prepare"):
+        base = prepare(config)
     accelerator = mcore_runtime.resolve_accelerator(config.accelerator)
     backend = backends.resolve(config.backend, accelerator=accelerator, precision=config.precision.name)
     output_dir = Path(config.output_dir)
@@ -79,6 +81,8 @@ def _run(config: RunConfig, stop: StopRequests) -> dict[str, Any]:
     )
     try:
         backends.assert_same_everywhere(backend)
+        # ranks time their own CPUs, and could differ
+        config.precision.name = mcore_runtime.from_rank_zero(config.precision.name)
         rope = preflight.run_rope(config, base.architecture, base.rope)
         fusions = choose_fusions(
             has_te_kernels=backend.has_te_kernels,
@@ -88,7 +92,7 @@ def _run(config: RunConfig, stop: StopRequests) -> dict[str, Any]:
         )
         precision = describe_precision(config.precision.name, _bf16_layers(config))
         get_logger().info(f"backend {backend.name}: {backend.description}; precision {precision}; {fusions.describe()}")
-        return _extend(Run(config, base, rope, output_dir, runtime, backend, fusions, stop), started)
+        return _extend(Run(config, base, rope, output_dir, runtime, backend, fusions, stop, times), started)
     finally:
         mcore_runtime.shut_down()
 
@@ -111,6 +115,7 @@ def prepare(config: RunConfig) -> preflight.Base:
         backends.resolve(config.backend, accelerator=accelerator, precision=config.precision.name)
     ensure_base_model(config.model.source, Path(config.model.hf_path))
     base = preflight.check_base(config, world_size=world_size)
+    check_probe_memory(config, base.architecture, accelerator=accelerator)
     if global_rank() == 0:
         preflight.check_output_dir(config)
         if not launch.is_worker():
@@ -123,23 +128,9 @@ def prepare(config: RunConfig) -> preflight.Base:
 
 def _extend(run: Run, started: float) -> dict[str, Any]:
     config = run.config
-    if run.runtime.world_size > 1:  # one rank a host prepares, the others wait and find it done
-        if run.runtime.local_rank == 0:
-            _prepare_text(config, run.base)
-            if config.evaluation.enabled:
-                check_corpora(config.evaluation.text, directory=Path(config.data.directory))
-        torch.distributed.barrier()
-    blends, data_hashes = _prepare_text(config, run.base)
-    probes = None
-    if config.evaluation.enabled and config.parallel.context_parallel_size == 1:
-        probes = _make_probes(run)
-    elif config.evaluation.enabled:
-        get_logger().info(
-            f"no probes: parallel.context_parallel_size={config.parallel.context_parallel_size} cuts a context over ranks, and they need "
-            f"it whole on each. Start the same command with parallel.context_parallel_size=1 afterwards: it resumes the finished "
-            f"training and probes it."
-        )
-    chunks = _base_chunks(run)
+    with run.times.stage("prepare"):
+        blends, data_hashes, probes = _prepare_run(run)
+        chunks = _base_chunks(run)
     if config.rope.existing_scaling:
         get_logger().info(f"the base's own RoPE scaling ({_words(run.base.rope)}): {config.rope.existing_scaling}; now {_words(run.rope)}")
     systems: dict[str, Any] = {}
@@ -149,8 +140,10 @@ def _extend(run: Run, started: float) -> dict[str, Any]:
     if "untrained" in wanted or (wanted and not config.method.trained):
         systems["untrained"] = _probe(run, probes, chunks, "untrained", f"base with {_words(run.rope)}, no training", rope=run.rope)
     provenance = provenance_of_run(run, data_hashes)
-    result = _train(run, chunks, blends, run.output_dir, config, provenance)
-    export = _export(run, chunks, result, provenance)
+    with run.times.stage("train"):
+        result = _train(run, chunks, blends, run.output_dir, config, provenance)
+    with run.times.stage("export"):
+        export = _export(run, chunks, result, provenance)
     if "trained" in wanted and config.method.trained:
         label = f"after {config.method.name}, {result.state.step} steps"
         systems["trained"] = _probe(run, probes, chunks, "trained", label, rope=run.rope, step=result.state.step)
@@ -158,17 +151,47 @@ def _extend(run: Run, started: float) -> dict[str, Any]:
         systems["control"] = _train_control(run, blends, probes)
     summary = summary_of_run(run, result, systems, export, time.monotonic() - started)
     if global_rank() == 0:
-        if probes:
-            conditions = {**probes.conditions(), **conditions_of_run(run)}
-            _write_json(run.output_dir / "evaluation.json", {"conditions": conditions, "systems": systems})
-        _write_json(run.output_dir / "summary.json", summary)
-        page = write_report(run.output_dir)
-        if probes:
-            evaluation = json.loads((run.output_dir / "evaluation.json").read_text())
-            get_logger().info("\n" + format_terminal_table(evaluation))
-            _tell_results(run, export, evaluation)
-        get_logger().info(f"model {export}\nreport {page}")
+        _write_results(run, systems, summary, probes, export)
     return summary
+
+
+def _write_results(run: Run, systems: dict[str, Any], summary: dict[str, Any], probes: Probes | None, export: Path) -> None:
+    """evaluation.json, summary.json, the report, the model card, and the last lines on the terminal."""
+    if probes:
+        conditions = {**probes.conditions(), **conditions_of_run(run)}
+        _write_json(run.output_dir / "evaluation.json", {"conditions": conditions, "systems": systems})
+    _write_json(run.output_dir / "summary.json", summary)
+    page = write_report(run.output_dir)
+    if probes:
+        evaluation = json.loads((run.output_dir / "evaluation.json").read_text())
+        _write_model_card(run, export, evaluation)
+        lines = [format_terminal_table(evaluation), "", *reach_sentences(evaluation["systems"], native=native_window(summary))]
+        get_logger().info("\n" + "\n".join(lines))
+    spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in summary["stage_seconds"].items())
+    get_logger().info(f"time: {spent}; {summary['wall_seconds']:.0f} s in all")
+    get_logger().info(f"model {export}\nreport {page}")
+
+
+def _prepare_run(run: Run) -> tuple[tuple[Any, Any], dict[str, str], Probes | None]:
+    """(training and validation text, its hashes, probes if this run has any)"""
+    config = run.config
+    if run.runtime.world_size > 1:  # one rank a host prepares, the others wait and find it done
+        if run.runtime.local_rank == 0:
+            _prepare_text(config, run.base)
+            if config.evaluation.enabled:
+                check_corpora(config.evaluation.text, directory=Path(config.data.directory))
+        torch.distributed.barrier()
+    blends, data_hashes = _prepare_text(config, run.base)
+    probes = None
+    if config.evaluation.enabled and config.parallel.context_parallel_size == 1:
+        probes = make_probes(config, run.base)
+    elif config.evaluation.enabled:
+        get_logger().info(
+            f"no probes: parallel.context_parallel_size={config.parallel.context_parallel_size} cuts a context over ranks, and they need "
+            f"it whole on each. Start the same command with parallel.context_parallel_size=1 afterwards: it resumes the finished "
+            f"training and probes it."
+        )
+    return blends, data_hashes, probes
 
 
 def _prepare_text(config: RunConfig, base: preflight.Base) -> tuple[tuple[Any, Any], dict[str, str]]:
@@ -179,31 +202,6 @@ def _prepare_text(config: RunConfig, base: preflight.Base) -> tuple[tuple[Any, A
         return (train, None), hashes
     validation, more = prepare_corpora(data.validation, **options)
     return (train, validation), {**hashes, **more}
-
-
-def _make_probes(run: Run) -> Probes:
-    evaluation = run.config.evaluation
-
-    def encode(text: str) -> list[int]:
-        return run.base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-    haystacks = make_haystacks(
-        encode,
-        tasks=evaluation.tasks,
-        lengths=evaluation.lengths,
-        depths=evaluation.needle_depths,
-        trials=evaluation.needle_trials,
-        digits=evaluation.needle_digits,
-        seed=run.config.seed,
-        max_tokens=evaluation.needle_tokens,
-    )
-    blocks = held_out_blocks(
-        corpus_texts(evaluation.text, directory=Path(run.config.data.directory)),
-        encode,
-        block_length=max(evaluation.perplexity_lengths or evaluation.lengths),
-        num_tokens=evaluation.perplexity_tokens,
-    )
-    return Probes(haystacks, blocks, evaluation, run.config.seed)
 
 
 def _base_chunks(run: Run) -> list[EndPromptGPTModel]:
@@ -246,7 +244,9 @@ def _probe(
     for chunk in chunks:
         chunk.set_rope(rope)
     cache = run.output_dir / "probes" / (f"{name}.json" if step is None else f"{name}_step_{step:07d}.json")
-    found = probe_system(name, label, chunks, probes, device=run.runtime.device, cache=cache)
+    kept_beside = run.base.hf_path if name in ("base", "untrained") else None
+    with run.times.stage(f"probe {name}"):
+        found = probe_system(name, label, chunks, probes, device=run.runtime.device, cache=cache, kept_beside=kept_beside)
     for chunk in chunks:
         chunk.set_rope(run.rope)
     return found
@@ -299,10 +299,11 @@ def _train_control(run: Run, blends: tuple[Any, Any], probes: Probes | None) -> 
     get_logger().info("control: the same training with contiguous positions and no end prompt")
     config = copy.deepcopy(run.config)
     config.method.name, config.method.position_scheme = "control_short_pi", "contiguous"
-    chunks = _base_chunks(run)
     directory = run.output_dir / "control"
     directory.mkdir(exist_ok=True)
-    result = _train(run, chunks, blends, directory, config)
+    with run.times.stage("train control"):
+        chunks = _base_chunks(run)
+        result = _train(run, chunks, blends, directory, config)
     if probes is None:
         return None
     label = f"control without the anchor, {result.state.step} steps"
@@ -347,16 +348,15 @@ def _export(run: Run, chunks: list[EndPromptGPTModel], result: TrainingResult, p
     return export
 
 
-def _tell_results(run: Run, export: Path, evaluation: dict[str, Any]) -> None:
+def _write_model_card(run: Run, export: Path, evaluation: dict[str, Any]) -> None:
     """Put what was measured into the model card of the export."""
-    told = (
-        format_table(evaluation)
-        + "\n\nPass keys and perplexity by context length in tokens, at ordinary positions. In brackets: digits right, log-probability of "
-        f"the key in nats. The experiment `{run.config.name}` makes this table."
+    results = (
+        f"{format_table(evaluation)}\n\nRetrieval of planted facts and perplexity by context length in tokens, at ordinary positions. In "
+        f"brackets: parts of the answer right, log-probability of the answer in nats. The experiment `{run.config.name}` makes this table."
     )
     provenance = json.loads((export / PROVENANCE_FILE).read_text())
     temporary = export / (MODEL_CARD + ".tmp")
-    temporary.write_text(model_card(provenance, base_hf_path=run.base.hf_path, results=told))
+    temporary.write_text(model_card(provenance, base_hf_path=run.base.hf_path, results=results))
     temporary.replace(export / MODEL_CARD)
 
 

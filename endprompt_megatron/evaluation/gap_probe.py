@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.evaluation.needle import FACT, INTRODUCTION, QUESTION, Haystack, HaystackWriter, ask, draw_key, summarise
+from endprompt_megatron.evaluation.needle import FACT, INTRODUCTION, QUESTION, Haystack, HaystackWriter, draw_key, make_question, summarise
 from endprompt_megatron.theory.coverage import gap_of_endprompt
 
 NEAR, GAP, ANCHOR = "near", "gap", "anchor"
@@ -68,7 +68,7 @@ def make_gap_haystacks(
     for trial in range(trials):
         random = np.random.default_rng([seed, length, trial])
         key = draw_key(random, digits)
-        fact, question = FACT.format(key=key), ask(writer, GAP, QUESTION, key, 0.0)
+        fact, question = FACT.format(key=key), make_question(writer.encode, GAP, QUESTION, key, 0.0)
         sentences = writer.sentences(INTRODUCTION, [fact], [question])
         before = np.arange(sentences + 1)
         nearest = (sentences - before) * len(writer.noise) + 1  # first token of the question to last of the fact
@@ -83,7 +83,7 @@ def make_gap_haystacks(
                     f"narrower than the fact, the question and {len(writer.noise)} tokens of noise cannot be probed."
                 )
             depth = float(places[int((trial + share) / trials * len(places))] / sentences)
-            made.append(writer.haystack(INTRODUCTION, [(depth, fact)], [ask(writer, GAP, QUESTION, key, depth)]))
+            made.append(writer.haystack(INTRODUCTION, [(depth, fact)], [make_question(writer.encode, GAP, QUESTION, key, depth)]))
     return made
 
 

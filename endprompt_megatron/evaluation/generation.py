@@ -131,15 +131,27 @@ def answer_logits(
     Returns:
         float32 [n, v] of each question on the last pipeline stage; None on the others.
     """
+    sizes = [len(prompt) + len(answer) - 1 for prompt, answer in questions]
+    if prefill_chunk and trunk and len(trunk) + sum(sizes) > prefill_chunk:
+        with replica.cached(len(trunk) + max(sizes)):
+            replica.prefill(trunk, chunk=prefill_chunk)
+            return branch_logits(replica, len(trunk), questions)
+    return branch_logits(replica, 0, questions, trunk=trunk)
+
+
+def branch_logits(replica: Replica, cached: int, questions: Sequence[tuple[Tokens, Tokens]], *, trunk: Tokens = ()) -> list[Tensor] | None:
+    """As answer_logits, where the trunk (or its beginning) has been read already.
+
+    Args:
+        replica: the model, inside `Replica.cached` where `cached` is not 0.
+        cached: tokens that the cache holds.
+        questions: (prompt, answer), each at least one token.
+        trunk: tokens after the cached ones that all questions follow.
+    """
     asked = [[*prompt, *answer[:-1]] for prompt, answer in questions]
     sizes = [len(tokens) for tokens in asked]
     together = [token for tokens in asked for token in tokens]
-    if prefill_chunk and trunk and len(trunk) + len(together) > prefill_chunk:
-        with replica.cached(len(trunk) + max(sizes)):
-            replica.prefill(trunk, chunk=prefill_chunk)
-            logits = replica.logits(together, first_position=len(trunk), rows=len(together), branches=sizes)
-    else:
-        logits = replica.logits([*trunk, *together], first_position=0, rows=len(together), branches=sizes)
+    logits = replica.logits([*trunk, *together], first_position=cached, rows=len(together), branches=sizes)
     if logits is None:
         return None
     return [part[-len(answer) :] for part, (_, answer) in zip(logits.split(sizes), questions, strict=True)]

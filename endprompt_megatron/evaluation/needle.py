@@ -184,19 +184,20 @@ def draw_key(random: np.random.Generator, digits: int) -> str:
     return str(random.integers(10 ** (digits - 1), 10**digits))
 
 
-def ask(writer: HaystackWriter, task: str, question: str, answer: str, depth: float | None) -> Question:
-    """A question about a haystack that the writer is to lay out, which gives it its distance."""
-    tokens = writer.encode(" " + answer)
-    space = writer.encode(" ")
+def make_question(encode: Encode, task: str, question: str, answer: str, depth: float | None) -> Question:
+    """A question in tokens; its distance is set where the text around its fact is laid out."""
+    tokens = encode(" " + answer)
+    space = encode(" ")
     first = int(len(space) == 1 and tokens[0] == space[0])  # a space of its own before the answer
     units = tuple((index, index + 1) for index in range(first, len(tokens)))
-    return Question(task, tuple(writer.encode(question)), tuple(tokens), units, depth)
+    return Question(task, tuple(encode(question)), tuple(tokens), units, depth)
 
 
 def _single(writer: HaystackWriter, random: np.random.Generator, depths: list[float], digits: int) -> Haystack:
     """One key at the first of the depths."""
     key = draw_key(random, digits)
-    return writer.haystack(INTRODUCTION, [(depths[0], FACT.format(key=key))], [ask(writer, "single", QUESTION, key, depths[0])])
+    question = make_question(writer.encode, "single", QUESTION, key, depths[0])
+    return writer.haystack(INTRODUCTION, [(depths[0], FACT.format(key=key))], [question])
 
 
 def _several(planters: list[Callable], writer: HaystackWriter, random: np.random.Generator, depths: list[float], digits: int) -> Haystack:
@@ -213,7 +214,7 @@ def _keys(writer: HaystackWriter, random: np.random.Generator, depths: list[floa
     for depth, name in zip(sorted(depths), names, strict=False):
         key = draw_key(random, digits)
         facts.append((depth, _NAMED_FACT.format(name=name, key=key)))
-        questions.append(ask(writer, "multi_key", _NAMED_QUESTION.format(name=name), key, depth))
+        questions.append(make_question(writer.encode, "multi_key", _NAMED_QUESTION.format(name=name), key, depth))
     return INTRODUCTION, facts, questions
 
 
@@ -239,7 +240,8 @@ def _chain(writer: HaystackWriter, random: np.random.Generator, depths: list[flo
 def _ask_in_order(writer: HaystackWriter, task: str, question: str, parts: list[str]) -> Question:
     """A question whose answer is several parts, one after the other."""
     ends = [len(writer.encode(" " + " ".join(parts[: count + 1]))) for count in range(len(parts))]
-    return replace(ask(writer, task, question, " ".join(parts), None), units=tuple(zip([0, *ends[:-1]], ends, strict=True)))
+    made = make_question(writer.encode, task, question, " ".join(parts), None)
+    return replace(made, units=tuple(zip([0, *ends[:-1]], ends, strict=True)))
 
 
 @torch.no_grad()
@@ -272,25 +274,31 @@ def score_haystacks(
         logits = answer_logits(replica, haystack.tokens, asked, prefill_chunk=prefill_chunk)
         if logits is None:
             return None
-        return [_row(question, *score_answer(found, question.answer)) for question, found in zip(haystack.questions, logits, strict=True)]
+        answered = zip(haystack.questions, logits, strict=True)
+        return [score_row(question, *score_answer(found, question.answer)) for question, found in answered]
 
     scored: dict[str, dict[int, list[_Row]]] = {}
     answered = replica.share_out(haystacks, ask, label=f"retrieval, {label}")
     for haystack, rows in zip(haystacks, answered, strict=True):
         for question, row in zip(haystack.questions, rows, strict=True):
             scored.setdefault(question.task, {}).setdefault(haystack.length, []).append(row)
-    return {task: {str(length): _described(rows) for length, rows in found.items()} for task, found in scored.items()}
+    return {task: {str(length): describe_rows(rows) for length, rows in found.items()} for task, found in scored.items()}
 
 
-def _row(question: Question, hits: list[bool], log_probability: float) -> _Row:
+def score_row(
+    question: Question, hits: list[bool], log_probability: float, *, depth: float | None = None, distance: int | None = None
+) -> _Row:
+    """One record of a question, as score_haystacks has them; depth and distance are the question's own unless given."""
     right = float(np.mean([all(hits[first:past]) for first, past in question.units]))
-    return (question.depth, float(all(hits)), right, log_probability, question.distance)
+    place = question.depth if depth is None else depth
+    return (place, float(all(hits)), right, log_probability, question.distance if distance is None else distance)
 
 
-def _described(rows: list[_Row]) -> dict[str, Any]:
-    depths = sorted({row[0] for row in rows if row[0] is not None})
-    by_depth = {str(depth): summarise([row for row in rows if row[0] == depth]) for depth in depths}
-    return {**summarise(rows), "by_depth": by_depth, "records": [list(row) for row in rows]}
+def describe_rows(rows: list[_Row], *, by_depth: bool = True) -> dict[str, Any]:
+    """Figures of the records of a task and length, as score_haystacks has them; `by_depth` only where facts share depths."""
+    depths = sorted({row[0] for row in rows if row[0] is not None}) if by_depth else []
+    figures = {str(depth): summarise([row for row in rows if row[0] == depth]) for depth in depths}
+    return {**summarise(rows), "by_depth": figures, "records": [list(row) for row in rows]}
 
 
 def summarise(rows: list[_Row]) -> dict[str, float]:

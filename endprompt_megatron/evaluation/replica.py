@@ -60,6 +60,11 @@ class Replica:
                 stack.enter_context(chunk.cached(max_length + self._cut - 1))
             yield
 
+    def rewind(self, length: int) -> None:
+        """Inside `cached`, forget all but the first `length` tokens. What is read next takes the place of the others."""
+        for chunk in self.chunks:
+            chunk.rewind(length)
+
     def prefill(self, tokens: Sequence[int], *, chunk: int) -> Tensor | None:
         """Read the beginning of a sequence, inside `cached`.
 
@@ -74,13 +79,15 @@ class Replica:
             logits = self.logits(tokens[start:past], first_position=start, rows=1)
         return logits
 
-    def logits(self, tokens: Sequence[int], *, first_position: int, rows: int, branches: Sequence[int] = ()) -> Tensor | None:
-        """Logits of the last tokens of a call.
+    def logits(
+        self, tokens: Sequence[int], *, first_position: int, rows: int | Sequence[int], branches: Sequence[int] = ()
+    ) -> Tensor | None:
+        """Logits of some tokens of a call.
 
         Args:
             tokens: s of them.
             first_position: of the first; earlier ones must be in the cache.
-            rows: how many logits are wanted.
+            rows: of which tokens: so many at the end, or those of these indices.
             branches: tokens of each branch at the end, as EndPromptGPTModel.branches_after: every branch's positions go on from the trunk.
         Returns:
             float32 [rows, v] without the rows that pad the vocabulary, on every rank of the last pipeline stage; None on the others.
@@ -101,7 +108,7 @@ class Replica:
         tokens: Sequence[int],
         *,
         first_position: int,
-        rows: int | None = None,
+        rows: int | Sequence[int] | None = None,
         branches: Sequence[int] = (),
         labels: Sequence[int] | None = None,
     ) -> Tensor | None:
@@ -117,6 +124,7 @@ class Replica:
         input_ids, label_ids = (
             None if ids is None else torch.tensor([[*ids, *[0] * padding]], device=self.device) for ids in (tokens, labels)
         )
+        chosen = slice(-rows, None) if isinstance(rows, int) else rows
         output = None
         for chunk in self.chunks:
             if not chunk.pre_process:
@@ -124,15 +132,15 @@ class Replica:
             with ExitStack() as stack:
                 stack.enter_context(chunk.evaluating())
                 stack.enter_context(chunk.branches_after(end, lengths))
-                if chunk.post_process and rows is not None and self._cut == 1:
-                    stack.enter_context(chunk.last_logits_only(rows))
+                if chunk.post_process and chosen is not None and self._cut == 1:
+                    stack.enter_context(chunk.logits_of(chosen))
                 output = chunk(input_ids, position_ids, labels=label_ids)
             if not chunk.post_process:
                 self._send(output)
         if not self.has_results:
             return None
         found = output[0, : output.shape[1] - padding]
-        return found if rows is None else found[-rows:]
+        return found if chosen is None or self._cut == 1 else found[chosen]
 
     def _receive(self, tokens: int) -> Tensor:
         """Hidden states of the stage before."""

@@ -5,7 +5,7 @@ Shapes: b micro-batch, s physical sequence, v vocabulary share of this rank; Meg
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -103,10 +103,10 @@ class EndPromptGPTModel(GPTModel):
         return super().compute_language_model_loss(labels, logits)
 
     @contextmanager
-    def last_logits_only(self, count: int) -> Iterator[None]:
-        """Inside the block the output layer sees only the last `count` tokens of the sequence: a probe of a long context needs a few
-        logits, not a table of s x v. Not for sequence parallelism, where a rank holds a part of the sequence."""
-        hook = self.output_layer.register_forward_pre_hook(lambda module, inputs: (inputs[0][-count:], *inputs[1:]))
+    def logits_of(self, rows: slice | Sequence[int]) -> Iterator[None]:
+        """Inside the block the output layer sees only these tokens of the sequence: a probe of a long context needs a few logits, not a
+        table of s x v. Not for sequence parallelism, where a rank holds a part of the sequence."""
+        hook = self.output_layer.register_forward_pre_hook(lambda module, inputs: (inputs[0][rows], *inputs[1:]))
         try:
             yield
         finally:
@@ -171,6 +171,11 @@ class EndPromptGPTModel(GPTModel):
         finally:
             for attention in attentions:
                 attention.cache = None
+
+    def rewind(self, length: int) -> None:
+        """Inside `cached`, forget all but the first `length` tokens."""
+        for attention in self._caching_attentions():
+            attention.cache.rewind(length)
 
     def _caching_attentions(self) -> list[TorchSDPA]:
         attentions = [module for module in self.modules() if isinstance(module, TorchSDPA)]

@@ -23,8 +23,20 @@ from torch.nn.attention.bias import causal_lower_right
 
 from endprompt_megatron.mcore.context_parallel import chunks_of_rank, gather_sequence
 
+# torch's kernel for CPUs that returns the logarithm of each row's softmax sum too; public functions keep it back (torch 2.2 to 2.15)
+_FLASH_ON_CPU = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 # Largest rows x keys of a mask that a CPU has to write out (torch makes it the scores' dtype: 64 MiB in float32)
 _MASK_ELEMENTS = 2**24
+
+
+def _merges(query: Tensor) -> bool:
+    """Whether attention over a cache is taken in two parts: in evaluation on a CPU, whose public kernel would need a mask."""
+    return _FLASH_ON_CPU is not None and query.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def _flash_on_cpu(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False, **options: Any) -> tuple[Tensor, Tensor]:
+    """(attention [b, n, s, d], logarithm of each row's softmax sum, float32 [b, n, s])"""
+    return _FLASH_ON_CPU(query, key, value, 0.0, is_causal, **options)
 
 
 class KeyValueCache:
@@ -51,6 +63,16 @@ class KeyValueCache:
         seen = self.try_out(key, value)
         self.length += key.shape[0]
         return seen
+
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """Key and value of all tokens kept, as `extend` returns them."""
+        return self._buffers[0][: self.length], self._buffers[1][: self.length]
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens; the next ones take the place of the others."""
+        if length > self.length:
+            raise AssertionError(f"a key/value cache of {self.length} tokens cannot be cut at {length}")
+        self.length = length
 
     def try_out(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """As `extend`, but the tokens are not kept: the next ones take their place."""
@@ -123,6 +145,8 @@ class TorchSDPA(MegatronModule):
     def _over_branches(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The last tokens are branches of `branches` tokens each: a branch sees what stands before the first, and itself. None is kept."""
         trunk = query.shape[0] - sum(self.branches)
+        if _merges(query):
+            return self._over_merged_branches(query, key, value, trunk)
         cache = self.cache or KeyValueCache(trunk + max(self.branches))
         parts = list(zip(*(tensor.split([trunk, *self.branches]) for tensor in (query, key, value)), strict=True))
         outputs = []
@@ -134,6 +158,21 @@ class TorchSDPA(MegatronModule):
             outputs.append(self._attend(its_query, *seen, first_row=first_row))
         return torch.cat(outputs)
 
+    def _over_merged_branches(self, query: Tensor, key: Tensor, value: Tensor, trunk: int) -> Tensor:
+        """As _over_branches, with one reading of the trunk for all branches."""
+        outputs, seen = [], (key[:trunk], value[:trunk])
+        if self.cache is not None:
+            first_row = self.cache.length
+            seen = self.cache.extend(*seen) if trunk else self.cache.kept()
+            if trunk:
+                outputs.append(self._attend(query[:trunk], *seen, first_row=first_row))
+        else:
+            outputs.append(self._attend(query[:trunk], *seen, first_row=0))
+        own = torch.block_diag(*(torch.ones(length, length).tril() for length in self.branches)) == 0
+        mask = torch.zeros(own.shape, dtype=query.dtype).masked_fill_(own, -torch.inf)
+        outputs.append(self._merge(query[trunk:], *seen, key[trunk:], value[trunk:], attn_mask=mask))
+        return torch.cat(outputs)
+
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, first_row: int) -> Tensor:
         """Causal attention of query rows first_row, first_row + 1, ... over keys 0, 1, ..., as many keys as rows: [s, b, n * d]."""
         sequence, batch, heads, dim = query.shape
@@ -143,6 +182,9 @@ class TorchSDPA(MegatronModule):
             groups = key.shape[2]
             rows = query.view(batch, groups, heads // groups, dim).permute(2, 0, 1, 3)
             context = self._fused(rows, key, value).reshape(batch, heads, 1, dim)
+        elif _merges(query):
+            past, own = (key[:first_row], value[:first_row]), (key[first_row:], value[first_row:])
+            return self._merge(query, *past, *own, is_causal=True)
         else:  # torch's kernels for a CPU take only a mask here, so rows go in blocks that bound it
             step = max(1, _MASK_ELEMENTS // key.shape[0])
             blocks = []
@@ -152,6 +194,25 @@ class TorchSDPA(MegatronModule):
                 mask = None if past - start == 1 else causal_lower_right(past - start, seen)
                 blocks.append(self._fused(query[start:past], key[:seen], value[:seen], attn_mask=mask))
             context = torch.cat(blocks, dim=2) if len(blocks) > 1 else blocks[0]
+        return context.permute(2, 0, 1, 3).reshape(sequence, batch, heads * dim)
+
+    def _merge(self, query: Tensor, past_key: Tensor, past_value: Tensor, key: Tensor, value: Tensor, **masking: Any) -> Tensor:
+        """Attention over keys that every row sees and over the rows' own keys under a mask: two kernels without a mask of rows x past,
+        merged by the logarithms of their softmax sums. [s, b, n * d]"""
+        sequence, batch, heads, dim = query.shape
+        groups = key.shape[2]
+        # the heads of a group as rows: the past is read once a group
+        rows = query.view(sequence, batch, groups, heads // groups, dim).permute(1, 2, 3, 0, 4).reshape(batch, groups, -1, dim)
+        far, far_sum = _flash_on_cpu(rows, past_key.permute(1, 2, 0, 3), past_value.permute(1, 2, 0, 3), scale=self.softmax_scale)
+        near, near_sum = _flash_on_cpu(
+            query.permute(1, 2, 0, 3),
+            *(tensor.permute(1, 2, 0, 3).repeat_interleave(heads // groups, dim=1) for tensor in (key, value)),
+            scale=self.softmax_scale,
+            **masking,
+        )
+        far, far_sum = far.reshape(batch, heads, sequence, dim), far_sum.reshape(batch, heads, sequence)
+        share = torch.sigmoid(far_sum - near_sum.view_as(far_sum)).unsqueeze(-1)
+        context = (far.float() * share + near.float() * (1 - share)).to(query.dtype)
         return context.permute(2, 0, 1, 3).reshape(sequence, batch, heads * dim)
 
     def _fused(self, query: Tensor, key: Tensor, value: Tensor, **masking: Any) -> Tensor:

@@ -52,7 +52,7 @@ SYSTEM_STYLES = {
     "control": SystemStyle(GREEN, "^", "-."),
     "trained": SystemStyle(BLUE, "D", "-"),
 }
-_OTHER_STYLES = tuple(
+OTHER_STYLES = tuple(
     SystemStyle(color, marker, line)
     for color, marker, line in ((BLUE, "D", "-"), (VERMILLION, "s", "--"), (GREEN, "^", "-."), (ORANGE, "v", ":"), ("#CC79A7", "P", "--"))
 )
@@ -273,7 +273,7 @@ def _draw_systems(
     ordered = sorted(systems, key=lambda name: list(SYSTEM_STYLES).index(name) if name in SYSTEM_STYLES else len(SYSTEM_STYLES))
     others = [name for name in ordered if name not in SYSTEM_STYLES]
     for index, name in enumerate(ordered):
-        style = SYSTEM_STYLES.get(name) or _OTHER_STYLES[others.index(name) % len(_OTHER_STYLES)]
+        style = SYSTEM_STYLES.get(name) or OTHER_STYLES[others.index(name) % len(OTHER_STYLES)]
         points = []
         for length, score in sorted(
             (int(length), score) for length, score in (systems[name].get(key) or {}).items() if score is not None

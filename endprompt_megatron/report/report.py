@@ -12,9 +12,12 @@ from typing import Any
 from endprompt_megatron.errors import DataError
 from endprompt_megatron.log import read_metrics
 from endprompt_megatron.report.evaluation_plots import plot_depth_by_length
+from endprompt_megatron.report.figures.reach import plot_reach
 from endprompt_megatron.report.plots import length_label, plot_loss, plot_needle, plot_perplexity, plot_positions
+from endprompt_megatron.report.reach import PLANTED, ordered_systems, reach_sentences
 
-SYSTEM_ORDER = ("base", "untrained", "control", "trained")
+# Tables and sentences: key of evaluation.json -> what it is called
+RETRIEVAL = {"needle": "key retrieval", **{task: f"planted {words}" for task, words in PLANTED.items()}}
 _MISSING = "–"
 # Only for the picture, where the run did not record b: too few to see beside a whole window, and the text says so.
 _DRAWN_PROMPT_TOKENS = 16
@@ -41,11 +44,13 @@ def write_report(output_dir: Path) -> Path:
     sections = [
         f"# {summary['experiment']}: {summary['target_length']:,} positions from samples of {summary['physical_length']:,} tokens",
         _what_was_done(summary, evaluation),
+        _reach(output_dir, summary, evaluation),
         "## Before and after",
         format_table(evaluation) if evaluation.get("systems") else "No evaluation was run (`evaluation.enabled=false`).",
         _reading_note(evaluation),
         "## Conditions",
         _conditions(summary, evaluation),
+        _where_the_time_went(summary),
         "## Pictures",
         _pictures(output_dir, summary, evaluation),
         "## What next",
@@ -54,6 +59,35 @@ def write_report(output_dir: Path) -> Path:
     path = output_dir / "report.md"
     path.write_text("\n\n".join(section for section in sections if section) + "\n")
     return path
+
+
+def _reach(output_dir: Path, summary: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+    """The picture and the sentences of long texts; empty where none was read."""
+    systems = ordered_systems(evaluation.get("systems") or {})
+    if not any(system.get(task) for system in systems.values() for task in PLANTED):
+        return ""
+    native = native_window(summary)
+    longest = max(int(length) for system in systems.values() for task in PLANTED for length in system.get(task) or {})
+    title = f"{summary['experiment']}: native window {native:,} tokens, read to {longest:,}"
+    path = plot_reach(output_dir / "reach.png", systems, native=native, title=title)
+    caption = (
+        "What is retrieved and how well text is predicted, by context length and by distance, inside the native window and beyond it "
+        "(shaded). One text is read once a system; intervals count every question, those about one fact at several lengths included."
+    )
+    sentences = "\n".join(f"- {sentence}" for sentence in reach_sentences(systems, native=native))
+    advice = (
+        "Which RoPE scaling suits this model and window, and whether training is needed at all: "
+        f"`python recipes/choose_rope.py +experiment={summary['experiment']}` compares them untrained."
+    )
+    return "\n\n".join(["## How far it reads", _picture(path, caption), sentences, advice])
+
+
+def _where_the_time_went(summary: Mapping[str, Any]) -> str:
+    stages = summary.get("stage_seconds") or {}
+    if not stages:
+        return ""
+    rows = "\n".join(f"| {stage} | {seconds:,.0f} |" for stage, seconds in stages.items())
+    return f"Where the time went:\n\n| stage | seconds |\n| --- | ---: |\n{rows}\n| all of it | {summary['wall_seconds']:,.0f} |"
 
 
 def format_table(evaluation: Mapping[str, Any]) -> str:
@@ -95,31 +129,26 @@ def format_terminal_table(evaluation: Mapping[str, Any]) -> str:
             lines.append("")
         lines.append(line(row))
         previous = row[0]
-    if any(row[0] == "key retrieval" for row in rows):
-        lines += ["", "key retrieval: keys exact (digits right, mean log-probability of the key in nats)"]
+    if any(row[0] in RETRIEVAL.values() for row in rows):
+        lines += ["", "retrieval: answers exact (parts of them right, mean log-probability of the answer in nats)"]
     return "\n".join(lines)
 
 
 def _table_cells(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    systems = _ordered_systems(evaluation)
+    systems = ordered_systems(evaluation.get("systems") or {})
     lengths = sorted(
-        {int(length) for system in systems.values() for key in ("perplexity", "needle") for length in (system.get(key) or {})}
+        {int(length) for system in systems.values() for key in ("perplexity", *RETRIEVAL) for length in (system.get(key) or {})}
     )
     header = ["measure", "system", *[length_label(length) for length in lengths]]
     rows = []
-    for key, measure, cell in (("perplexity", "perplexity", _perplexity), ("needle", "key retrieval", _retrieval)):
+    for key, measure in {"perplexity": "perplexity", **RETRIEVAL}.items():
+        cell = _perplexity if key == "perplexity" else _retrieval
         for name, system in systems.items():
             scores = {int(length): score for length, score in (system.get(key) or {}).items()}
             if scores:
                 label = str(system.get("label") or name)
                 rows.append([measure, label, *[cell(scores.get(length)) for length in lengths]])
     return header, rows
-
-
-def _ordered_systems(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    systems = evaluation.get("systems") or {}
-    names = [name for name in SYSTEM_ORDER if name in systems] + [name for name in systems if name not in SYSTEM_ORDER]
-    return {name: systems[name] for name in names}
 
 
 def _perplexity(value: Any) -> str:
@@ -143,7 +172,7 @@ def _retrieval(score: Any) -> str:
 def _what_was_done(summary: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
     factor = summary["rope_factor"]
     sentences = [
-        f"The base model's window of {_native(summary):,} positions was stretched to {summary['target_length']:,} (RoPE factor "
+        f"The base model's window of {native_window(summary):,} positions was stretched to {summary['target_length']:,} (RoPE factor "
         f"{factor:g}) with the method `{summary['method']}`, seed {summary['seed']}: {summary['steps']:,} optimizer steps, "
         f"{summary['tokens']:,} tokens, in samples of {summary['physical_length']:,} physical tokens.",
         _optional(summary, "loss_first", "loss_last", text="The training loss went from {:.3f} to {:.3f} nats a token."),
@@ -157,11 +186,13 @@ def _what_was_done(summary: Mapping[str, Any], evaluation: Mapping[str, Any]) ->
 
 
 def _measured_sentences(evaluation: Mapping[str, Any]) -> list[str]:
-    systems = _ordered_systems(evaluation)
+    systems = ordered_systems(evaluation.get("systems") or {})
     sentences = []
+    planted = "Planted {} retrieved at {{}}, exactly (parts right, log-probability): "
     for key, cell, opening in (
         ("perplexity", _perplexity, "Perplexity at {}: "),
         ("needle", _retrieval, "Keys retrieved at {}, exactly (digits right, log-probability): "),
+        *((task, _retrieval, planted.format(words)) for task, words in PLANTED.items()),
     ):
         measured = {
             name: {int(length) for length in system.get(key) or {}} for name, system in systems.items() if system.get(key)
@@ -175,21 +206,23 @@ def _measured_sentences(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def _reading_note(evaluation: Mapping[str, Any]) -> str:
-    systems = _ordered_systems(evaluation)
+    systems = ordered_systems(evaluation.get("systems") or {})
     if not systems:
         return ""
     trials = sorted(
         {
             int(score["trials"])
             for system in systems.values()
-            for score in (system.get("needle") or {}).values()
+            for key in RETRIEVAL
+            for score in (system.get(key) or {}).values()
             if score and score.get("trials")
         }
     )
     counted = f" Trials a length: {', '.join(map(str, trials))}." if trials else ""
     return (
-        "Perplexity: lower is better. Key retrieval: share of planted keys reproduced exactly; in brackets the share of single digits "
-        "right and the mean log-probability of the whole key in nats (0 is certainty), which also move while no whole key comes out right."
+        "Perplexity: lower is better. Retrieval: share of planted keys, words or numbers reproduced exactly; in brackets the share of "
+        "their parts (digits) right and the mean log-probability of the whole answer in nats (0 is certainty), which also move while no "
+        "whole answer comes out right."
         f"{counted} {_MISSING} was not measured."
     )
 
@@ -208,15 +241,15 @@ def _pictures(output_dir: Path, summary: Mapping[str, Any], evaluation: Mapping[
     records = read_metrics(output_dir / "metrics.jsonl")
     if any(_number(record.get("loss")) is not None for record in records):
         pictures.append(_picture(plot_loss(output_dir / "loss.png", records), "Loss by step."))
-    systems = _ordered_systems(evaluation)
+    systems = ordered_systems(evaluation.get("systems") or {})
     if any(system.get("needle") for system in systems.values()):
-        path = plot_needle(output_dir / "needle.png", systems, original_context_length=_native(summary))
+        path = plot_needle(output_dir / "needle.png", systems, original_context_length=native_window(summary))
         pictures.append(
             _picture(path, "Key retrieval by context length. Points are moved sideways a little where they would coincide.")
         )
     pictures += _maps(output_dir, systems, summary)
     if any(system.get("perplexity") for system in systems.values()):
-        path = plot_perplexity(output_dir / "perplexity.png", systems, original_context_length=_native(summary))
+        path = plot_perplexity(output_dir / "perplexity.png", systems, original_context_length=native_window(summary))
         pictures.append(_picture(path, "Perplexity by window."))
     return "\n\n".join(pictures)
 
@@ -243,7 +276,7 @@ def _maps(output_dir: Path, systems: Mapping[str, Mapping[str, Any]], summary: M
             panels,
             measure="digits right (%)",
             value_range=(0, 100),
-            original_context_length=_native(summary),
+            original_context_length=native_window(summary),
             target_context_length=summary["target_length"],
             title=f"Retrieval of {kind} by depth and length",
         )
@@ -264,7 +297,7 @@ def _positions_picture(output_dir: Path, summary: Mapping[str, Any], evaluation:
         num_context_tokens=physical - prompt,
         num_prompt_tokens=prompt,
         target_context_length=summary["target_length"],
-        original_context_length=_native(summary),
+        original_context_length=native_window(summary),
     )
     caption = "Where the tokens of a training sample sit, and which relative distances training shows the model."
     if prompt and recorded is None:
@@ -298,7 +331,8 @@ def _what_next(output_dir: Path, summary: Mapping[str, Any]) -> str:
     return f"{longer}\n\n{load}"
 
 
-def _native(summary: Mapping[str, Any]) -> int:
+def native_window(summary: Mapping[str, Any]) -> int:
+    """Positions before the stretch, from summary.json."""
     return round(summary["target_length"] / summary["rope_factor"])
 
 

@@ -15,12 +15,17 @@ from endprompt_megatron.errors import CheckpointError, ConfigError
 
 FloatArray = npt.NDArray[np.float32]
 
-# ntk is another base of the frequencies and nothing else, so config.json names that base
-_HF_TYPE = {"none": "default", "pi": "linear", "ntk": "default", "yarn": "yarn", "llama3": "llama3"}
+# ntk and abf are another base of the frequencies and nothing else, so config.json names that base
+_HF_TYPE = {"none": "default", "pi": "linear", "ntk": "default", "abf": "default", "yarn": "yarn", "llama3": "llama3"}
 SCALING_TYPES = tuple(_HF_TYPE)
 _NEEDS_ORIGINAL = ("yarn", "llama3")
 # keys of the config group rope that a type reads beside its factor
-_OPTIONS = {"ntk": ("ntk_dynamic_factor",), "yarn": ("beta_fast", "beta_slow"), "llama3": ("low_freq_factor", "high_freq_factor")}
+_OPTIONS = {
+    "ntk": ("ntk_dynamic_factor",),
+    "abf": ("theta",),
+    "yarn": ("beta_fast", "beta_slow"),
+    "llama3": ("low_freq_factor", "high_freq_factor"),
+}
 # keys of transformers' rope_scaling that from_hf understands, by type; another key would change the frequencies unseen
 _COMMON_KEYS = {"rope_type", "type", "rope_theta"}
 _HF_KEYS = {
@@ -37,20 +42,22 @@ class RopeScaling:
 
     Attributes:
         type: `none` (the model's own), `pi` (position interpolation: every frequency is divided by `factor`), `ntk` (a larger base: the
-            lowest frequency is divided by `factor`, the highest kept), `yarn` (low frequencies are divided, high ones kept, and attention
-            is sharpened), `llama3` (as Llama 3.1: low frequencies divided, high ones kept).
+            lowest frequency is divided by `factor`, the highest kept), `abf` (a larger base that is given), `yarn` (low frequencies are
+            divided, high ones kept, and attention is sharpened), `llama3` (as Llama 3.1: low frequencies divided, high ones kept).
         rope_theta: the base of the frequencies.
         head_dim: d, dimensions of one head that are rotated (all of them); even.
         factor: s, how far positions are stretched; 1.0 for `none`.
         original_context_length: window before the stretch, in positions; `yarn` and `llama3` cut their frequency bands by it.
+        theta: `abf`: the base in the place of `rope_theta`.
         ntk_dynamic_factor: `ntk`: f of the dynamic rule, which makes s' = f s - (f - 1) of a window of s L_original and is pinned there;
             None is the static rule, s' = s. The base becomes theta s'^(d / (d - 2)).
         low_freq_factor, high_freq_factor: `llama3`: wavelengths above original / low are divided, below original / high kept.
         beta_fast, beta_slow: `yarn`: rotations over the original window above which a frequency is kept, below which it is divided.
         truncate: `yarn`: whether the ends of the band between are rounded outwards to whole dimensions.
         explicit_attention_factor: `yarn`: instead of 0.1 ln(factor) + 1.
-    Source: position interpolation (arXiv 2306.15595), which EndPrompt uses (arXiv 2605.14589, eq. 6); YaRN (arXiv 2309.00071), which
-    tells NTK too; the dynamic rule as LCEG (arXiv 2409.12181) trains with it; the frequencies of Llama 3.1 as transformers computes them.
+    Source: position interpolation (arXiv 2306.15595), which EndPrompt uses (arXiv 2605.14589, eq. 6); a raised base
+    (arXiv 2309.16039); YaRN (arXiv 2309.00071), which tells NTK too; the dynamic rule as LCEG (arXiv 2409.12181) trains with it;
+    the frequencies of Llama 3.1 as transformers computes them.
     """
 
     type: str
@@ -58,6 +65,7 @@ class RopeScaling:
     head_dim: int
     factor: float = 1.0
     original_context_length: int | None = None
+    theta: float | None = None
     ntk_dynamic_factor: float | None = None
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -82,6 +90,13 @@ class RopeScaling:
             )
         if self.ntk_dynamic_factor is not None and (self.type != "ntk" or not self.ntk_dynamic_factor >= 1):
             raise ConfigError(f"rope.ntk_dynamic_factor={self.ntk_dynamic_factor} with rope.type={self.type}: for ntk alone, and >= 1.")
+        if self.type == "abf" and not (self.theta and self.rope_theta <= self.theta < math.inf):
+            raise ConfigError(
+                f"rope.theta={self.theta} with rope.type=abf: must be the raised base, at least the model's own rope_theta="
+                f"{self.rope_theta:g}. A stretch by {self.factor:g} with the static NTK rule has {self._ntk_theta(self.factor):.4g}."
+            )
+        if self.type != "abf" and self.theta is not None:
+            raise ConfigError(f"rope.theta={self.theta} with rope.type={self.type}: for abf alone. Set rope=abf, or rope.theta=null.")
         if self.type == "ntk" and self.head_dim < 4:
             raise ConfigError(f"head_dim={self.head_dim} with rope.type=ntk: at least 4 dimensions are needed.")
         if self.type == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
@@ -101,12 +116,16 @@ class RopeScaling:
 
     @property
     def effective_theta(self) -> float:
-        """The base that the frequencies are computed from; `rope_theta` unless the scaling is `ntk`."""
+        """The base that the frequencies are computed from; `rope_theta` unless the scaling is `ntk` or `abf`."""
+        if self.type == "abf":
+            return self.theta
         if self.type != "ntk":
             return self.rope_theta
         f = self.ntk_dynamic_factor
-        stretch = self.factor if f is None else f * self.factor - (f - 1)
-        return self.rope_theta * stretch ** (self.head_dim / (self.head_dim - 2))
+        return self._ntk_theta(self.factor if f is None else f * self.factor - (f - 1))
+
+    def _ntk_theta(self, stretch: float) -> float:
+        return self.rope_theta * stretch ** (self.head_dim / max(1, self.head_dim - 2))
 
     def inv_freq(self) -> FloatArray:
         """Angular frequencies in radians a position, float32 [head_dim / 2], highest first.

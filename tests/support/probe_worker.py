@@ -17,6 +17,7 @@ from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.evaluation.generation import greedy_generate, sequence_log_probabilities
 from endprompt_megatron.evaluation.needle import make_haystacks
 from endprompt_megatron.evaluation.perplexity import perplexity_by_window
+from endprompt_megatron.evaluation.probes.long_text import make_long_texts, read_long_texts
 from endprompt_megatron.evaluation.results import Probes, probe_system
 from endprompt_megatron.mcore import runtime as mcore_runtime
 from endprompt_megatron.model.backends import resolve
@@ -45,6 +46,11 @@ def run_job(job: dict) -> None:
             lambda text: tokenizer(text, add_special_tokens=False)["input_ids"], tasks=["single", "multi_key", "variable_tracking"],
             lengths=[640], depths=[0.2, 0.8], trials=3, digits=5, seed=0,
         )  # fmt: skip
+        prose = [" ".join(f"The owner of house {number} was seen." for number in range(300))]
+        long_texts = make_long_texts(
+            prose, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"], length=600, facts={"word": 3, "number": 2}, digits=5,
+            count=2, seed=0,
+        )  # fmt: skip
         random = np.random.default_rng(0)
         blocks = random.integers(0, architecture.vocab_size, (3, 130))
         prompts = [random.integers(0, architecture.vocab_size, size).tolist() for size in (1, 21, 40)]
@@ -62,6 +68,7 @@ def run_job(job: dict) -> None:
                     )
                     for _ in range(2)
                 ],
+                "long_texts": read_long_texts(chunks, long_texts, [250, 400, 600], perplexity_tail=50, label="long", **options),
                 "sliding": perplexity_by_window(chunks, blocks, [32, 64, 130], stride=12, label="sliding", **options),
                 "written": greedy_generate(chunks, prompts, max_new_tokens=NEW_TOKENS, stop_tokens={7}, **options),
                 "log_probabilities": sequence_log_probabilities(chunks, requests, **options),

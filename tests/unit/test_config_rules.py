@@ -63,6 +63,15 @@ def test_the_config_these_start_from_is_good():
             id="3 micro-batches over 2 interleaved stages: megatron raises",
         ),
         pytest.param(1, {"trainer__log_interval": 0}, "trainer.log_interval=0", id="log_interval=0: documented as off, divides by zero"),
+        pytest.param(1, {"rope__type": "abf"}, "rope.theta=None", id="abf without its base"),
+        pytest.param(1, {"rope__theta": 1e6}, "rope.theta=1000000.0", id="a base that pi does not read"),
+        pytest.param(1, {"evaluation__lengths": [512, 32768]}, "32768 is beyond rope.target_context_length=16384", id="beyond the target"),
+        pytest.param(
+            *(1, {"evaluation__tasks": ["word"], "evaluation__planted_words": 99}, "evaluation.planted_words=99: must be between 1 and 32"),
+            id="more facts than can be written",
+        ),
+        pytest.param(1, {"evaluation__perplexity_tail": 512}, "evaluation.perplexity_tail=512", id="a tail as long as the shortest context"),
+        pytest.param(1, {"evaluation__long_texts": 0}, "evaluation.long_texts=0", id="no long text"),
         pytest.param(1, {"data__num_workers": -1}, "data.num_workers=-1", id="negative num_workers: torch raises"),
     ],
 )

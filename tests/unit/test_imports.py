@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "model": {"rope", "config", "precision_rules", "mcore"},
     "checkpoint": {"model", "rope", "config_rules", "config", "mcore"},
     "training": {"data", "model", "checkpoint", "config", "mcore", "planning"},
-    "evaluation": {"model", "checkpoint", "config", "config_rules", "theory"},
+    "evaluation": {"model", "checkpoint", "config", "config_rules", "mcore", "theory"},
     "comparison": {"mcore"},
     "report": {"evaluation", "comparison", "planning", "theory"},
     "compare": {"comparison", "report"},
@@ -50,9 +50,10 @@ MAY_IMPORT = {
     "dry_run": {
         "preflight", "fitting", "launch", "config", "data", "mcore", "model", "planning", "positions", "precision_rules", "rope",
     },
-    "run_record": {"preflight", "checkpoint", "config", "mcore", "model", "rope", "training"},
+    "jobs": {"checkpoint", "config", "data", "evaluation", "launch", "mcore", "model", "preflight", "report", "rope"},
+    "run_record": {"jobs", "preflight", "checkpoint", "config", "mcore", "model", "rope", "training"},
     "extend": {
-        "preflight", "run_record", "checkpoint", "config", "data", "evaluation", "launch", "mcore", "model", "positions", "report", "rope",
+        "preflight", "run_record", "checkpoint", "config", "data", "jobs", "evaluation", "launch", "mcore", "model", "positions", "report", "rope",
         "training",
     },
 }  # fmt: skip

@@ -17,6 +17,7 @@ from endprompt_megatron.checkpoint.hf_import import load_hf_weights
 from endprompt_megatron.checkpoint.hf_tokenizer import load_tokenizer
 from endprompt_megatron.config import EvaluationConfig, ParallelConfig
 from endprompt_megatron.errors import DataError
+from endprompt_megatron.evaluation import results
 from endprompt_megatron.evaluation.needle import Haystack, Question, make_haystacks, score_haystacks
 from endprompt_megatron.evaluation.perplexity import held_out_blocks, perplexity_by_window
 from endprompt_megatron.evaluation.results import Probes, probe_system
@@ -213,6 +214,30 @@ class TestStoredResults:
             stored["conditions"]["evaluation"].pop(key, None)
         cache.write_text(json.dumps(stored))
         assert self._probe(both, probes, cache, "again") == "found"
+
+    def test_of_an_untrained_base_are_kept_beside_it_for_other_runs(self, both, probes, tmp_path, monkeypatch):
+        base = tmp_path / "base"
+        base.mkdir()
+        (base / "model.safetensors").write_bytes(b"weights")
+        asked = []
+        real = results._ask
+        monkeypatch.setattr(results, "_ask", lambda *arguments: asked.append(1) or real(*arguments))
+
+        def probe(run: str, label: str, questions=probes):
+            options = dict(device=torch.device("cpu"), cache=tmp_path / run / "base.json", kept_beside=base)
+            return probe_system("base", label, both[0], questions, **options)
+
+        first, second = probe("first", "one"), probe("second", "two")
+        assert len(asked) == 1 and {**first, "label": ""} == {**second, "label": ""} and second["label"] == "two"
+        probe("third", "other tokens", replace(probes, blocks=np.ones((1, 32), dtype=np.int64)))
+        assert len(asked) == 2
+        (base / "model.safetensors").write_bytes(b"other weights")
+        probe("fourth", "other weights")
+        assert len(asked) == 3
+        for kept in (tmp_path / "base.probes").iterdir():
+            kept.write_text("{damaged")
+        probe("fifth", "damaged")
+        assert len(asked) == 4
 
     def test_do_not_depend_on_how_much_is_read_at_once(self, both, probes, tmp_path):
         cache = tmp_path / "base.json"

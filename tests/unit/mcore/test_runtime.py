@@ -93,7 +93,11 @@ def test_a_chosen_precision_stays(precision, accelerator):
     assert runtime.resolve_precision(precision, accelerator) == precision
 
 
-def test_precision_auto_asks_the_cpu_for_amx(monkeypatch):
-    for has_amx, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_amx=has_amx: has_amx, raising=False)
+def test_precision_auto_takes_what_the_cpu_multiplies_faster(monkeypatch):
+    for speedup, expected in ((3.0, "bf16"), (1.7, "bf16"), (1.0, "fp32"), (0.15, "fp32")):
+        monkeypatch.setattr(runtime, "cpu_bf16_speedup", lambda speedup=speedup: speedup)
         assert runtime.resolve_precision("auto", "cpu") == expected
+
+
+def test_the_cpu_is_timed_once_a_process():
+    assert 0 < runtime.cpu_bf16_speedup() == runtime.cpu_bf16_speedup()

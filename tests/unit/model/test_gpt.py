@@ -215,12 +215,12 @@ class TestLastLogitsOnly:
     def test_are_the_last_of_all(self, model):
         tokens = tokens_of(LENGTH, batch=2)
         whole = logits_of(model, tokens, GAPPED)
-        with model.last_logits_only(5):
+        with model.logits_of(slice(-5, None)):
             last = logits_of(model, tokens, GAPPED)
         assert last.shape == (2, 5, whole.shape[-1])
         torch.testing.assert_close(last, whole[:, -5:], rtol=0, atol=1e-6)
 
     def test_ends_with_the_block_even_when_that_fails(self, model):
-        with pytest.raises(ZeroDivisionError), model.last_logits_only(5):
+        with pytest.raises(ZeroDivisionError), model.logits_of(slice(-5, None)):
             raise ZeroDivisionError
         assert logits_of(model, tokens_of(LENGTH), CONTIGUOUS).shape[1] == LENGTH

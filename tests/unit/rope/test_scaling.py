@@ -112,6 +112,9 @@ def test_other_scalings_are_refused_by_name(kind, key):
         (dict(type="pi", factor=0.5), ["rope.factor=0.5", ">= 1"]),
         (dict(type="none", head_dim=7), ["head_dim=7", "even"]),
         (dict(type="none", head_dim=0), ["head_dim=0", "positive"]),
+        (dict(type="abf", factor=2.0), ["rope.theta=None", "abf", "10000"]),
+        (dict(type="abf", factor=2.0, theta=5000.0), ["rope.theta=5000.0", "at least the model's own"]),
+        (dict(type="pi", factor=2.0, theta=50000.0), ["rope.theta=50000.0", "abf alone"]),
     ],
 )
 def test_impossible_scalings_are_refused(arguments, words):
@@ -180,6 +183,14 @@ def test_ntk_is_another_base():
     np.testing.assert_allclose(static.inv_freq()[[0, -1]], [1.0, 10000.0 ** (-62 / 64) / 4], rtol=1e-6)
     for rope in (dynamic, static):
         np.testing.assert_array_equal(RopeScaling.from_hf(rope.to_hf(), head_dim=rope.head_dim).inv_freq(), rope.inv_freq())
+
+
+def test_a_raised_base_is_a_model_with_that_theta():
+    raised = RopeScaling("abf", 10000.0, 64, factor=4.0, theta=500000.0)
+    np.testing.assert_array_equal(raised.inv_freq(), RopeScaling("none", 500000.0, 64).inv_freq())
+    assert raised.to_hf() == {"rope_theta": 500000, "rope_scaling": None} and raised.attention_factor == 1.0
+    settings = {"type": "abf", "factor": 4.0, "theta": 500000.0}
+    assert RopeScaling("none", 10000.0, 64).extended(settings, max_position_embeddings=2048) == raised
 
 
 @pytest.mark.parametrize("factor", [2.0, 4.0])

@@ -1,0 +1,81 @@
+"""What training changed in one run: its result against the same base with the new RoPE and no training, on the same questions and the same
+held-out tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from endprompt_megatron.comparison.bootstrap import bootstrap_interval
+
+
+@dataclass(frozen=True)
+class PairedChange:
+    """A change of a measure with its 95% interval over the units that were paired.
+
+    Attributes:
+        change: mean of after minus before.
+        low, high: bootstrap interval over units.
+        units: how many.
+    """
+
+    change: float
+    low: float
+    high: float
+    units: int
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class AnswerChange:
+    """Right answers of two systems to the same questions.
+
+    Attributes:
+        before, after: right answers.
+        questions: asked of both.
+        p: two-sided sign test over the questions that only one of them answered; questions about one fact at several lengths count each,
+            so it is rather too small than too large.
+    """
+
+    before: int
+    after: int
+    questions: int
+    p: float
+
+
+def answer_change(before: Mapping[str, Any], after: Mapping[str, Any], lengths: Iterable[int]) -> AnswerChange | None:
+    """Compare {length: figures with records} of two systems at these lengths; None where they were not asked the same."""
+    pairs: list[tuple[bool, bool]] = []
+    for length in lengths:
+        mine, theirs = (list((system.get(str(length)) or {}).get("records") or []) for system in (after, before))
+        if not mine or [row[4] for row in mine] != [row[4] for row in theirs]:
+            continue
+        pairs += [(bool(one[1]), bool(other[1])) for one, other in zip(theirs, mine, strict=True)]
+    if not pairs:
+        return None
+    lost, won = (sum(pair == which for pair in pairs) for which in ((True, False), (False, True)))
+    p = float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
+    return AnswerChange(sum(one for one, _ in pairs), sum(other for _, other in pairs), len(pairs), p)
+
+
+def loss_change(before: Mapping[str, Any], after: Mapping[str, Any], lengths: Iterable[int]) -> PairedChange | None:
+    """Compare {length: [mean loss of a block of tokens]} of two systems at these lengths, in nats a token; None where they scored other
+    tokens."""
+    differences: list[float] = []
+    for length in lengths:
+        mine, theirs = after.get(str(length)) or [], before.get(str(length)) or []
+        if len(mine) == len(theirs):
+            differences += [one - other for one, other in zip(mine, theirs, strict=True)]
+    if not differences:
+        return None
+    low, high = bootstrap_interval(differences)
+    return PairedChange(float(np.mean(differences)), low, high, len(differences)) if not math.isnan(low) else None

@@ -1,0 +1,300 @@
+"""Retrieval and perplexity at every context length from one reading of a long held-out text with planted facts.
+
+Attention is causal: after a model has read n tokens, the first l entries of its key/value cache are the cache of a context of l tokens. So
+the text is read once, its cache is cut at each length, from the longest to the shortest, and at each length every fact read by then is
+asked for. A long context costs one prefill a model instead of one a key.
+
+A fact is a name or a number that a sentence of its own states twice ("The password of the library is Peru. Remember: the password of the
+library is Peru."). Sentences differ from fact to fact, so that a question needs the fact and no choice between facts of one form.
+
+Shapes: t tokens of the text, q tokens of a question with its answer, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from endprompt_megatron.errors import DataError
+from endprompt_megatron.evaluation.generation import branch_logits, score_answer
+from endprompt_megatron.evaluation.needle import Question, describe_rows, draw_key, make_question, score_row
+from endprompt_megatron.evaluation.replica import Replica, pieces
+from endprompt_megatron.model.gpt import EndPromptGPTModel
+
+Encode = Callable[[str], list[int]]
+WORD, NUMBER = "word", "number"
+# Mean losses are kept for blocks of so many tokens, for paired tests between models.
+BLOCK_TOKENS = 64
+
+_SUBJECTS = {
+    WORD: (
+        "the password of the library is", "the name of the new submarine is", "the favorite food of the robot is",
+        "the codeword for the airport is", "the secret ingredient of the soup is", "the team's mascot is called",
+        "the prize of the lottery was", "the title of the movie is", "the object inside the black box is",
+        "the picture on the stamp shows a", "the logo of the company is a", "the satellite was named", "the first word of the poem is",
+        "the brand of the computer is", "the toy that the baby wanted was a", "the website is called", "the vaccine was named",
+        "the hurricane was named", "the nickname of the president is", "the symbol of the football club is a",
+        "the telescope was pointed at the", "the key to the garage was hidden under the", "the pilot's call sign is",
+        "the magic spell begins with", "the youngest goat on the farm is called", "the band's first album was called",
+        "the flavor of the toothpaste is", "the painting in the lobby shows a", "the locker was opened with a",
+        "the winner of the costume contest came as a", "the street where the dentist lives is called",
+        "the last item on the shopping list is",
+    ),
+    NUMBER: (
+        "the number of the locker is", "the code of the alarm is", "the serial number of the camera is", "the zip code of the factory is",
+        "the license number of the taxi is", "the number of visitors to the museum was", "the combination of the safe is",
+        "the phone extension of the manager is", "the flight number is", "the catalog number of the record is",
+        "the price of the tractor in dollars was", "the population of the village is", "the badge number of the detective is",
+        "the weight of the elephant in pounds is", "the account number of the bakery is", "the number on the lottery ticket was",
+        "the telephone number of the hotel is", "the distance to the comet in miles is", "the prison cell had the number",
+        "the model number of the printer is", "the post office box of the lawyer is", "the frequency of the radio station is",
+        "the number of bricks in the wall is", "the ticket for the opera had the number",
+    ),
+}  # fmt: skip
+# Names, which stand out in prose: a small model finds them farther back than common nouns.
+_WORDS = (
+    "Brazil", "Canada", "Mexico", "Egypt", "India", "Japan", "Kenya", "Nepal", "Peru", "Spain", "Texas", "Ohio", "Utah", "Nevada",
+    "Oregon", "Florida", "Monday", "Tuesday", "Friday", "October", "Jupiter", "Saturn", "Mars", "Venus", "Neptune", "Alice", "Oscar",
+    "Victor", "Emma", "Laura", "Kevin", "Diana", "Norway", "Sweden", "Poland", "Greece", "Turkey", "Chile", "Cuba", "Denmark", "Finland",
+    "Hawaii", "Alaska", "Kansas", "Montana", "November", "December", "Sunday",
+)  # fmt: skip
+# A paragraph of its own, as a reader would set it off.
+_FACT = "\n\n{opening} {answer}. Remember: {subject} {answer}.\n\n"
+_QUESTION = "\nRemember: {subject}"
+MOST_FACTS = {task: len(subjects) for task, subjects in _SUBJECTS.items()}
+
+
+@dataclass(frozen=True)
+class PlantedFact:
+    """A fact of a long text.
+
+    Attributes:
+        end: index past its last token.
+        question: about it; depth and distance depend on where the text is cut.
+    """
+
+    end: int
+    question: Question
+
+
+@dataclass(frozen=True)
+class LongText:
+    """A held-out text with facts planted in it.
+
+    Attributes:
+        tokens: t ids.
+        planted: bool [t], true for tokens of facts: perplexity leaves them out.
+        facts: in the order of the text.
+    """
+
+    tokens: tuple[int, ...]
+    planted: tuple[bool, ...]
+    facts: tuple[PlantedFact, ...]
+
+
+def make_long_texts(
+    documents: Iterable[str], encode: Encode, *, length: int, facts: dict[str, int], digits: int, count: int, seed: int
+) -> list[LongText]:
+    """The same texts for every model that is compared: a pure function of the arguments.
+
+    Args:
+        documents: held-out text; each text here is a stretch of one document, and stretches do not overlap.
+        encode: text -> token ids without special tokens.
+        length: t, in tokens.
+        facts: {"word" | "number": how many of them a text holds}, at most MOST_FACTS; they stand at even distances, the kinds mixed.
+        digits: of a number.
+        count: texts.
+        seed: of answers, subjects and their order.
+    Raises:
+        DataError: no document is long enough for one text, or the facts fill the text.
+    """
+    made, longest = [], 0
+    for document in documents:
+        sentences = iter(_sentences(document, encode))
+        while True:
+            random = np.random.default_rng([seed, len(made)])
+            facts_of_text = _written_facts(encode, facts, digits, random)
+            room = length - sum(len(fact) for fact, _ in facts_of_text)
+            if room < length / 2:
+                raise DataError(
+                    f"evaluation.planted_words, evaluation.planted_numbers: {len(facts_of_text)} facts take {length - room} of {length} "
+                    f"tokens, more than half of the longest of evaluation.lengths. Plant fewer, or use longer texts."
+                )
+            stretch, size = [], 0
+            while size < room and (sentence := next(sentences, None)) is not None:
+                stretch.append(sentence)
+                size += len(sentence)
+            longest = max(longest, size)
+            if size < room:
+                break
+            made.append(_lay_out(stretch, facts_of_text, room))
+            if len(made) == count:
+                return made
+    if made:
+        raise DataError(
+            f"evaluation.long_texts={count}: the held-out documents of evaluation.text hold {len(made)} stretches of {length} tokens. "
+            f"Set evaluation.long_texts={len(made)}, or name more text."
+        )
+    raise DataError(
+        f"evaluation.text: no held-out document has {length} tokens, the longest of evaluation.lengths (the longest document has "
+        f"{longest}). Name longer documents, or leave out the longest lengths."
+    )
+
+
+def _sentences(document: str, encode: Encode) -> Iterator[list[int]]:
+    """Tokens of one sentence after the other, each with the white space before it."""
+    for match in re.finditer(r"\s*\S.*?(?:[.!?][\"'\u2019\u201d)]*(?=\s)|$)", document, flags=re.DOTALL):
+        yield encode(match.group())
+
+
+def _written_facts(
+    encode: Encode, facts: dict[str, int], digits: int, random: np.random.Generator
+) -> list[tuple[list[int], Question]]:
+    """(tokens of a fact, question about it), the kinds mixed evenly: the k-th of m facts of a kind stands at (k + 1/2) / m."""
+    placed = []
+    for task, number in facts.items():
+        placed += [((k + 0.5) / number, task, written) for k, written in enumerate(_write(task, number, encode, digits, random))]
+    return [written for _, _, written in sorted(placed, key=lambda one: one[:2])]
+
+
+def _lay_out(stretch: Sequence[list[int]], facts: Sequence[tuple[list[int], Question]], room: int) -> LongText:
+    """The facts between sentences at even distances, in `room` tokens of text."""
+    tokens: list[int] = []
+    planted: list[bool] = []
+    placed: list[PlantedFact] = []
+    read = 0
+    for sentence in stretch:
+        while len(placed) < len(facts) and read >= (len(placed) + 0.5) / len(facts) * room:
+            fact, question = facts[len(placed)]
+            tokens += fact
+            planted += [True] * len(fact)
+            placed.append(PlantedFact(len(tokens), question))
+        kept = sentence[: room - read]
+        tokens += kept
+        planted += [False] * len(kept)
+        read += len(kept)
+    for fact, question in facts[len(placed) :]:  # a last sentence too long to place them before
+        tokens += fact
+        planted += [True] * len(fact)
+        placed.append(PlantedFact(len(tokens), question))
+    return LongText(tuple(tokens), tuple(planted), tuple(placed))
+
+
+def _write(task: str, count: int, encode: Encode, digits: int, random: np.random.Generator) -> list[tuple[list[int], Question]]:
+    """(tokens of a fact, question about it) for `count` facts of a kind."""
+    subjects = random.permutation(_SUBJECTS[task])[:count]
+    if task == NUMBER:
+        answers = [draw_key(random, digits) for _ in subjects]
+    else:  # one-token words first: then a question is right or wrong by one token
+        words = sorted(random.permutation(_WORDS), key=lambda word: len(encode(f" {word}")))
+        answers = [str(word) for word in words[:count]]
+    written = []
+    for subject, answer in zip(subjects, answers, strict=True):
+        fact = _FACT.format(opening=subject[0].upper() + subject[1:], subject=subject, answer=answer)
+        written.append((encode(fact), make_question(encode, task, _QUESTION.format(subject=subject), answer, None)))
+    return written
+
+
+@torch.no_grad()
+def read_long_texts(
+    model: EndPromptGPTModel | list[EndPromptGPTModel],
+    texts: Sequence[LongText],
+    lengths: Sequence[int],
+    *,
+    perplexity_tail: int,
+    device: torch.device,
+    label: str,
+    prefill_chunk: int = 0,
+) -> dict[str, Any]:
+    """Read each text once; ask for its facts and score its tokens at every length. Data-parallel copies of the model share the texts.
+
+    Args:
+        model: the model, or this rank's model chunks; in evaluation mode.
+        texts: from make_long_texts.
+        lengths: context lengths in tokens, at most those of the texts.
+        perplexity_tail: at each length the last so many tokens are scored, planted ones left out; 0 scores none.
+        device: of the model.
+        label: for the progress display.
+        prefill_chunk: tokens that are read at once; 0 reads a text whole.
+    Returns:
+        {task: {length: figures of needle.describe_rows, without by_depth}}, and with a tail {"perplexity": {length: value},
+        "perplexity_blocks": {length: [mean loss in nats of each BLOCK_TOKENS scored tokens]}}. The same on every rank.
+    """
+    replica = Replica(model, device=device)
+    ordered = sorted(lengths)
+
+    def read(text: LongText) -> dict[int, tuple[list[Any], list[float]]] | None:
+        targets = {length: _scored_tokens(text, length, perplexity_tail) for length in ordered}
+        questions = [(fact.question.prompt, fact.question.answer) for fact in text.facts]
+        longest = max((len(prompt) + len(answer) for prompt, answer in questions), default=0)
+        rows: dict[int, list[Any]] = {length: [] for length in ordered}
+        with replica.cached(ordered[-1] + longest):
+            losses = _read(replica, text.tokens[: ordered[-1]], {target for found in targets.values() for target in found}, prefill_chunk)
+            for length in reversed(ordered):  # questions overwrite what stands after the cut
+                asked = [fact for fact in text.facts if fact.end <= length]
+                if not asked:
+                    continue
+                replica.rewind(length)
+                logits = branch_logits(replica, length, questions[: len(asked)])
+                if logits is not None:
+                    rows[length] = [_row(fact, found, length) for fact, found in zip(asked, logits, strict=True)]
+        if not replica.has_results:
+            return None
+        return {length: (rows[length], [losses[target] for target in targets[length]]) for length in ordered}
+
+    answered = replica.share_out(texts, read, label=f"long text, {label}")
+    return _described(answered, ordered, bool(perplexity_tail))
+
+
+def _scored_tokens(text: LongText, length: int, tail: int) -> list[int]:
+    """Indices of the tokens that are scored at a length; the first token of a text has no loss."""
+    return [index for index in range(max(1, length - tail), length) if not text.planted[index]] if tail else []
+
+
+def _read(replica: Replica, tokens: Sequence[int], targets: set[int], chunk: int) -> dict[int, float]:
+    """Fill the cache; {index of a scored token: its negative log-likelihood in nats} on the last pipeline stage, {} on the others."""
+    losses: dict[int, float] = {}
+    for start, past in pieces(len(tokens), chunk):
+        scored = [index for index in range(start, past) if index + 1 in targets]  # rows that predict a scored token
+        logits = replica.logits(tokens[start:past], first_position=start, rows=[index - start for index in scored] or 1)
+        if logits is not None and scored:
+            labels = torch.tensor([tokens[index + 1] for index in scored], device=logits.device)
+            found = _negative_log_likelihood(logits, labels)
+            losses |= {index + 1: loss for index, loss in zip(scored, found.tolist(), strict=True)}
+    return losses
+
+
+def _negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of each row of logits [rows, v], in nats; in slices, because the logarithms would take as much memory again."""
+    parts = zip(logits.split(256), labels.split(256), strict=True)
+    return torch.cat([torch.nn.functional.cross_entropy(part, wanted, reduction="none") for part, wanted in parts])
+
+
+def _row(fact: PlantedFact, logits: Tensor, length: int) -> Any:
+    """Depth and distance of a fact where the text is cut at `length`, and how its question was answered."""
+    hits, log_probability = score_answer(logits, fact.question.answer)
+    distance = length - fact.end + len(fact.question.prompt)
+    return fact.question.task, score_row(fact.question, hits, log_probability, depth=fact.end / length, distance=distance)
+
+
+def _described(answered: Sequence[dict[int, tuple[list[Any], list[float]]]], lengths: Sequence[int], scored: bool) -> dict[str, Any]:
+    found: dict[str, dict[str, Any]] = {}
+    for length in lengths:
+        rows: dict[str, list[Any]] = {}
+        for by_length in answered:
+            for task, row in by_length[length][0]:
+                rows.setdefault(task, []).append(row)
+        for task, of_task in rows.items():
+            found.setdefault(task, {})[str(length)] = describe_rows(of_task, by_depth=False)
+        if scored:
+            losses = [np.array(by_length[length][1]) for by_length in answered]
+            blocks = [part.mean() for one in losses for part in np.array_split(one, max(1, len(one) // BLOCK_TOKENS))]
+            found.setdefault("perplexity", {})[str(length)] = float(np.exp(np.concatenate(losses).mean()))
+            found.setdefault("perplexity_blocks", {})[str(length)] = [float(block) for block in blocks]
+    return found

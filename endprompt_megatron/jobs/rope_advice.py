@@ -1,0 +1,139 @@
+"""Which RoPE scaling suits a model and a target window, and whether it has to be trained: every scaling is applied to the untrained base
+and probed alike, inside the native window and beyond it."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from endprompt_megatron import launch, preflight
+from endprompt_megatron.checkpoint.hf_import import load_hf_weights
+from endprompt_megatron.checkpoint.hf_sources import ensure_base_model
+from endprompt_megatron.config import RunConfig
+from endprompt_megatron.data.corpora import check_corpora
+from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.evaluation.results import probe_system
+from endprompt_megatron.jobs.run_probes import check_probe_memory, make_probes
+from endprompt_megatron.log import get_logger, global_rank
+from endprompt_megatron.mcore import runtime as mcore_runtime
+from endprompt_megatron.model import backends
+from endprompt_megatron.model.build import build_model_chunks
+from endprompt_megatron.output_files import claimed, replace_text
+from endprompt_megatron.report.rope_advice import write_rope_page
+from endprompt_megatron.rope.scaling import RopeScaling
+
+PAGE, FIGURES = "ropes.md", "ropes.json"
+_KINDS = ("pi", "ntk", "yarn")
+_TAIL = 1024
+
+
+def compare_ropes(config: RunConfig, *, command: str) -> list[str]:
+    """Probe the untrained base with each scaling and write the page.
+
+    Args:
+        config: of the run that is considered; its rope.type is one of the candidates, its method and its training do not count.
+        command: as it was typed, for the page.
+    Returns:
+        the table and the recommendation, as lines.
+    Raises:
+        ConfigError, DataError, CheckpointError: what is wrong with the configuration, the base or the text.
+    """
+    world_size = launch.planned_world_size(config)
+    preflight.validate(config, world_size=world_size)
+    accelerator = mcore_runtime.resolve_accelerator(config.accelerator)
+    config.precision.name = mcore_runtime.resolve_precision(config.precision.name, accelerator)
+    if config.parallel.context_parallel_size > 1:
+        raise ConfigError(
+            f"parallel.context_parallel_size={config.parallel.context_parallel_size}: probes need whole contexts on a rank. Set it to 1."
+        )
+    ensure_base_model(config.model.source, Path(config.model.hf_path))
+    base = preflight.check_base(config, world_size=world_size)
+    native = base.rope.unscaled_window(base.architecture.max_position_embeddings)
+    _ask_beyond_the_window(config, native)
+    check_probe_memory(config, base.architecture, accelerator=accelerator)
+    check_corpora(config.evaluation.text, directory=Path(config.data.directory))
+    if accelerator == "cpu" and config.cpu_threads:
+        torch.set_num_threads(config.cpu_threads)
+    output_dir = Path(config.output_dir).with_name(Path(config.output_dir).name + "_ropes")
+    with claimed(output_dir, doing="compares RoPE scalings there"):
+        return _compare(config, base, native, accelerator, output_dir, command)
+
+
+def _compare(
+    config: RunConfig, base: preflight.Base, native: int, accelerator: str, output_dir: Path, command: str
+) -> list[str]:
+    backend = backends.resolve(config.backend, accelerator=accelerator, precision=config.precision.name)
+    runtime = mcore_runtime.initialize(config.parallel, accelerator=accelerator, seed=config.seed)
+    try:
+        probes = make_probes(config, base)
+        chunks = build_model_chunks(
+            base.architecture,
+            rope=base.rope,
+            max_sequence_length=config.rope.target_context_length,
+            parallel=config.parallel,
+            precision=config.precision.name,
+            backend=backend,
+            device=runtime.device,
+        )
+        load_hf_weights(chunks, base.hf_path, base.architecture)
+        systems: dict[str, Any] = {}
+        for name, (label, rope) in candidates(config, base.rope, native).items():
+            for chunk in chunks:
+                chunk.set_rope(rope)
+            started = time.monotonic()
+            found = probe_system(
+                "base" if name == "base" else name, label, chunks, probes, device=runtime.device,
+                cache=output_dir / "probes" / f"{name}.json", kept_beside=base.hf_path,
+            )  # fmt: skip
+            systems[name] = {**found, "seconds": time.monotonic() - started}
+        described = {
+            "experiment": config.name,
+            "native": native,
+            "target": config.rope.target_context_length,
+            "command": command,
+            "conditions": {**probes.conditions(), "precision": config.precision.name, "device": mcore_runtime.device_name(runtime.device)},
+            "systems": systems,
+        }
+        if global_rank() > 0:
+            return []
+        replace_text(output_dir / FIGURES, json.dumps(described, indent=2) + "\n")
+        lines = write_rope_page(output_dir / PAGE, described)
+        get_logger().info(f"page {output_dir / PAGE}")
+        return lines
+    finally:
+        mcore_runtime.shut_down()
+
+
+def candidates(config: RunConfig, base: RopeScaling, native: int) -> dict[str, tuple[str, RopeScaling]]:
+    """{name: (label, frequencies)}: the base as it is, then every scaling for the target window.
+
+    Args:
+        config: its rope.theta is that of abf; without one, abf has the base of the static NTK rule for twice the stretch (our choice: a
+            raised base is usually chosen generously).
+        base: frequencies of the base.
+        native: window before any scaling.
+    """
+    factor = config.rope.target_context_length / native
+    found = {"base": ("base model, untouched", base)}
+    for kind in _KINDS:
+        rope = replace(config.rope, type=kind, factor=factor, theta=None, ntk_dynamic_factor=None, existing_scaling=None)
+        found[kind] = (f"{kind.upper()} x{factor:g}, untrained", base.extended(asdict(rope), max_position_embeddings=native))
+    theta = config.rope.theta or RopeScaling("ntk", base.rope_theta, base.head_dim, factor=2 * factor).effective_theta
+    raised = RopeScaling("abf", base.rope_theta, base.head_dim, factor=factor, theta=theta)
+    return {**found, "abf": (f"ABF, theta {theta:.3g}, untrained", raised)}
+
+
+def _ask_beyond_the_window(config: RunConfig, native: int) -> None:
+    """Where the run's own probes stay inside the native window, choose lengths and tasks that do not."""
+    evaluation, target = config.evaluation, config.rope.target_context_length
+    if "word" not in evaluation.tasks:
+        evaluation.tasks = ["word", "number"]
+    if max(evaluation.lengths) <= native:
+        evaluation.lengths = [length for length in (native // 4, native // 2, native, (native + target) // 2, target) if length >= 128]
+    if not evaluation.perplexity_tail:
+        evaluation.perplexity_tail = min(_TAIL, min(evaluation.lengths) // 2)

@@ -1,0 +1,107 @@
+"""The page that compares RoPE scalings of an untrained base: a table, a picture and a recommendation that follows from the figures by a
+rule that the page states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from endprompt_megatron.output_files import replace_text
+from endprompt_megatron.report.figures.reach import plot_reach
+from endprompt_megatron.report.reach import PLANTED, headline_task, mean_perplexity, right_answers
+
+# A scaling reads as it is where it keeps this much of what the base does inside its window.
+KEPT_INSIDE, KEPT_BEYOND, PERPLEXITY_INSIDE = 0.9, 0.8, 1.05
+RULE = (
+    f"Rule: a scaling is usable untrained where it keeps at least {KEPT_INSIDE:.0%} of the base's answers inside the native window, "
+    f"answers beyond it at least {KEPT_BEYOND:.0%} of the share that the base answers inside, and its perplexity inside is at most "
+    f"{PERPLEXITY_INSIDE} of the base's. Of several scalings the one with the most right answers beyond is recommended, then the one with "
+    f"the lower perplexity."
+)
+
+
+def usable_untrained(system: Mapping[str, Any], base: Mapping[str, Any], *, native: int) -> bool:
+    """Whether the scaling meets RULE."""
+    task = headline_task(base)
+    mine, theirs = right_answers(system[task], native=native), right_answers(base[task], native=native)
+    inside, beyond, base_inside = (right / asked for right, asked in (mine["inside"], mine["beyond"], theirs["inside"]))
+    ratio = mean_perplexity(system["perplexity"], native=native)["inside"] / mean_perplexity(base["perplexity"], native=native)["inside"]
+    return inside >= KEPT_INSIDE * base_inside and beyond >= KEPT_BEYOND * base_inside and ratio <= PERPLEXITY_INSIDE
+
+
+def recommend(systems: Mapping[str, Mapping[str, Any]], *, native: int) -> tuple[str, list[str]]:
+    """The scaling to take, and the sentences that say why and whether to train.
+
+    Args:
+        systems: {"base" and names of scalings: figures of the probes}.
+        native: window of the base, in tokens.
+    """
+    base = systems["base"]
+    task = headline_task(base)
+    scaled = {name: system for name, system in systems.items() if name != "base"}
+
+    def merit(name: str) -> tuple[int, float]:
+        right = right_answers(scaled[name][task], native=native)["beyond"][0]
+        return right, -mean_perplexity(scaled[name]["perplexity"], native=native)["beyond"]
+
+    best = max(scaled, key=merit)
+    counts, of_base = right_answers(scaled[best][task], native=native), right_answers(base[task], native=native)
+    perplexity, perplexity_of_base = (mean_perplexity(one["perplexity"], native=native) for one in (scaled[best], base))
+    why = (
+        f"Recommended: rope={best}. Untrained it answers {counts['beyond'][0]} of {counts['beyond'][1]} questions beyond {native:,} "
+        f"tokens (base {of_base['beyond'][0]}) and {counts['inside'][0]} of {counts['inside'][1]} inside (base {of_base['inside'][0]}), "
+        f"with a perplexity of {perplexity['inside']:.1f} inside (base {perplexity_of_base['inside']:.1f}) and "
+        f"{perplexity['beyond']:.1f} beyond (base {perplexity_of_base['beyond']:.1f})."
+    )
+    if usable_untrained(scaled[best], base, native=native):
+        train = "It reads the longer window as it is: train to gain on text of your own kind, not to make it read."
+    else:
+        train = "It does not read the longer window well enough as it is: train it, and compare with this row."
+    return best, [why, train]
+
+
+def write_rope_page(path: Path, described: Mapping[str, Any]) -> list[str]:
+    """Write the page and its picture.
+
+    Args:
+        path: of the page; the picture lies beside it.
+        described: experiment, native, target, command, conditions, systems (figures by name, with "seconds").
+    Returns:
+        the table and the recommendation, as lines.
+    """
+    systems, native = described["systems"], described["native"]
+    tasks = [task for task in PLANTED if systems["base"].get(task)]
+    header = ["scaling", *(f"{PLANTED[task]} {side}" for task in tasks for side in ("inside", "beyond")), "perplexity inside"]
+    header += ["perplexity beyond", "usable untrained", "seconds"]
+    rows = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for name, system in systems.items():
+        counts = [right_answers(system[task], native=native) for task in tasks]
+        perplexity = mean_perplexity(system["perplexity"], native=native)
+        usable = "" if name == "base" else "yes" if usable_untrained(system, systems["base"], native=native) else "no"
+        sides = [found.get(side, (0, 0)) for found in counts for side in ("inside", "beyond")]
+        shares = [f"{right} of {asked}" for right, asked in sides]
+        rows.append(
+            [system["label"], *shares, f"{perplexity['inside']:.1f}", f"{perplexity['beyond']:.1f}", usable, f"{system['seconds']:.0f}"]
+        )
+    table = ["| " + " | ".join(row) + " |" for row in rows]
+    _, advice = recommend(systems, native=native)
+    lines = [*table, "", *advice, RULE]
+    lengths = sorted({int(length) for length in systems["base"]["perplexity"]})
+    title = f"{described['experiment']}: RoPE scalings of the untrained base, {native:,} -> {described['target']:,}"
+    picture = plot_reach(path.with_name("ropes.png"), systems, native=native, title=title)
+    conditions = [f"- {key.replace('_', ' ')}: {value}" for key, value in described["conditions"].items()]
+    page = [
+        f"# {title}",
+        f"`{described['command']}`",
+        "\n".join(table),
+        f"Inside: contexts of {', '.join(f'{n:,}' for n in lengths if n <= native)} tokens; beyond: "
+        f"{', '.join(f'{n:,}' for n in lengths if n > native)}. Seconds: of this start; 0 where figures of an earlier one were read.",
+        "\n".join(advice),
+        RULE,
+        f"![Retrieval and perplexity of every scaling]({picture.name})",
+        "## Conditions",
+        "\n".join(conditions),
+    ]
+    replace_text(path, "\n\n".join(page) + "\n")
+    return lines

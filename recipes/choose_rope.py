@@ -1,0 +1,30 @@
+"""Which RoPE scaling, and is training needed at all? `python recipes/choose_rope.py [+experiment=NAME] [key=value ...]`.
+
+Applies PI, NTK, YaRN and a raised theta to the untrained base of the experiment (or to yours: model.hf_path=DIR), reads one long held-out
+text with each and writes a table with a recommendation to OUTPUT_DIR_ropes/ropes.md. Nothing is trained.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+
+import hydra
+from extend import DEFAULT_EXPERIMENT, ROOT, telling_errors, to_run_config
+from omegaconf import DictConfig
+
+
+@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="extend")
+def run(composed: DictConfig) -> None:
+    """One comparison."""
+    with telling_errors():
+        config = to_run_config(composed)
+        from endprompt_megatron.jobs.rope_advice import compare_ropes
+
+        print("\n".join(compare_ropes(config, command="python recipes/choose_rope.py " + shlex.join(sys.argv[1:]))))
+
+
+if __name__ == "__main__":
+    if not any("experiment=" in argument for argument in sys.argv[1:]):
+        sys.argv.append(f"+experiment={DEFAULT_EXPERIMENT}")
+    run()

@@ -16,7 +16,7 @@ from endprompt_megatron.comparison.runner import RunOutcome
 from endprompt_megatron.errors import ConfigError, DataError
 from endprompt_megatron.log import read_metrics
 
-TASKS = ("needle", "multi_key", "multi_value", "variable_tracking")
+TASKS = ("needle", "number", "word", "multi_key", "multi_value", "variable_tracking")
 BASE = "base, untouched"
 
 

@@ -34,6 +34,8 @@ _PURPLE = "#CC79A7"
 _SMALL_DIFFERENCE = 0.5  # nats; an axis of differences is linear up to here
 TASK_NAMES = {
     "needle": "One key",
+    "number": "Planted numbers",
+    "word": "Planted words",
     "multi_key": "One of several keys",
     "multi_value": "Several keys of one name",
     "variable_tracking": "Variable tracking",

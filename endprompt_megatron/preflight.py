@@ -3,20 +3,25 @@ tokenizer, the output directory."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from endprompt_megatron.checkpoint.fingerprint import weights_fingerprint
 from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config, rope_from_hf
-from endprompt_megatron.checkpoint.hf_tokenizer import hash_tokenizer, load_tokenizer
+from endprompt_megatron.checkpoint.hf_tokenizer import check_token_ids, hash_tokenizer, load_tokenizer
 from endprompt_megatron.config import RunConfig
 from endprompt_megatron.config_rules import resume_differences, window_to_stretch
 from endprompt_megatron.data.prompts import EndPromptSet, tokenize_end_prompts
 from endprompt_megatron.errors import CheckpointError, ConfigError
 from endprompt_megatron.log import get_logger
 from endprompt_megatron.model.architecture import ModelArchitecture
+from endprompt_megatron.output_files import hold, is_lock, replace_text
 from endprompt_megatron.planning.flops import ModelShape
 from endprompt_megatron.planning.memory import TrainedParts
 from endprompt_megatron.planning.planner import PlanRequest
@@ -24,7 +29,7 @@ from endprompt_megatron.planning.throughput import GPUS_PER_NODE
 from endprompt_megatron.positions.scheme import SCHEMES
 from endprompt_megatron.rope.scaling import RopeScaling
 
-_CONFIG_FILE = "config.yaml"
+_CONFIG_FILE, _BASE_FILE = "config.yaml", "base.json"
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,7 @@ def check_base(config: RunConfig, *, world_size: int) -> Base:
         )
     architecture, rope = validate(config, world_size=world_size, prompt_lengths=end_prompts.lengths if end_prompts else None)
     check_hf_weights(hf_path, architecture)
+    check_token_ids(hf_path, tokenizer, num_rows=architecture.vocab_size)
     return Base(hf_path, architecture, rope, tokenizer, hash_tokenizer(hf_path), end_prompts)
 
 
@@ -126,27 +132,58 @@ def check_output_dir(config: RunConfig) -> None:
     stored_path = output_dir / _CONFIG_FILE
     if stored_path.is_file():
         differing = resume_differences(yaml.safe_load(stored_path.read_text()), config.to_dict(), RunConfig().to_dict())
+        differing = [one for one in differing if one[0] != "model.hf_path"] + _base_differences(output_dir, differing, config.model.hf_path)
         if differing:
             shown = "; ".join(f"{key}: {was!r} there, {now!r} now" for key, was, now in differing[:5])
             raise ConfigError(
                 f"output_dir={output_dir} holds another run ({shown}). A run is resumed by the same config only "
-                f"(trainer.max_steps, intervals and the layout may change). Set output_dir to another directory, or undo the change."
+                f"(trainer.max_steps, intervals and the layout may change). Undo the change, or start a run of its own: add "
+                f"name={_name_apart(config.name, differing)}."
             )
-    elif output_dir.is_dir() and any(output_dir.iterdir()):
+    elif output_dir.is_dir() and any(not is_lock(path) for path in output_dir.iterdir()):
         raise ConfigError(f"output_dir={output_dir} holds files but no config.yaml of a run. Set output_dir to another directory.")
 
 
-def claim_output_dir(config: RunConfig) -> None:
+def _name_apart(name: str, differing: list[tuple[str, Any, Any]]) -> str:
+    """A short name that carries what is different, the same for the same difference."""
+    parts = [f"{key.rpartition('.')[2]}_{now}" for key, _, now in differing if not isinstance(now, dict | list)][:2]
+    named = re.sub(r"[^A-Za-z0-9.]+", "_", "_".join([name, *parts])).strip("_")
+    digest = hashlib.sha256(json.dumps(differing, default=str).encode()).hexdigest()[:6]
+    return named if parts and len(named) <= 60 and len(differing) <= 2 else f"{name}_{digest}"
+
+
+def _base_differences(output_dir: Path, differing: list[tuple[str, Any, Any]], now: str) -> list[tuple[str, Any, Any]]:
+    """The base as a difference, where its weights are not those that the run started from; where it lies does not count. Runs of before
+    there was a record of the weights are known by the path."""
+    was = next((was for key, was, _ in differing if key == "model.hf_path"), now)
+    try:
+        known = json.loads((output_dir / _BASE_FILE).read_text())["fingerprint"]
+        same = known == weights_fingerprint(Path(now))
+    except (OSError, ValueError, KeyError, TypeError):
+        same = Path(was).resolve() == Path(now).resolve()
+    return [] if same else [("model.hf_path", was, now if was != now else f"{now} with other weights")]
+
+
+def claim_output_dir(config: RunConfig, *, take_lock: bool = True) -> None:
     """Make the run's output directory, with config.yaml in it, or recognise it as this run's. For one process of the job.
 
+    Args:
+        config: of the run.
+        take_lock: keep other processes out; false where a process that waits for this one has the lock.
     Raises:
-        ConfigError: as check_output_dir; or it cannot be written.
+        ConfigError: as check_output_dir; another process runs there; or it cannot be written.
     """
     check_output_dir(config)
     output_dir = Path(config.output_dir)
     stored_path = output_dir / _CONFIG_FILE
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
+        if take_lock:
+            hold(output_dir, doing="runs there")
+        check_output_dir(config)  # again: the other process may have ended in between
+        base_file = output_dir / _BASE_FILE
+        if not base_file.is_file():
+            replace_text(base_file, json.dumps({"fingerprint": weights_fingerprint(Path(config.model.hf_path))}) + "\n")
         temporary = stored_path.with_suffix(".yaml.tmp")
         temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
         temporary.replace(stored_path)

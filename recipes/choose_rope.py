@@ -10,7 +10,7 @@ import shlex
 import sys
 
 import hydra
-from extend import DEFAULT_EXPERIMENT, ROOT, telling_errors, to_run_config
+from extend import DEFAULT_EXPERIMENT, ROOT, clear_empty_dicts, telling_errors, to_run_config
 from omegaconf import DictConfig
 
 
@@ -27,4 +27,5 @@ def run(composed: DictConfig) -> None:
 if __name__ == "__main__":
     if not any("experiment=" in argument for argument in sys.argv[1:]):
         sys.argv.append(f"+experiment={DEFAULT_EXPERIMENT}")
+    sys.argv = clear_empty_dicts(sys.argv)
     run()

@@ -12,7 +12,7 @@ import shlex
 import sys
 
 import hydra
-from extend import ROOT, telling_errors, to_run_config
+from extend import ROOT, clear_empty_dicts, telling_errors, to_run_config
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -39,7 +39,8 @@ def check_run(request: RunRequest) -> None:
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            composed = hydra.compose("extend", overrides=[*request.overrides, f"name={request.name}", f"seed={request.seed}"])
+            overrides = [*clear_empty_dicts(request.overrides), f"name={request.name}", f"seed={request.seed}"]
+            composed = hydra.compose("extend", overrides=overrides)
         config = to_run_config(composed)
         validate(config, world_size=planned_world_size(config))
     except (ConfigError, HydraException, OmegaConfBaseException) as error:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from endprompt_megatron import launch  # noqa: E402
-from endprompt_megatron.config import RunConfig  # noqa: E402
+from endprompt_megatron.config import RunConfig, with_expanded_paths  # noqa: E402
 from endprompt_megatron.errors import EXIT_RESUME, EXIT_USER_ERROR, USER_ERRORS, ConfigError, RunInterrupted  # noqa: E402
 from endprompt_megatron.mcore.children import obey_stop_signals, outlast_stop_signals  # noqa: E402
 
@@ -30,10 +30,15 @@ DEFAULT_EXPERIMENT = "smollm2_135m_16k_cpu"
 def to_run_config(composed: DictConfig) -> RunConfig:
     """The composed values as a RunConfig; a key or type that the schema does not know fails with its dotted name."""
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), composed))
+        return with_expanded_paths(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), composed)))
     except OmegaConfBaseException as error:
         message = f"{error.full_key or 'config'}: {error.msg or error}. endprompt_megatron/config.py explains the keys."
         raise ConfigError(message) from error
+
+
+def clear_empty_dicts(arguments: list[str]) -> list[str]:
+    """`key={}` as Hydra's way to say that a dictionary is to be empty: by itself it merges {} into the default's, which changes nothing."""
+    return [f"~{text.removesuffix('={}')}" if text.endswith("={}") else text for text in arguments]
 
 
 @contextmanager
@@ -77,4 +82,5 @@ if __name__ == "__main__":
     obey_stop_signals()
     if not any("experiment=" in argument for argument in sys.argv[1:]):
         sys.argv.append(f"+experiment={DEFAULT_EXPERIMENT}")
+    sys.argv = clear_empty_dicts(sys.argv)
     run()

@@ -10,7 +10,7 @@ import shlex
 import sys
 
 import hydra
-from extend import ROOT, telling_errors, to_run_config
+from extend import ROOT, clear_empty_dicts, telling_errors, to_run_config
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -48,4 +48,5 @@ def run(composed: DictConfig) -> None:
 if __name__ == "__main__":
     if not any("experiment=" in argument for argument in sys.argv[1:]):
         sys.argv.append("+experiment=llama3_8b_64k")
+    sys.argv = clear_empty_dicts(sys.argv)
     run()

@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 
 import hydra
-from extend import DEFAULT_EXPERIMENT, ROOT, telling_errors, to_run_config
+from extend import DEFAULT_EXPERIMENT, ROOT, clear_empty_dicts, telling_errors, to_run_config
 from omegaconf import DictConfig
 
+from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config
 from endprompt_megatron.checkpoint.hf_sources import ensure_base_model
-from endprompt_megatron.checkpoint.hf_tokenizer import hash_tokenizer, load_tokenizer
+from endprompt_megatron.checkpoint.hf_tokenizer import check_token_ids, hash_tokenizer, load_tokenizer
 from endprompt_megatron.data.corpora import prepare_corpora
 
 
@@ -25,9 +26,9 @@ def run(composed: DictConfig) -> None:
         config = to_run_config(composed)
         hf_path = Path(config.model.hf_path)
         ensure_base_model(config.model.source, hf_path)
-        options = dict(
-            directory=Path(config.data.directory), tokenizer=load_tokenizer(hf_path), tokenizer_hash=hash_tokenizer(hf_path)
-        )
+        tokenizer = load_tokenizer(hf_path)
+        check_token_ids(hf_path, tokenizer, num_rows=architecture_from_hf(read_hf_config(hf_path)).vocab_size)
+        options = dict(directory=Path(config.data.directory), tokenizer=tokenizer, tokenizer_hash=hash_tokenizer(hf_path))
         for sources in (config.data.train, config.data.validation):
             blend, _ = prepare_corpora(sources, **options)
             for prefix, weight in zip(blend.prefixes, blend.weights, strict=True):
@@ -37,4 +38,5 @@ def run(composed: DictConfig) -> None:
 if __name__ == "__main__":
     if not any("experiment=" in argument for argument in sys.argv[1:]):
         sys.argv.append(f"+experiment={DEFAULT_EXPERIMENT}")
+    sys.argv = clear_empty_dicts(sys.argv)
     run()

@@ -20,6 +20,7 @@ import torch
 from endprompt_megatron.checkpoint.companions import PROVENANCE_FILE, copy_companions
 from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, extended_hf_config, read_hf_config
 from endprompt_megatron.checkpoint.hf_mapping import Binding, bindings
+from endprompt_megatron.checkpoint.hf_tokenizer import check_token_ids, load_tokenizer
 from endprompt_megatron.checkpoint.hf_weights import check_hf_weights, planned_tensors
 from endprompt_megatron.checkpoint.megatron_model import COMPANIONS, MegatronModel
 from endprompt_megatron.checkpoint.merged_reader import open_torch_dist
@@ -119,6 +120,8 @@ def hf_to_megatron(
     hf_path = Path(hf_path)
     architecture = architecture_from_hf(read_hf_config(hf_path))
     check_hf_weights(hf_path, architecture)
+    if (hf_path / "tokenizer.json").is_file():
+        check_token_ids(hf_path, load_tokenizer(hf_path), num_rows=architecture.vocab_size)
     _check_tensor_parallel(architecture, tensor_parallel_size)
     with SafetensorsReader(hf_path) as reader:
         dtype = dtype or _only_dtype(reader.dtype(name) for name in reader.names())

@@ -175,9 +175,15 @@ def _refuse_other_maths(config: dict[str, Any], family: Family) -> None:
         value = config.get(name, family.absent.get(name, values[0]))
         if value not in values:
             taken = "" if name in config else f" (config.json lacks it, and transformers takes {value!r})"
+            way_out = ""
+            if name == "sliding_window":
+                way_out = (
+                    " Mistral v0.1 attends within a window: start from v0.2 or later, or, where the model was trained without one (v0.3 "
+                    'and most finetunes of v0.2), write "sliding_window": null into a copy of config.json.'
+                )
             raise CheckpointError(
                 f"config.json has {name}={value!r}{taken}, which changes the maths: only {values[0]!r} is supported for "
-                f"{family.architecture}."
+                f"{family.architecture}.{way_out}"
             )
     other_layers = sorted(set(config.get("layer_types") or ()) - _LAYERS)
     if other_layers:

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from endprompt_megatron.checkpoint.hf_mapping import Binding, bindings, name_apart
 from endprompt_megatron.checkpoint.hf_weights import check_tensors
 from endprompt_megatron.checkpoint.safetensors_io import SafetensorsReader
+from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import track
 from endprompt_megatron.model.adapters import is_adapter
 from endprompt_megatron.model.architecture import ModelArchitecture
@@ -27,7 +28,7 @@ def load_hf_weights(chunks: list[EndPromptGPTModel], hf_path: Path, architecture
         hf_path: model directory.
         architecture: of the whole model.
     Raises:
-        CheckpointError: a tensor is missing, has another shape, or is left over.
+        CheckpointError: a tensor is missing, has another shape, is left over, or holds NaN or infinity.
     """
     parameters = _parameters_by_whole_model_name(chunks)
     rank = parallel_state.get_tensor_model_parallel_rank()
@@ -51,6 +52,13 @@ def _fill(parameter, binding: Binding, reader: SafetensorsReader, architecture: 
     value = binding.layout.read(architecture, binding.hugging_face, reader.rows, reader.columns, rank, size)
     if value.shape != parameter.shape:
         raise AssertionError(f"{binding.megatron}: read {tuple(value.shape)}, the model has {tuple(parameter.shape)}")
+    if not torch.isfinite(value).all():
+        bad = int((~torch.isfinite(value)).sum())
+        places = "; ".join(f"{name} in {reader.file_of(name)}" for name in binding.hugging_face)
+        raise CheckpointError(
+            f"the base model's weights hold {bad} values that are NaN or infinite: {places}. Training would only fail later. Download the "
+            f"file again, or convert the model anew."
+        )
     with torch.no_grad():
         parameter.copy_(value)
 

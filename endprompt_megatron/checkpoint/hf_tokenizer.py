@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from endprompt_megatron.errors import DataError
+from endprompt_megatron.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +44,34 @@ def end_tokens(hf_dir: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
             found |= set(named) if isinstance(named, list) else {named}
             break
     return {token for token in found if token is not None}
+
+
+def check_token_ids(hf_dir: Path, tokenizer: PreTrainedTokenizerBase, *, num_rows: int) -> None:
+    """Refuse a tokenizer or settings with ids that the embedding has no row for: the first text that holds one would end the run.
+
+    Args:
+        hf_dir: model directory.
+        tokenizer: of it.
+        num_rows: rows of the embedding, vocab_size of config.json.
+    Raises:
+        CheckpointError: naming tokens, ids and rows.
+    """
+    beyond = [f"{text!r} has id {token}" for text, token in tokenizer.get_vocab().items() if token >= num_rows]
+    for name in ("config.json", "generation_config.json"):
+        path = Path(hf_dir) / name
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = values.get(key)
+            for token in ids if isinstance(ids, list) else [ids]:
+                if isinstance(token, int) and token >= num_rows:
+                    beyond.append(f"{key} of {name} is {token}")
+    if beyond:
+        more = f" and {len(beyond) - 4} more" if len(beyond) > 4 else ""
+        raise CheckpointError(
+            f"{hf_dir}: the embedding has {num_rows} rows (vocab_size of config.json), ids 0 to {num_rows - 1}, but "
+            f"{'; '.join(sorted(beyond)[:4])}{more}. Take the tokenizer that belongs to these weights, remove the added tokens from "
+            f"tokenizer.json, or add rows with transformers' resize_token_embeddings before."
+        )
 
 
 def hash_tokenizer(hf_dir: Path) -> str:

@@ -91,6 +91,10 @@ class SafetensorsReader:
         """The files that hold them."""
         return sorted(set(self._file_of.values()))
 
+    def file_of(self, name: str) -> Path:
+        """The file that holds one tensor."""
+        return self._file_of[name]
+
     def shape(self, name: str) -> list[int]:
         """Shape of one tensor."""
         return list(self._find(name).shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -98,7 +100,10 @@ def _inspect(source: TextSource, directory: Path, tokenizer_hash: str | None) ->
         if not has_manifest(prefix):
             return state("not there yet: needed before the run; recipes/prepare_data.py makes it")
     elif tokenizer_hash is not None:
-        prefix = _prefix(source, directory, tokenizer_hash)
+        try:
+            prefix = _prefix(source, directory, tokenizer_hash)
+        except DataError as error:
+            return state(f"not there yet: needed before the run ({error})")
     if prefix is not None and has_manifest(prefix):
         manifest = load_manifest(prefix) if tokenizer_hash is None else check_manifest(prefix, tokenizer_hash=tokenizer_hash)
         return state(f"{manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens in {prefix}", manifest.num_tokens)
@@ -156,8 +161,18 @@ def _package_part(path: str) -> tuple[str, str]:
 
 
 def _prefix(source: TextSource, directory: Path, tokenizer_hash: str) -> Path:
-    return Path(directory) / "indexed" / f"{_slug(source.path)}-{tokenizer_hash[:8]}"
+    name = _slug(source.path)
+    if not source.path.startswith(_PACKAGE):
+        name = f"{name}-{_identity(source)}"
+    return Path(directory) / "indexed" / f"{name}-{tokenizer_hash[:8]}"
+
+
+def _identity(source: TextSource) -> str:
+    """What keeps two corpora apart whose names look alike: the files by name and size, or the hub's name, and the column that is read."""
+    files = [(str(path.resolve()), path.stat().st_size) for path in local_files(source.path)]
+    return hashlib.sha256(json.dumps([files or source.path, source.text_key]).encode()).hexdigest()[:8]
 
 
 def _slug(path: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "-", path.removeprefix(_PACKAGE)).strip("-").lower()[-80:]
+    """A readable part of a file name: of a path its end."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", path.removeprefix(_PACKAGE)).strip("-").lower()[-40:].strip("-") or "text"

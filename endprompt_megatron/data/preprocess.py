@@ -1,10 +1,9 @@
-"""Text to tokens on disk: Hugging Face `datasets` reads the text, a tokenizer makes ids of it, and Megatron's indexed format
-(`.bin`, `.idx`) holds them, with a manifest beside it that says what they were made from. A dataset that is truncated or was
+"""Text to tokens on disk: text_files (of a hub dataset, `datasets`) reads the text, a tokenizer makes ids of it, and Megatron's
+indexed format (`.bin`, `.idx`) holds them, with a manifest beside it that says what they were made from. A dataset that is truncated or was
 made with another tokenizer trains without complaint and to no purpose, so the manifest is checked before every use."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
@@ -13,16 +12,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+from endprompt_megatron.data.text_files import KINDS, files_named, kind_of, read_rows
 from endprompt_megatron.errors import DataError
 from endprompt_megatron.log import Progress, get_logger
 
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}  # suffix -> reader in `datasets`
 BATCH_DOCUMENTS = 64  # documents tokenised at once: enough to keep the tokenizer's threads busy, little memory for books
 MANIFEST_VERSION = 1
 
@@ -41,6 +41,7 @@ class Manifest:
         append_eod: whether each document ends with `eos_token_id`.
         num_documents, num_tokens: in the .bin file; the end-of-text tokens are counted.
         num_empty_documents: documents without text, left out.
+        num_replaced_characters: halves of surrogate pairs that stood alone, for which U+FFFD stands in the text.
         dtype: numpy name of the ids on disk.
         bin_bytes, idx_bytes: sizes of the two files.
         versions: libraries that made it.
@@ -64,10 +65,11 @@ class Manifest:
     idx_bytes: int
     versions: dict[str, str]
     manifest_version: int = MANIFEST_VERSION
+    num_replaced_characters: int = 0
 
     def identity(self) -> str:
         """SHA-256 (hex) of the manifest: equal for datasets made of the same text with the same tokenizer and settings."""
-        described = {key: value for key, value in asdict(self).items() if key not in ("versions", "source")}
+        described = {key: value for key, value in asdict(self).items() if key not in ("versions", "source", "num_replaced_characters")}
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
@@ -87,7 +89,8 @@ def prepare_dataset(
     A row is a document; of a .txt file, the whole file. No special tokens are added but the end of text.
 
     Args:
-        source: a .jsonl, .json, .parquet or .txt file, a folder or glob of them, a list of any of these; or a hub dataset's name.
+        source: a .jsonl, .json, .parquet or .txt file (plain, .gz or .zst), a folder or glob of them, a list of any of these; or a hub
+            dataset's name.
         tokenizer: a transformers tokenizer.
         tokenizer_hash: identifies it; see `checkpoint.hf_tokenizer.hash_tokenizer`.
         output_prefix: path without suffix.
@@ -121,12 +124,14 @@ def prepare_dataset(
 
     dtype = DType.optimal_dtype(len(tokenizer))
     eod = [tokenizer.eos_token_id] if append_eod else []
-    counts = {"num_documents": 0, "num_tokens": 0, "num_empty_documents": 0}
+    counts = {"num_documents": 0, "num_tokens": 0, "num_empty_documents": 0, "num_replaced_characters": 0}
     with _replacing(output_prefix) as paths, Progress(f"tokenising {Path(output_prefix).name}", None) as progress:
         builder = IndexedDatasetBuilder(str(paths["bin"]), dtype=dtype)
         with builder.data_file:
             for texts in _text_batches(source, files, text_key=text_key, split=split, config_name=config_name):
-                kept = [text for text in texts if text is not None and text.strip()]
+                mended = [_encodable(text) for text in texts if text is not None and text.strip()]
+                kept = [text for text, _ in mended]
+                counts["num_replaced_characters"] += sum(replaced for _, replaced in mended)
                 # verbose=False: documents longer than the model's maximum are what we are here for
                 encoded = tokenizer(kept, add_special_tokens=False, verbose=False)["input_ids"] if kept else []
                 for ids in filter(None, encoded):
@@ -147,7 +152,9 @@ def prepare_dataset(
             versions={name: metadata.version(name) for name in ("datasets", "megatron-core", "tokenizers", "transformers")},
         )
         paths["manifest"].write_text(json.dumps(asdict(manifest), indent=2) + "\n")
-    get_logger().info(f"wrote {output_prefix}: {manifest.num_documents} documents, {manifest.num_tokens} tokens")
+    replaced = manifest.num_replaced_characters
+    note = f" ({replaced} lone surrogate{'' if replaced == 1 else 's'} replaced by U+FFFD)" if replaced else ""
+    get_logger().info(f"wrote {output_prefix}: {manifest.num_documents} documents, {manifest.num_tokens} tokens{note}")
     return manifest
 
 
@@ -158,7 +165,7 @@ def read_texts(source: str | Path | Sequence[str | Path], *, text_key: str = "te
         DataError: as prepare_dataset.
     """
     for batch in _text_batches(source, local_files(source), text_key=text_key, split=split, config_name=None):
-        yield from (text for text in batch if text is not None and text.strip())
+        yield from (_encodable(text)[0] for text in batch if text is not None and text.strip())
 
 
 def load_manifest(prefix: Path) -> Manifest:
@@ -202,7 +209,7 @@ def check_manifest(prefix: Path, *, tokenizer_hash: str) -> Manifest:
     if manifest.tokenizer_hash != tokenizer_hash:
         raise DataError(
             f"{prefix} was made with another tokenizer (hash {manifest.tokenizer_hash[:12]}, vocabulary {manifest.vocab_size}; "
-            f"this model's is {tokenizer_hash[:12]}): its ids mean other tokens. Choose another prefix, or delete it and prepare again."
+            f"this model's is {tokenizer_hash[:12]}): its ids mean other tokens. {_delete(prefix)}"
         )
     return manifest
 
@@ -217,7 +224,7 @@ def _reuse(prefix: Path, inputs: dict[str, Any], existing: list[Path]) -> Manife
     differing = [name for name in compared if getattr(manifest, name) != inputs[name]]
     if differing:
         changes = ", ".join(f"{name}: {_short(getattr(manifest, name))} there, {_short(inputs[name])} now" for name in differing)
-        raise DataError(f"{prefix} exists and was made from something else ({changes}). Choose another prefix or delete it.")
+        raise DataError(f"{prefix} exists and was made from something else ({changes}). {_delete(prefix)}")
     check_manifest(prefix, tokenizer_hash=inputs["tokenizer_hash"])
     get_logger().info(f"reusing {prefix}: {manifest.num_documents} documents, {manifest.num_tokens} tokens")
     return manifest
@@ -236,27 +243,25 @@ def local_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
         return []
     files: list[Path] = []
     for item in items:
-        path = Path(item).expanduser()
-        if path.is_dir():
-            found = sorted(child for child in path.rglob("*") if child.is_file() and child.suffix in READERS)
-        elif path.is_file():
-            found = [path]
-        else:
-            found = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
+        found = files_named(item)
         if not found:
-            raise DataError(f"source {item} does not exist, or names no {', '.join(READERS)} file.")
+            raise DataError(f"source {item} does not exist, or names no {', '.join(KINDS)} file.")
         files += found
-    unreadable = [path for path in files if path.suffix not in READERS]
+    unreadable = [path for path in files if kind_of(path) is None]
     if unreadable:
-        raise DataError(f"source {unreadable[0]}: cannot be read; the files must end in {', '.join(READERS)}.")
-    if len({READERS[path.suffix] for path in files}) > 1:
-        raise DataError(f"{_named(source)} mixes {', '.join(sorted({path.suffix for path in files}))}: prepare them one kind at a time.")
+        raise DataError(f"source {unreadable[0]}: cannot be read; the files must end in {', '.join(KINDS)}.")
+    plain = {kind_of(path).split(".")[1] for path in files}
+    if "txt" in plain and len(plain) > 1:
+        raise DataError(
+            f"{_named(source)} mixes {', '.join(sorted(f'.{kind}' for kind in plain))}: of .txt files each is one document, of the others "
+            f"each row. Prepare them one kind at a time."
+        )
     return files
 
 
 def _is_hub_name(source: str) -> bool:
     """Whether `source` is a hub dataset ("name" or "owner/name") rather than a path that may be mistyped."""
-    looks_like_path = Path(source).suffix in READERS or source.startswith((".", "/", "~")) or Path(source).exists()
+    looks_like_path = kind_of(Path(source)) is not None or source.startswith((".", "/", "~")) or Path(source).exists()
     return not looks_like_path and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) is not None
 
 
@@ -264,25 +269,26 @@ def _text_batches(
     source: Any, files: list[Path], *, text_key: str, split: str, config_name: str | None
 ) -> Iterator[list[str | None]]:
     """Batches of texts, streamed: neither a copy on disk nor the whole text in memory."""
-    import datasets  # two seconds to import: not for those who only check a manifest
+    if files:
+        rows = chain.from_iterable(read_rows(path, text_key=text_key) for path in files)
+        while batch := list(islice(rows, BATCH_DOCUMENTS)):
+            yield batch
+        return
+    import datasets  # two seconds to import: for the hub alone
 
     try:
-        if files:
-            options = {"sample_by": "document"} if READERS[files[0].suffix] == "text" else {}
-            paths = [str(path.resolve()) for path in files if path.stat().st_size]  # the reader stumbles over files of 0 bytes
-            if not paths:
-                return
-            rows = datasets.load_dataset(READERS[files[0].suffix], data_files={"rows": paths}, split="rows", streaming=True, **options)
-            text_key = "text" if options else text_key
-        else:
-            rows = datasets.load_dataset(str(_as_list(source)[0]), config_name, split=split, streaming=True)
-        yield from (_column(batch, text_key, source) for batch in rows.iter(batch_size=BATCH_DOCUMENTS))
+        hub = datasets.load_dataset(str(_as_list(source)[0]), config_name, split=split, streaming=True)
+        yield from (_column(batch, text_key, source) for batch in hub.iter(batch_size=BATCH_DOCUMENTS))
     except DataError:
         raise
     except Exception as error:  # datasets, pyarrow, the hub and the file system each raise their own
-        hint = "" if files else " If it was meant as a path, it does not exist here."
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise DataError(f"{_named(source)}: datasets cannot read it ({cause}).{hint}") from error
+        home = ""
+        if isinstance(error, OSError):
+            home = " Where the cache of Hugging Face cannot be written, set HF_HOME to a writable directory."
+        raise DataError(
+            f"{_named(source)}: datasets cannot read it ({cause}). If it was meant as a path, it does not exist here.{home}"
+        ) from error
 
 
 def _column(batch: dict[str, list[Any]], text_key: str, source: Any) -> list[str | None]:
@@ -292,6 +298,16 @@ def _column(batch: dict[str, list[Any]], text_key: str, source: Any) -> list[str
         if value is not None and not isinstance(value, str):
             raise DataError(f"{_named(source)}: column '{text_key}' holds {type(value).__name__}, not text. Set text_key.")
     return batch[text_key]
+
+
+def _encodable(text: str) -> tuple[str, int]:
+    """(the text with U+FFFD for each half of a surrogate pair that stands alone, how many there were): no tokenizer takes these."""
+    try:
+        text.encode("utf-8")
+        return text, 0
+    except UnicodeEncodeError:
+        mended = re.sub("[\ud800-\udfff]", "\ufffd", text)
+        return mended, sum(one != other for one, other in zip(text, mended, strict=True))
 
 
 @contextmanager
@@ -322,7 +338,7 @@ def _named(source: str | Path | Sequence[str | Path]) -> str:
 
 
 def _delete(prefix: Path) -> str:
-    return f"Delete {prefix}.bin, .idx and .manifest.json and prepare again, or choose another prefix."
+    return f"Delete {prefix}.bin, .idx and .manifest.json; the same command makes them again."
 
 
 def _short(value: Any) -> str:

@@ -3,6 +3,7 @@ index; b is the length the tokenizer gives it, or a fixed length by request."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,9 @@ PAPER_END_PROMPTS = {
     "EP_2": "<|eot_id|>",
     "EP_3": "End.",
 }
+
+_CUE_LIKE = re.compile(r"ep[\s_-]*\d+", flags=re.IGNORECASE)
+_ESCAPES = {"\\n": "\n", "\\t": "\t", "\\r": "\r", "\\\\": "\\"}
 
 _DRAW_STREAM = 1  # keeps these draws apart from other draws of the same (seed, sample index)
 
@@ -39,6 +43,10 @@ class EndPromptSet:
         """b of each prompt, in tokens."""
         return [len(ids) for ids in self.token_ids]
 
+    def describe(self) -> list[str]:
+        """Each prompt as it will be trained on: text, token ids and b, a line each."""
+        return [f"end prompt {text!r}: b={len(ids)}, ids {list(ids)}" for text, ids in zip(self.texts, self.token_ids, strict=True)]
+
     def draw(self, seed: int, sample_index: int) -> np.ndarray:
         """The prompt of one sample, int64 [b]: drawn uniformly, the same for the same seed and index."""
         if len(self.token_ids) == 1:
@@ -46,6 +54,25 @@ class EndPromptSet:
         else:
             choice = int(np.random.default_rng([seed, _DRAW_STREAM, sample_index]).integers(len(self.token_ids)))
         return np.array(self.token_ids[choice], dtype=np.int64)
+
+
+def prompt_text(prompt: str) -> str:
+    """The text that an entry of method.end_prompts stands for.
+
+    Args:
+        prompt: a name of the paper's cue set, or a text, in which \\n, \\t, \\r and a doubled backslash mean what they mean in code: YAML
+            and shells hand them on as they are in single quotes.
+    Raises:
+        ConfigError: a name that looks like one of the cue set and is none.
+    """
+    if prompt in PAPER_END_PROMPTS:
+        return PAPER_END_PROMPTS[prompt]
+    if _CUE_LIKE.fullmatch(prompt.strip()):
+        raise ConfigError(
+            f"method.end_prompts={prompt!r}: looks like a cue of the paper and is none; they are {', '.join(PAPER_END_PROMPTS)}. To train "
+            f"on this very text, add a full stop or other words."
+        )
+    return re.sub(r"\\[ntr\\]", lambda found: _ESCAPES[found.group()], prompt)
 
 
 def tokenize_end_prompts(
@@ -58,11 +85,11 @@ def tokenize_end_prompts(
         encode: text -> token ids without special tokens added.
         fixed_length: b for every prompt; longer ones are cut, shorter ones repeated.
     Raises:
-        ConfigError: a prompt without a single token.
+        ConfigError: a prompt without a single token, or as prompt_text.
     """
     texts, token_ids, notes = [], [], []
     for prompt in prompts:
-        text = PAPER_END_PROMPTS.get(prompt, prompt)
+        text = prompt_text(prompt)
         ids = list(encode(text))
         if not ids:
             raise ConfigError(f"method.end_prompts: {prompt!r} has no tokens with this tokenizer. Choose another text.")

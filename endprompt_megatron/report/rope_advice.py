@@ -25,9 +25,14 @@ def usable_untrained(system: Mapping[str, Any], base: Mapping[str, Any], *, nati
     """Whether the scaling meets RULE."""
     task = headline_task(base)
     mine, theirs = right_answers(system[task], native=native), right_answers(base[task], native=native)
-    inside, beyond, base_inside = (right / asked for right, asked in (mine["inside"], mine["beyond"], theirs["inside"]))
+    inside, beyond, base_inside = (_share(mine, "inside"), _share(mine, "beyond"), _share(theirs, "inside"))
     ratio = mean_perplexity(system["perplexity"], native=native)["inside"] / mean_perplexity(base["perplexity"], native=native)["inside"]
     return inside >= KEPT_INSIDE * base_inside and beyond >= KEPT_BEYOND * base_inside and ratio <= PERPLEXITY_INSIDE
+
+
+def _share(found: Mapping[str, tuple[int, int]], side: str) -> float:
+    right, asked = found.get(side, (0, 0))
+    return right / asked if asked else 0.0
 
 
 def recommend(systems: Mapping[str, Mapping[str, Any]], *, native: int) -> tuple[str, list[str]]:
@@ -42,11 +47,11 @@ def recommend(systems: Mapping[str, Mapping[str, Any]], *, native: int) -> tuple
     scaled = {name: system for name, system in systems.items() if name != "base"}
 
     def merit(name: str) -> tuple[int, float]:
-        right = right_answers(scaled[name][task], native=native)["beyond"][0]
+        right = right_answers(scaled[name][task], native=native).get("beyond", (0, 0))[0]
         return right, -mean_perplexity(scaled[name]["perplexity"], native=native)["beyond"]
 
     best = max(scaled, key=merit)
-    counts, of_base = right_answers(scaled[best][task], native=native), right_answers(base[task], native=native)
+    counts, of_base = ({"inside": (0, 0), "beyond": (0, 0)} | right_answers(one[task], native=native) for one in (scaled[best], base))
     perplexity, perplexity_of_base = (mean_perplexity(one["perplexity"], native=native) for one in (scaled[best], base))
     why = (
         f"Recommended: rope={best}. Untrained it answers {counts['beyond'][0]} of {counts['beyond'][1]} questions beyond {native:,} "

@@ -8,7 +8,7 @@ from pathlib import Path
 import hydra
 import pytest
 from compare import to_study  # recipes/compare.py
-from extend import ROOT, to_run_config  # recipes/extend.py
+from extend import ROOT, clear_empty_dicts, to_run_config  # recipes/extend.py
 from hydra.errors import ConfigCompositionException, MissingConfigException
 
 from endprompt_megatron import launch
@@ -289,3 +289,11 @@ def test_paths_in_conf_are_relative():
             if not line.lstrip().startswith("#"):
                 assert ": /" not in line, f"{path.name}: {line}"
     assert Path(to_run_config(_compose("+experiment=tiny_random")).data.directory) == Path("datasets")
+
+
+def test_an_empty_dictionary_on_the_command_line_clears_the_defaults():
+    overrides = clear_empty_dicts(["+experiment=tiny_random", "model.hf_config={}", "optim.lr=1e-3"])
+    assert overrides == ["+experiment=tiny_random", "~model.hf_config", "optim.lr=1e-3"]
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = to_run_config(hydra.compose("extend", overrides=overrides))
+    assert config.model.hf_config == {} and config.model.hf_path == "models/tiny_random"

@@ -26,7 +26,7 @@ from tests.support.run_recipe import recipe_command, run_recipe, tiny_overrides
 
 SUMMARY_KEYS = {
     "experiment", "method", "seed", "steps", "tokens", "physical_length", "target_length", "rope_factor", "loss_first", "loss_last",
-    "tokens_per_second", "peak_memory_gib", "wall_seconds", "backend", "world_size", "hf_checkpoint", "needle_before",
+    "tokens_per_second", "peak_memory_gib", "wall_seconds", "stage_seconds", "backend", "world_size", "hf_checkpoint", "needle_before",
     "needle_untrained", "needle_after", "perplexity_before", "perplexity_untrained", "perplexity_after",
 }  # fmt: skip
 
@@ -55,6 +55,8 @@ def test_output_directory_holds_what_the_design_lists(finished):
     summary = json.loads((output / "summary.json").read_text())
     assert set(summary) == SUMMARY_KEYS
     assert summary["steps"] == 20 and summary["tokens"] == 20 * 8 * 64
+    assert set(summary["stage_seconds"]) >= {"prepare", "probe base", "train", "export", "probe trained", "train control"}
+    assert 0 < sum(summary["stage_seconds"].values()) <= summary["wall_seconds"]
     assert summary["loss_last"] < summary["loss_first"] - 0.5
     assert set(summary["needle_before"]) == set(summary["perplexity_after"]) == {"256"}
     assert summary["perplexity_after"]["256"] < summary["perplexity_untrained"]["256"]

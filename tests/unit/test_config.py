@@ -7,7 +7,16 @@ from dataclasses import replace
 
 import pytest
 
-from endprompt_megatron.config import DataConfig, EvaluationConfig, ModelConfig, RopeConfig, RunConfig, TextSource, TrainerConfig
+from endprompt_megatron.config import (
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    RopeConfig,
+    RunConfig,
+    TextSource,
+    TrainerConfig,
+    with_expanded_paths,
+)
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.model.architecture import ModelArchitecture
 
@@ -103,3 +112,16 @@ def test_batches_and_ranks():
     config.parallel = replace(config.parallel, tensor_model_parallel_size=2)
     assert config.data_parallel_size(8) == 4
     assert config.num_micro_batches(8) == 2
+
+
+def test_every_path_of_the_config_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    config = _config()
+    config.output_dir, config.model.hf_path, config.data.directory = "~/x", "$SCRATCH/m", "${HOME}/d"
+    config.data.train = [TextSource("indexed:~/i"), TextSource("package:tiny/train")]
+    config.evaluation.text = [TextSource("$SCRATCH/a[1].jsonl")]
+    found = with_expanded_paths(config)
+    assert (found.output_dir, found.model.hf_path, found.data.directory) == ("/home/me/x", "/scratch/m", "/home/me/d")
+    assert [source.path for source in found.data.train] == ["indexed:/home/me/i", "package:tiny/train"]
+    assert found.evaluation.text[0].path == "/scratch/a[1].jsonl"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from endprompt_megatron import preflight
 from endprompt_megatron.config import (
@@ -21,7 +24,7 @@ from endprompt_megatron.config import (
 from endprompt_megatron.errors import CheckpointError, ConfigError, DataError
 from endprompt_megatron.rope.scaling import RopeScaling
 from tests.support.families import build_family
-from tests.support.tiny import copy_model
+from tests.support.tiny import copy_model, edit_tensors
 
 
 def config_of(hf_path: Path, output_dir: Path | str = "out", **groups: object) -> RunConfig:
@@ -44,6 +47,30 @@ def test_a_good_base_passes_and_brings_its_prompts(tiny_model_dir):
     assert base.architecture.max_position_embeddings == 128 and base.tokenizer.decode(base.end_prompts.token_ids[0]).startswith("This is the end")
     control = preflight.check_base(config_of(tiny_model_dir, method=MethodConfig(position_scheme="contiguous")), world_size=1)
     assert control.end_prompts is None and control.tokenizer_hash == base.tokenizer_hash
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("config.json", {"pad_token_id": 600}, "pad_token_id of config.json is 600"),
+        ("generation_config.json", {"eos_token_id": [2, 512]}, "eos_token_id of generation_config.json is 512"),
+    ],
+)
+def test_ids_beyond_the_embedding_are_refused_with_the_numbers(tiny_model_dir, tmp_path, name, change, words):
+    base = copy_model(tiny_model_dir, tmp_path / "base")
+    path = base / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=f"the embedding has 512 rows .*{re.escape(words)}.*resize_token_embeddings"):
+        preflight.check_base(config_of(base), world_size=1)
+
+
+def test_added_tokens_without_a_row_are_refused(tiny_model_dir, tmp_path):
+    base = copy_model(tiny_model_dir, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<tool>", "</tool>"])
+    tokenizer.save_pretrained(base)
+    with pytest.raises(CheckpointError, match="'<tool>' has id 512"):
+        preflight.check_base(config_of(base), world_size=1)
 
 
 def test_prompt_lengths_are_checked_with_the_real_tokenizer(tiny_model_dir):
@@ -149,6 +176,31 @@ class TestOutputDirectory:
             self.claim(other)
         assert all(word in str(caught.value) for word in words)
         assert (tmp_path / "one" / "config.yaml").read_text() == before
+
+    def test_the_refusal_names_a_name_that_keeps_the_runs_apart(self, tiny_model_dir, tmp_path):
+        self.claim(config_of(tiny_model_dir, tmp_path / "one"))
+        other = config_of(tiny_model_dir, tmp_path / "one")
+        other.seed = 9
+        with pytest.raises(ConfigError, match="add name=test_seed_9."):
+            self.claim(other)
+        other.method.end_prompts = ["EP_3"]
+        with pytest.raises(ConfigError, match="add name=test_seed_9."):
+            self.claim(other)
+        other.seed = 1234
+        with pytest.raises(ConfigError, match=r"add name=test_[0-9a-f]{6}\."):
+            self.claim(other)
+
+    def test_the_same_base_in_another_place_goes_on(self, tiny_model_dir, tmp_path, monkeypatch):
+        base = copy_model(tiny_model_dir, tmp_path / "base")
+        self.claim(config_of(base, tmp_path / "one"))
+        monkeypatch.chdir(tmp_path)
+        for place in ("base", f"{base}/", copy_model(base, tmp_path / "copy")):
+            self.claim(config_of(place, tmp_path / "one"))
+        base.rename(tmp_path / "moved")
+        self.claim(config_of(tmp_path / "moved", tmp_path / "one"))
+        edit_tensors(tmp_path / "moved", lambda tensors: tensors["model.norm.weight"].add_(1))
+        with pytest.raises(ConfigError, match="model.hf_path: .* there, .*moved.* now"):
+            self.claim(config_of(tmp_path / "moved", tmp_path / "one"))
 
     def test_refuses_files_that_are_no_run(self, tiny_model_dir, tmp_path):
         (tmp_path / "thesis.tex").write_text("mine")

@@ -24,6 +24,7 @@ from endprompt_megatron.checkpoint.hf_verify import (
 )
 from endprompt_megatron.checkpoint.model_card import MODEL_CARD
 from endprompt_megatron.errors import CheckpointError
+from endprompt_megatron.log import get_logger
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from tests.support.tiny import WINDOW, architecture_of, copy_model, edit_config, edit_tensors, load_model, rope_of, tokens_of
 
@@ -121,6 +122,39 @@ class TestExport:
         tokenizer = AutoTokenizer.from_pretrained(out)
         assert tokenizer.model_max_length == WINDOW
         assert tokenizer.decode(tokenizer("The key is 48213.")["input_ids"]) == "The key is 48213."
+
+    def test_stray_files_are_named_once_and_left_out(self, tiny_model_dir, tmp_path, caplog):
+        base = copy_model(tiny_model_dir, tmp_path / "base")
+        for name in ("adapter_config.json", "optimizer.pt", "trainer_state.json", "modeling_custom.py", "notes.txt"):
+            (base / name).write_text("{}")
+        (base / "chat_template.jinja").write_text("{{ messages }}")
+        (base / "LICENSE.txt").write_text("terms")
+        get_logger().propagate = True
+        try:
+            out = export(load_model(base), base, tmp_path / "hf")
+        finally:
+            get_logger().propagate = False
+        assert {"chat_template.jinja", "LICENSE.txt"} <= {path.name for path in out.iterdir()}
+        assert not {"adapter_config.json", "trainer_state.json", "modeling_custom.py", "notes.txt"} & {path.name for path in out.iterdir()}
+        (said,) = {record.getMessage() for record in caplog.records if "not copied" in record.getMessage()}
+        assert all(name in said for name in ("adapter_config.json", "modeling_custom.py", "notes.txt", "trainer_state.json"))
+        AutoModelForCausalLM.from_pretrained(out)
+
+    @pytest.mark.parametrize(
+        ("before", "after"),
+        [
+            ({"max_length": 128, "eos_token_id": 2}, {"eos_token_id": 2}),
+            ({"max_length": 512, "max_new_tokens": 64}, {"max_length": 512, "max_new_tokens": 64}),
+            ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {"do_sample": True, "temperature": 0.6, "top_p": 0.9}),
+            ({"temperature": 1.0, "top_k": 50}, {"temperature": 1.0, "top_k": 50}),
+        ],
+    )
+    def test_the_generation_config_suits_the_longer_window_and_can_be_saved(self, tiny_model_dir, tmp_path, before, after):
+        base = copy_model(tiny_model_dir, tmp_path / "base")
+        (base / "generation_config.json").write_text(json.dumps(before))
+        out = export(load_model(base), base, tmp_path / "hf")
+        assert json.loads((out / "generation_config.json").read_text()) == after
+        AutoModelForCausalLM.from_pretrained(out).save_pretrained(tmp_path / "again")
 
     def test_files_are_for_others_too(self, tiny_model_dir, tmp_path):
         out = export(load_model(tiny_model_dir), tiny_model_dir, tmp_path / "hf")

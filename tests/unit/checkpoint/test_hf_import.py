@@ -224,3 +224,12 @@ class TestWrongShapes:
         edit_tensors(broken, _replace(name, change))
         with pytest.raises(CheckpointError, match=name):
             check_hf_weights(broken, architecture_of(broken))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_with_tensor_and_file(broken, value):
+    """Not as bad samples of the training that follows."""
+    architecture = architecture_of(broken)
+    edit_tensors(broken, lambda tensors: tensors[LAYER + "mlp.up_proj.weight"][3].fill_(value))
+    with pytest.raises(CheckpointError, match=rf"64 values that are NaN or infinite: .*{LAYER}mlp.up_proj.weight in .*model.safetensors"):
+        _load(broken, architecture)

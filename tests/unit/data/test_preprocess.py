@@ -157,7 +157,7 @@ def test_output_of_other_inputs_is_not_touched(tmp_path, tokenizer, change, mess
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     prepare_dataset(source, output_prefix=tmp_path / "b", **tokenizer)
     before = (tmp_path / "b.bin").read_bytes()
-    with pytest.raises(DataError, match=f"made from something else.*{message}.*another prefix or delete"):
+    with pytest.raises(DataError, match=f"made from something else.*{message}.*Delete .*b.bin, .idx and"):
         prepare_dataset(source, output_prefix=tmp_path / "b", **(tokenizer | change))
     write_jsonl(source, ["another text"])
     with pytest.raises(DataError, match="made from something else.*source_files"):
@@ -186,7 +186,7 @@ def test_bad_sources(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "a.csv").write_text("text\nx")
     (tmp_path / "cut.jsonl").write_text('{"text": "a"}\n{"text": "b')
-    cases |= {tmp_path / "a.csv": "must end in .jsonl", tmp_path / "cut.jsonl": "cannot read it"}
+    cases |= {tmp_path / "a.csv": "must end in .jsonl", tmp_path / "cut.jsonl": "cut.jsonl, line 2: no JSON"}
     for source, message in cases.items():
         with pytest.raises(DataError, match=message):
             prepare_dataset(source, output_prefix=tmp_path / "out" / "b", **tokenizer)

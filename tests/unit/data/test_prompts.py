@@ -88,3 +88,27 @@ def test_draw_is_int64_and_owned_by_the_caller():
     assert drawn.dtype == np.int64
     drawn[:] = 0
     assert prompts.draw(0, 0).tolist() == letters("End.")
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (r"\n\nThe end.\n", "\n\nThe end.\n"),
+        (r"a\tb\r", "a\tb\r"),
+        (r"C:\\new", r"C:\new"),
+        ("already\n", "already\n"),
+        (r"5 \% and \x", r"5 \% and \x"),
+    ],
+)
+def test_escapes_mean_what_they_mean_in_code(written, meant):
+    assert tokenize_end_prompts([written], letters).texts == (meant,)
+
+
+@pytest.mark.parametrize("name", ["EP1", "ep_1", "EP_9", " EP-2", "Ep 3"])
+def test_names_that_look_like_a_cue_and_are_none_are_refused_with_the_list(name):
+    with pytest.raises(ConfigError, match=r"method.end_prompts=.*EP_1, EP_2, EP_3"):
+        tokenize_end_prompts([name], letters)
+
+
+def test_prompts_are_described_as_they_are_trained_on():
+    assert tokenize_end_prompts([r"Fin\n"], letters).describe() == ["end prompt 'Fin\\n': b=4, ids [70, 105, 110, 10]"]

@@ -43,7 +43,7 @@ def _cluster(numbers: dict, *, nodes: int = 1, gpu: str = "H100-80GB", seq_lengt
         accelerator="gpu",
         model=ModelConfig("big", "/nonexistent/base", hf_config=numbers),
         rope=RopeConfig("pi", 8.0, 65536),
-        data=dataclasses.replace(config.data, seq_length=seq_length),
+        data=dataclasses.replace(config.data, seq_length=seq_length, directory="/nonexistent/datasets"),
         trainer=TrainerConfig(1907, micro_batch_size, 64),
         parallel=ParallelConfig(**parallel),
         launch=LaunchConfig(nproc_per_node=8, num_nodes=nodes, gpu=gpu),

@@ -24,7 +24,7 @@ from endprompt_megatron.report.plots import (
 )
 from endprompt_megatron.report.reach import PLANTED, headline_task, ordered_systems
 
-_BINS = 6
+_BINS = 5
 
 
 def plot_reach(path: Path, systems: Mapping[str, Mapping[str, Any]], *, native: int, title: str) -> Path:
@@ -43,6 +43,7 @@ def plot_reach(path: Path, systems: Mapping[str, Mapping[str, Any]], *, native: 
     other = next((name for name in PLANTED if name != task and any(system.get(name) for system in known.values())), None)
     lengths = sorted({int(length) for system in known.values() for length in system.get(task) or {}})
     longest = lengths[-1]
+    far = [length for length in lengths if length > native] or [longest]
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(2, 2, figsize=(WIDTH_INCHES, 8.2), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
@@ -54,16 +55,18 @@ def plot_reach(path: Path, systems: Mapping[str, Mapping[str, Any]], *, native: 
             shift = (index - (len(known) - 1) / 2) * 0.008 * longest
             figures = system.get(task) or {}
             _draw_shares(by_length, _by_length(figures), styles[name], label, shift)
-            _draw_shares(by_distance, _by_distance(figures.get(str(longest)), longest), styles[name], label, shift)
+            beyond = [figures[str(length)] for length in far if str(length) in figures]
+            _draw_shares(by_distance, _by_distance(beyond, longest), styles[name], label, shift)
             _draw_line(perplexity, {int(length): value for length, value in (system.get("perplexity") or {}).items()}, styles[name], label)
             if other:
                 _draw_shares(second, _by_length(system.get(other) or {}), styles[name], label, shift)
         shares = {"ylabel": "right (%), 95% interval", "ylim": (-4, 104)}
         by_length.set_title(f"Planted {PLANTED[task]} retrieved, by context length", loc="left")
         by_length.set(xlabel="context length (tokens)", **shares)
-        by_distance.set_title(f"... by distance to the fact, at {longest:,} tokens", loc="left")
+        where = "beyond the window" if far[0] > native else f"at {longest:,} tokens"
+        by_distance.set_title(f"... by distance to the fact, {where}", loc="left")
         by_distance.set(xlabel="distance (tokens)", **shares)
-        perplexity.set_title("Perplexity of held-out text", loc="left")
+        perplexity.set_title("Perplexity (each length scores other tokens)", loc="left")
         perplexity.set(xlabel="context length (tokens)", ylabel="perplexity (lower is better)")
         if other:
             second.set_title(f"Planted {PLANTED[other]} retrieved, by context length", loc="left")
@@ -86,12 +89,11 @@ def _by_length(figures: Mapping[str, Any]) -> list[tuple[float, float, int]]:
     return sorted(found)
 
 
-def _by_distance(figures: Mapping[str, Any] | None, longest: int) -> list[tuple[float, float, int]]:
-    """(middle of a bin of distances, share right, questions) over equal bins up to the longest context."""
-    if not figures:
-        return []
-    distances = np.array([record[4] for record in figures["records"]], dtype=float)
-    right = np.array([record[1] for record in figures["records"]], dtype=float)
+def _by_distance(figures: Sequence[Mapping[str, Any]], longest: int) -> list[tuple[float, float, int]]:
+    """(middle of a bin of distances, share right, questions) over equal bins up to the longest context; of several lengths together."""
+    records = [record for of_length in figures for record in of_length["records"]]
+    distances = np.array([record[4] for record in records], dtype=float)
+    right = np.array([record[1] for record in records], dtype=float)
     bins = np.minimum((distances / longest * _BINS).astype(int), _BINS - 1)
     members = {number: right[bins == number] for number in sorted(set(bins))}
     return [((number + 0.5) * longest / _BINS, float(found.mean()), len(found)) for number, found in members.items()]

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from tests.support.tiny import ROOT
 
-SUBMIT = ROOT / "tools" / "slurm" / "submit.sh"
+# The checkout under a plain name: wherever it lies (under /tmp, in a folder with a space), what is tested is what a user on a shared disk sees.
+CHECKOUT = Path(tempfile.mkdtemp(prefix="checkout-")) / "it"
+CHECKOUT.symlink_to(ROOT)
+atexit.register(shutil.rmtree, CHECKOUT.parent, ignore_errors=True)
+SUBMIT = CHECKOUT / "tools" / "slurm" / "submit.sh"
 GOLDEN = ROOT / "tests" / "golden" / "slurm"
 LLAMA = ["+experiment=llama3_8b_64k", "model.hf_path=/models/Meta-Llama-3-8B", 'data.train=[{path: "/data/slimpajama/*.jsonl"}]', "name=it's ${model.name}"]
 OPTIONS = {
@@ -30,7 +36,7 @@ OPTIONS = {
 
 def _submit(place: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {"PATH": os.environ["PATH"], "HOME": "/home/me", **environment}
-    return subprocess.run([str(SUBMIT), "--shared", str(place), *arguments], cwd=place, env=clean, capture_output=True, text=True, timeout=60)
+    return subprocess.run([str(SUBMIT), "--shared", str(place), "--shared", str(CHECKOUT), *arguments], cwd=place, env=clean, capture_output=True, text=True, timeout=60)
 
 
 def _rendered(place: Path, *arguments: str, **environment: str) -> str:
@@ -50,7 +56,7 @@ def _shellcheck() -> str:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_rendered_script_word_for_word(name, tmp_path):
     """After a change that is meant: UPDATE_GOLDEN=1 rewrites the files, and `git diff` shows what they say now."""
-    found = _rendered(tmp_path, *OPTIONS[name]).replace(str(ROOT), "/checkout").replace(str(tmp_path), "/shared")
+    found = _rendered(tmp_path, *OPTIONS[name]).replace(str(CHECKOUT), "/checkout").replace(str(tmp_path), "/shared")
     golden = GOLDEN / f"{name}.sbatch"
     if os.environ.get("UPDATE_GOLDEN"):
         golden.write_text(found)
@@ -89,7 +95,7 @@ def test_a_local_image_becomes_absolute_and_known_directories_are_mounted_once(t
     overrides = ["+experiment=tiny_random", f"data.directory={tmp_path}/datasets", "model.hf_path=/models/tiny"]
     script = _rendered(tmp_path, "--container=pyxis", "--image=it.sqsh", "--", *overrides, HF_HOME="/caches/hf")
     assert f"    --container-image={tmp_path}/it.sqsh\n" in script
-    mounts = [ROOT, tmp_path, "/caches/hf", "/models/tiny"]
+    mounts = [CHECKOUT, tmp_path, "/caches/hf", "/models/tiny"]
     assert "    '--container-mounts=" + ",".join(f"{path}:{path}" for path in mounts) + "'\n" in script
 
 

@@ -6,9 +6,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
-import random
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -95,45 +93,60 @@ def _digest(directory: Path) -> dict[str, str]:
     }
 
 
+_POINTS = ("rename", "write", "copy_file_range")  # of os: what puts bytes into a file, and a file under its name
+
+
+def _convert_until(point: int, counted: str, direction: str, source: str, destination: str) -> None:
+    """Convert in this process; SIGKILL it before the given call of _POINTS, 0 for never. The number of calls is left in `counted`."""
+    calls = 0
+
+    def counting(real):
+        def call(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if calls == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **options)
+
+        return call
+
+    for name in _POINTS:
+        setattr(os, name, counting(getattr(os, name)))
+    _convert(direction, source, destination)
+    Path(counted).write_text(str(calls))
+
+
 @pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
 def test_ten_kills(direction, tmp_path):
-    """SIGKILL at a random moment, ten times: the destination never holds half a model, and the same command ends with the same bytes."""
+    """SIGKILL at ten points from the first write to the last: the destination never holds half a model, and the same command ends with the same
+    bytes."""
     hf = build_family("llama3", tmp_path / "hf", hidden_size=512, intermediate_size=1408, vocab_size=8192, num_hidden_layers=6)
     source = hf if direction == "hf-to-megatron" else hf_to_megatron(hf, tmp_path / "megatron")
     context = multiprocessing.get_context("fork")
 
-    def start(destination: Path) -> multiprocessing.process.BaseProcess:
-        process = context.Process(target=_convert, args=(direction, str(source), str(destination)))
+    def convert(destination: Path, point: int = 0) -> int:
+        process = context.Process(
+            target=_convert_until, args=(point, str(tmp_path / "calls"), direction, str(source), str(destination))
+        )
         process.start()
-        return process
+        process.join()
+        return process.exitcode
 
-    undisturbed = start(tmp_path / "undisturbed")
-    started = time.monotonic()
-    undisturbed.join()
-    duration = time.monotonic() - started
-    assert undisturbed.exitcode == 0
-    expected = _digest(tmp_path / "undisturbed")
-    chance, killed_midway, kept = random.Random(direction), 0, 0
+    assert convert(tmp_path / "undisturbed") == 0
+    expected, points, kept = _digest(tmp_path / "undisturbed"), int((tmp_path / "calls").read_text()), 0
+    assert points > 20
     for number in range(10):
         destination = tmp_path / f"kill{number}"
-        process = start(destination)
-        time.sleep(chance.uniform(0.05, 0.95) * duration)
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        if destination.exists():
-            assert _digest(destination) == expected
-            continue
-        killed_midway += 1
+        assert convert(destination, 1 + number * (points - 1) // 9) == -signal.SIGKILL
+        assert not destination.exists()
         partial = destination.with_name(destination.name + ".partial")
         whole = [path for path in partial.glob("*") if path.suffix in (".distcp", ".safetensors")] if partial.exists() else []
         kept += bool(whole)
         times = {path: path.stat().st_mtime_ns for path in whole if (partial / (path.name + ".note.json")).is_file()}
-        again = start(destination)
-        again.join()
-        assert again.exitcode == 0
+        assert convert(destination) == 0
         assert _digest(destination) == expected
         for path, written in times.items():
             assert (destination / path.name).stat().st_mtime_ns == written, "a whole file was written again"
         assert not partial.exists()
-    print(f"{direction}: {killed_midway} of 10 kills before the end, {kept} of them after the first file")
-    assert killed_midway >= 3 and kept >= 1
+    print(f"{direction}: 10 kills at calls 1 to {points} of {', '.join(_POINTS)}, {kept} of them after the first file")
+    assert kept >= 3

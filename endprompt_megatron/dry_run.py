@@ -42,6 +42,10 @@ def dry_run(config: RunConfig, *, world_size: int) -> Iterator[str]:
     architecture, base_rope = preflight.validate(config, world_size=world_size)
     _resolve_machine(config)
     base = preflight.check_base(config, world_size=world_size) if Path(config.model.hf_path).exists() else None
+    if config.accelerator == "cpu":  # this machine is the one that will run it
+        from endprompt_megatron.jobs.run_probes import check_probe_memory
+
+        check_probe_memory(config, architecture, accelerator="cpu")
     preflight.check_output_dir(config)
     num_prompt_tokens = config.method.end_prompt_length
     if not SCHEMES[config.method.position_scheme].uses_end_prompt:

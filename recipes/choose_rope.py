@@ -10,7 +10,8 @@ import shlex
 import sys
 
 import hydra
-from extend import DEFAULT_EXPERIMENT, ROOT, clear_empty_dicts, telling_errors, to_run_config
+from _entry import clear_empty_dicts
+from extend import DEFAULT_EXPERIMENT, ROOT, telling_errors, to_run_config
 from omegaconf import DictConfig
 
 

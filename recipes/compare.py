@@ -12,7 +12,8 @@ import shlex
 import sys
 
 import hydra
-from extend import ROOT, clear_empty_dicts, telling_errors, to_run_config
+from _entry import clear_empty_dicts
+from extend import ROOT, telling_errors, to_run_config
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf

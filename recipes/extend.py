@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import hydra
+from _entry import ROOT, clear_empty_dicts, telling_errors
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from endprompt_megatron import launch  # noqa: E402
-from endprompt_megatron.config import RunConfig, with_expanded_paths  # noqa: E402
-from endprompt_megatron.errors import EXIT_RESUME, EXIT_USER_ERROR, USER_ERRORS, ConfigError, RunInterrupted  # noqa: E402
-from endprompt_megatron.mcore.children import obey_stop_signals, outlast_stop_signals  # noqa: E402
+from endprompt_megatron import launch
+from endprompt_megatron.config import RunConfig, with_expanded_paths
+from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.mcore.children import obey_stop_signals
 
 DEFAULT_EXPERIMENT = "smollm2_135m_16k_cpu"
 
@@ -34,27 +29,6 @@ def to_run_config(composed: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         message = f"{error.full_key or 'config'}: {error.msg or error}. endprompt_megatron/config.py explains the keys."
         raise ConfigError(message) from error
-
-
-def clear_empty_dicts(arguments: list[str]) -> list[str]:
-    """`key={}` as Hydra's way to say that a dictionary is to be empty: by itself it merges {} into the default's, which changes nothing."""
-    return [f"~{text.removesuffix('={}')}" if text.endswith("={}") else text for text in arguments]
-
-
-@contextmanager
-def telling_errors() -> Iterator[None]:
-    """Inside the block an error that a user can mend ends the program in a sentence, and every way to end has its exit status."""
-    try:
-        yield
-    except USER_ERRORS as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except RunInterrupted as request:
-        outlast_stop_signals()  # a second one must not change the exit status
-        print(request, file=sys.stderr)
-        sys.exit(EXIT_RESUME)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; start the same command again: it goes on where it stood")
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="extend")

@@ -10,7 +10,8 @@ import shlex
 import sys
 
 import hydra
-from extend import ROOT, clear_empty_dicts, telling_errors, to_run_config
+from _entry import clear_empty_dicts
+from extend import ROOT, telling_errors, to_run_config
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 

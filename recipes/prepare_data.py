@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import hydra
-from extend import DEFAULT_EXPERIMENT, ROOT, clear_empty_dicts, telling_errors, to_run_config
+from _entry import clear_empty_dicts
+from extend import DEFAULT_EXPERIMENT, ROOT, telling_errors, to_run_config
 from omegaconf import DictConfig
 
 from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config

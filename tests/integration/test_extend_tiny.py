@@ -153,7 +153,7 @@ def test_another_config_is_refused_the_directory(finished):
     before = _weights_digest(finished / "run")
     refused = run_recipe(*tiny_overrides(finished, "run", "optim.lr=0.002"), cwd=finished)
     assert refused.returncode == 2
-    assert "optim.lr: 0.001 there, 0.002 now" in refused.stderr and "another directory" in refused.stderr
+    assert "optim.lr: 0.001 there, 0.002 now" in refused.stderr and "add name=tiny_random_lr_0.002." in refused.stderr
     assert _weights_digest(finished / "run") == before
 
 

@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "preflight": {"checkpoint", "config", "config_rules", "precision_rules", "data", "model", "planning", "positions", "rope"},
     "fitting": {"config"},
     "dry_run": {
-        "preflight", "fitting", "launch", "config", "data", "mcore", "model", "planning", "positions", "precision_rules", "rope",
+        "preflight", "fitting", "jobs", "launch", "config", "data", "mcore", "model", "planning", "positions", "precision_rules", "rope",
     },
     "jobs": {"checkpoint", "config", "data", "evaluation", "launch", "mcore", "model", "preflight", "report", "rope"},
     "run_record": {"jobs", "preflight", "checkpoint", "config", "mcore", "model", "rope", "training"},

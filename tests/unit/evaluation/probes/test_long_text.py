@@ -93,7 +93,7 @@ def _reference_losses(reference, tokens) -> torch.Tensor:
 def test_one_reading_gives_what_transformers_finds_at_every_length(model, reference, encode, monkeypatch, chunk, merged):
     if not merged:
         monkeypatch.setattr(sdpa, "_FLASH_ON_CPU", None)
-    text, lengths = _texts(encode, length=800)[0], [300, 800, 500]
+    text, lengths = _texts(encode, length=1000)[0], [300, 1000, 500]
     found = read_long_texts(model, [text], lengths, perplexity_tail=120, device=CPU, label="test", prefill_chunk=chunk)
     for length in lengths:
         losses = _reference_losses(reference, text.tokens[:length])
@@ -114,9 +114,9 @@ def test_one_reading_gives_what_transformers_finds_at_every_length(model, refere
 
 def test_lengths_do_not_depend_on_one_another(model, encode):
     """A question at a longer length must leave nothing behind that a shorter one sees."""
-    texts = _texts(encode, length=800)
-    together = read_long_texts(model, texts, [300, 500, 800], perplexity_tail=60, device=CPU, label="test")
-    for length in (300, 500, 800):
+    texts = _texts(encode, length=1000)
+    together = read_long_texts(model, texts, [300, 500, 1000], perplexity_tail=60, device=CPU, label="test")
+    for length in (300, 500, 1000):
         alone = read_long_texts(model, texts, [length], perplexity_tail=60, device=CPU, label="test")
         for task in FACTS:
             mine, theirs = (np.array(found[task][str(length)]["records"], dtype=float) for found in (alone, together))

@@ -3,10 +3,7 @@ them."""
 
 from __future__ import annotations
 
-import os
-import random
 import signal
-import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -17,8 +14,8 @@ from endprompt_megatron.checkpoint.hf_sources import build_tiny_random
 from endprompt_megatron.errors import EXIT_HUNG, EXIT_RESUME
 from endprompt_megatron.log import read_metrics
 from tests.support.ranks import end_of, start_ranks
+from tests.support.signal_worker import POINTS
 
-KILLS = 20
 STEPS = 24
 LAYOUT = {"use_distributed_optimizer": True}
 WORLD_SIZE = 2
@@ -55,69 +52,38 @@ def undisturbed(place) -> list[tuple[int, float, float]]:
     return losses
 
 
-def _wait_for_progress(output: Path, ranks: list[BaseProcess], steps: int) -> None:
-    """Until the metrics hold `steps` records more than the newest checkpoint of the last sitting."""
-    known = output / "checkpoints" / "latest"
-    before = known.read_text() if known.exists() else ""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and all(process.is_alive() for process in ranks):
-        if known.exists() and known.read_text() != before:
-            steps -= 1
-            before = known.read_text()
-            if steps <= 0:
-                return
-        time.sleep(0.002)
+def _signalled(job: dict, number: int, point: str, call: int, ranks: list[int]) -> list[BaseProcess]:
+    """Start the job; at that call of that point these ranks get the signal."""
+    signalled = {"number": int(number), "point": point, "call": call, "ranks": ranks}
+    return start_ranks(WORLD_SIZE, [{**job, "worker": "tests.support.signal_worker", "signal": signalled}])
+
+
+def _sittings(count: int) -> list[tuple[str, int, list[int]]]:
+    """(point, call, ranks that are killed) of so many sittings: every point in turn, one rank and all ranks in turn, the first or second call."""
+    return [(list(POINTS)[number % len(POINTS)], 1 + number // 2 % 2, [[0, 1], [number // 2 % 2]][number % 2]) for number in range(count)]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_killed_at_random_moments(place, undisturbed, asynchronous):
+@pytest.mark.parametrize("kills", [len(POINTS), pytest.param(2 * len(POINTS), marks=pytest.mark.repeated)])
+def test_killed_at_every_point_of_a_save(place, undisturbed, asynchronous, kills):
     """SIGKILL of one rank and of all, in turn: every run ends as the undisturbed one, and what `latest` names is always whole."""
-    generator = random.Random(5 + asynchronous)
-    killed = {"one rank": 0, "all ranks": 0}
-    during_a_save = runs = 0
-    while sum(killed.values()) < KILLS // 2:
-        name = f"killed_{'async' if asynchronous else 'sync'}_{runs}"
-        runs += 1
-        finished = False
-        while not finished:
-            ranks = _start(_job(place, name, async_save=asynchronous))
-            if sum(killed.values()) < KILLS // 2:
-                _wait_for_progress(place / name, ranks, generator.randint(1, 3))
-                time.sleep(generator.uniform(0, 0.3))
-                victims = "one rank" if sum(killed.values()) % 2 else "all ranks"
-                writing = list((place / name / "checkpoints").glob("*.partial"))
-                alive = all(process.is_alive() for process in ranks)
-                for process in ranks if victims == "all ranks" else [generator.choice(ranks)]:
-                    process.kill()
-                if alive:
-                    killed[victims] += 1
-                    during_a_save += bool(writing)
-            finished = end_of(ranks) == [0, 0]
-            latest = place / name / "checkpoints" / "latest"
-            if latest.exists():
-                assert damage(latest.parent / latest.read_text().strip()) is None
-        assert _losses(place, name) == undisturbed
-        assert not list((place / name / "checkpoints").glob("*.damaged")), "no kill damaged a checkpoint"
-    print(
-        f"\n{'asynchronous' if asynchronous else 'synchronous'} saves: SIGKILL of one rank {killed['one rank']} times, of all "
-        f"{killed['all ranks']} times, {during_a_save} of these during a save; {runs} run(s) of {STEPS} steps ended bit for bit as undisturbed"
-    )
-    assert during_a_save >= 2
+    name = f"killed_{'async' if asynchronous else 'sync'}_{kills}"
+    checkpoints = place / name / "checkpoints"
+    for point, call, ranks in _sittings(kills):
+        statuses = end_of(_signalled(_job(place, name, async_save=asynchronous), signal.SIGKILL, point, call, ranks))
+        assert all(statuses[rank] == -signal.SIGKILL for rank in ranks) and 0 not in statuses, (point, call, ranks, statuses)
+        if (checkpoints / "latest").exists():
+            assert damage(checkpoints / (checkpoints / "latest").read_text().strip()) is None, (point, call, ranks)
+    assert end_of(_start(_job(place, name, async_save=asynchronous))) == [0, 0]
+    assert _losses(place, name) == undisturbed
+    assert not list(checkpoints.glob("*.damaged")), "no kill damaged a checkpoint"
 
 
 def test_one_rank_is_asked_and_all_save_and_stop(place, undisturbed):
     name = "asked"
-    ranks = _start(_job(place, name, save_interval=0))
-    metrics = place / name / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while len(read_metrics(metrics)) < 3 and time.monotonic() < deadline:
-        time.sleep(0.002)
-    seen = len(read_metrics(metrics))
-    os.kill(ranks[1].pid, signal.SIGUSR1)
-    assert end_of(ranks) == [EXIT_RESUME, EXIT_RESUME]
-    stopped = len(_losses(place, name))
-    assert seen <= stopped <= seen + 3
-    assert (place / name / "checkpoints" / "latest").read_text().strip() == f"step_{stopped:07d}", "nothing is lost"
+    assert end_of(_signalled(_job(place, name, save_interval=0), signal.SIGUSR1, "a step begins", 4, [1])) == [EXIT_RESUME, EXIT_RESUME]
+    assert len(_losses(place, name)) == 4, "the step is finished and nothing is begun"
+    assert (place / name / "checkpoints" / "latest").read_text().strip() == "step_0000004", "nothing is lost"
     assert end_of(_start(_job(place, name, save_interval=0))) == [0, 0]
     assert _losses(place, name) == undisturbed
 
@@ -125,17 +91,10 @@ def test_one_rank_is_asked_and_all_save_and_stop(place, undisturbed):
 def test_a_hung_rank_ends_the_job_with_the_reason(place):
     """A rank that the kernel has stopped answers nobody: the other one says so, shows where it waits, and ends."""
     job = _job(place, "hung", save_interval=0) | {"hang_timeout_minutes": 0.05}
-    ranks = _start(job)
-    metrics = place / "hung" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while len(read_metrics(metrics)) < 2 and time.monotonic() < deadline:
-        time.sleep(0.002)
-    os.kill(ranks[1].pid, signal.SIGSTOP)
-    stopped = time.monotonic()
-    ranks[0].join(60)
-    waited = time.monotonic() - stopped
+    ranks = _signalled(job, signal.SIGSTOP, "a step begins", 3, [1])
+    ranks[0].join(300)
     ranks[1].kill()
-    assert ranks[0].exitcode == EXIT_HUNG and waited < 20
+    assert ranks[0].exitcode == EXIT_HUNG
     told = ranks[0].log.read_text()
     assert "rank 0 has not finished step" in told and "launch.hang_timeout_minutes=0.05" in told
     assert "trainer.py" in told.split("Where it stands follows")[1], "the stack of the waiting rank"

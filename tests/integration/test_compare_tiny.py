@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 
-from tests.support.run_recipe import recipe_command
+from tests.support.run_recipe import run_recipe
 
 
 def _run(*overrides: str, cwd) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        recipe_command("+study=tiny_random", *overrides, recipe="compare.py"),
-        cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    return run_recipe("+study=tiny_random", *overrides, recipe="compare.py", cwd=cwd, timeout=1800)
 
 
 def test_every_method_is_a_row(tmp_path):

@@ -4,14 +4,13 @@ recipes/compare.py on what they found."""
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from endprompt_megatron.checkpoint.hf_sources import build_tiny_random
-from tests.support.run_recipe import recipe_command
+from tests.support.run_recipe import run_recipe
 
 # the tiny tokenizer has a token for a few letters: lengths are in hundreds of words
 SETTINGS = (
@@ -23,10 +22,7 @@ LAYOUTS = {"one": (), "two": ("launch.nproc_per_node=2", "parallel.tensor_model_
 
 
 def _run(place: Path, *arguments: str, recipe: str = "evaluate.py") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        recipe_command(*arguments, recipe=recipe), cwd=place, env=environment, capture_output=True, text=True, timeout=400
-    )
+    return run_recipe(*arguments, recipe=recipe, cwd=place)
 
 
 @pytest.fixture(scope="module")

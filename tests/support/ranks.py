@@ -5,26 +5,21 @@ from __future__ import annotations
 
 import importlib
 import json
-import multiprocessing
 import os
 import socket
 import sys
 import tempfile
 from collections.abc import Iterable
-from multiprocessing.managers import SyncManager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.support.run_recipe import ROOT
+from tests.support.run_recipe import fork_checkpoint_helper, fork_server
 
 
 def start_ranks(world_size: int, jobs: Iterable[dict], *, preload: Iterable[str] = ()) -> list[BaseProcess]:
     """Start `world_size` processes that do the jobs one after the other: train (layout_worker.py), or what the module job["worker"] does.
     `preload` names modules that are imported once for all of them."""
-    os.environ["PYTHONPATH"] = str(ROOT)  # for the server, which starts with the first process
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.layout_worker", "torch.utils.tensorboard", *preload])
+    context = fork_server(*preload)
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -61,16 +56,11 @@ def _rank(rank: int, world_size: int, port: int, jobs: str, log: str) -> None:
         os.dup2(descriptor, stream)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     import torch
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     from endprompt_megatron.errors import EXIT_RESUME, RunInterrupted
-    from endprompt_megatron.mcore.children import serve_parent
 
     torch.set_num_threads(1)
-    # forked like everything here: the spawned one of mcore.children imports torch anew, two seconds a rank
-    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-    manager.start(initializer=serve_parent)
-    filesystem_async._results_queue = manager.Queue()
+    fork_checkpoint_helper()
     try:
         for job in json.loads(jobs):
             importlib.import_module(job.get("worker", "tests.support.layout_worker")).run_job(job)

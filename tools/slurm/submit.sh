@@ -179,6 +179,48 @@ if [[ -n $time ]] && whole "$signal_seconds"; then
             "Set a longer --time, or a shorter --signal-seconds that still holds a step and a save."
     fi
 fi
+
+# The layout of the run, from the files that Hydra composes: a login node may have no Python. tests/unit/tools/test_slurm_scripts.py compares it with Hydra's.
+built_on() { # GROUP FILE: the file of the same group that this one starts from; nothing if there is none
+    local name
+    while IFS= read -r name; do
+        if [[ -f $checkout/conf/$1/$name.yaml ]]; then echo "$checkout/conf/$1/$name.yaml"; fi
+    done < <(sed -n 's/^ *- \([A-Za-z0-9_]*\)$/\1/p' "$2")
+}
+parallel_group() {
+    local chosen file=$recipe
+    chosen=$(override parallel)
+    while [[ -z $chosen && -f $file ]]; do
+        chosen=$(sed -n 's|^ *- override /parallel: *\([A-Za-z0-9_]*\).*|\1|p' "$file")
+        file=$(built_on experiment "$file")
+    done
+    echo "${chosen:-single}"
+}
+size_of() { # tensor | pipeline | context
+    local value file
+    value=$(override "parallel.$1_model_parallel_size")
+    if [[ $1 == context ]]; then value=$(override parallel.context_parallel_size); fi
+    file=$checkout/conf/parallel/$(parallel_group).yaml
+    while [[ -z $value && -f $file ]]; do
+        value=$(sed -n "s/^$1\(_model\)\{0,1\}_parallel_size: *\([0-9]*\).*/\2/p" "$file")
+        file=$(built_on parallel "$file")
+    done
+    echo "${value:-1}"
+}
+if [[ -f $recipe ]] && whole "$nodes" && whole "$tasks_per_node"; then
+    tensor=$(size_of tensor) pipeline=$(size_of pipeline) context=$(size_of context)
+    if whole "$tensor" && whole "$pipeline" && whole "$context"; then
+        of_a_model=$((tensor * pipeline * context)) ranks=$((nodes * tasks_per_node))
+        if [[ $of_a_model -gt 0 && $((ranks % of_a_model)) -ne 0 ]]; then
+            advice="Set parallel=NAME (conf/parallel) to a layout of fewer ranks."
+            if [[ $tasks_per_node -gt 0 && $((of_a_model % tasks_per_node)) -eq 0 ]]; then
+                advice="Ask for --nodes $((of_a_model / tasks_per_node)) or a multiple of it, or set parallel=NAME (conf/parallel)."
+            fi
+            problem "--nodes $nodes with $tasks_per_node tasks a node: $ranks ranks, but +experiment=$experiment lays a model over" \
+                "TP $tensor x PP $pipeline x CP $context = $of_a_model ranks, and their number must be a multiple of that. $advice"
+        fi
+    fi
+fi
 plain "the checkout" "$checkout"
 plain "the working directory" "$PWD"
 plain "output_dir" "$output_dir"

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import hydra
 import pytest
 
 from tests.support.tiny import ROOT
@@ -81,12 +82,24 @@ def test_sources_are_clean():
     assert len(sources) == 4 and checked.returncode == 0, checked.stdout
 
 
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")))
+def test_the_ranks_of_a_layout_are_those_that_hydra_composes(experiment, tmp_path):
+    """Without Python on a login node the script reads conf/ itself: one rank more than the layout is refused with its size."""
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        parallel = hydra.compose("extend", overrides=[f"+experiment={experiment}"]).parallel
+    sizes = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size)
+    ranks = sizes[0] * sizes[1] * sizes[2]
+    done = _submit(tmp_path, "--dry-run", f"--nodes={ranks + 1}", "--gpus-per-node=1", "--", f"+experiment={experiment}", "output_dir=out")
+    told = "TP {} x PP {} x CP {} = ".format(*sizes) + f"{ranks} ranks"
+    assert (done.returncode, told in done.stderr) == ((2, True) if ranks > 1 else (0, False)), done.stderr
+
+
 def test_a_value_that_looks_like_a_placeholder_stays(tmp_path):
     assert "    tag=__NODES__\n    a=&b\n" in _rendered(tmp_path, "--", "+experiment=tiny_random", "tag=__NODES__", "a=&b").replace("'", "")
 
 
 def test_one_task_does_not_start_workers_of_its_own(tmp_path):
-    assert "launch.nproc_per_node=1" in _rendered(tmp_path, "--gpus-per-node=1", "--", "+experiment=llama3_8b_64k")
+    assert "launch.nproc_per_node=1" in _rendered(tmp_path, "--gpus-per-node=1", "--", "+experiment=llama3_8b_64k", "parallel=single")
     assert "launch.nproc_per_node" not in _rendered(tmp_path, "--gpus-per-node=2", "--", "+experiment=llama3_8b_64k")
 
 
@@ -111,6 +124,11 @@ BAD = {
     "no number": (["--nodes", "two", *TINY], "--nodes two: must be a whole number, 1 or more."),
     "octal number": (["--nodes", "08", *TINY], "--nodes 08: must be a whole number, 1 or more."),
     "endless number": (["--nodes", "99999999999999999999", *TINY], "--nodes 99999999999999999999: must be a whole number, 1 or more."),
+    "too few ranks for the layout": (
+        ["--", "+experiment=llama3_70b_64k"],
+        "8 ranks, but +experiment=llama3_70b_64k lays a model over TP 4 x PP 4 x CP 2 = 32 ranks, and their number must be a multiple of that. Ask for --nodes 4",
+    ),
+    "a layout that no node fills": (["--gpus-per-node=3", "--", "+experiment=llama3_8b_64k"], "Set parallel=NAME (conf/parallel) to a layout of fewer ranks."),
     "two tasks a GPU": (["--gpus-per-node=8", "--ntasks-per-node=16", *TINY], "there is one task a GPU"),
     "unknown container": (["--container", "docker", *TINY], "--container docker: choose one of pyxis apptainer none."),
     "unknown mpi": (["--mpi", "openmpi", *TINY], "--mpi openmpi: choose one of none pmi2 pmix."),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import hydra
@@ -12,7 +14,7 @@ import torch
 
 from endprompt_megatron.checkpoint.hf_sources import build_tiny_random
 from endprompt_megatron.errors import USER_ERRORS
-from tests.support.run_recipe import ROOT, run_recipe, tiny_overrides
+from tests.support.run_recipe import ROOT, recipe_command, run_recipe, tiny_overrides
 
 _CASES = {
     "L within the native window": (["rope.target_context_length=128", "rope.factor=1"], "must be larger than the native window of 128"),
@@ -130,6 +132,20 @@ def test_command_line_errors(tmp_path, overrides, message):
     assert done.returncode != 0 and message in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_home_that_nobody_can_write_is_not_needed(tmp_path):
+    """Text and model of the user's own: neither the hub's cache nor anything else of the home is touched."""
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps({"text": f"Document {number}. " * 40}) + "\n" for number in range(40)))
+    overrides = tiny_overrides(
+        tmp_path, "run", "data.train=[{path: own.jsonl}]", "data.validation=[]", "evaluation.enabled=false", "trainer.max_steps=2"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("HF_HOME", "XDG_CACHE_HOME")}
+    done = subprocess.run(
+        recipe_command(*overrides), cwd=tmp_path, env={**environment, "HOME": "/dev/null", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that the experiment asks for")

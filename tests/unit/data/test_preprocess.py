@@ -125,7 +125,7 @@ def test_hub_out_of_reach(tmp_path, tokenizer, monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match="owner/corpus.*no route.*meant as a path"):
+    with pytest.raises(DataError, match="owner/corpus.*no route.*meant as a path.*set HF_HOME to a writable directory"):
         prepare_dataset("owner/corpus", output_prefix=tmp_path / "b", **tokenizer)
 
 

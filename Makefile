@@ -10,7 +10,7 @@ ARGS ?=
 GPU_PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help venv extend doctor test test-nemo test-fast lint bench gpu model clean
+.PHONY: help venv extend doctor test test-all test-nemo test-fast lint bench gpu model clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,8 +36,14 @@ $(TRANSFORMERS4)/.ready: $(READY)
 		transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
 	touch $@
 
-test: $(READY) $(TRANSFORMERS4)/.ready ## every test that this machine can run
-	TRANSFORMERS4=$(TRANSFORMERS4) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(TESTS)
+# whole files go to a worker, in the order of the tree: the long ones of distributed/ and integration/ come first and nobody waits for them
+PYTEST := TRANSFORMERS4=$(TRANSFORMERS4) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test: $(READY) $(TRANSFORMERS4)/.ready ## the tests that this machine can run
+	$(PYTEST) $(TESTS)
+
+test-all: test ## and those that repeat them for every layout, method and moment (CONTRIBUTING.md)
+	$(PYTEST) -m 'repeated and not network'
 
 $(NEMO_VENV)/.ready: pyproject.toml constraints-nemo.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "constraints-nemo.txt is for Python 3.11; try make test-nemo PYTHON=python3.11")'

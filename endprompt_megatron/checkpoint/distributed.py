@@ -26,6 +26,7 @@ from endprompt_megatron.config_rules import resume_differences
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore.checkpointing import begin_save
+from endprompt_megatron.mcore.failures import FailureBoard
 from endprompt_megatron.mcore.torch_adam import make_loadable, separate_steps
 
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -70,6 +71,7 @@ class CheckpointWriter:
         provenance: what an export of the checkpoint tells of its making, kept in it too.
         keep_last: newest checkpoints kept; 0 keeps all.
         asynchronous: write in a process beside this one; `finish` has to be called now and then, and at the end.
+        failures: where a rank that fails alone tells the others, which wait for it; None where no rank reads it.
     """
 
     def __init__(
@@ -82,9 +84,10 @@ class CheckpointWriter:
         provenance: dict[str, Any] | None = None,
         keep_last: int,
         asynchronous: bool = False,
+        failures: FailureBoard | None = None,
     ):
         self.directory, self.chunks, self.optimizer, self.config = Path(directory), chunks, optimizer, config
-        self.provenance, self.keep_last = provenance or {}, keep_last
+        self.provenance, self.keep_last, self.failures = provenance or {}, keep_last, failures
         self._queue = AsyncCallsQueue() if asynchronous else None
 
     def save(self, state: RunState) -> Path:
@@ -146,10 +149,15 @@ class CheckpointWriter:
         if global_rank() == 0:
             for partial_directory in self.directory.glob(f"{final.name}.partial"):
                 checkpoint_directory.abandon(partial_directory)
-        raise CheckpointError(
+        message = (
             f"{final} could not be written ({_root_cause(error)}); earlier checkpoints are intact. Free space, or fix the permissions of "
             f"{self.directory}, and start the same command again: it resumes."
-        ) from error
+        )
+        if self.failures is not None:
+            # where Megatron found out in a collective all ranks come here, and its coordinator alone knows what happened
+            knows = not isinstance(error, CheckpointException) or bool(error.failures)
+            message = self.failures.tell(message) if knows else self.failures.wait() or message
+        raise CheckpointError(message) from error
 
 
 def load_latest_checkpoint(

@@ -20,6 +20,7 @@ from endprompt_megatron.data.loader import MicroBatchSampler, micro_batches
 from endprompt_megatron.errors import RunInterrupted, TrainingError
 from endprompt_megatron.log import MetricsWriter, Progress, get_logger
 from endprompt_megatron.mcore.checked_step import checked_step
+from endprompt_megatron.mcore.failures import FailureBoard
 from endprompt_megatron.mcore.runtime import Runtime, agree_on_any
 from endprompt_megatron.model.build import wrap_for_training
 from endprompt_megatron.model.gpt import EndPromptGPTModel
@@ -96,6 +97,7 @@ class Trainer:
         self.state = (
             load_latest_checkpoint(checkpoints, chunks=chunks, optimizer=self.optimizer, config=described) or RunState()
         )
+        failures = FailureBoard()
         self.writer = CheckpointWriter(
             checkpoints,
             chunks=chunks,
@@ -104,9 +106,10 @@ class Trainer:
             provenance=provenance,
             keep_last=config.trainer.keep_last,
             asynchronous=config.trainer.async_save,
+            failures=failures,
         )
         self.guard = StepGuard(config.trainer.grad_spike_factor, self.state.grad_norms)
-        self.watchdog = Watchdog(60 * config.launch.hang_timeout_minutes)
+        self.watchdog = Watchdog(60 * config.launch.hang_timeout_minutes, failures)
         self._check_sample_order()
         self.scheduler = build_scheduler(
             self.optimizer,

@@ -1,4 +1,5 @@
-"""Ends a job in which a rank no longer makes progress, and says where it stands: a cluster bills a hung job like a working one."""
+"""Ends a job in which a rank no longer makes progress, or another rank has failed, and says why: a cluster bills a hung job like a working
+one."""
 
 from __future__ import annotations
 
@@ -8,26 +9,29 @@ import sys
 import threading
 import time
 
-from endprompt_megatron.errors import EXIT_HUNG
+from endprompt_megatron.errors import EXIT_HUNG, EXIT_USER_ERROR
 from endprompt_megatron.log import get_logger, global_rank
+from endprompt_megatron.mcore.failures import FailureBoard
 
 
 class Watchdog:
-    """A thread that ends this process when `beat` has not been called for a while. Use as a context manager.
+    """A thread that ends this process when `beat` has not been called for a while, or when another rank has failed: this one may be waiting
+    for it in a collective, from which nothing else frees it. Use as a context manager.
 
     Args:
-        seconds: longest time between two beats; 0 watches nothing.
+        seconds: longest time between two beats; 0 sets none.
+        failures: where ranks write that they have failed.
     """
 
-    def __init__(self, seconds: float):
-        self.seconds = seconds
+    def __init__(self, seconds: float, failures: FailureBoard | None = None):
+        self.seconds, self.failures = seconds, failures
         self._beaten = time.monotonic()
         self._doing = "start"
         self._ended = threading.Event()
 
     def __enter__(self) -> Watchdog:
         self.beat(self._doing)
-        if self.seconds > 0:
+        if self.seconds > 0 or self.failures is not None:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
@@ -39,8 +43,13 @@ class Watchdog:
         self._beaten, self._doing = time.monotonic(), doing
 
     def _watch(self) -> None:
-        while not self._ended.wait(min(1.0, self.seconds / 4)):
-            if time.monotonic() - self._beaten > self.seconds:
+        while not self._ended.wait(min(1.0, self.seconds / 4) if self.seconds > 0 else 1.0):
+            failure = self.failures.read() if self.failures is not None else None
+            if failure is not None and not failure.startswith(f"rank {global_rank()}:"):
+                self._ended.wait(2.0)  # this rank may be about to say so itself
+                if not self._ended.is_set():
+                    self._end_with(failure)
+            if self.seconds > 0 and time.monotonic() - self._beaten > self.seconds:
                 get_logger().error(
                     f"rank {global_rank()} has not finished {self._doing} within launch.hang_timeout_minutes={self.seconds / 60:g} and "
                     f"ends the job (exit status {EXIT_HUNG}). Where it stands follows; the rank that waits for no other is the one to "
@@ -49,3 +58,9 @@ class Watchdog:
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
                 sys.stderr.flush()
                 os._exit(EXIT_HUNG)
+
+    def _end_with(self, failure: str) -> None:
+        sys.stderr.write(f"CheckpointError: {failure}\n")
+        sys.stderr.flush()
+        self.failures.count_as_read()
+        os._exit(EXIT_USER_ERROR)

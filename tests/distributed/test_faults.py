@@ -11,7 +11,7 @@ import pytest
 
 from endprompt_megatron.checkpoint.directory import damage
 from endprompt_megatron.checkpoint.hf_sources import build_tiny_random
-from endprompt_megatron.errors import EXIT_HUNG, EXIT_RESUME
+from endprompt_megatron.errors import EXIT_HUNG, EXIT_RESUME, EXIT_USER_ERROR
 from endprompt_megatron.log import read_metrics
 from tests.support.ranks import end_of, start_ranks
 from tests.support.signal_worker import POINTS
@@ -98,3 +98,19 @@ def test_a_hung_rank_ends_the_job_with_the_reason(place):
     told = ranks[0].log.read_text()
     assert "rank 0 has not finished step" in told and "launch.hang_timeout_minutes=0.05" in told
     assert "trainer.py" in told.split("Where it stands follows")[1], "the stack of the waiting rank"
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(("rank", "fault", "cause"), [(0, "in the way", "Not a directory"), (0, "full", "File too large"), (1, "full", "File too large")])
+def test_a_rank_that_fails_alone_ends_the_job_with_its_error_on_every_rank(place, rank, fault, cause, asynchronous):
+    """Long before the time-out, which is minutes, every rank ends with the error of the one that failed, and the checkpoint before is whole."""
+    name = f"{fault}_{rank}_{asynchronous}"
+    job = _job(place, name, async_save=asynchronous) | {"worker": "tests.support.disk_worker", "disk": {"rank": rank, "step": 3, "fault": fault}}
+    ranks = start_ranks(WORLD_SIZE, [job])
+    assert end_of(ranks) == [EXIT_USER_ERROR, EXIT_USER_ERROR]
+    for process in ranks:
+        told = process.log.read_text()
+        assert "CheckpointError: rank 0: " in told, told  # which gathers what tensors could not be written
+        assert "could not be written" in told and cause in told and "earlier checkpoints are intact" in told, told
+    checkpoints = place / name / "checkpoints"
+    assert damage(checkpoints / (checkpoints / "latest").read_text().strip()) is None

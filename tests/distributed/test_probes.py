@@ -25,14 +25,16 @@ LAYOUTS = {
 # 0: whole contexts; 37 divides none of them and is odd, so that sequence parallelism has to pad
 CHUNKS = {"TP1": (0, 37), "TP2+SP": (0, 37)}
 TOLERANCE = 1e-5
+# each kind of parallelism once in `make test`, every layout in `make test-all`
+FEW = ("TP1", "TP2+SP", "PP2xVPP2", "DP2", "CP2")
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[tuple[str, int], list[dict]]:
+@pytest.fixture(scope="module", params=[pytest.param(FEW, id="few"), pytest.param(tuple(LAYOUTS), id="all", marks=pytest.mark.repeated)])
+def found(tmp_path_factory, request) -> dict[tuple[str, int], list[dict]]:
     """{(layout, chunk): what each rank got}"""
     place = tmp_path_factory.mktemp("probes")
     build_tiny_random(place / "model", num_layers=4, vocab_size=509, tie=False)
-    runs = {(layout, chunk): ranks for layout, (ranks, _) in LAYOUTS.items() for chunk in CHUNKS.get(layout, (37,))}
+    runs = {(layout, chunk): ranks for layout, (ranks, _) in LAYOUTS.items() if layout in request.param for chunk in CHUNKS.get(layout, (37,))}
     for world_size in sorted(set(runs.values())):
         run_ranks(
             world_size,

@@ -95,6 +95,7 @@ def undisturbed(cluster, place) -> list[tuple[int, float, float]]:
     return records
 
 
+@pytest.mark.repeated
 def test_run_that_is_warned_and_later_loses_a_node_ends_as_the_undisturbed_one(cluster, place, undisturbed):
     """Warned: it saves, goes back into the queue and resumes. Node killed: the other rank notices and fails long before Slurm knows, and the
     job must outlast that to be requeued."""

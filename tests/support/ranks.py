@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -57,7 +58,7 @@ def _rank(rank: int, world_size: int, port: int, jobs: str, log: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     import torch
 
-    from endprompt_megatron.errors import EXIT_RESUME, RunInterrupted
+    from endprompt_megatron.errors import EXIT_RESUME, EXIT_USER_ERROR, USER_ERRORS, RunInterrupted
 
     torch.set_num_threads(1)
     fork_checkpoint_helper()
@@ -66,4 +67,8 @@ def _rank(rank: int, world_size: int, port: int, jobs: str, log: str) -> None:
             importlib.import_module(job.get("worker", "tests.support.layout_worker")).run_job(job)
     except RunInterrupted:
         sys.exit(EXIT_RESUME)
+    except USER_ERRORS as error:  # as the recipes end
+        traceback.print_exc()
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
     torch.distributed.destroy_process_group()

@@ -41,7 +41,7 @@ _FREE_KEYS = (
 EVALUATED_SYSTEMS = ("base", "untrained", "trained")
 RETRIEVAL_TASKS = ("single", "multi_key", "multi_value", "variable_tracking")
 # tasks of evaluation/probes/long_text.py: key of their number of facts, and the most that it can write
-LONG_TEXT_TASKS = {"word": ("planted_words", 32), "number": ("planted_numbers", 24)}
+LONG_TEXT_TASKS = {"word": ("planted_words", 24), "number": ("planted_numbers", 24)}
 # Megatron's distributed and plain optimizers store different things
 _BOUND_KEYS = ("parallel.use_distributed_optimizer",)
 

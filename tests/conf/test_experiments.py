@@ -11,8 +11,10 @@ from _entry import clear_empty_dicts  # recipes/_entry.py
 from compare import to_study  # recipes/compare.py
 from extend import ROOT, to_run_config  # recipes/extend.py
 from hydra.errors import ConfigCompositionException, MissingConfigException
+from omegaconf import OmegaConf
 
 from endprompt_megatron import launch
+from endprompt_megatron.config import RunConfig
 from endprompt_megatron.dry_run import dry_run
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.planning.planner import describe_plan
@@ -299,3 +301,16 @@ def test_an_empty_dictionary_on_the_command_line_clears_the_defaults():
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = to_run_config(hydra.compose("extend", overrides=overrides))
     assert config.model.hf_config == {} and config.model.hf_path == "models/tiny_random"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_key_of_the_schema_can_be_set_without_a_plus(name):
+    """Hydra takes `key=value` only for what the composed files name."""
+
+    def leaves(node, prefix=""):
+        for key in node:
+            child = node._get_node(key)
+            yield from leaves(child, f"{prefix}{key}.") if OmegaConf.is_dict(child) and len(child) else [prefix + key]
+
+    schema, composed = OmegaConf.structured(RunConfig), _compose(f"+experiment={name}")
+    assert [key for key in leaves(schema) if OmegaConf.select(composed, key, default=...) is ...] == []

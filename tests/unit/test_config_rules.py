@@ -67,7 +67,7 @@ def test_the_config_these_start_from_is_good():
         pytest.param(1, {"rope__theta": 1e6}, "rope.theta=1000000.0", id="a base that pi does not read"),
         pytest.param(1, {"evaluation__lengths": [512, 32768]}, "32768 is beyond rope.target_context_length=16384", id="beyond the target"),
         pytest.param(
-            *(1, {"evaluation__tasks": ["word"], "evaluation__planted_words": 99}, "evaluation.planted_words=99: must be between 1 and 32"),
+            *(1, {"evaluation__tasks": ["word"], "evaluation__planted_words": 99}, "evaluation.planted_words=99: must be between 1 and 24"),
             id="more facts than can be written",
         ),
         pytest.param(1, {"evaluation__perplexity_tail": 512}, "evaluation.perplexity_tail=512", id="a tail as long as the shortest context"),

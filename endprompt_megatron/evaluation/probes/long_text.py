@@ -32,19 +32,18 @@ WORD, NUMBER = "word", "number"
 # Mean losses are kept for blocks of so many tokens, for paired tests between models.
 BLOCK_TOKENS = 64
 
+# The sentences about words are those that SmolLM2-135M answers most often within its window, best first (1,024 to 6,144 tokens of six
+# stretches of prose, 32 facts each): what a base cannot answer shows nothing about its window.
 _SUBJECTS = {
     WORD: (
-        "the password of the library is", "the name of the new submarine is", "the favorite food of the robot is",
-        "the codeword for the airport is", "the secret ingredient of the soup is", "the team's mascot is called",
-        "the prize of the lottery was", "the title of the movie is", "the object inside the black box is",
-        "the picture on the stamp shows a", "the logo of the company is a", "the satellite was named", "the first word of the poem is",
-        "the brand of the computer is", "the toy that the baby wanted was a", "the website is called", "the vaccine was named",
-        "the hurricane was named", "the nickname of the president is", "the symbol of the football club is a",
-        "the telescope was pointed at the", "the key to the garage was hidden under the", "the pilot's call sign is",
-        "the magic spell begins with", "the youngest goat on the farm is called", "the band's first album was called",
-        "the flavor of the toothpaste is", "the painting in the lobby shows a", "the locker was opened with a",
-        "the winner of the costume contest came as a", "the street where the dentist lives is called",
-        "the last item on the shopping list is",
+        "the telescope was pointed at the", "the pilot's call sign is", "the key to the garage was hidden under the",
+        "the object inside the black box is", "the winner of the costume contest came as a", "the toy that the baby wanted was a",
+        "the brand of the computer is", "the band's first album was called", "the title of the movie is",
+        "the youngest goat on the farm is called", "the hurricane was named", "the locker was opened with a", "the team's mascot is called",
+        "the password of the library is", "the codeword for the airport is", "the flavor of the toothpaste is", "the vaccine was named",
+        "the street where the dentist lives is called", "the favorite food of the robot is", "the symbol of the football club is a",
+        "the nickname of the president is", "the secret ingredient of the soup is", "the name of the new submarine is",
+        "the prize of the lottery was",
     ),
     NUMBER: (
         "the number of the locker is", "the code of the alarm is", "the serial number of the camera is", "the zip code of the factory is",
@@ -59,14 +58,14 @@ _SUBJECTS = {
 }  # fmt: skip
 # Names, which stand out in prose: a small model finds them farther back than common nouns.
 _WORDS = (
-    "Brazil", "Canada", "Mexico", "Egypt", "India", "Japan", "Kenya", "Nepal", "Peru", "Spain", "Texas", "Ohio", "Utah", "Nevada",
-    "Oregon", "Florida", "Monday", "Tuesday", "Friday", "October", "Jupiter", "Saturn", "Mars", "Venus", "Neptune", "Alice", "Oscar",
-    "Victor", "Emma", "Laura", "Kevin", "Diana", "Norway", "Sweden", "Poland", "Greece", "Turkey", "Chile", "Cuba", "Denmark", "Finland",
-    "Hawaii", "Alaska", "Kansas", "Montana", "November", "December", "Sunday",
+    "Brazil", "Canada", "Mexico", "Egypt", "India", "Kenya", "Peru", "Texas", "Utah", "Nevada", "Oregon", "Florida", "Monday", "Tuesday",
+    "Friday", "October", "Jupiter", "Saturn", "Mars", "Neptune", "Alice", "Oscar", "Victor", "Emma", "Laura", "Kevin", "Diana", "Turkey",
+    "Chile", "Denmark", "Finland", "Hawaii", "Kansas", "Montana", "November", "December", "Sunday",
 )  # fmt: skip
 # A paragraph of its own, as a reader would set it off.
 _FACT = "\n\n{opening} {answer}. Remember: {subject} {answer}.\n\n"
 _QUESTION = "\nRemember: {subject}"
+_FIRST = 16  # a text with fewer facts of a kind draws them from so many
 MOST_FACTS = {task: len(subjects) for task, subjects in _SUBJECTS.items()}
 
 
@@ -188,7 +187,7 @@ def _lay_out(stretch: Sequence[list[int]], facts: Sequence[tuple[list[int], Ques
 
 def _write(task: str, count: int, encode: Encode, digits: int, random: np.random.Generator) -> list[tuple[list[int], Question]]:
     """(tokens of a fact, question about it) for `count` facts of a kind."""
-    subjects = random.permutation(_SUBJECTS[task])[:count]
+    subjects = random.permutation(_SUBJECTS[task][:max(count, _FIRST)])[:count]
     if task == NUMBER:
         answers = [draw_key(random, digits) for _ in subjects]
     else:  # one-token words first: then a question is right or wrong by one token

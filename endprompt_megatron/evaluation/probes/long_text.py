@@ -2,7 +2,8 @@
 
 Attention is causal: after a model has read n tokens, the first l entries of its key/value cache are the cache of a context of l tokens. So
 the text is read once, its cache is cut at each length, from the longest to the shortest, and at each length every fact read by then is
-asked for. A long context costs one prefill a model instead of one a key.
+asked for. A long context costs one prefill a model instead of one a key. A length holds question and answer too: the text is cut that much
+earlier, so that nothing of a length up to the window lies beyond it.
 
 A fact is a name or a number that a sentence of its own states twice ("The password of the library is Peru. Remember: the password of the
 library is Peru."). Sentences differ from fact to fact, so that a question needs the fact and no choice between facts of one form.
@@ -216,7 +217,7 @@ def read_long_texts(
     Args:
         model: the model, or this rank's model chunks; in evaluation mode.
         texts: from make_long_texts.
-        lengths: context lengths in tokens, at most those of the texts.
+        lengths: context lengths in tokens, question and answer included, at most those of the texts.
         perplexity_tail: at each length the last so many tokens are scored, planted ones left out; 0 scores none.
         device: of the model.
         label: for the progress display.
@@ -233,16 +234,17 @@ def read_long_texts(
         questions = [(fact.question.prompt, fact.question.answer) for fact in text.facts]
         longest = max((len(prompt) + len(answer) for prompt, answer in questions), default=0)
         rows: dict[int, list[Any]] = {length: [] for length in ordered}
-        with replica.cached(ordered[-1] + longest):
+        with replica.cached(ordered[-1]):
             losses = _read(replica, text.tokens[: ordered[-1]], {target for found in targets.values() for target in found}, prefill_chunk)
             for length in reversed(ordered):  # questions overwrite what stands after the cut
-                asked = [fact for fact in text.facts if fact.end <= length]
+                read_by_then = length - longest
+                asked = [fact for fact in text.facts if fact.end <= read_by_then]
                 if not asked:
                     continue
-                replica.rewind(length)
-                logits = branch_logits(replica, length, questions[: len(asked)])
+                replica.rewind(read_by_then)
+                logits = branch_logits(replica, read_by_then, questions[: len(asked)])
                 if logits is not None:
-                    rows[length] = [_row(fact, found, length) for fact, found in zip(asked, logits, strict=True)]
+                    rows[length] = [_row(fact, found, read_by_then) for fact, found in zip(asked, logits, strict=True)]
         if not replica.has_results:
             return None
         return {length: (rows[length], [losses[target] for target in targets[length]]) for length in ordered}
@@ -276,7 +278,7 @@ def _negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _row(fact: PlantedFact, logits: Tensor, length: int) -> Any:
-    """Depth and distance of a fact where the text is cut at `length`, and how its question was answered."""
+    """Depth and distance of a fact where the text is cut after `length` tokens, and how its question was answered."""
     hits, log_probability = score_answer(logits, fact.question.answer)
     distance = length - fact.end + len(fact.question.prompt)
     return fact.question.task, score_row(fact.question, hits, log_probability, depth=fact.end / length, distance=distance)

@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ from endprompt_megatron.checkpoint.directory import damage
 from endprompt_megatron.checkpoint.megatron_model import describe_megatron_model
 from endprompt_megatron.log import read_metrics
 from tests.support.run_recipe import recipe_command, run_recipe, tiny_overrides
+from tests.support.signal_worker import kill_here_at
 
 SUMMARY_KEYS = {
     "experiment", "method", "seed", "steps", "tokens", "physical_length", "target_length", "rope_factor", "loss_first", "loss_last",
@@ -109,18 +110,12 @@ def test_export_means_the_same_to_transformers_4(finished):
 
 def test_a_killed_run_resumes_bit_for_bit(finished):
     """SIGKILL between two checkpoints; the next start ends with the losses and the weights of the undisturbed run."""
-    command = recipe_command(*tiny_overrides(finished, "killed", "trainer.save_interval=4", "evaluation.enabled=false"))
+    overrides = tiny_overrides(finished, "killed", "trainer.save_interval=4", "evaluation.enabled=false")
     output = finished / "killed"
-    process = subprocess.Popen(
-        command, cwd=finished, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while not (output / "checkpoints" / "latest").exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (output / "summary.json").exists()
-    resumed = run_recipe(*command[4:], cwd=finished)
+    killed = run_recipe(*overrides, cwd=finished, prepare=partial(kill_here_at, "a step has ended", 6))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (output / "checkpoints" / "latest").read_text() == "step_0000004\n" and not (output / "summary.json").exists()
+    resumed = run_recipe(*overrides, cwd=finished)
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming from" in resumed.stderr
     assert _losses(output) == _losses(finished / "run")
@@ -157,15 +152,13 @@ def test_another_config_is_refused_the_directory(finished):
     assert _weights_digest(finished / "run") == before
 
 
-def test_dry_run_of_512_ranks_takes_seconds_and_little_memory_and_writes_nothing(tmp_path):
-    """Processor time, which other programs on the machine do not change; on an idle machine the clock says about as much."""
+def test_dry_run_of_512_ranks_takes_little_memory_and_writes_nothing(tmp_path):
     overrides = ["+experiment=llama3_70b_64k_full", "launch.num_nodes=64", "dry_run=true"]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = run_recipe(*overrides, cwd=tmp_path)
+    command, environment = recipe_command(*overrides), {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)  # a child of this process, to be measured
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     assert "512 ranks = TP 8 x PP 4 x CP 8 x DP 2" in done.stdout and "70,553,706,496 in the whole model" in done.stdout
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 20
     assert after.ru_maxrss < 2 * 2**20, "KiB of the largest child so far: the weights would be 131 GiB"
     assert list(tmp_path.iterdir()) == []
 

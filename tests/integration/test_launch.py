@@ -88,7 +88,7 @@ def test_sigterm_in_the_middle_of_an_accumulation(place, undisturbed):
             process.send_signal(signal.SIGTERM)
     assert job.end() == EXIT_RESUME, job.log.read_text()
     done = len(job.losses())
-    assert done <= 4 and "which is saved; start the same command again" in job.log.read_text()
+    assert done < 6 and "which is saved; start the same command again" in job.log.read_text()
     assert (job.output / "checkpoints" / "latest").read_text().strip() == f"step_{done:07d}"
     again = Job(place, name)
     assert again.end() == 0, again.log.read_text()

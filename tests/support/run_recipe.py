@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -61,7 +62,7 @@ def tiny_overrides(directory: Path, name: str, *more: str) -> list[str]:
 
 
 def run_recipe(
-    *overrides: str, cwd: Path, recipe: str = "extend.py", timeout: int = 600, environment: dict[str, str] | None = None
+    *overrides: str, cwd: Path, recipe: str = "extend.py", timeout: int = 600, prepare: Callable[[], None] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a recipe to its end and return what it printed.
 
@@ -70,13 +71,13 @@ def run_recipe(
         cwd: where it starts.
         recipe: file of recipes/.
         timeout: seconds; generous, because it only ends what hangs.
-        environment: variables beside this process's own.
+        prepare: called in its process before it starts, e.g. to arm a signal; a function that can be pickled.
     Raises:
         subprocess.TimeoutExpired: it hangs, and was killed.
     """
     with tempfile.TemporaryDirectory(prefix="recipe") as said:
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
-        process = fork_server().Process(target=_recipe, name=recipe, args=(recipe, overrides, str(cwd), variables, said))
+        variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = fork_server().Process(target=_recipe, name=recipe, args=(recipe, overrides, str(cwd), variables, said, prepare))
         process.start()
         process.join(timeout)
         if process.exitcode is None:
@@ -87,7 +88,9 @@ def run_recipe(
         return subprocess.CompletedProcess(recipe_command(*overrides, recipe=recipe), process.exitcode, stdout, stderr)
 
 
-def _recipe(recipe: str, overrides: tuple[str, ...], cwd: str, variables: dict[str, str], said: str) -> None:
+def _recipe(
+    recipe: str, overrides: tuple[str, ...], cwd: str, variables: dict[str, str], said: str, prepare: Callable[[], None] | None
+) -> None:
     """In the forked process: what the interpreter does with the command line."""
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(said) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), stream)
@@ -99,4 +102,6 @@ def _recipe(recipe: str, overrides: tuple[str, ...], cwd: str, variables: dict[s
     sys.path.insert(0, str(path.parent))
     warnings.simplefilter("ignore")
     fork_checkpoint_helper()
+    if prepare is not None:
+        prepare()
     runpy.run_path(str(path), run_name="__main__")

@@ -71,6 +71,8 @@ while IFS= read -r line; do
 done <"$root/constraints.txt" >"$scratch/constraints.txt"
 cat "$scratch/before" >>"$scratch/constraints.txt"
 
+# pip wants to keep the wheels that it builds; where the home is none that can be written it builds them and keeps nothing
+if [[ -z ${PIP_CACHE_DIR-} && ! (-d ${HOME-} && -w ${HOME-}) ]]; then export PIP_NO_CACHE_DIR=1; fi
 # NVIDIA's images set PIP_CONSTRAINT to a list of everything in them; of that only what is in $scratch/before must stay as it is.
 PIP_CONSTRAINT='' "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$scratch/constraints.txt" \
     --editable "$root${extras:+[$extras]}" ${requirements[@]+"${requirements[@]}"} ||

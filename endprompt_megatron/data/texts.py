@@ -318,8 +318,10 @@ def _npm(scratch: Path) -> list[str]:
 
 
 def _run(command: list[str], folder: Path, purpose: str) -> None:
+    # npm wants a cache that it can write, which a home need not be; one download needs none that lasts
+    environment = {"npm_config_cache": str(folder.parent / "npm"), **os.environ}
     for _ in range(3):
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
         if result.returncode == 0:
             return
     last = " | ".join((result.stderr or result.stdout).strip().splitlines()[-3:])

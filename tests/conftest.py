@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+# before anything of Hugging Face is imported: it keeps a cache in the home, which need not be writable
+if "HF_HOME" not in os.environ and not (Path.home().is_dir() and os.access(Path.home(), os.W_OK)):
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="huggingface")
 
 import hypothesis
 import pytest

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -154,12 +153,15 @@ def test_another_config_is_refused_the_directory(finished):
 
 def test_dry_run_of_512_ranks_takes_little_memory_and_writes_nothing(tmp_path):
     overrides = ["+experiment=llama3_70b_64k_full", "launch.num_nodes=64", "dry_run=true"]
-    command, environment = recipe_command(*overrides), {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)  # a child of this process, to be measured
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    program = (
+        "import resource, subprocess, sys; status = subprocess.run(sys.argv[1:]).returncode\n"
+        "print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(status)"
+    )
+    command, environment = [sys.executable, "-c", program, *recipe_command(*overrides)], {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "512 ranks = TP 8 x PP 4 x CP 8 x DP 2" in done.stdout and "70,553,706,496 in the whole model" in done.stdout
-    assert after.ru_maxrss < 2 * 2**20, "KiB of the largest child so far: the weights would be 131 GiB"
+    assert int(done.stdout.split()[-1]) < 2 * 2**20, "KiB: the weights would be 131 GiB"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import time
@@ -13,12 +14,12 @@ import pytest
 
 from endprompt_megatron.checkpoint.hf_sources import build_tiny_random
 from endprompt_megatron.log import read_metrics
+from tests.support.checkout import CHECKOUT, SUBMIT
 from tests.support.run_recipe import ROOT, tiny_overrides
 from tests.support.slurm.cluster import Cluster, why_there_is_no_slurm
 
 LACKING = why_there_is_no_slurm()
 pytestmark = [pytest.mark.requires_slurm, pytest.mark.skipif(LACKING is not None, reason=f"no Slurm: {LACKING}")]
-SUBMIT = str(ROOT / "tools" / "slurm" / "submit.sh")
 STEPS = 8
 
 
@@ -41,7 +42,7 @@ class Job:
     def __init__(self, cluster: Cluster, place: Path, name: str, *overrides: str, python: str = sys.executable):
         self.cluster, self.output, self.log = cluster, place / name, place / "logs"
         command = [
-            SUBMIT, "--nodes", "2", "--gpus-per-node", "0", "--python", python, "--shared", str(place), "--local", str(place / "local"),
+            str(SUBMIT), "--shared", str(CHECKOUT), "--nodes", "2", "--gpus-per-node", "0", "--python", python, "--shared", str(place), "--local", str(place / "local"),
             "--log-dir", str(self.log), "--", *tiny_overrides(place, name, *overrides),
         ]  # fmt: skip
         said = cluster.run(*command, cwd=place).stdout
@@ -61,7 +62,7 @@ class Job:
     def standing_in(cls, cluster: Cluster, place: Path, name: str, *overrides: str) -> Job:
         """A job of seconds, without a library."""
         program = place / "stand_in"
-        program.write_text(f"#!/bin/sh\nexec {sys.executable} {ROOT}/tests/support/slurm/stand_in.py \"$@\"\n")
+        program.write_text(f"#!/bin/sh\nexec {shlex.quote(sys.executable)} {CHECKOUT}/tests/support/slurm/stand_in.py \"$@\"\n")
         program.chmod(0o755)
         return cls(cluster, place, name, *overrides, python=str(program))
 

@@ -52,9 +52,7 @@ def _scattered(layout: position_schemes.SampleLayout, seed: int, sample_index: i
     return np.append(np.sort(inner), layout.target_context_length - 1).astype(np.int64)
 
 
-position_schemes.SCHEMES["scattered"] = position_schemes.PositionScheme(
-    "scattered", uses_end_prompt=True, varies_by_sample=True, place=_scattered
-)
+_SCATTERED = position_schemes.PositionScheme("scattered", uses_end_prompt=True, varies_by_sample=True, place=_scattered)
 
 
 def run_job(job: dict, prepare: Callable[[Trainer], None] = lambda trainer: None) -> Trainer:
@@ -64,6 +62,8 @@ def run_job(job: dict, prepare: Callable[[Trainer], None] = lambda trainer: None
         job: as above.
         prepare: called with the trainer before it trains, e.g. to inject a fault.
     """
+    if job["scheme"] == "scattered":  # not at import: tests of the schemes list those that there are
+        position_schemes.SCHEMES["scattered"] = _SCATTERED
     parallel = ParallelConfig(**job["parallel"])
     architecture = architecture_from_hf(read_hf_config(Path(job["model"])))
     target = 2 * architecture.max_position_embeddings

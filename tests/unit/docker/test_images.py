@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -116,7 +117,8 @@ def echo(tmp_path):
     """Run the entry point with a python that prints its arguments."""
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
-    python.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    program = "import json, sys; print(json.dumps(sys.argv[1:]))"
+    python.write_text(f"#!/bin/sh\nexec {shlex.quote(sys.executable)} -c '{program}' \"$@\"\n")  # no path with a space stands after #!
     python.chmod(0o755)
 
     def run(*arguments: str) -> list[str]:

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import hydra
 import pytest
 
+from tests.support.checkout import CHECKOUT, SUBMIT
 from tests.support.tiny import ROOT
 
-# The checkout under a plain name: wherever it lies (under /tmp, in a folder with a space), what is tested is what a user on a shared disk sees.
-CHECKOUT = Path(tempfile.mkdtemp(prefix="checkout-")) / "it"
-CHECKOUT.symlink_to(ROOT)
-atexit.register(shutil.rmtree, CHECKOUT.parent, ignore_errors=True)
-SUBMIT = CHECKOUT / "tools" / "slurm" / "submit.sh"
 GOLDEN = ROOT / "tests" / "golden" / "slurm"
 LLAMA = ["+experiment=llama3_8b_64k", "model.hf_path=/models/Meta-Llama-3-8B", 'data.train=[{path: "/data/slimpajama/*.jsonl"}]', "name=it's ${model.name}"]
 OPTIONS = {

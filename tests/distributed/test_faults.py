@@ -63,8 +63,15 @@ def _sittings(count: int) -> list[tuple[str, int, list[int]]]:
     return [(list(POINTS)[number % len(POINTS)], 1 + number // 2 % 2, [[0, 1], [number // 2 % 2]][number % 2]) for number in range(count)]
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("kills", [len(POINTS), pytest.param(2 * len(POINTS), marks=pytest.mark.repeated)])
+@pytest.mark.parametrize(
+    ("asynchronous", "kills"),
+    [
+        (False, len(POINTS)),
+        (True, len(POINTS) // 2),
+        pytest.param(False, 2 * len(POINTS), marks=pytest.mark.repeated),
+        pytest.param(True, 2 * len(POINTS), marks=pytest.mark.repeated),
+    ],
+)
 def test_killed_at_every_point_of_a_save(place, undisturbed, asynchronous, kills):
     """SIGKILL of one rank and of all, in turn: every run ends as the undisturbed one, and what `latest` names is always whole."""
     name = f"killed_{'async' if asynchronous else 'sync'}_{kills}"

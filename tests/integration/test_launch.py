@@ -119,7 +119,7 @@ def test_one_process_goes_on_where_two_stood(place, undisturbed):
     [
         # after the last step a rank holds only its own share of the newest weights
         ["parallel.use_distributed_optimizer=true", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"],
-        ["parallel.pipeline_model_parallel_size=2"],
+        pytest.param(["parallel.pipeline_model_parallel_size=2"], marks=pytest.mark.repeated),
     ],
     ids=["gathered parameters", "pipeline"],
 )

@@ -279,7 +279,8 @@ def _newest_whole(directory: Path) -> Path | None:
 
 
 def _check_same_run(path: Path, stored: dict[str, Any], current: dict[str, Any]) -> None:
-    differing = resume_differences(stored, current, RunConfig().to_dict())
+    # a base may move: whether the weights are the same is preflight's to say, which compares their fingerprints
+    differing = [found for found in resume_differences(stored, current, RunConfig().to_dict()) if found[0] != "model.hf_path"]
     if differing:
         shown = "; ".join(f"{key}: {was!r} there, {now!r} now" for key, was, now in differing[:5])
         raise CheckpointError(

@@ -23,6 +23,7 @@ from endprompt_megatron.checkpoint.megatron_model import describe_megatron_model
 from endprompt_megatron.log import read_metrics
 from tests.support.run_recipe import recipe_command, run_recipe, tiny_overrides
 from tests.support.signal_worker import kill_here_at
+from tests.support.tiny import edit_tensors
 
 SUMMARY_KEYS = {
     "experiment", "method", "seed", "steps", "tokens", "physical_length", "target_length", "rope_factor", "loss_first", "loss_last",
@@ -127,6 +128,20 @@ def test_more_steps_resume_the_same_run(finished):
     second = run_recipe(*tiny_overrides(finished, "longer", "evaluation.enabled=false"), cwd=finished)
     assert second.returncode == 0 and "step_0000008" in second.stderr, second.stderr
     assert _losses(finished / "longer") == _losses(finished / "run")
+
+
+def test_a_run_goes_on_where_its_base_has_moved(finished):
+    """The same weights under another path, with a slash behind it; other weights under the path are another run."""
+    overrides = tiny_overrides(finished, "moved", "evaluation.enabled=false", "export.verify=false", "trainer.max_steps=2")
+    first = run_recipe(*overrides, cwd=finished)
+    assert first.returncode == 0, first.stderr
+    copied = shutil.copytree(finished / "model", finished / "elsewhere")
+    second = run_recipe(*overrides, "trainer.max_steps=4", f"model.hf_path={copied}/", cwd=finished)
+    assert second.returncode == 0 and "step_0000002" in second.stderr, second.stderr
+    assert _losses(finished / "moved") == _losses(finished / "run")[:4]
+    edit_tensors(copied, lambda tensors: tensors["model.norm.weight"].mul_(1.5))
+    third = run_recipe(*overrides, "trainer.max_steps=6", f"model.hf_path={copied}/", cwd=finished)
+    assert third.returncode == 2 and "model.hf_path" in third.stderr, third.stderr
 
 
 def test_a_full_disk_costs_nothing_but_the_new_checkpoint(finished):

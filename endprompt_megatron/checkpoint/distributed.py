@@ -71,7 +71,7 @@ class CheckpointWriter:
         provenance: what an export of the checkpoint tells of its making, kept in it too.
         keep_last: newest checkpoints kept; 0 keeps all.
         asynchronous: write in a process beside this one; `finish` has to be called now and then, and at the end.
-        failures: where a rank that fails alone tells the others, which wait for it; None where no rank reads it.
+        failures: where a rank that fails alone publishes its error for the others, which wait for it; None where no rank reads it.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class CheckpointWriter:
         if self.failures is not None:
             # where Megatron found out in a collective all ranks come here, and its coordinator alone knows what happened
             knows = not isinstance(error, CheckpointException) or bool(error.failures)
-            message = self.failures.tell(message) if knows else self.failures.wait() or message
+            message = self.failures.publish(message) if knows else self.failures.wait() or message
         raise CheckpointError(message) from error
 
 

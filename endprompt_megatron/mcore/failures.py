@@ -1,5 +1,5 @@
-"""One rank's failure, told to all: an operation that fails on a rank alone leaves the others waiting for it in a collective, with nothing
-to say. The rank writes its error into the store through which the process group met, and the others' watchdogs read it there."""
+"""One rank's failure, published to all ranks: an operation that fails on one rank leaves the others waiting for it in a collective,
+without a reason. The rank writes its error into the store through which the process group met, and the others' watchdogs read it there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MESSAGE, _READ = "message", "read"
 
 
 class FailureBoard:
-    """What the first rank that failed has to say. Every rank makes one, in step with the others."""
+    """The error of the first rank that failed. Every rank makes one, in step with the others."""
 
     def __init__(self) -> None:
         number = next(_BOARDS)
@@ -24,7 +24,7 @@ class FailureBoard:
             store = torch.distributed.distributed_c10d._get_default_store()
             self._store = torch.distributed.PrefixStore(f"endprompt_failure_{number}", store)
 
-    def tell(self, message: str, *, seconds: float = 10.0) -> str:
+    def publish(self, message: str, *, seconds: float = 10.0) -> str:
         """Write the message, unless another rank was first, and wait until the others have read it: with rank 0 the store ends.
 
         Args:
@@ -35,14 +35,14 @@ class FailureBoard:
         """
         if self._store is None:
             return message
-        told = f"rank {self._rank}: {message}"
+        published = f"rank {self._rank}: {message}"
         with contextlib.suppress(RuntimeError):  # the store is gone: its rank has ended
-            told = self._store.compare_set(_MESSAGE, "", told).decode()
+            published = self._store.compare_set(_MESSAGE, "", published).decode()
             deadline = time.monotonic() + seconds
             self._store.add(_READ, 1)
             while self._store.add(_READ, 0) < self._ranks and time.monotonic() < deadline:
                 time.sleep(0.1)
-        return told
+        return published
 
     def read(self) -> str | None:
         """The message, or None while no rank has failed. Never waits."""

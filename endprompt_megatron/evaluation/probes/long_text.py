@@ -33,7 +33,7 @@ WORD, NUMBER = "word", "number"
 # Mean losses are kept for blocks of so many tokens, for paired tests between models.
 BLOCK_TOKENS = 64
 
-# The sentences about words are those that SmolLM2-135M answers most often within its window, best first (1,024 to 6,144 tokens of six
+# The sentences about words are those that SmolLM2-135M answers most often within its window, best first (2,048 to 6,144 tokens of six
 # stretches of prose, 32 facts each): what a base cannot answer shows nothing about its window.
 _SUBJECTS = {
     WORD: (

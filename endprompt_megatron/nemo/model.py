@@ -44,7 +44,6 @@ class EndPromptLossReduction(MegatronLossReduction):
     """training.step.weighted_loss in the form in which NeMo asks for a loss."""
 
     def forward(self, batch: MicroBatch, forward_out: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted loss of a micro batch, [], and the figures that `reduce` adds up."""
         return weighted_loss(batch, forward_out)
 
     def reduce(self, losses_reduced_per_micro_batch: list[dict[str, Tensor]]) -> Tensor:

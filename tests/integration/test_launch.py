@@ -18,7 +18,7 @@ from endprompt_megatron.checkpoint.hf_sources import build_tiny_random
 from endprompt_megatron.errors import EXIT_RESUME
 from endprompt_megatron.log import read_metrics
 from endprompt_megatron.mcore.children import STOP_SIGNALS
-from tests.support.run_recipe import recipe_command, run_recipe, tiny_overrides
+from tests.support.run_recipe import recipe_command, run_recipe, start_recipe, tiny_overrides
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +29,26 @@ def place(tmp_path_factory) -> Path:
 
 
 class Job:
-    """A running recipe with two workers and a step long enough to be hit in its middle."""
+    """A running recipe with two workers and a step long enough to be hit in its middle.
 
-    def __init__(self, place: Path, name: str, *more: str):
+    Args:
+        place: directory of the test's files.
+        name: of the run, and of its log.
+        more: overrides.
+        forked: False starts an interpreter for the recipe and for each worker, as a user's shell does.
+    """
+
+    def __init__(self, place: Path, name: str, *more: str, forked: bool = True):
         self.output = place / name
         self.log = place / f"{name}.log"
-        command = recipe_command(*self.overrides(place, name, *more))
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, cwd=place, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+        overrides = self.overrides(place, name, *more)
+        if forked:
+            self._process = start_recipe(*overrides, cwd=place, stdout=self.log, stderr=self.log)
+        else:
+            with self.log.open("w") as log:
+                environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+                self._process = subprocess.Popen(recipe_command(*overrides), cwd=place, env=environment, stdout=log, stderr=log)
+        self.process = psutil.Process(self._process.pid)
         self.workers: list[psutil.Process] = []
 
     @staticmethod
@@ -49,9 +61,9 @@ class Job:
     def wait_for_steps(self, count: int) -> None:
         deadline = time.monotonic() + 300
         while len(self.losses()) < count:
-            assert time.monotonic() < deadline and self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline and psutil.pid_exists(self.process.pid), self.log.read_text()
             time.sleep(0.01)
-        self.workers = psutil.Process(self.process.pid).children(recursive=True)
+        self.workers = self.process.children(recursive=True)
         assert len(self.workers) >= 2
 
     def losses(self) -> list[float]:
@@ -59,7 +71,12 @@ class Job:
 
     def end(self, seconds: float = 240) -> int:
         """Exit status; fails if a process is left behind."""
-        status = self.process.wait(seconds)
+        if isinstance(self._process, subprocess.Popen):
+            status = self._process.wait(seconds)
+        else:
+            self._process.join(seconds)
+            status = self._process.exitcode
+            assert status is not None, f"still running after {seconds} s: {self.log.read_text()}"
         gone, left = psutil.wait_procs(self.workers, timeout=10)
         assert not left, f"left behind: {left}"
         return status
@@ -145,10 +162,10 @@ def test_a_context_cut_over_ranks_is_not_probed_and_the_way_out_is_told(place):
     assert "no probes: parallel.context_parallel_size=2" in done.stderr and "parallel.context_parallel_size=1 afterwards" in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_no_process_is_left_behind(place, number):
+@pytest.mark.parametrize(("number", "forked"), [(signal.SIGINT, True), (signal.SIGKILL, False)])
+def test_no_process_is_left_behind(place, number, forked):
     """Ctrl-C, and the launcher's own death."""
-    job = Job(place, f"ended_{number.name}")
+    job = Job(place, f"ended_{number.name}", forked=forked)
     job.wait_for_steps(1)
     job.process.send_signal(number)
     assert job.end() not in (0, EXIT_RESUME)
@@ -158,8 +175,7 @@ def test_no_process_is_left_behind(place, number):
 def test_a_failed_ranks_traceback_is_shown_once(place):
     job = Job(place, "failed")
     job.wait_for_steps(1)
-    ranks = sorted(process.pid for process in job.workers if "extend.py" in " ".join(process.cmdline()))
-    os.kill(ranks[-1], signal.SIGKILL)
+    next(process for process in job.workers if process.name() == "rank 1").kill()
     assert job.end() not in (0, EXIT_RESUME)
     text = job.log.read_text()
     assert text.count("failed with exit status") == 1

@@ -1,11 +1,15 @@
-"""Run the recipes as a user does: in a process of their own, in a directory of their own. `run_recipe` forks that process from a server that
-has imported everything, so that a start costs no imports; `recipe_command` is the command line for tests about the start itself."""
+"""Run the recipes as a user does: in a process of their own, in a directory of their own. `run_recipe` and `start_recipe` fork that process,
+and the local workers that it starts, from a server that has imported everything, so that a start costs no imports; `recipe_command` is the
+command line for tests about the start itself."""
 
 from __future__ import annotations
 
+import atexit
+import logging
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,7 +17,9 @@ import warnings
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from multiprocessing.managers import SyncManager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 # What recipes and ranks import; nothing in it changes the process at import (tests/unit/mcore/test_cpu.py).
@@ -76,32 +82,89 @@ def run_recipe(
         subprocess.TimeoutExpired: it hangs, and was killed.
     """
     with tempfile.TemporaryDirectory(prefix="recipe") as said:
-        variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = fork_server().Process(target=_recipe, name=recipe, args=(recipe, overrides, str(cwd), variables, said, prepare))
-        process.start()
+        stdout, stderr = (Path(said) / name for name in ("stdout", "stderr"))
+        process = start_recipe(*overrides, cwd=cwd, recipe=recipe, stdout=stdout, stderr=stderr, prepare=prepare)
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
             process.join()
             raise subprocess.TimeoutExpired(recipe_command(*overrides, recipe=recipe), timeout)
-        stdout, stderr = ((Path(said) / name).read_text(errors="replace") for name in ("stdout", "stderr"))
-        return subprocess.CompletedProcess(recipe_command(*overrides, recipe=recipe), process.exitcode, stdout, stderr)
+        printed = (path.read_text(errors="replace") for path in (stdout, stderr))
+        return subprocess.CompletedProcess(recipe_command(*overrides, recipe=recipe), process.exitcode, *printed)
+
+
+def start_recipe(
+    *overrides: str, cwd: Path, stdout: Path, stderr: Path, recipe: str = "extend.py", prepare: Callable[[], None] | None = None
+) -> BaseProcess:
+    """Start a recipe and return its running process.
+
+    Args:
+        overrides, cwd, recipe, prepare: as of `run_recipe`.
+        stdout, stderr: files that take what it prints; one file may take both.
+    """
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = fork_server().Process(target=_recipe, name=recipe, args=(recipe, overrides, str(cwd), variables, (stdout, stderr), prepare))
+    process.start()
+    return process
 
 
 def _recipe(
-    recipe: str, overrides: tuple[str, ...], cwd: str, variables: dict[str, str], said: str, prepare: Callable[[], None] | None
+    recipe: str,
+    overrides: tuple[str, ...],
+    cwd: str,
+    variables: dict[str, str],
+    printed: tuple[Path, Path],
+    prepare: Callable[[], None] | None,
 ) -> None:
     """In the forked process: what the interpreter does with the command line."""
-    for stream, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(Path(said) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), stream)
+    for stream, path in enumerate(printed, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(variables)
-    path = ROOT / "recipes" / recipe
-    sys.argv = [str(path), *overrides]
-    sys.path.insert(0, str(path.parent))
     warnings.simplefilter("ignore")
-    fork_checkpoint_helper()
+    _fork_local_workers()
     if prepare is not None:
         prepare()
-    runpy.run_path(str(path), run_name="__main__")
+    _run_script(str(ROOT / "recipes" / recipe), *overrides)
+
+
+def _run_script(path: str, *arguments: str) -> None:
+    sys.argv = [path, *arguments]
+    sys.path.insert(0, str(Path(path).parent))
+    atexit._clear()  # the parent's
+    fork_checkpoint_helper()
+    try:
+        runpy.run_path(path, run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing joins a process's children before, and data loaders end in one of these
+
+
+def _fork_local_workers() -> None:
+    """Let torch's elastic launcher fork the workers of this process, where it would start an interpreter for each."""
+    from torch.distributed.launcher import api
+
+    launch = api.elastic_launch
+
+    def forking(config: api.LaunchConfig, entrypoint: str) -> Callable[..., Any]:
+        """As elastic_launch, which takes a function to run as well as a program."""
+        assert entrypoint == sys.executable
+        config.start_method = "fork"
+        return launch(config, _local_worker)
+
+    api.elastic_launch = forking
+
+
+def _local_worker(*command: str) -> None:
+    """One local worker: `command` is that of the interpreter, without its name. Its process is called `rank N`."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()  # the launcher's
+    logging.Logger.manager.loggerDict.pop("endprompt_megatron", None)  # Hydra silences loggers that exist when it starts
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    Path("/proc/self/comm").write_text(f"rank {os.environ['RANK']}")
+    options, arguments = command[:3], command[3:]
+    assert options == ("-u", "-W", "ignore"), "the launcher's own options of the interpreter"
+    _run_script(*arguments)

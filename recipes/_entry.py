@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from endprompt_megatron.errors import EXIT_RESUME, EXIT_USER_ERROR, USER_ERRORS, RunInterrupted  # noqa: E402
-from endprompt_megatron.mcore.children import outlast_stop_signals  # noqa: E402
+from endprompt_megatron.launch.processes import outlast_stop_signals  # noqa: E402
 
 
 def clear_empty_dicts(arguments: list[str]) -> list[str]:

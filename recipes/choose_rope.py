@@ -20,7 +20,7 @@ def run(composed: DictConfig) -> None:
     """One comparison."""
     with telling_errors():
         config = to_run_config(composed)
-        from endprompt_megatron.jobs.rope_advice import compare_ropes
+        from endprompt_megatron.jobs.choose_rope import compare_ropes
 
         print("\n".join(compare_ropes(config, command="python recipes/choose_rope.py " + shlex.join(sys.argv[1:]))))
 

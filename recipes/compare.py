@@ -19,11 +19,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from endprompt_megatron.compare import compare
 from endprompt_megatron.comparison.study import RunRequest, StudyConfig
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.launch import planned_world_size
-from endprompt_megatron.preflight import validate
+from endprompt_megatron.jobs.compare import compare
+from endprompt_megatron.jobs.preflight import validate
+from endprompt_megatron.launch.launcher import planned_world_size
 
 
 def to_study(composed: DictConfig) -> StudyConfig:

@@ -19,9 +19,9 @@ from extend import ROOT, telling_errors
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from endprompt_megatron import launch
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.evaluation.suite import EvaluateConfig
+from endprompt_megatron.launch import launcher
 
 COMMAND = "python recipes/evaluate.py " + shlex.join(sys.argv[1:])
 ARGUMENTS = list(sys.argv)
@@ -48,13 +48,13 @@ def run(composed: DictConfig) -> None:
     """One evaluation."""
     with telling_errors():
         config = to_evaluation(composed, MODELS[-1] if MODELS else None)
-        launch.adopt_srun_environment()
-        launch.end_with_launcher()
-        from endprompt_megatron.evaluate import evaluate, prepare
+        launcher.adopt_srun_environment()
+        launcher.end_with_launcher()
+        from endprompt_megatron.jobs.evaluate import evaluate, prepare
 
-        if launch.starts_workers(config):
+        if launcher.starts_workers(config):
             prepare(config)  # one clear error here instead of one a worker
-            sys.exit(launch.run_workers(replace(config, output_dir=str(config.directory())), ARGUMENTS))
+            sys.exit(launcher.run_workers(replace(config, output_dir=str(config.directory())), ARGUMENTS))
         done = evaluate(config, command=COMMAND)
     if not done:
         sys.exit(1)

@@ -14,10 +14,10 @@ from _entry import ROOT, clear_empty_dicts, telling_errors
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from endprompt_megatron import launch
-from endprompt_megatron.config import RunConfig, with_expanded_paths
+from endprompt_megatron.config.schema import RunConfig, with_expanded_paths
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.mcore.children import obey_stop_signals
+from endprompt_megatron.launch import launcher
+from endprompt_megatron.launch.processes import obey_stop_signals
 
 DEFAULT_EXPERIMENT = "smollm2_135m_16k_cpu"
 
@@ -27,7 +27,7 @@ def to_run_config(composed: DictConfig) -> RunConfig:
     try:
         return with_expanded_paths(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), composed)))
     except OmegaConfBaseException as error:
-        message = f"{error.full_key or 'config'}: {error.msg or error}. endprompt_megatron/config.py explains the keys."
+        message = f"{error.full_key or 'config'}: {error.msg or error}. endprompt_megatron/config/schema.py explains the keys."
         raise ConfigError(message) from error
 
 
@@ -36,19 +36,19 @@ def run(composed: DictConfig) -> None:
     """One run, or its plan."""
     with telling_errors():
         config = to_run_config(composed)
-        launch.adopt_srun_environment()
-        launch.end_with_launcher()
+        launcher.adopt_srun_environment()
+        launcher.end_with_launcher()
         if config.dry_run:
             warnings.filterwarnings("ignore", module="megatron")  # of what a laptop lacks
-            from endprompt_megatron.dry_run import dry_run
-            for line in dry_run(config, world_size=launch.planned_world_size(config)):
+            from endprompt_megatron.jobs.dry_run import dry_run
+            for line in dry_run(config, world_size=launcher.planned_world_size(config)):
                 print(line, flush=True)
             return
-        from endprompt_megatron.extend import extend, prepare
+        from endprompt_megatron.jobs.extend import extend, prepare
 
-        if launch.starts_workers(config):
+        if launcher.starts_workers(config):
             prepare(config)  # one clear error here instead of one a worker
-            sys.exit(launch.run_workers(config, sys.argv))
+            sys.exit(launcher.run_workers(config, sys.argv))
         extend(config)
 
 

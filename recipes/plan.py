@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.planning.cluster import ClusterConfig
+from endprompt_megatron.planning.layout_search import ClusterConfig
 
 
 def to_cluster(composed: DictConfig) -> ClusterConfig:
@@ -25,7 +25,7 @@ def to_cluster(composed: DictConfig) -> ClusterConfig:
         resolved = OmegaConf.create(OmegaConf.to_container(composed, resolve=True)["plan"])
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ClusterConfig), resolved))
     except OmegaConfBaseException as error:
-        message = f"plan.{error.full_key or ''}: {error.msg or error}. endprompt_megatron/planning/cluster.py explains the keys."
+        message = f"plan.{error.full_key or ''}: {error.msg or error}. endprompt_megatron/planning/layout_search.py explains the keys."
         raise ConfigError(message) from error
 
 
@@ -39,7 +39,7 @@ def run(composed: DictConfig) -> None:
     """One plan."""
     with telling_errors():
         options = to_cluster(composed)
-        from endprompt_megatron.plan import plan_cluster
+        from endprompt_megatron.jobs.plan import plan_cluster
 
         command = "python recipes/plan.py " + shlex.join(sys.argv[1:])
         overrides = [shlex.quote(argument) for argument in sys.argv[1:] if not argument.lstrip("+").startswith("plan.")]

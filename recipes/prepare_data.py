@@ -14,9 +14,9 @@ from _entry import clear_empty_dicts
 from extend import DEFAULT_EXPERIMENT, ROOT, telling_errors, to_run_config
 from omegaconf import DictConfig
 
-from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config
-from endprompt_megatron.checkpoint.hf_sources import ensure_base_model
-from endprompt_megatron.checkpoint.hf_tokenizer import check_token_ids, hash_tokenizer, load_tokenizer
+from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config
+from endprompt_megatron.checkpoint.hf.sources import ensure_base_model
+from endprompt_megatron.checkpoint.hf.tokenizer import check_token_ids, hash_tokenizer, load_tokenizer
 from endprompt_megatron.data.corpora import prepare_corpora
 
 

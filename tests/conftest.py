@@ -15,8 +15,8 @@ import hypothesis
 import pytest
 import torch
 
-from endprompt_megatron.checkpoint.hf_sources import build_tiny_random
-from endprompt_megatron.config import ParallelConfig
+from endprompt_megatron.checkpoint.hf.sources import build_tiny_random
+from endprompt_megatron.config.schema import ParallelConfig
 from endprompt_megatron.mcore import runtime
 from endprompt_megatron.mcore.runtime import Runtime
 from tests.support.words import build_word_model

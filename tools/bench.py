@@ -27,10 +27,10 @@ import bench_convert  # noqa: E402
 import bench_gpu  # noqa: E402
 import bench_length  # noqa: E402
 
-from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config  # noqa: E402
-from endprompt_megatron.checkpoint.hf_import import load_hf_weights  # noqa: E402
-from endprompt_megatron.checkpoint.hf_verify import load_transformers_model  # noqa: E402
-from endprompt_megatron.config import OptimConfig, ParallelConfig  # noqa: E402
+from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config  # noqa: E402
+from endprompt_megatron.checkpoint.hf.importer import load_hf_weights  # noqa: E402
+from endprompt_megatron.checkpoint.hf.verify import load_transformers_model  # noqa: E402
+from endprompt_megatron.config.schema import OptimConfig, ParallelConfig  # noqa: E402
 from endprompt_megatron.mcore import runtime, version  # noqa: E402
 from endprompt_megatron.model import backends  # noqa: E402
 from endprompt_megatron.model.build import build_model_chunks, wrap_for_training  # noqa: E402

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from endprompt_megatron.checkpoint.hf_config import architecture_from_hf
-from endprompt_megatron.checkpoint.hf_sources import llama_config
-from endprompt_megatron.checkpoint.hf_weights import planned_tensors
-from endprompt_megatron.checkpoint.safetensors_io import TensorPlan, plan_shards, row_blocks, write_index, write_shard
+from endprompt_megatron.checkpoint.hf.config import architecture_from_hf
+from endprompt_megatron.checkpoint.hf.safetensors_io import TensorPlan, plan_shards, row_blocks, write_index, write_shard
+from endprompt_megatron.checkpoint.hf.sources import llama_config
+from endprompt_megatron.checkpoint.hf.weights import planned_tensors
 
 # the peak of resident memory that getrusage tells of a child may be its parent's: the child says its own
 _CODE = """

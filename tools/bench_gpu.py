@@ -18,21 +18,21 @@ from typing import Any
 
 import torch
 
-from endprompt_megatron.checkpoint.model_card import source_version
-from endprompt_megatron.config import OptimConfig, ParallelConfig
+from endprompt_megatron.checkpoint.hf.model_card import source_version
+from endprompt_megatron.config.schema import OptimConfig, ParallelConfig
 from endprompt_megatron.errors import BackendUnavailableError, ConfigError
+from endprompt_megatron.jobs.preflight import model_shape
 from endprompt_megatron.mcore import runtime, version
 from endprompt_megatron.model import backends, te_support
-from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.model.build import build_model_chunks, wrap_for_training
 from endprompt_megatron.model.fusions import choose_fusions
+from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.planning.flops import count_parameters, training_flops_per_token
 from endprompt_megatron.planning.layout import Layout
 from endprompt_megatron.planning.memory import estimate_memory
 from endprompt_megatron.planning.throughput import HARDWARE, Hardware, has_speed, step_time
 from endprompt_megatron.positions.contiguous import contiguous_positions
 from endprompt_megatron.positions.endprompt import endprompt_positions
-from endprompt_megatron.preflight import model_shape
 from endprompt_megatron.rope.scaling import RopeScaling
 from endprompt_megatron.training.optimizer import build_optimizer
 
@@ -108,7 +108,7 @@ class Stack:
     @torch.no_grad()
     def _draw_weights(self, seed: int) -> None:
         """The same on every device: drawn on the CPU, in the order of the names that every backend knows."""
-        from endprompt_megatron.checkpoint.hf_import import named_parameters_of_whole_model
+        from endprompt_megatron.checkpoint.hf.importer import named_parameters_of_whole_model
 
         generator = torch.Generator().manual_seed(seed)
         for _, parameter in sorted(named_parameters_of_whole_model(self.model)):

@@ -41,7 +41,7 @@ def main() -> int:
 
 def _hf_to_megatron(arguments: argparse.Namespace) -> int:
     from endprompt_megatron.checkpoint.convert import DTYPES, hf_to_megatron, plan_conversion
-    from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config
+    from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config
 
     if arguments.plan:
         config = read_hf_config(arguments.hf)
@@ -96,10 +96,10 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from endprompt_megatron.checkpoint.hf_config import FAMILIES, architecture_from_hf, read_hf_config, rope_from_hf
-    from endprompt_megatron.checkpoint.hf_weights import count_weights
-    from endprompt_megatron.checkpoint.safetensors_io import SafetensorsReader
-    from endprompt_megatron.checkpoint.torch_dist import TorchDistReader
+    from endprompt_megatron.checkpoint.hf.config import FAMILIES, architecture_from_hf, read_hf_config, rope_from_hf
+    from endprompt_megatron.checkpoint.hf.safetensors_io import SafetensorsReader
+    from endprompt_megatron.checkpoint.hf.weights import count_weights
+    from endprompt_megatron.checkpoint.torch_dist.read import TorchDistReader
 
     if (arguments.directory / "config.json").is_file():
         config = read_hf_config(arguments.directory)
@@ -168,8 +168,8 @@ def _described(arguments: argparse.Namespace):
 
 def _report(hf: Path, model, arguments: argparse.Namespace, dtype=None) -> int:
     """Verify a Hugging Face directory against a described torch_dist directory and print the table."""
-    from endprompt_megatron.checkpoint.hf_verify import format_findings, verify_megatron_model
-    from endprompt_megatron.config import ParallelConfig
+    from endprompt_megatron.checkpoint.hf.verify import format_findings, verify_megatron_model
+    from endprompt_megatron.config.schema import ParallelConfig
     from endprompt_megatron.mcore import runtime
 
     runtime.initialize(ParallelConfig(), accelerator="cpu", seed=1)

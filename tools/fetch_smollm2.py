@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from endprompt_megatron.checkpoint.hf_sources import fetch_smollm2
+from endprompt_megatron.checkpoint.hf.sources import fetch_smollm2
 from endprompt_megatron.errors import USER_ERRORS
 
 

@@ -74,7 +74,7 @@ def _coverage(arguments: argparse.Namespace) -> int:
         far = [f"{coverage.share_from(distance):.2%}" for distance in (arguments.seq_length, layout.target_context_length // 2)]
         rows.append((coverage.scheme, f"{coverage.seen_share:.2%}", *far, counted))
     _print_table(rows)
-    from endprompt_megatron.report.theory_plots import plot_coverage
+    from endprompt_megatron.report.figures.theory import plot_coverage
 
     plot_coverage(
         paths["png"], found, gap=gap, physical_length=arguments.seq_length, original_context_length=arguments.original_context_length
@@ -104,8 +104,8 @@ def _smoothness(arguments: argparse.Namespace) -> int:
     gap = gap_of_endprompt(layout.num_context_tokens, layout.num_prompt_tokens, target_context_length=layout.target_context_length)
     if gap is None:
         raise ConfigError(f"--seq-length={arguments.seq_length}: every distance occurs in training, there is no gap. Set a shorter one.")
-    from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config, rope_from_hf
-    from endprompt_megatron.checkpoint.hf_tokenizer import load_tokenizer
+    from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config, rope_from_hf
+    from endprompt_megatron.checkpoint.hf.tokenizer import load_tokenizer
 
     config = read_hf_config(arguments.hf_path)
     base, native = rope_from_hf(config), architecture_from_hf(config).max_position_embeddings
@@ -149,7 +149,7 @@ def _smoothness(arguments: argparse.Namespace) -> int:
         f"over {reach:.3g} positions.\n{num_held} of {len(functions.frequencies)} frequencies are so low that their own bound reaches the "
         f"middle of the gap; {(outside > 0).mean():.1%} of the pairs have scores in the gap that no observed distance shows"
     )
-    from endprompt_megatron.report.theory_plots import plot_smoothness
+    from endprompt_megatron.report.figures.theory import plot_smoothness
 
     plot_smoothness(
         paths["png"],
@@ -180,8 +180,8 @@ def _smoothness(arguments: argparse.Namespace) -> int:
 
 def _queries_and_keys(arguments: argparse.Namespace, ids: list[int]) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
     """(layers, queries and keys [layers, heads, pairs, head_dim]) of the checkpoint on a text."""
-    from endprompt_megatron.config import ParallelConfig
-    from endprompt_megatron.evaluation.attention_scores import collect_queries_and_keys, load_model
+    from endprompt_megatron.config.schema import ParallelConfig
+    from endprompt_megatron.inference.attention_scores import collect_queries_and_keys, load_model
     from endprompt_megatron.mcore import runtime
 
     device = runtime.initialize(ParallelConfig(), accelerator="auto", seed=arguments.seed).device
@@ -197,7 +197,7 @@ def _examples(
     layers: tuple[int, ...], queries: np.ndarray, keys: np.ndarray, base: RopeScaling, stretched: RopeScaling, found: Smoothness
 ) -> list:
     """A pair that uses a middling share of the bound, and the one that uses most of it."""
-    from endprompt_megatron.report.theory_plots import ScoreExample
+    from endprompt_megatron.report.figures.theory import ScoreExample
 
     order = np.argsort(found.ratio, axis=None)
     examples = []
@@ -278,7 +278,7 @@ def _finish(paths: dict[str, Path], record: dict[str, Any]) -> int:
 
 
 def _conditions(arguments: argparse.Namespace) -> dict[str, Any]:
-    from endprompt_megatron.checkpoint.model_card import source_version
+    from endprompt_megatron.checkpoint.hf.model_card import source_version
 
     given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items() if name != "run"}
     return {"arguments": given, "commit": source_version(), "python": platform.python_version(), "numpy": np.__version__}

@@ -17,15 +17,11 @@ from typing import Any
 
 import torch
 
-from endprompt_megatron.checkpoint.companions import PROVENANCE_FILE, copy_companions
-from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, extended_hf_config, read_hf_config
-from endprompt_megatron.checkpoint.hf_mapping import Binding, bindings
-from endprompt_megatron.checkpoint.hf_tokenizer import check_token_ids, load_tokenizer
-from endprompt_megatron.checkpoint.hf_weights import check_hf_weights, planned_tensors
-from endprompt_megatron.checkpoint.megatron_model import COMPANIONS, MegatronModel
-from endprompt_megatron.checkpoint.merged_reader import open_torch_dist
-from endprompt_megatron.checkpoint.model_card import MODEL_CARD, model_card
-from endprompt_megatron.checkpoint.safetensors_io import (
+from endprompt_megatron.checkpoint.hf.auxiliary_files import PROVENANCE_FILE, copy_companions
+from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, extended_hf_config, read_hf_config
+from endprompt_megatron.checkpoint.hf.mapping import Binding, bindings
+from endprompt_megatron.checkpoint.hf.model_card import MODEL_CARD, model_card
+from endprompt_megatron.checkpoint.hf.safetensors_io import (
     BLOCK_BYTES,
     FileRange,
     SafetensorsReader,
@@ -35,12 +31,16 @@ from endprompt_megatron.checkpoint.safetensors_io import (
     write_index,
     write_shard,
 )
-from endprompt_megatron.checkpoint.torch_dist import TorchDistReader
-from endprompt_megatron.checkpoint.torch_dist_writer import DistcpWriter, StoredChunks, extra_state_keys, write_metadata
-from endprompt_megatron.checkpoint.workspace import Workspace
+from endprompt_megatron.checkpoint.hf.tokenizer import check_token_ids, load_tokenizer
+from endprompt_megatron.checkpoint.hf.weights import check_hf_weights, planned_tensors
+from endprompt_megatron.checkpoint.lora_reader import open_torch_dist
+from endprompt_megatron.checkpoint.megatron_model import COMPANIONS, MegatronModel
+from endprompt_megatron.checkpoint.resumable_directory import Workspace
+from endprompt_megatron.checkpoint.torch_dist.read import TorchDistReader
+from endprompt_megatron.checkpoint.torch_dist.write import DistcpWriter, StoredChunks, extra_state_keys, write_metadata
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import Progress, get_logger
-from endprompt_megatron.model.architecture import ModelArchitecture
+from endprompt_megatron.planning.architecture import ModelArchitecture
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FORMAT = 1

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from endprompt_megatron.checkpoint.hf_mapping import Binding, bindings
-from endprompt_megatron.checkpoint.safetensors_io import FileRange
-from endprompt_megatron.checkpoint.torch_dist import TorchDistReader
-from endprompt_megatron.config import AdapterConfig
+from endprompt_megatron.checkpoint.hf.mapping import Binding, bindings
+from endprompt_megatron.checkpoint.hf.safetensors_io import FileRange
+from endprompt_megatron.checkpoint.torch_dist.read import TorchDistReader
+from endprompt_megatron.config.schema import AdapterConfig
 from endprompt_megatron.model.adapters import OUTPUT_TARGET, QKV_TARGETS, adapter_name, is_adapter, low_rank_product, merge
-from endprompt_megatron.model.architecture import ModelArchitecture
+from endprompt_megatron.planning.architecture import ModelArchitecture
 
 
 def open_torch_dist(

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from endprompt_megatron.checkpoint.directory import RUN_FILE
-from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config, rope_from_hf
-from endprompt_megatron.checkpoint.torch_dist import find_torch_dist
-from endprompt_megatron.config import AdapterConfig
+from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config, rope_from_hf
+from endprompt_megatron.checkpoint.torch_dist.read import find_torch_dist
+from endprompt_megatron.checkpoint.training_directory import RUN_FILE
+from endprompt_megatron.config.schema import AdapterConfig
 from endprompt_megatron.errors import CheckpointError
-from endprompt_megatron.model.architecture import ModelArchitecture
+from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.rope.scaling import RopeScaling
 
 COMPANIONS = "huggingface"

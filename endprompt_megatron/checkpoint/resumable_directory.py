@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from endprompt_megatron.checkpoint.directory import sync_path
+from endprompt_megatron.checkpoint.training_directory import sync_path
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import get_logger
 

@@ -18,11 +18,11 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
-from endprompt_megatron.checkpoint import directory as checkpoint_directory
-from endprompt_megatron.checkpoint.directory import LATEST, RUN_FILE
-from endprompt_megatron.checkpoint.torch_dist import TorchDistReader
-from endprompt_megatron.config import RunConfig
-from endprompt_megatron.config_rules import resume_differences
+from endprompt_megatron.checkpoint import training_directory as checkpoint_directory
+from endprompt_megatron.checkpoint.torch_dist.read import TorchDistReader
+from endprompt_megatron.checkpoint.training_directory import LATEST, RUN_FILE
+from endprompt_megatron.config.schema import RunConfig
+from endprompt_megatron.config.validation import resume_differences
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore.checkpointing import begin_save

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from endprompt_megatron.comparison.bootstrap import PairedComparison, SeedSummary, combine_seeds, paired_comparison
-from endprompt_megatron.comparison.evaluations import Evaluation, Key, SampleId
+from endprompt_megatron.comparison.paired_evaluations import Evaluation, Key, SampleId
 
 # conditions under which equal questions can still get other scores
 _DECISIVE = ("harness", "backend", "dtype", "bos", "chat_template", "seed")

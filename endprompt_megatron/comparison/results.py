@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from endprompt_megatron.comparison.evaluations import FOLDER, Evaluation, read_evaluation
+from endprompt_megatron.comparison.paired_evaluations import FOLDER, Evaluation, read_evaluation
 from endprompt_megatron.comparison.runner import RunOutcome
 from endprompt_megatron.errors import ConfigError, DataError
 from endprompt_megatron.log import read_metrics

@@ -17,8 +17,8 @@ from typing import Any
 
 from endprompt_megatron.comparison.study import RunRequest
 from endprompt_megatron.errors import EXIT_RESUME, ConfigError, RunInterrupted
+from endprompt_megatron.launch.processes import STOP_SIGNALS, end_with_parent
 from endprompt_megatron.log import get_logger
-from endprompt_megatron.mcore.children import STOP_SIGNALS, end_with_parent
 
 _RECORD_SUFFIX = ".run.json"
 _POLL_SECONDS = 0.1

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # plain numbers only: the schema imports nothing but errors and rules
-    from endprompt_megatron.config import RunConfig
-    from endprompt_megatron.model.architecture import ModelArchitecture
+    from endprompt_megatron.config.schema import RunConfig
+    from endprompt_megatron.planning.architecture import ModelArchitecture
 
 # What the dimensions of a matrix product have to be multiples of: FP8 tensor cores take 16, one scale covers 128 or 32 numbers
 FP8_MULTIPLES = {"fp8": 16, "fp8_attention": 16, "fp8_blockwise": 128, "mxfp8": 32}

@@ -9,12 +9,12 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Optional
 
-from endprompt_megatron.config_rules import find_problems
+from endprompt_megatron.config.precision import FP8_MULTIPLES
+from endprompt_megatron.config.validation import find_problems
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.precision_rules import FP8_MULTIPLES
 
 if TYPE_CHECKING:  # plain numbers only: config imports nothing but errors
-    from endprompt_megatron.model.architecture import ModelArchitecture
+    from endprompt_megatron.planning.architecture import ModelArchitecture
     from endprompt_megatron.rope.scaling import RopeScaling
 
 # Optional[...] and not `X | None` below: OmegaConf's structured configs read these annotations.
@@ -266,7 +266,7 @@ class EvaluationConfig:
         enabled: whether to probe at all.
         systems: what is probed: base (as it came), untrained (base with the new RoPE), trained (the result).
         lengths: context lengths in tokens, for retrieval and, unless perplexity_lengths says otherwise, for perplexity.
-        tasks: forms of retrieval: single, multi_key, multi_value, variable_tracking (evaluation/needle.py: a text of noise for each
+        tasks: forms of retrieval: single, multi_key, multi_value, variable_tracking (evaluation/probes/needle.py: a text of noise for each
             length); word, number (evaluation/probes/long_text.py: facts in held-out prose, read once for all lengths).
         planted_words, planted_numbers: of word and number: facts in a long text.
         long_texts: long texts, each as long as the longest of `lengths`.

@@ -6,11 +6,11 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from endprompt_megatron.precision_rules import precision_problems
+from endprompt_megatron.config.precision import precision_problems
 
 if TYPE_CHECKING:  # plain numbers only: the schema imports nothing but errors and these rules
-    from endprompt_megatron.config import ParallelConfig, RunConfig
-    from endprompt_megatron.model.architecture import ModelArchitecture
+    from endprompt_megatron.config.schema import ParallelConfig, RunConfig
+    from endprompt_megatron.planning.architecture import ModelArchitecture
     from endprompt_megatron.rope.scaling import RopeScaling
 
 # Keys that may differ between the sittings of one run: how long, how often it reports, how it is cut over processes and by which kernels

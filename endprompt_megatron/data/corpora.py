@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from endprompt_megatron.config import TextSource
+from endprompt_megatron.config.schema import TextSource
 from endprompt_megatron.data.dataset import Blend
 from endprompt_megatron.data.preprocess import (
     check_manifest,

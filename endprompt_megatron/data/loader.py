@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from endprompt_megatron.mcore.children import kill_helpers_at_exit, outlast_stop_signals
+from endprompt_megatron.launch.processes import kill_helpers_at_exit, outlast_stop_signals
 
 
 class MicroBatchSampler:

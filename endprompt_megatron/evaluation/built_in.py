@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from endprompt_megatron.evaluation.graded import GradedTasks, TrainedSegments
-from endprompt_megatron.evaluation.harness import Sample
-from endprompt_megatron.evaluation.megatron_probes import MegatronProbes
+from endprompt_megatron.evaluation.lm_eval_harness.harness import Sample
+from endprompt_megatron.evaluation.probes.offline import GradedTasks, TrainedSegments
+from endprompt_megatron.evaluation.ruler.offline import MegatronProbes
 from endprompt_megatron.evaluation.suite import EvaluateConfig
-from endprompt_megatron.evaluation.task_sources import PROBES, HarnessTask
+from endprompt_megatron.evaluation.tasks import PROBES, HarnessTask
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from endprompt_megatron.checkpoint.companions import PROVENANCE_FILE
-from endprompt_megatron.checkpoint.hf_config import read_hf_config
-from endprompt_megatron.evaluation.harness import ANSWER_ROOM, bos_token_of, harness_version
+from endprompt_megatron.checkpoint.hf.auxiliary_files import PROVENANCE_FILE
+from endprompt_megatron.checkpoint.hf.config import read_hf_config
+from endprompt_megatron.evaluation.lm_eval_harness.harness import ANSWER_ROOM, bos_token_of, harness_version
 from endprompt_megatron.evaluation.suite import MEGATRON, EvaluateConfig
-from endprompt_megatron.evaluation.task_sources import NEEDLE, PERPLEXITY, HarnessTask, fingerprint
+from endprompt_megatron.evaluation.tasks import NEEDLE, PERPLEXITY, HarnessTask, fingerprint
 from endprompt_megatron.mcore import runtime
 from endprompt_megatron.mcore.version import megatron_core_version
 

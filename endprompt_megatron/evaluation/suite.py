@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from endprompt_megatron.config import LaunchConfig, ParallelConfig, TextSource
+from endprompt_megatron.config.schema import LaunchConfig, ParallelConfig, TextSource
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.evaluation.task_sources import (
+from endprompt_megatron.evaluation.tasks import (
     BUILT_IN,
     LONGBENCH,
     NEEDLE,

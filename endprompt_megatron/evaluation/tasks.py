@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from endprompt_megatron.config_rules import RETRIEVAL_TASKS
-from endprompt_megatron.evaluation.ruler import QA_TASKS
-from endprompt_megatron.evaluation.ruler import TASKS as PROBE_TASKS
+from endprompt_megatron.config.validation import RETRIEVAL_TASKS
+from endprompt_megatron.evaluation.ruler.tasks import QA_TASKS
+from endprompt_megatron.evaluation.ruler.tasks import TASKS as PROBE_TASKS
 
 RULER, LONGBENCH, SHORT, PROBES, NEEDLE, PERPLEXITY = "ruler", "longbench", "short", "probes", "needle", "perplexity"
 BUILT_IN = (PROBES, NEEDLE, PERPLEXITY)  # answered by Megatron-Core, without lm-eval

@@ -16,9 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config, rope_from_hf
-from endprompt_megatron.checkpoint.hf_import import load_hf_weights
-from endprompt_megatron.config import ParallelConfig
+from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config, rope_from_hf
+from endprompt_megatron.checkpoint.hf.importer import load_hf_weights
+from endprompt_megatron.config.schema import ParallelConfig
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.model.backends import resolve
 from endprompt_megatron.model.build import build_model_chunks

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from endprompt_megatron.errors import DataError
-from endprompt_megatron.evaluation.replica import Replica
+from endprompt_megatron.inference.forward import Replica
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 
 Tokens = Sequence[int]

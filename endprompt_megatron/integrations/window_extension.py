@@ -12,12 +12,11 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from endprompt_megatron import preflight
 from endprompt_megatron.checkpoint.convert import megatron_to_hf
-from endprompt_megatron.checkpoint.hf_config import read_hf_config
+from endprompt_megatron.checkpoint.hf.config import read_hf_config
 from endprompt_megatron.checkpoint.megatron_model import MegatronModel
-from endprompt_megatron.checkpoint.torch_dist import find_torch_dist
-from endprompt_megatron.config import (
+from endprompt_megatron.checkpoint.torch_dist.read import find_torch_dist
+from endprompt_megatron.config.schema import (
     DataConfig,
     EvaluationConfig,
     MethodConfig,
@@ -28,10 +27,11 @@ from endprompt_megatron.config import (
     TextSource,
     TrainerConfig,
 )
-from endprompt_megatron.config_rules import is_split
+from endprompt_megatron.config.validation import is_split
 from endprompt_megatron.data.dataset import Blend, TokenizerFacts, build_datasets
 from endprompt_megatron.data.preprocess import check_manifest
 from endprompt_megatron.errors import ConfigError, DataError
+from endprompt_megatron.jobs import preflight
 from endprompt_megatron.mcore import runtime, version
 from endprompt_megatron.model import backends
 from endprompt_megatron.model.build import transformer_config

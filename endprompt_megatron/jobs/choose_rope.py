@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from endprompt_megatron import launch, preflight
-from endprompt_megatron.checkpoint.hf_import import load_hf_weights
-from endprompt_megatron.checkpoint.hf_sources import ensure_base_model
-from endprompt_megatron.config import RunConfig
+from endprompt_megatron.checkpoint.hf.importer import load_hf_weights
+from endprompt_megatron.checkpoint.hf.sources import ensure_base_model
+from endprompt_megatron.config.schema import RunConfig
 from endprompt_megatron.data.corpora import check_corpora
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.evaluation.results import probe_system
+from endprompt_megatron.evaluation.probes.results import probe_system
+from endprompt_megatron.jobs import preflight
 from endprompt_megatron.jobs.run_probes import check_probe_memory, make_probes
+from endprompt_megatron.launch import launcher
 from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore import runtime as mcore_runtime
 from endprompt_megatron.model import backends
@@ -43,7 +44,7 @@ def compare_ropes(config: RunConfig, *, command: str) -> list[str]:
     Raises:
         ConfigError, DataError, CheckpointError: what is wrong with the configuration, the base or the text.
     """
-    world_size = launch.planned_world_size(config)
+    world_size = launcher.planned_world_size(config)
     preflight.validate(config, world_size=world_size)
     accelerator = mcore_runtime.resolve_accelerator(config.accelerator)
     config.precision.name = mcore_runtime.resolve_precision(config.precision.name, accelerator)

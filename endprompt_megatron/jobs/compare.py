@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from endprompt_megatron.comparison.evaluations import read_evaluation
+from endprompt_megatron.comparison.paired_evaluations import read_evaluation
 from endprompt_megatron.comparison.results import RunResult, by_label, distinct, equal_time_steps, fault_of, read_outcomes, read_run
 from endprompt_megatron.comparison.runner import Runner, RunOutcome
 from endprompt_megatron.comparison.study import RunRequest, StudyConfig

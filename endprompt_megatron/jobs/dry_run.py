@@ -6,22 +6,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from endprompt_megatron import preflight
-from endprompt_megatron.config import ParallelConfig, RunConfig
+from endprompt_megatron.config.precision import FP8_MULTIPLES
+from endprompt_megatron.config.schema import ParallelConfig, RunConfig
 from endprompt_megatron.data.corpora import inspect_corpora
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.fitting import smallest_change
-from endprompt_megatron.launch import local_processes
+from endprompt_megatron.jobs import preflight
+from endprompt_megatron.jobs.memory_fit import smallest_change
+from endprompt_megatron.launch.launcher import local_processes
 from endprompt_megatron.log import global_rank
 from endprompt_megatron.mcore import runtime
 from endprompt_megatron.mcore.fake import RankGroups, groups_of_rank
-from endprompt_megatron.model.architecture import ModelArchitecture
-from endprompt_megatron.model.stages import ModelStages, Stage, build_stages
+from endprompt_megatron.model.pipeline_stages import ModelStages, Stage, build_stages
+from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.planning.memory import reserve_gib
-from endprompt_megatron.planning.planner import PlanRequest, describe_plan, fullest, plan_memory
+from endprompt_megatron.planning.run_plan import PlanRequest, describe_plan, fullest, plan_memory
 from endprompt_megatron.planning.throughput import HARDWARE, has_speed
 from endprompt_megatron.positions.scheme import SCHEMES, get_scheme
-from endprompt_megatron.precision_rules import FP8_MULTIPLES
 from endprompt_megatron.rope.scaling import RopeScaling
 
 

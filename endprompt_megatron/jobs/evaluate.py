@@ -14,19 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from endprompt_megatron import launch
-from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config
+from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config
 from endprompt_megatron.comparison.bootstrap import bootstrap_interval
-from endprompt_megatron.config_rules import cut_problems
+from endprompt_megatron.config.validation import cut_problems
 from endprompt_megatron.data.corpora import check_corpora, corpus_texts
 from endprompt_megatron.data.preprocess import local_files
 from endprompt_megatron.errors import ConfigError, DataError
 from endprompt_megatron.evaluation.built_in import BuiltInTasks
-from endprompt_megatron.evaluation.graded import NO_SEGMENTS, TrainedSegments, graded_details, trained_segments
-from endprompt_megatron.evaluation.harness import ANSWER_ROOM, Harness, Sample, check_backend, has_punkt
-from endprompt_megatron.evaluation.megatron_probes import load_model
+from endprompt_megatron.evaluation.conditions import LM_EVAL, Conditions, conditions_of, provenance_of
+from endprompt_megatron.evaluation.lm_eval_harness.harness import ANSWER_ROOM, Harness, Sample, check_backend, has_punkt
+from endprompt_megatron.evaluation.probes.offline import NO_SEGMENTS, TrainedSegments, graded_details, trained_segments
+from endprompt_megatron.evaluation.ruler.offline import load_model
 from endprompt_megatron.evaluation.suite import MEGATRON, EvaluateConfig
-from endprompt_megatron.evaluation.task_sources import (
+from endprompt_megatron.evaluation.tasks import (
     GAP_TASK,
     PERPLEXITY,
     TASKS,
@@ -39,13 +39,13 @@ from endprompt_megatron.evaluation.task_sources import (
     uses_stand_in,
     way_out,
 )
-from endprompt_megatron.evaluation_conditions import LM_EVAL, Conditions, conditions_of, provenance_of
+from endprompt_megatron.launch import launcher
 from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore import runtime as mcore_runtime
 from endprompt_megatron.model import backends
 from endprompt_megatron.output_files import claimed, replace_text
-from endprompt_megatron.report.by_length import ESSAYS_MARK, STAND_IN_MARK
 from endprompt_megatron.report.evaluation import write_evaluation
+from endprompt_megatron.report.figures.by_length import ESSAYS_MARK, STAND_IN_MARK
 
 RESULTS = "results.json"
 _RECORDS = "records"
@@ -97,7 +97,7 @@ def prepare(config: EvaluateConfig) -> None:
         DataError: the model's tokenizer cannot be read.
     """
     config.validate()
-    world_size = launch.planned_world_size(config)
+    world_size = launcher.planned_world_size(config)
     if config.runs_lm_eval and config.backend != MEGATRON and world_size > 1:
         raise ConfigError(
             f"backend={config.backend} with {world_size} processes: lm-eval's models of transformers and vLLM run in one. Set "
@@ -115,7 +115,7 @@ def prepare(config: EvaluateConfig) -> None:
     pairs = evaluation.pairs()
     for pair in pairs:
         evaluation.is_finished(pair)
-    if any(pair.task.suite == PERPLEXITY for pair in pairs) and not launch.is_worker():
+    if any(pair.task.suite == PERPLEXITY for pair in pairs) and not launcher.is_worker():
         evaluation.text_problem  # noqa: B018  fetched once, before several processes would
 
 

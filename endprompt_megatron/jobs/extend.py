@@ -12,21 +12,23 @@ from typing import Any
 
 import torch
 
-from endprompt_megatron import launch, preflight
-from endprompt_megatron.checkpoint.companions import PROVENANCE_FILE
-from endprompt_megatron.checkpoint.distributed import RunState
-from endprompt_megatron.checkpoint.hf_export import export_hf
-from endprompt_megatron.checkpoint.hf_import import load_hf_weights
-from endprompt_megatron.checkpoint.hf_sources import ensure_base_model
-from endprompt_megatron.checkpoint.hf_verify import format_findings, verify_export
-from endprompt_megatron.checkpoint.model_card import MODEL_CARD, model_card
-from endprompt_megatron.checkpoint.peft_adapter import export_peft_adapter
-from endprompt_megatron.config import RunConfig
+from endprompt_megatron.checkpoint.hf.auxiliary_files import PROVENANCE_FILE
+from endprompt_megatron.checkpoint.hf.exporter import export_hf
+from endprompt_megatron.checkpoint.hf.importer import load_hf_weights
+from endprompt_megatron.checkpoint.hf.model_card import MODEL_CARD, model_card
+from endprompt_megatron.checkpoint.hf.peft_adapter import export_peft_adapter
+from endprompt_megatron.checkpoint.hf.sources import ensure_base_model
+from endprompt_megatron.checkpoint.hf.verify import format_findings, verify_export
+from endprompt_megatron.checkpoint.training import RunState
+from endprompt_megatron.config.schema import RunConfig
 from endprompt_megatron.data.corpora import check_corpora, prepare_corpora
 from endprompt_megatron.data.dataset import TokenizerFacts, build_datasets
-from endprompt_megatron.evaluation.results import Probes, probe_system
+from endprompt_megatron.evaluation.probes.results import Probes, probe_system
+from endprompt_megatron.jobs import preflight
+from endprompt_megatron.jobs.run_metadata import Run, conditions_of_run, provenance_of_run, summary_of_run
 from endprompt_megatron.jobs.run_probes import check_probe_memory, make_probes
 from endprompt_megatron.jobs.stage_times import StageTimes
+from endprompt_megatron.launch import launcher
 from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore import runtime as mcore_runtime
 from endprompt_megatron.model import backends
@@ -37,9 +39,8 @@ from endprompt_megatron.model.precision import describe_precision
 from endprompt_megatron.output_files import release
 from endprompt_megatron.positions.scheme import get_scheme
 from endprompt_megatron.report.reach import reach_sentences
-from endprompt_megatron.report.report import format_table, format_terminal_table, native_window, write_report
+from endprompt_megatron.report.run import format_table, format_terminal_table, native_window, write_report
 from endprompt_megatron.rope.scaling import RopeScaling
-from endprompt_megatron.run_record import Run, conditions_of_run, provenance_of_run, summary_of_run
 from endprompt_megatron.training.metrics import peak_memory_gib
 from endprompt_megatron.training.signals import StopRequests
 from endprompt_megatron.training.trainer import Trainer, TrainingResult
@@ -110,11 +111,11 @@ def prepare(config: RunConfig) -> preflight.Base:
     Raises:
         ConfigError, DataError, CheckpointError, BackendUnavailableError: what is wrong.
     """
-    world_size = launch.planned_world_size(config)
+    world_size = launcher.planned_world_size(config)
     preflight.validate(config, world_size=world_size)
     accelerator = mcore_runtime.resolve_accelerator(config.accelerator)
     config.precision.name = mcore_runtime.resolve_precision(config.precision.name, accelerator)
-    if not launch.starts_workers(config):  # they look at their own GPUs
+    if not launcher.starts_workers(config):  # they look at their own GPUs
         mcore_runtime.select_device(accelerator)
         backends.resolve(config.backend, accelerator=accelerator, precision=config.precision.name)
     ensure_base_model(config.model.source, Path(config.model.hf_path))
@@ -122,11 +123,11 @@ def prepare(config: RunConfig) -> preflight.Base:
     check_probe_memory(config, base.architecture, accelerator=accelerator)
     if global_rank() == 0:
         preflight.check_output_dir(config)
-        if not launch.is_worker():
+        if not launcher.is_worker():
             _prepare_text(config, base)
             if config.evaluation.enabled:
                 check_corpora(config.evaluation.text, directory=Path(config.data.directory))
-        preflight.claim_output_dir(config, take_lock=not launch.launched_by_plain_start())
+        preflight.claim_output_dir(config, take_lock=not launcher.launched_by_plain_start())
     return base
 
 

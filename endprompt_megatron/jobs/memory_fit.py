@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from endprompt_megatron.config import RunConfig
+from endprompt_megatron.config.schema import RunConfig
 
 _MAX_RANKS = 4096
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from endprompt_megatron import launch, preflight
-from endprompt_megatron.config import ParallelConfig, RunConfig
+from endprompt_megatron.config.schema import ParallelConfig, RunConfig
 from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.jobs import preflight
+from endprompt_megatron.launch import launcher
 from endprompt_megatron.output_files import claimed, replace_text
-from endprompt_megatron.planning.cluster import ClusterConfig, ClusterRequest, compare_lengths, rank_layouts
-from endprompt_megatron.planning.cluster_page import describe_cluster
+from endprompt_megatron.planning.layout_search import ClusterConfig, ClusterRequest, compare_lengths, rank_layouts
+from endprompt_megatron.planning.pages import describe_cluster
 
 PAGE, PICTURE = "plan.md", "plan.png"
 
@@ -42,7 +43,7 @@ def plan_cluster(config: RunConfig, options: ClusterConfig, *, command: str, ove
     with claimed(Path(options.output_dir), doing="writes a plan there") as directory:
         picture = None
         if comparisons:
-            from endprompt_megatron.report.planning_plots import plot_lengths
+            from endprompt_megatron.report.figures.planning import plot_lengths
 
             plot_lengths(directory / PICTURE, comparisons, request=request, tokens=options.tokens)
             picture = PICTURE
@@ -73,7 +74,7 @@ def cluster_request(config: RunConfig, options: ClusterConfig) -> ClusterRequest
     # any layout: the experiment's own need not suit this cluster
     architecture, _ = preflight.validate(replace(config, parallel=ParallelConfig()), world_size=1)
     planned = preflight.plan_request(config, architecture, world_size=config.parallel.model_parallel_size, num_prompt_tokens=0)
-    num_gpus = launch.planned_world_size(config) if options.num_gpus is None else options.num_gpus
+    num_gpus = launcher.planned_world_size(config) if options.num_gpus is None else options.num_gpus
     return ClusterRequest(
         shape=planned.shape,
         num_gpus=num_gpus,

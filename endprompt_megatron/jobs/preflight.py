@@ -12,19 +12,19 @@ from typing import Any
 
 import yaml
 
-from endprompt_megatron.checkpoint.fingerprint import weights_fingerprint
-from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config, rope_from_hf
-from endprompt_megatron.checkpoint.hf_tokenizer import check_token_ids, hash_tokenizer, load_tokenizer
-from endprompt_megatron.config import RunConfig
-from endprompt_megatron.config_rules import resume_differences, window_to_stretch
+from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config, rope_from_hf
+from endprompt_megatron.checkpoint.hf.fingerprint import weights_fingerprint
+from endprompt_megatron.checkpoint.hf.tokenizer import check_token_ids, hash_tokenizer, load_tokenizer
+from endprompt_megatron.config.schema import RunConfig
+from endprompt_megatron.config.validation import resume_differences, window_to_stretch
 from endprompt_megatron.data.prompts import EndPromptSet, tokenize_end_prompts
 from endprompt_megatron.errors import CheckpointError, ConfigError
 from endprompt_megatron.log import get_logger
-from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.output_files import hold, is_lock, replace_text
+from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.planning.flops import ModelShape
 from endprompt_megatron.planning.memory import TrainedParts
-from endprompt_megatron.planning.planner import PlanRequest
+from endprompt_megatron.planning.run_plan import PlanRequest
 from endprompt_megatron.planning.throughput import GPUS_PER_NODE
 from endprompt_megatron.positions.scheme import SCHEMES
 from endprompt_megatron.rope.scaling import RopeScaling
@@ -100,7 +100,7 @@ def check_base(config: RunConfig, *, world_size: int) -> Base:
     Raises:
         ConfigError, DataError, CheckpointError: what is wrong with them.
     """
-    from endprompt_megatron.checkpoint.hf_weights import check_hf_weights
+    from endprompt_megatron.checkpoint.hf.weights import check_hf_weights
 
     hf_path = Path(config.model.hf_path)
     tokenizer = load_tokenizer(hf_path)

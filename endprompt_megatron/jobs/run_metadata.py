@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from endprompt_megatron import preflight
-from endprompt_megatron.checkpoint.model_card import source_version
-from endprompt_megatron.config import RunConfig
+from endprompt_megatron.checkpoint.hf.model_card import source_version
+from endprompt_megatron.config.schema import RunConfig
+from endprompt_megatron.jobs import preflight
 from endprompt_megatron.jobs.stage_times import StageTimes
 from endprompt_megatron.mcore import runtime as mcore_runtime
 from endprompt_megatron.mcore import version

@@ -8,15 +8,15 @@ import numpy as np
 import psutil
 import torch
 
-from endprompt_megatron.config import RunConfig
+from endprompt_megatron.config.schema import RunConfig
 from endprompt_megatron.data.corpora import corpus_texts
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.evaluation.needle import make_haystacks
-from endprompt_megatron.evaluation.perplexity import held_out_blocks
 from endprompt_megatron.evaluation.probes.long_text import NUMBER, WORD, make_long_texts
-from endprompt_megatron.evaluation.results import Probes
-from endprompt_megatron.model.architecture import ModelArchitecture
-from endprompt_megatron.preflight import Base
+from endprompt_megatron.evaluation.probes.needle import make_haystacks
+from endprompt_megatron.evaluation.probes.perplexity import held_out_blocks
+from endprompt_megatron.evaluation.probes.results import Probes
+from endprompt_megatron.jobs.preflight import Base
+from endprompt_megatron.planning.architecture import ModelArchitecture
 
 _GIB = 2**30
 

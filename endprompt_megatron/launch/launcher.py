@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any, Protocol
 
-from endprompt_megatron.config import LaunchConfig
+from endprompt_megatron.config.schema import LaunchConfig
 from endprompt_megatron.errors import EXIT_RESUME, ConfigError
+from endprompt_megatron.launch.processes import STOP_SIGNALS, end_with_parent
 from endprompt_megatron.log import get_logger
-from endprompt_megatron.mcore.children import STOP_SIGNALS, end_with_parent
 from endprompt_megatron.mcore.optional_packages import treat_broken_as_missing
 
 treat_broken_as_missing()  # every recipe imports this module first, before megatron.core

@@ -10,7 +10,7 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from endprompt_megatron.mcore.children import serve_parent, starting_helpers
+from endprompt_megatron.launch.processes import serve_parent, starting_helpers
 
 
 def begin_save(sharded_state: dict[str, Any], directory: str, *, asynchronous: bool) -> Any:

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import layers
 from torch.overrides import TorchFunctionMode
 
-from endprompt_megatron.config import ParallelConfig
+from endprompt_megatron.config.schema import ParallelConfig
 from endprompt_megatron.mcore import version
 
 _META = torch.device("meta")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from megatron.core import parallel_state, tensor_parallel
 
-from endprompt_megatron.config import ParallelConfig
+from endprompt_megatron.config.schema import ParallelConfig
 from endprompt_megatron.errors import BackendUnavailableError, ConfigError
 from endprompt_megatron.log import get_logger
 from endprompt_megatron.mcore import cpu, version

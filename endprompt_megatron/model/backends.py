@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from endprompt_megatron.config.precision import FP8_MULTIPLES
 from endprompt_megatron.errors import BackendUnavailableError, ConfigError
 from endprompt_megatron.model import te_support
 from endprompt_megatron.model.layer_specs import te_block_spec, torch_block_spec
-from endprompt_megatron.precision_rules import FP8_MULTIPLES
 
 
 @dataclass(frozen=True)

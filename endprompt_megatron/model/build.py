@@ -9,14 +9,14 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from endprompt_megatron.config import AdapterConfig, ParallelConfig
-from endprompt_megatron.model.architecture import ModelArchitecture
+from endprompt_megatron.config.schema import AdapterConfig, ParallelConfig
 from endprompt_megatron.model.backends import Backend
 from endprompt_megatron.model.fusions import Fusions, choose_fusions
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from endprompt_megatron.model.lora import prepare_adapters, with_adapters
 from endprompt_megatron.model.precision import precision_fields
 from endprompt_megatron.model.shifted_sparse import with_shifted_sparse_attention
+from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.rope.scaling import RopeScaling
 
 

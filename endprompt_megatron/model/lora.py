@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from endprompt_megatron.config import AdapterConfig
+from endprompt_megatron.config.schema import AdapterConfig
 from endprompt_megatron.model.adapters import OUTPUT_TARGET, QKV_TARGETS, adapter_name, is_adapter, low_rank_product, merge
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from megatron.core.transformer.module import param_is_not_shared
 
-from endprompt_megatron.config import AdapterConfig, ParallelConfig
+from endprompt_megatron.config.schema import AdapterConfig, ParallelConfig
 from endprompt_megatron.mcore.fake import fake_job, on_meta
-from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.model.backends import BACKENDS
 from endprompt_megatron.model.build import build_model_chunks
+from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.rope.scaling import RopeScaling
 
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from endprompt_megatron.precision_rules import FP8_MULTIPLES
+from endprompt_megatron.config.precision import FP8_MULTIPLES
 
 Version = tuple[int, ...]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from endprompt_megatron.planning.cluster import Candidate, ClusterRequest, LengthComparison, Ranking
 from endprompt_megatron.planning.flops import count_parameters, training_flops_per_token
-from endprompt_megatron.planning.planner import shares_of_step
+from endprompt_megatron.planning.layout_search import Candidate, ClusterRequest, LengthComparison, Ranking
+from endprompt_megatron.planning.run_plan import shares_of_step
 from endprompt_megatron.planning.throughput import LINK_SHARE, MESSAGE_SECONDS, get_hardware, kinds_of_numbers
 
 

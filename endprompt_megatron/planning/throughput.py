@@ -1,5 +1,5 @@
 """How long a step should take on a known GPU: matrix products and attention at rates that published runs reached, recomputation, the
-pipeline bubble, communication that nothing hides. An estimate; measured speeds live in recipes/results/."""
+pipeline bubble, communication that nothing hides. An estimate; measured speeds live in benchmarks/."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ from endprompt_megatron.comparison.results import (
 from endprompt_megatron.comparison.runner import RunOutcome
 from endprompt_megatron.comparison.statistics import PairedTest, paired_tests, summarize
 from endprompt_megatron.comparison.study import StudyConfig
-from endprompt_megatron.report.comparison_plots import TASK_NAMES, plot_cost, plot_scores_by_distance, plot_scores_by_length
-from endprompt_megatron.report.plots import length_label
+from endprompt_megatron.report.figures.comparison import TASK_NAMES, plot_cost, plot_scores_by_distance, plot_scores_by_length
+from endprompt_megatron.report.figures.run import length_label
 from endprompt_megatron.report.suite_comparison import suite_tables
 from endprompt_megatron.report.tables import MISSING, p_value, signed, spread, table, without_nan
 

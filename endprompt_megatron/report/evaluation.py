@@ -7,10 +7,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from endprompt_megatron.evaluation.task_sources import BUILT_IN, LONGBENCH, NEEDLE, PERPLEXITY, PROBES, RULER, SHORT, SUITES, TASKS
+from endprompt_megatron.evaluation.tasks import BUILT_IN, LONGBENCH, NEEDLE, PERPLEXITY, PROBES, RULER, SHORT, SUITES, TASKS
 from endprompt_megatron.output_files import replace_text
-from endprompt_megatron.report.by_length import ESSAYS_MARK, PAPER_LENGTHS, STAND_IN_MARK, length_picture
-from endprompt_megatron.report.graded import (
+from endprompt_megatron.report.figures.by_length import ESSAYS_MARK, PAPER_LENGTHS, STAND_IN_MARK, length_picture
+from endprompt_megatron.report.figures.run import length_label
+from endprompt_megatron.report.probes import (
     NEEDLE_NOTE,
     PERPLEXITY_NOTE,
     needle_maps,
@@ -20,7 +21,6 @@ from endprompt_megatron.report.graded import (
     perplexity_windows,
     region_table,
 )
-from endprompt_megatron.report.plots import length_label
 from endprompt_megatron.report.tables import MISSING, table
 
 PAGE = "evaluation.md"

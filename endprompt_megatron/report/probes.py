@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from endprompt_megatron.evaluation.gap_probe import ANCHOR, GAP, NEAR
-from endprompt_megatron.evaluation.task_sources import GAP_TASK, NEEDLE_PREFIX, TASKS
-from endprompt_megatron.report.evaluation_plots import Cells, plot_depth_by_length
-from endprompt_megatron.report.plots import length_label, plot_perplexity
+from endprompt_megatron.evaluation.probes.gap import ANCHOR, GAP, NEAR
+from endprompt_megatron.evaluation.tasks import GAP_TASK, NEEDLE_PREFIX, TASKS
+from endprompt_megatron.report.figures.evaluation import Cells, plot_depth_by_length
+from endprompt_megatron.report.figures.run import length_label, plot_perplexity
 from endprompt_megatron.report.tables import MISSING, table
 
 Scores = Sequence[Mapping[str, Any]]

@@ -11,9 +11,9 @@ from typing import Any
 
 from endprompt_megatron.errors import DataError
 from endprompt_megatron.log import read_metrics
-from endprompt_megatron.report.evaluation_plots import plot_depth_by_length
+from endprompt_megatron.report.figures.evaluation import plot_depth_by_length
 from endprompt_megatron.report.figures.reach import plot_reach
-from endprompt_megatron.report.plots import length_label, plot_loss, plot_needle, plot_perplexity, plot_positions
+from endprompt_megatron.report.figures.run import length_label, plot_loss, plot_needle, plot_perplexity, plot_positions
 from endprompt_megatron.report.reach import PLANTED, ordered_systems, reach_sentences
 
 # Tables and sentences: key of evaluation.json -> what it is called

@@ -11,13 +11,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from endprompt_megatron.comparison.evaluations import Evaluation
+from endprompt_megatron.comparison.paired_evaluations import Evaluation
 from endprompt_megatron.comparison.paired_suites import TaskComparison, compare_evaluations
 from endprompt_megatron.comparison.statistics import Summary
-from endprompt_megatron.evaluation.task_sources import LOG_PERPLEXITY, NEEDLE, PERPLEXITY, PROBES, RULER
+from endprompt_megatron.evaluation.tasks import LOG_PERPLEXITY, NEEDLE, PERPLEXITY, PROBES, RULER
 from endprompt_megatron.output_files import replace_text
-from endprompt_megatron.report.by_length import length_picture
-from endprompt_megatron.report.graded import (
+from endprompt_megatron.report.figures.by_length import length_picture
+from endprompt_megatron.report.figures.run import length_label
+from endprompt_megatron.report.probes import (
     NEEDLE_NOTE,
     PERPLEXITY_NOTE,
     needle_maps,
@@ -27,7 +28,6 @@ from endprompt_megatron.report.graded import (
     perplexity_windows,
     region_table,
 )
-from endprompt_megatron.report.plots import length_label
 from endprompt_megatron.report.tables import MISSING, p_value, signed, spread, table, without_nan
 
 PAGE, NUMBERS = "comparison.md", "comparison.json"

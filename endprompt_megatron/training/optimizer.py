@@ -8,7 +8,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from endprompt_megatron.config import OptimConfig
+from endprompt_megatron.config.schema import OptimConfig
 
 
 def build_optimizer(

@@ -12,7 +12,7 @@ from types import FrameType
 import torch
 
 from endprompt_megatron.errors import RunInterrupted
-from endprompt_megatron.mcore.children import STOP_SIGNALS
+from endprompt_megatron.launch.processes import STOP_SIGNALS
 from endprompt_megatron.mcore.runtime import agree_on_any
 
 

@@ -13,14 +13,14 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from endprompt_megatron.checkpoint.distributed import CheckpointWriter, RunState, load_latest_checkpoint
-from endprompt_megatron.config import RunConfig
+from endprompt_megatron.checkpoint.training import CheckpointWriter, RunState, load_latest_checkpoint
+from endprompt_megatron.config.schema import RunConfig
 from endprompt_megatron.data.dataset import name_samples, sample_order
 from endprompt_megatron.data.loader import MicroBatchSampler, micro_batches
 from endprompt_megatron.errors import RunInterrupted, TrainingError
 from endprompt_megatron.log import MetricsWriter, Progress, get_logger
-from endprompt_megatron.mcore.checked_step import checked_step
 from endprompt_megatron.mcore.failures import FailureBoard
+from endprompt_megatron.mcore.guarded_step import checked_step
 from endprompt_megatron.mcore.runtime import Runtime, agree_on_any
 from endprompt_megatron.model.build import wrap_for_training
 from endprompt_megatron.model.gpt import EndPromptGPTModel

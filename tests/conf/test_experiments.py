@@ -13,12 +13,12 @@ from extend import ROOT, to_run_config  # recipes/extend.py
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 
-from endprompt_megatron import launch
-from endprompt_megatron.config import RunConfig
-from endprompt_megatron.dry_run import dry_run
+from endprompt_megatron.config.schema import RunConfig
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.planning.planner import describe_plan
-from endprompt_megatron.preflight import plan_request, validate
+from endprompt_megatron.jobs.dry_run import dry_run
+from endprompt_megatron.jobs.preflight import plan_request, validate
+from endprompt_megatron.launch import launcher
+from endprompt_megatron.planning.run_plan import describe_plan
 from tests.support.tools import load_tool
 
 predict = load_tool(ROOT / "tools" / "predict.py")
@@ -27,7 +27,7 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("
 
 
 def _plan(config) -> list[str]:
-    world_size = launch.planned_world_size(config)
+    world_size = launcher.planned_world_size(config)
     architecture, _ = validate(config, world_size=world_size)
     return describe_plan(plan_request(config, architecture, world_size=world_size, num_prompt_tokens=None))
 
@@ -53,7 +53,7 @@ def test_experiment_dry_runs_and_fits(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # no models/ and datasets/ here: a dry run needs none
     config = to_run_config(_compose(f"+experiment={name}"))
     assert config.name == ("llama3_8b_endprompt_65536" if name == "paper" else name) and config.output_dir == f"outputs/{config.name}"
-    lines = list(dry_run(config, world_size=launch.planned_world_size(config)))
+    lines = list(dry_run(config, world_size=launcher.planned_world_size(config)))
     told = "\n".join(lines)
     assert f"{config.rope.target_context_length:,}" in told
     assert "does NOT fit" not in told and "tight" not in told and "SPAN NODES" not in told
@@ -115,7 +115,7 @@ def test_the_readme_tells_what_the_headers_predict():
 def test_other_gpus_precisions_and_layouts_are_an_override_away(name, overrides, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = to_run_config(_compose(f"+experiment={name}", *overrides))
-    told = "\n".join(dry_run(config, world_size=launch.planned_world_size(config)))
+    told = "\n".join(dry_run(config, world_size=launcher.planned_world_size(config)))
     assert "tight" not in told and "SPAN NODES" not in told and "  time         " in told and "none is estimated" not in told
     for override in overrides:
         group, _, value = override.partition("=")
@@ -135,7 +135,7 @@ def test_a_precision_that_a_gpu_lacks_is_refused(precision, cluster, able):
 @pytest.mark.parametrize(("name", "ranks"), [("h100x8", 8), ("a100x8", 8), ("a800x8", 8), ("h100x32", 32), ("h100x64", 64), ("h100x256", 256)])
 def test_every_cluster_has_the_gpus_of_its_name(name, ranks):
     config = to_run_config(_compose("+experiment=paper", f"cluster={name}"))
-    assert launch.planned_world_size(config) == ranks and config.accelerator == "gpu"
+    assert launcher.planned_world_size(config) == ranks and config.accelerator == "gpu"
     assert {path.stem for path in (ROOT / "conf" / "cluster").glob("*.yaml")} == {"h100x8", "a100x8", "a800x8", "h100x32", "h100x64", "h100x256"}
 
 
@@ -164,8 +164,8 @@ def test_experiment_opens_with_its_command(name):
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml")))
 def test_model_numbers_are_the_published_ones(name):
+    from endprompt_megatron.jobs.preflight import known_base, model_shape
     from endprompt_megatron.planning.flops import count_parameters
-    from endprompt_megatron.preflight import known_base, model_shape
 
     config = to_run_config(_compose("+experiment=tiny_random", f"model={name}", f"model.hf_path=/nonexistent/{name}"))
     if name in PUBLISHED:
@@ -253,7 +253,7 @@ def test_every_key_of_the_schema_is_read_somewhere():
     """A key that only the schema and its rules name would be a promise that nothing keeps."""
     import dataclasses
 
-    from endprompt_megatron.config import RunConfig
+    from endprompt_megatron.config.schema import RunConfig
 
     sources = [path for folder in ("endprompt_megatron", "recipes") for path in (ROOT / folder).rglob("*.py")]
     text = "\n".join(path.read_text() for path in sources if path.name not in ("config.py", "config_rules.py"))

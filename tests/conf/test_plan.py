@@ -12,14 +12,14 @@ import pytest
 from extend import ROOT, to_run_config  # recipes/extend.py
 from plan import to_cluster, without_plan  # recipes/plan.py
 
-from endprompt_megatron import preflight
-from endprompt_megatron.config import ParallelConfig
+from endprompt_megatron.config.schema import ParallelConfig
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.launch import planned_world_size
-from endprompt_megatron.plan import PAGE, PICTURE, cluster_request, plan_cluster
-from endprompt_megatron.planning.cluster import rank_layouts
-from endprompt_megatron.planning.cluster_page import comparison_lines
-from endprompt_megatron.planning.planner import fullest, plan_memory
+from endprompt_megatron.jobs import preflight
+from endprompt_megatron.jobs.plan import PAGE, PICTURE, cluster_request, plan_cluster
+from endprompt_megatron.launch.launcher import planned_world_size
+from endprompt_megatron.planning.layout_search import rank_layouts
+from endprompt_megatron.planning.pages import comparison_lines
+from endprompt_megatron.planning.run_plan import fullest, plan_memory
 
 # one a model, cluster and method: other windows change nothing but the positions of EndPrompt
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*_64k*.yaml") if not path.stem.startswith("smollm2"))
@@ -140,7 +140,7 @@ def test_wrong_values_are_refused(overrides, words):
 
 def test_wrong_keys_and_types_are_refused():
     for override in ("+plan.gpus=8", "plan.rows=many"):
-        with pytest.raises(ConfigError, match="planning/cluster.py explains the keys"):
+        with pytest.raises(ConfigError, match="planning/layout_search.py explains the keys"):
             _compose("+experiment=llama3_8b_64k", override)
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from endprompt_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
-from endprompt_megatron.checkpoint.hf_sources import fetch_smollm2
+from endprompt_megatron.checkpoint.hf.sources import fetch_smollm2
 from endprompt_megatron.checkpoint.megatron_model import describe_megatron_model
 from tests.support.families import FAMILIES, build_family
 from tests.support.ranks import run_ranks

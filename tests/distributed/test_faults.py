@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from endprompt_megatron.checkpoint.directory import damage
-from endprompt_megatron.checkpoint.hf_sources import build_tiny_random
+from endprompt_megatron.checkpoint.hf.sources import build_tiny_random
+from endprompt_megatron.checkpoint.training_directory import damage
 from endprompt_megatron.errors import EXIT_HUNG, EXIT_RESUME, EXIT_USER_ERROR
 from endprompt_megatron.log import read_metrics
 from tests.support.ranks import end_of, start_ranks

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from endprompt_megatron.checkpoint.hf_sources import build_tiny_random
+from endprompt_megatron.checkpoint.hf.sources import build_tiny_random
+from endprompt_megatron.jobs.preflight import model_shape
 from endprompt_megatron.planning.layout import Layout, padded_vocab_size
 from endprompt_megatron.planning.memory import GIB, MemoryEstimate, stage_memory
-from endprompt_megatron.preflight import model_shape
 from tests.support.ranks import run_ranks
 from tests.support.tiny import architecture_of
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from endprompt_megatron.checkpoint.hf_sources import build_tiny_random
+from endprompt_megatron.checkpoint.hf.sources import build_tiny_random
 from tests.support.ranks import run_ranks
 
 LAYOUTS = {

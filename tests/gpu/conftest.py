@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from endprompt_megatron.config import ParallelConfig
+from endprompt_megatron.config.schema import ParallelConfig
 from endprompt_megatron.mcore import cpu, runtime
 from endprompt_megatron.mcore.runtime import Runtime
 from endprompt_megatron.model import te_support

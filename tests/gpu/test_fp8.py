@@ -8,12 +8,12 @@ import statistics
 import pytest
 import torch
 
-from endprompt_megatron.checkpoint.distributed import CheckpointWriter, RunState, load_latest_checkpoint
-from endprompt_megatron.config import OptimConfig, RunConfig
-from endprompt_megatron.evaluation.replica import Replica
+from endprompt_megatron.checkpoint.training import CheckpointWriter, RunState, load_latest_checkpoint
+from endprompt_megatron.config.schema import OptimConfig, RunConfig
+from endprompt_megatron.inference.forward import Replica
 from endprompt_megatron.model import te_support
-from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.model.backends import resolve
+from endprompt_megatron.planning.architecture import ModelArchitecture
 from tests.support.tiny import ROOT
 from tests.support.tools import load_tool
 

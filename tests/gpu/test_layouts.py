@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from endprompt_megatron.checkpoint.hf_sources import build_tiny_random
+from endprompt_megatron.checkpoint.hf.sources import build_tiny_random
 from endprompt_megatron.log import read_metrics
 from tests.support.ranks import run_ranks
 

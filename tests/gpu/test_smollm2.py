@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config
-from endprompt_megatron.checkpoint.hf_import import load_hf_weights
-from endprompt_megatron.checkpoint.hf_sources import fetch_smollm2
-from endprompt_megatron.checkpoint.hf_tokenizer import load_tokenizer
-from endprompt_megatron.checkpoint.hf_verify import load_transformers_model, megatron_logits, transformers_logits
-from endprompt_megatron.config import ParallelConfig
+from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config
+from endprompt_megatron.checkpoint.hf.importer import load_hf_weights
+from endprompt_megatron.checkpoint.hf.sources import fetch_smollm2
+from endprompt_megatron.checkpoint.hf.tokenizer import load_tokenizer
+from endprompt_megatron.checkpoint.hf.verify import load_transformers_model, megatron_logits, transformers_logits
+from endprompt_megatron.config.schema import ParallelConfig
 from endprompt_megatron.model.backends import resolve
 from endprompt_megatron.model.build import build_model_chunks
 from endprompt_megatron.rope.scaling import RopeScaling

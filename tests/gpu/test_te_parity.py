@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from endprompt_megatron.checkpoint.hf_import import load_hf_weights, named_parameters_of_whole_model
-from endprompt_megatron.config import AdapterConfig, ParallelConfig
-from endprompt_megatron.evaluation.replica import Replica
+from endprompt_megatron.checkpoint.hf.importer import load_hf_weights, named_parameters_of_whole_model
+from endprompt_megatron.config.schema import AdapterConfig, ParallelConfig
+from endprompt_megatron.inference.forward import Replica
 from endprompt_megatron.model.backends import resolve
 from endprompt_megatron.model.build import build_model_chunks, wrap_for_training
 from endprompt_megatron.model.fusions import choose_fusions

@@ -12,7 +12,7 @@ import hydra
 import pytest
 import torch
 
-from endprompt_megatron.checkpoint.hf_sources import build_tiny_random
+from endprompt_megatron.checkpoint.hf.sources import build_tiny_random
 from endprompt_megatron.errors import USER_ERRORS
 from tests.support.run_recipe import ROOT, recipe_command, run_recipe, tiny_overrides
 
@@ -40,7 +40,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
 def _extend(workplace: Path, *more: str) -> None:
     from extend import to_run_config  # recipes/extend.py
 
-    from endprompt_megatron.extend import extend
+    from endprompt_megatron.jobs.extend import extend
 
     threads = torch.get_num_threads()
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -76,7 +76,7 @@ def test_missing_tokenizer(workplace):
 
 
 def test_foreign_tokenizer_against_the_manifest(workplace):
-    from endprompt_megatron.checkpoint.hf_tokenizer import hash_tokenizer, load_tokenizer
+    from endprompt_megatron.checkpoint.hf.tokenizer import hash_tokenizer, load_tokenizer
     from endprompt_megatron.data.preprocess import prepare_dataset
 
     other = build_tiny_random(workplace / "other", vocab_size=300)

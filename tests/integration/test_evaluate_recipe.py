@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from endprompt_megatron.checkpoint.hf_sources import build_tiny_random
+from endprompt_megatron.checkpoint.hf.sources import build_tiny_random
 from tests.support.run_recipe import run_recipe
 
 # the tiny tokenizer has a token for a few letters: lengths are in hundreds of words

@@ -18,8 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from endprompt_megatron.checkpoint.convert import megatron_to_hf
-from endprompt_megatron.checkpoint.directory import damage
 from endprompt_megatron.checkpoint.megatron_model import describe_megatron_model
+from endprompt_megatron.checkpoint.training_directory import damage
 from endprompt_megatron.log import read_metrics
 from tests.support.run_recipe import recipe_command, run_recipe, tiny_overrides
 from tests.support.signal_worker import kill_here_at

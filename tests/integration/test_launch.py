@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from endprompt_megatron.checkpoint.hf_sources import build_tiny_random
+from endprompt_megatron.checkpoint.hf.sources import build_tiny_random
 from endprompt_megatron.errors import EXIT_RESUME
+from endprompt_megatron.launch.processes import STOP_SIGNALS
 from endprompt_megatron.log import read_metrics
-from endprompt_megatron.mcore.children import STOP_SIGNALS
 from tests.support.run_recipe import recipe_command, run_recipe, start_recipe, tiny_overrides
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from endprompt_megatron.checkpoint.convert import megatron_to_hf
-from endprompt_megatron.checkpoint.hf_verify import format_findings, load_transformers_model, transformers_logits, verify_megatron_model
+from endprompt_megatron.checkpoint.hf.verify import format_findings, load_transformers_model, transformers_logits, verify_megatron_model
 from endprompt_megatron.checkpoint.megatron_model import describe_megatron_model
 from endprompt_megatron.errors import CheckpointError
 from tests.support.run_recipe import run_recipe, tiny_overrides

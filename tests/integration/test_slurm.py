@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from endprompt_megatron.checkpoint.hf_sources import build_tiny_random
+from endprompt_megatron.checkpoint.hf.sources import build_tiny_random
 from endprompt_megatron.log import read_metrics
 from tests.support.checkout import CHECKOUT, SUBMIT
 from tests.support.run_recipe import ROOT, tiny_overrides

@@ -13,7 +13,7 @@ from nemo.lightning.data import add_megatron_sampler
 from endprompt_megatron.data.dataset import Blend
 from endprompt_megatron.data.loader import MicroBatchSampler, micro_batches
 from endprompt_megatron.errors import ConfigError, DataError
-from endprompt_megatron.nemo.data import endprompt_data_module
+from endprompt_megatron.integrations.nemo.data import endprompt_data_module
 from tests.support.nemo_worker import extension_of, indexed_prefix
 
 STEPS, GLOBAL_BATCH = 400, 8  # 3,200 samples; an epoch of the tiny corpus has 2,718 of 64 tokens

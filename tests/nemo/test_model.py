@@ -11,12 +11,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo.collections import llm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from endprompt_megatron.checkpoint.hf_verify import megatron_logits, transformers_logits
-from endprompt_megatron.config import MethodConfig, ParallelConfig
+from endprompt_megatron.checkpoint.hf.verify import megatron_logits, transformers_logits
+from endprompt_megatron.config.schema import MethodConfig, ParallelConfig
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.extension import WindowExtension
+from endprompt_megatron.integrations.nemo.model import EndPromptLlamaConfig, EndPromptLlamaModel, endprompt_llama_config
+from endprompt_megatron.integrations.window_extension import WindowExtension
 from endprompt_megatron.model.build import transformer_config
-from endprompt_megatron.nemo.model import EndPromptLlamaConfig, EndPromptLlamaModel, endprompt_llama_config
 from endprompt_megatron.positions.endprompt import endprompt_positions
 from tests.support.nemo_worker import extension_of
 from tests.support.tiny import WINDOW, architecture_of, load_model, tokens_of

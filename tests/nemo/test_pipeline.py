@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from endprompt_megatron.checkpoint.hf_sources import build_tiny_random
+from endprompt_megatron.checkpoint.hf.sources import build_tiny_random
 from endprompt_megatron.mcore import runtime
 from tests.support import layout_worker
 from tests.support.ranks import run_ranks

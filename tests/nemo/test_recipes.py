@@ -11,7 +11,7 @@ import pytest
 from nemo.collections import llm
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
-from endprompt_megatron.nemo.recipes import llama3_8b_64k, llama3_70b_64k
+from endprompt_megatron.integrations.nemo.recipes import llama3_8b_64k, llama3_70b_64k
 from tests.support.nemo_worker import indexed_prefix
 
 

@@ -11,7 +11,7 @@ import torch
 from nemo.collections import llm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from endprompt_megatron.checkpoint.hf_verify import megatron_logits, transformers_logits
+from endprompt_megatron.checkpoint.hf.verify import megatron_logits, transformers_logits
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.positions.endprompt import endprompt_positions
 from tests.support import nemo_worker

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config
-from endprompt_megatron.checkpoint.hf_export import export_hf
-from endprompt_megatron.checkpoint.hf_import import load_hf_weights
-from endprompt_megatron.checkpoint.hf_tokenizer import hash_tokenizer, load_tokenizer
-from endprompt_megatron.checkpoint.hf_verify import verify_export
-from endprompt_megatron.checkpoint.peft_adapter import export_peft_adapter
-from endprompt_megatron.config import (
+from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config
+from endprompt_megatron.checkpoint.hf.exporter import export_hf
+from endprompt_megatron.checkpoint.hf.importer import load_hf_weights
+from endprompt_megatron.checkpoint.hf.peft_adapter import export_peft_adapter
+from endprompt_megatron.checkpoint.hf.tokenizer import hash_tokenizer, load_tokenizer
+from endprompt_megatron.checkpoint.hf.verify import verify_export
+from endprompt_megatron.config.schema import (
     AdapterConfig,
     DataConfig,
     LaunchConfig,

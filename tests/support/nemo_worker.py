@@ -19,10 +19,10 @@ from nemo import lightning as nl  # noqa: E402
 from nemo.collections import llm  # noqa: E402
 from nemo.lightning.pytorch.optim.lr_scheduler import WarmupPolicyScheduler  # noqa: E402
 
-from endprompt_megatron.config import MethodConfig  # noqa: E402
-from endprompt_megatron.extension import WindowExtension  # noqa: E402
-from endprompt_megatron.nemo.data import endprompt_data_module  # noqa: E402
-from endprompt_megatron.nemo.model import EndPromptLlamaModel, endprompt_llama_config  # noqa: E402
+from endprompt_megatron.config.schema import MethodConfig  # noqa: E402
+from endprompt_megatron.integrations.nemo.data import endprompt_data_module  # noqa: E402
+from endprompt_megatron.integrations.nemo.model import EndPromptLlamaModel, endprompt_llama_config  # noqa: E402
+from endprompt_megatron.integrations.window_extension import WindowExtension  # noqa: E402
 
 
 class _Losses(Callback):

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from endprompt_megatron.checkpoint.hf_import import load_hf_weights
-from endprompt_megatron.checkpoint.hf_tokenizer import load_tokenizer
-from endprompt_megatron.config import EvaluationConfig, ParallelConfig
+from endprompt_megatron.checkpoint.hf.importer import load_hf_weights
+from endprompt_megatron.checkpoint.hf.tokenizer import load_tokenizer
+from endprompt_megatron.config.schema import EvaluationConfig, ParallelConfig
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.evaluation.generation import greedy_generate, sequence_log_probabilities
-from endprompt_megatron.evaluation.needle import make_haystacks
-from endprompt_megatron.evaluation.perplexity import perplexity_by_window
 from endprompt_megatron.evaluation.probes.long_text import make_long_texts, read_long_texts
-from endprompt_megatron.evaluation.results import Probes, probe_system
+from endprompt_megatron.evaluation.probes.needle import make_haystacks
+from endprompt_megatron.evaluation.probes.perplexity import perplexity_by_window
+from endprompt_megatron.evaluation.probes.results import Probes, probe_system
+from endprompt_megatron.inference.generation import greedy_generate, sequence_log_probabilities
 from endprompt_megatron.mcore import runtime as mcore_runtime
 from endprompt_megatron.model.backends import resolve
 from endprompt_megatron.model.build import build_model_chunks

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from endprompt_megatron.checkpoint.distributed import load_torch_dist
-from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config, rope_from_hf
-from endprompt_megatron.config import ParallelConfig
+from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config, rope_from_hf
+from endprompt_megatron.checkpoint.training import load_torch_dist
+from endprompt_megatron.config.schema import ParallelConfig
 from endprompt_megatron.mcore import runtime as mcore_runtime
 from endprompt_megatron.mcore.checkpointing import begin_save
 from endprompt_megatron.model.backends import resolve

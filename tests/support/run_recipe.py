@@ -24,8 +24,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 # What recipes and ranks import; nothing in it changes the process at import (tests/unit/mcore/test_cpu.py).
 _IMPORTED_ONCE = (
-    "tests.support.layout_worker", "torch.utils.tensorboard", "matplotlib.pyplot", "hydra.main", "endprompt_megatron.dry_run",
-    "endprompt_megatron.extend", "endprompt_megatron.evaluate", "endprompt_megatron.compare",
+    "tests.support.layout_worker", "torch.utils.tensorboard", "matplotlib.pyplot", "hydra.main", "endprompt_megatron.jobs.dry_run",
+    "endprompt_megatron.jobs.extend", "endprompt_megatron.jobs.evaluate", "endprompt_megatron.jobs.compare",
     "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto",
 )  # fmt: skip
 
@@ -44,7 +44,7 @@ def fork_checkpoint_helper() -> None:
     """Fork the helper process of distributed checkpoints too: mcore.children spawns one, which imports torch anew."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    from endprompt_megatron.mcore.children import serve_parent
+    from endprompt_megatron.launch.processes import serve_parent
 
     manager = SyncManager(ctx=multiprocessing.get_context("fork"))
     manager.start(initializer=serve_parent)

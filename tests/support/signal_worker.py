@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from endprompt_megatron.checkpoint import directory, distributed
+from endprompt_megatron.checkpoint import training, training_directory
 from endprompt_megatron.training.trainer import Trainer
 from tests.support import layout_worker
 
@@ -21,14 +21,14 @@ from tests.support import layout_worker
 POINTS: dict[str, tuple[Any, str, bool]] = {
     "a step begins": (Trainer, "_step", True),
     "a step has ended": (Trainer, "_step", False),
-    "the folder of a checkpoint is made": (distributed, "begin_save", True),
-    "the tensors are written, or about to be": (distributed, "begin_save", False),
-    "the checksums are to be written": (directory, "complete", True),
-    "the checkpoint is to be named": (directory, "point_latest_at", True),
-    "old checkpoints are to go": (directory, "_retire", True),
-    "a checkpoint is complete": (directory, "complete", False),
+    "the folder of a checkpoint is made": (training, "begin_save", True),
+    "the tensors are written, or about to be": (training, "begin_save", False),
+    "the checksums are to be written": (training_directory, "complete", True),
+    "the checkpoint is to be named": (training_directory, "point_latest_at", True),
+    "old checkpoints are to go": (training_directory, "_retire", True),
+    "a checkpoint is complete": (training_directory, "complete", False),
 }
-OF_RANK_ZERO = tuple(name for name, (owner, *_) in POINTS.items() if owner is directory)
+OF_RANK_ZERO = tuple(name for name, (owner, *_) in POINTS.items() if owner is training_directory)
 
 
 def kill_here_at(point: str, call: int) -> None:

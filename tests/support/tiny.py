@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config
-from endprompt_megatron.checkpoint.hf_import import load_hf_weights
-from endprompt_megatron.config import ParallelConfig
-from endprompt_megatron.model.architecture import ModelArchitecture
+from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config
+from endprompt_megatron.checkpoint.hf.importer import load_hf_weights
+from endprompt_megatron.config.schema import ParallelConfig
 from endprompt_megatron.model.backends import BACKENDS
 from endprompt_megatron.model.build import build_model_chunks
 from endprompt_megatron.model.gpt import EndPromptGPTModel
+from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.rope.scaling import RopeScaling
 
 ROOT = Path(__file__).resolve().parents[2]

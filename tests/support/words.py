@@ -8,9 +8,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-from endprompt_megatron.checkpoint.hf_sources import BOS_TOKEN, EOS_TOKEN, UNK_TOKEN, build_tiny_random
-from endprompt_megatron.evaluation.ruler_forms import NOISE_SENTENCES
-from endprompt_megatron.evaluation.ruler_words import ADJECTIVES, NOUNS, VERBS, WORDS
+from endprompt_megatron.checkpoint.hf.sources import BOS_TOKEN, EOS_TOKEN, UNK_TOKEN, build_tiny_random
+from endprompt_megatron.evaluation.ruler.forms import NOISE_SENTENCES
+from endprompt_megatron.evaluation.ruler.words import ADJECTIVES, NOUNS, VERBS, WORDS
 
 VOCAB_SIZE = 8192
 

@@ -68,7 +68,7 @@ OWNERS = {
     "safetensors": {"checkpoint"},
     "tokenizers": {"checkpoint"},
     "transformer_engine": {"model"},
-    "lm_eval": {"evaluation/harness.py", "evaluation/megatron_lm.py"},
+    "lm_eval": {"evaluation/lm_eval_harness/harness.py", "evaluation/lm_eval_harness/megatron_lm.py"},
     "scipy": {"comparison"},
     "nemo": {"nemo"},
     "nemo_run": {"nemo"},
@@ -76,7 +76,7 @@ OWNERS = {
     "megatron.bridge": {"bridge"},
 }
 NO_TORCH = (
-    "positions", "theory", "planning", "doctor", "errors", "log", "config", "rope/scaling.py", "model/architecture.py", "checkpoint/hf_config.py",
+    "positions", "theory", "planning", "doctor", "errors", "log", "config", "rope/scaling.py", "planning/architecture.py", "checkpoint/hf/config.py",
 )  # fmt: skip
 
 
@@ -142,8 +142,8 @@ def test_library_never_prints_and_init_files_are_empty(path):
 
 def test_plain_number_modules_leave_torch_out():
     program = (
-        "import sys, endprompt_megatron.positions.scheme, endprompt_megatron.rope.scaling, endprompt_megatron.planning.planner, "
-        "endprompt_megatron.theory.coverage, endprompt_megatron.config\nprint('torch' in sys.modules)"
+        "import sys, endprompt_megatron.positions.scheme, endprompt_megatron.rope.scaling, endprompt_megatron.planning.run_plan, "
+        "endprompt_megatron.theory.coverage, endprompt_megatron.config.schema\nprint('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

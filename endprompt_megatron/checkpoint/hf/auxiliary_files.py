@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from endprompt_megatron.checkpoint.model_card import MODEL_CARD
+from endprompt_megatron.checkpoint.hf.model_card import MODEL_CARD
 from endprompt_megatron.log import get_logger
 
 PROVENANCE_FILE = "endprompt.json"

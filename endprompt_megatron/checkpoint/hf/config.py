@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from endprompt_megatron.errors import CheckpointError, ConfigError
-from endprompt_megatron.model.architecture import ModelArchitecture
+from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.rope.scaling import RopeScaling
 
 

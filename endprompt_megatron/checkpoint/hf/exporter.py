@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from endprompt_megatron.checkpoint.companions import PROVENANCE_FILE, copy_companions
-from endprompt_megatron.checkpoint.hf_config import extended_hf_config, read_hf_config
-from endprompt_megatron.checkpoint.hf_import import merged_weights_of_whole_model
-from endprompt_megatron.checkpoint.hf_mapping import Binding, bindings
-from endprompt_megatron.checkpoint.hf_weights import planned_tensors
-from endprompt_megatron.checkpoint.model_card import MODEL_CARD, model_card
-from endprompt_megatron.checkpoint.safetensors_io import TensorPlan, plan_shards, write_index, write_shard
+from endprompt_megatron.checkpoint.hf.auxiliary_files import PROVENANCE_FILE, copy_companions
+from endprompt_megatron.checkpoint.hf.config import extended_hf_config, read_hf_config
+from endprompt_megatron.checkpoint.hf.importer import merged_weights_of_whole_model
+from endprompt_megatron.checkpoint.hf.mapping import Binding, bindings
+from endprompt_megatron.checkpoint.hf.model_card import MODEL_CARD, model_card
+from endprompt_megatron.checkpoint.hf.safetensors_io import TensorPlan, plan_shards, write_index, write_shard
+from endprompt_megatron.checkpoint.hf.weights import planned_tensors
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import get_logger, global_rank
-from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.model.gpt import EndPromptGPTModel
+from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.rope.scaling import RopeScaling
 
 

@@ -9,15 +9,15 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from endprompt_megatron.checkpoint.hf_mapping import Binding, bindings, name_apart
-from endprompt_megatron.checkpoint.hf_weights import check_tensors
-from endprompt_megatron.checkpoint.safetensors_io import SafetensorsReader
+from endprompt_megatron.checkpoint.hf.mapping import Binding, bindings, name_apart
+from endprompt_megatron.checkpoint.hf.safetensors_io import SafetensorsReader
+from endprompt_megatron.checkpoint.hf.weights import check_tensors
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import track
 from endprompt_megatron.model.adapters import is_adapter
-from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from endprompt_megatron.model.lora import adapted_layers
+from endprompt_megatron.planning.architecture import ModelArchitecture
 
 
 def load_hf_weights(chunks: list[EndPromptGPTModel], hf_path: Path, architecture: ModelArchitecture) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from endprompt_megatron.model.architecture import ModelArchitecture
+from endprompt_megatron.planning.architecture import ModelArchitecture
 
 # Where a layer's norms are fused into the linear layer that follows (Transformer Engine), they bear its name. The table below has the
 # names of norms that stand apart; checkpoints have the fused ones, whichever layers wrote them.

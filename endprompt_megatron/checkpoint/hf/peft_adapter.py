@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from endprompt_megatron.checkpoint.hf_export import barrier, gather_tensors, move_into_place
-from endprompt_megatron.checkpoint.hf_import import adapters_of_whole_model, merged_weights_of_whole_model
-from endprompt_megatron.checkpoint.hf_mapping import Binding, Layout, Segment, bindings
-from endprompt_megatron.checkpoint.safetensors_io import TensorPlan, write_shard
-from endprompt_megatron.config import AdapterConfig
+from endprompt_megatron.checkpoint.hf.exporter import barrier, gather_tensors, move_into_place
+from endprompt_megatron.checkpoint.hf.importer import adapters_of_whole_model, merged_weights_of_whole_model
+from endprompt_megatron.checkpoint.hf.mapping import Binding, Layout, Segment, bindings
+from endprompt_megatron.checkpoint.hf.safetensors_io import TensorPlan, write_shard
+from endprompt_megatron.config.schema import AdapterConfig
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import global_rank
 from endprompt_megatron.model.adapters import OUTPUT_TARGET, adapter_name
-from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.model.gpt import EndPromptGPTModel
+from endprompt_megatron.planning.architecture import ModelArchitecture
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from endprompt_megatron.checkpoint.background_sync import BackgroundSync
+from endprompt_megatron.checkpoint.torch_dist.background_sync import BackgroundSync
 from endprompt_megatron.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"

@@ -17,22 +17,22 @@ import psutil
 import torch
 from megatron.core import parallel_state
 
-from endprompt_megatron.checkpoint.distributed import load_torch_dist
-from endprompt_megatron.checkpoint.hf_config import architecture_from_hf
-from endprompt_megatron.checkpoint.hf_import import load_hf_weights, merged_weights_of_whole_model
-from endprompt_megatron.checkpoint.hf_mapping import bindings
-from endprompt_megatron.checkpoint.hf_weights import count_weights, leftovers, missing
+from endprompt_megatron.checkpoint.hf.config import architecture_from_hf
+from endprompt_megatron.checkpoint.hf.importer import load_hf_weights, merged_weights_of_whole_model
+from endprompt_megatron.checkpoint.hf.mapping import bindings
+from endprompt_megatron.checkpoint.hf.safetensors_io import SafetensorsReader, row_blocks, tensor_bytes
+from endprompt_megatron.checkpoint.hf.weights import count_weights, leftovers, missing
+from endprompt_megatron.checkpoint.lora_reader import open_torch_dist
 from endprompt_megatron.checkpoint.megatron_model import MegatronModel
-from endprompt_megatron.checkpoint.merged_reader import open_torch_dist
-from endprompt_megatron.checkpoint.safetensors_io import SafetensorsReader, row_blocks, tensor_bytes
-from endprompt_megatron.config import AdapterConfig, ParallelConfig
+from endprompt_megatron.checkpoint.training import load_torch_dist
+from endprompt_megatron.config.schema import AdapterConfig, ParallelConfig
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import track
-from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.model.backends import BACKENDS
 from endprompt_megatron.model.build import build_model_chunks
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from endprompt_megatron.model.lora import adapted_layers
+from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.rope.scaling import RopeScaling
 
 FREQUENCY_TOLERANCE = 1e-6

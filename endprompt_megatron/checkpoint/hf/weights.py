@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from endprompt_megatron.checkpoint.hf_mapping import bindings
-from endprompt_megatron.checkpoint.safetensors_io import SafetensorsReader, TensorPlan, row_blocks, tensor_bytes
+from endprompt_megatron.checkpoint.hf.mapping import bindings
+from endprompt_megatron.checkpoint.hf.safetensors_io import SafetensorsReader, TensorPlan, row_blocks, tensor_bytes
 from endprompt_megatron.errors import CheckpointError
-from endprompt_megatron.model.architecture import ModelArchitecture
+from endprompt_megatron.planning.architecture import ModelArchitecture
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 

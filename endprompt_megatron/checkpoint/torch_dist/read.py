@@ -27,12 +27,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from endprompt_megatron.checkpoint.directory import RUN_FILE
-from endprompt_megatron.checkpoint.hf_mapping import FUSED_NAMES, bindings
-from endprompt_megatron.checkpoint.safetensors_io import BLOCK_BYTES, FileRange, empty, read_tensor
+from endprompt_megatron.checkpoint.hf.mapping import FUSED_NAMES, bindings
+from endprompt_megatron.checkpoint.hf.safetensors_io import BLOCK_BYTES, FileRange, empty, read_tensor
+from endprompt_megatron.checkpoint.training_directory import RUN_FILE
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.model.adapters import is_adapter
-from endprompt_megatron.model.architecture import ModelArchitecture
+from endprompt_megatron.planning.architecture import ModelArchitecture
 
 METADATA_FILE = ".metadata"
 LAYERS = "decoder.layers."

@@ -23,10 +23,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from endprompt_megatron.checkpoint.background_sync import BackgroundSync
-from endprompt_megatron.checkpoint.hf_mapping import FUSED_NAMES
-from endprompt_megatron.checkpoint.safetensors_io import FileRange, write_all, write_block
-from endprompt_megatron.checkpoint.torch_dist import LAYERS, METADATA_FILE, SeekableFile
+from endprompt_megatron.checkpoint.hf.mapping import FUSED_NAMES
+from endprompt_megatron.checkpoint.hf.safetensors_io import FileRange, write_all, write_block
+from endprompt_megatron.checkpoint.torch_dist.background_sync import BackgroundSync
+from endprompt_megatron.checkpoint.torch_dist.read import LAYERS, METADATA_FILE, SeekableFile
 
 # linear layers that keep an `_extra_state` object each; None in it means nothing
 _EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from endprompt_megatron.checkpoint.hf_tokenizer import end_tokens, load_tokenizer
+from endprompt_megatron.checkpoint.hf.tokenizer import end_tokens, load_tokenizer
 from endprompt_megatron.errors import BackendUnavailableError, DataError
-from endprompt_megatron.evaluation.ruler_prompts import bounded, generator_of, replaced
+from endprompt_megatron.evaluation.lm_eval_harness.ruler_prompts import bounded, generator_of, replaced
 from endprompt_megatron.evaluation.suite import MEGATRON, PREFILL_CHUNK, RULER_SAMPLES, EvaluateConfig
-from endprompt_megatron.evaluation.task_sources import PUNKT, RULER, SOURCES, HarnessTask, is_offline, sources_of
+from endprompt_megatron.evaluation.tasks import PUNKT, RULER, SOURCES, HarnessTask, is_offline, sources_of
 from endprompt_megatron.log import Progress
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 
@@ -137,7 +137,7 @@ class Harness:
             self._check_bos(self.lm)
 
     def _wrap(self, model: EndPromptGPTModel | list[EndPromptGPTModel], device: torch.device) -> Any:
-        from endprompt_megatron.evaluation.megatron_lm import MegatronLM
+        from endprompt_megatron.evaluation.lm_eval_harness.megatron_lm import MegatronLM
 
         model_dir = Path(self.config.model)
         tokenizer = load_tokenizer(model_dir)

@@ -17,7 +17,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from endprompt_megatron.errors import DataError
-from endprompt_megatron.evaluation.generation import greedy_generate, sequence_log_probabilities
+from endprompt_megatron.inference.generation import greedy_generate, sequence_log_probabilities
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 
 _MAX_NEW_TOKENS = 256  # where a task names no number; lm-eval's own default

@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.evaluation.needle import FACT, INTRODUCTION, QUESTION, Haystack, HaystackWriter, draw_key, make_question, summarise
+from endprompt_megatron.evaluation.probes.needle import (
+    FACT,
+    INTRODUCTION,
+    QUESTION,
+    Haystack,
+    HaystackWriter,
+    draw_key,
+    make_question,
+    summarise,
+)
 from endprompt_megatron.theory.coverage import gap_of_endprompt
 
 NEAR, GAP, ANCHOR = "near", "gap", "anchor"

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from endprompt_megatron.errors import DataError
-from endprompt_megatron.evaluation.generation import branch_logits, score_answer
-from endprompt_megatron.evaluation.needle import Question, describe_rows, draw_key, make_question, score_row
-from endprompt_megatron.evaluation.replica import Replica, pieces
+from endprompt_megatron.evaluation.probes.needle import Question, describe_rows, draw_key, make_question, score_row
+from endprompt_megatron.inference.forward import Replica, pieces
+from endprompt_megatron.inference.generation import branch_logits, score_answer
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 
 Encode = Callable[[str], list[int]]

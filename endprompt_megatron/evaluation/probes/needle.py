@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from endprompt_megatron.errors import DataError
-from endprompt_megatron.evaluation.generation import answer_logits, score_answer
-from endprompt_megatron.evaluation.replica import Replica
-from endprompt_megatron.evaluation.ruler_forms import NOISE_SENTENCES
+from endprompt_megatron.evaluation.ruler.forms import NOISE_SENTENCES
+from endprompt_megatron.inference.forward import Replica
+from endprompt_megatron.inference.generation import answer_logits, score_answer
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 
 Encode = Callable[[str], list[int]]

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.evaluation.gap_probe import make_gap_haystacks, summarise_by_region
-from endprompt_megatron.evaluation.harness import Sample
-from endprompt_megatron.evaluation.needle import Haystack, make_haystacks, score_haystacks, summarise
-from endprompt_megatron.evaluation.perplexity import held_out_blocks, losses_by_window
+from endprompt_megatron.evaluation.lm_eval_harness.harness import Sample
+from endprompt_megatron.evaluation.probes.gap import make_gap_haystacks, summarise_by_region
+from endprompt_megatron.evaluation.probes.needle import Haystack, make_haystacks, score_haystacks, summarise
+from endprompt_megatron.evaluation.probes.perplexity import held_out_blocks, losses_by_window
 from endprompt_megatron.evaluation.suite import PREFILL_CHUNK, EvaluateConfig
-from endprompt_megatron.evaluation.task_sources import GAP_TASK, LOG_PERPLEXITY, NEEDLE_PREFIX, HarnessTask
+from endprompt_megatron.evaluation.tasks import GAP_TASK, LOG_PERPLEXITY, NEEDLE_PREFIX, HarnessTask
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from endprompt_megatron.theory.coverage import gap_of_endprompt
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from endprompt_megatron.errors import DataError
-from endprompt_megatron.evaluation.replica import Replica, pieces
+from endprompt_megatron.inference.forward import Replica, pieces
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from endprompt_megatron.config import EvaluationConfig
-from endprompt_megatron.evaluation.needle import Haystack, score_haystacks
-from endprompt_megatron.evaluation.perplexity import perplexity_by_window
+from endprompt_megatron.config.schema import EvaluationConfig
 from endprompt_megatron.evaluation.probes.long_text import LongText, read_long_texts
+from endprompt_megatron.evaluation.probes.needle import Haystack, score_haystacks
+from endprompt_megatron.evaluation.probes.perplexity import perplexity_by_window
 from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore.runtime import from_rank_zero
 from endprompt_megatron.mcore.version import megatron_core_version

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from endprompt_megatron.errors import DataError
-from endprompt_megatron.evaluation.ruler_words import ADJECTIVES, NOUNS, WORDS, compounds
+from endprompt_megatron.evaluation.ruler.words import ADJECTIVES, NOUNS, WORDS, compounds
 
 # Source: pass-key retrieval of landmark attention (arXiv 2305.16300); RULER uses the same five.
 NOISE_SENTENCES = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")

@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
-from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config, rope_from_hf
-from endprompt_megatron.checkpoint.hf_import import load_hf_weights
-from endprompt_megatron.checkpoint.hf_tokenizer import end_tokens, load_tokenizer
-from endprompt_megatron.config import ParallelConfig
-from endprompt_megatron.evaluation import ruler
-from endprompt_megatron.evaluation.generation import greedy_generate
-from endprompt_megatron.evaluation.harness import Sample
-from endprompt_megatron.evaluation.haystack_texts import read_texts
-from endprompt_megatron.evaluation.ruler import QA_TASKS, make_samples, score
-from endprompt_megatron.evaluation.ruler_qa import make_qa_samples, read_questions
+from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config, rope_from_hf
+from endprompt_megatron.checkpoint.hf.importer import load_hf_weights
+from endprompt_megatron.checkpoint.hf.tokenizer import end_tokens, load_tokenizer
+from endprompt_megatron.config.schema import ParallelConfig
+from endprompt_megatron.evaluation.lm_eval_harness.harness import Sample
+from endprompt_megatron.evaluation.ruler import tasks
+from endprompt_megatron.evaluation.ruler.haystack_texts import read_texts
+from endprompt_megatron.evaluation.ruler.qa import make_qa_samples, read_questions
+from endprompt_megatron.evaluation.ruler.tasks import QA_TASKS, make_samples, score
 from endprompt_megatron.evaluation.suite import PREFILL_CHUNK, EvaluateConfig
-from endprompt_megatron.evaluation.task_sources import PROBE_PREFIX, HarnessTask, prose_of
+from endprompt_megatron.evaluation.tasks import PROBE_PREFIX, HarnessTask, prose_of
+from endprompt_megatron.inference.generation import greedy_generate
 from endprompt_megatron.model.backends import Backend
 from endprompt_megatron.model.build import build_model_chunks
 from endprompt_megatron.model.gpt import EndPromptGPTModel
@@ -104,7 +104,7 @@ class MegatronProbes:
             for sample, prompt, output in zip(samples, prompts, outputs, strict=True)
         ]
 
-    def _make(self, task: HarnessTask, name: str, length: int) -> list[ruler.Sample]:
+    def _make(self, task: HarnessTask, name: str, length: int) -> list[tasks.Sample]:
         """The task's samples, of local sources where it has any."""
         paths = vars(self.config.suite.sources)
         options = dict(length=length, count=self.config.suite.samples or _SAMPLES, seed=self.config.seed)

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from endprompt_megatron.errors import ConfigError, DataError
-from endprompt_megatron.evaluation.ruler import QA_TASKS, Encode, Fitting, Sample, Task
-from endprompt_megatron.evaluation.ruler_forms import NOISE, Draft, Haystack
+from endprompt_megatron.evaluation.ruler.forms import NOISE, Draft, Haystack
+from endprompt_megatron.evaluation.ruler.tasks import QA_TASKS, Encode, Fitting, Sample, Task
 
 _MAX_NEW_TOKENS = 32
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from endprompt_megatron.errors import ConfigError, DataError
-from endprompt_megatron.evaluation.ruler_forms import (
+from endprompt_megatron.evaluation.ruler.forms import (
     NOISE,
     NUM_COMMON_WORDS,
     SMALLEST_TEXT,

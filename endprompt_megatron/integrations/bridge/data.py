@@ -11,7 +11,7 @@ from megatron.bridge.training.config import DatasetBuildContext, DatasetProvider
 from endprompt_megatron.data.dataset import Blend
 from endprompt_megatron.data.loader import collate
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.extension import WindowExtension
+from endprompt_megatron.integrations.window_extension import WindowExtension
 
 
 @dataclass(kw_only=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 
-from endprompt_megatron.checkpoint.hf_import import load_hf_weights
+from endprompt_megatron.checkpoint.hf.importer import load_hf_weights
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.extension import WindowExtension
+from endprompt_megatron.integrations.window_extension import WindowExtension
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 
 

@@ -9,9 +9,9 @@ import torch
 from megatron.bridge.recipes.common import _pretrain_common
 from megatron.bridge.training.config import ConfigContainer
 
-from endprompt_megatron.bridge.data import EndPromptDatasetProvider
-from endprompt_megatron.bridge.model import endprompt_model_provider
-from endprompt_megatron.extension import WindowExtension
+from endprompt_megatron.integrations.bridge.data import EndPromptDatasetProvider
+from endprompt_megatron.integrations.bridge.model import endprompt_model_provider
+from endprompt_megatron.integrations.window_extension import WindowExtension
 
 _RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 

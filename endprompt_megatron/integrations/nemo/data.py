@@ -10,7 +10,7 @@ from nemo.collections import llm
 from endprompt_megatron.data.dataset import Blend, EndPromptDataset, TokenizerFacts
 from endprompt_megatron.data.loader import collate
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.extension import WindowExtension
+from endprompt_megatron.integrations.window_extension import WindowExtension
 
 
 class EndPromptDataModule(llm.PreTrainingDataModule):

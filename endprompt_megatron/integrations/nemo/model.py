@@ -19,12 +19,12 @@ from nemo.lightning import io
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor
 
-from endprompt_megatron.checkpoint.hf_import import load_hf_weights
+from endprompt_megatron.checkpoint.hf.importer import load_hf_weights
 from endprompt_megatron.data.batch import MicroBatch, to_micro_batch
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.extension import WindowExtension
+from endprompt_megatron.integrations.window_extension import WindowExtension
 from endprompt_megatron.mcore import cpu
-from endprompt_megatron.mcore.former_arguments import accept_former_optimizer_arguments
+from endprompt_megatron.mcore.legacy_optimizer_arguments import accept_former_optimizer_arguments
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from endprompt_megatron.training.step import weighted_loss
 

@@ -11,9 +11,9 @@ from nemo.collections.llm.recipes import llama3_8b, llama3_70b
 from nemo.collections.llm.recipes.log.default import default_log, default_resume
 from nemo.lightning.pytorch.optim.lr_scheduler import WarmupPolicyScheduler
 
-from endprompt_megatron.extension import WindowExtension
-from endprompt_megatron.nemo.data import endprompt_data_module
-from endprompt_megatron.nemo.model import EndPromptLlamaModel, endprompt_llama_config
+from endprompt_megatron.integrations.nemo.data import endprompt_data_module
+from endprompt_megatron.integrations.nemo.model import EndPromptLlamaModel, endprompt_llama_config
+from endprompt_megatron.integrations.window_extension import WindowExtension
 
 _MAX_STEPS = 1907  # x 64 samples x 8,192 tokens = 1.0B tokens. Source: EndPrompt (arXiv 2605.14589), section on training
 

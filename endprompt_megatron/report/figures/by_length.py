@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from endprompt_megatron.evaluation.task_sources import RULER
-from endprompt_megatron.report.evaluation_plots import Curve, plot_scores_by_length
+from endprompt_megatron.evaluation.tasks import RULER
+from endprompt_megatron.report.figures.evaluation import Curve, plot_scores_by_length
 
 STAND_IN_MARK = " (stand-in haystack)"
 ESSAYS_MARK = " (essays)"  # of built-in tasks, whose haystack is noise sentences otherwise

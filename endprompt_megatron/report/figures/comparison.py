@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from endprompt_megatron.comparison.results import BASE, TASKS, RunResult, log_perplexity, native_window, task_mean
 from endprompt_megatron.comparison.statistics import Summary, summarize
-from endprompt_megatron.report.plots import (
+from endprompt_megatron.report.figures.run import (
     BLUE,
     GREEN,
     GREY,

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 
-from endprompt_megatron.report.plots import (
+from endprompt_megatron.report.figures.run import (
     BLUE,
     GREEN,
     GREY,

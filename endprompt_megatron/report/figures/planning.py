@@ -9,10 +9,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from endprompt_megatron.planning.cluster import Candidate, ClusterRequest, LengthComparison, Ranking
-from endprompt_megatron.planning.cluster_page import words_of_tokens
+from endprompt_megatron.planning.layout_search import Candidate, ClusterRequest, LengthComparison, Ranking
+from endprompt_megatron.planning.pages import words_of_tokens
 from endprompt_megatron.planning.throughput import get_hardware
-from endprompt_megatron.report.plots import BLUE, GREY, SKY, STYLE, VERMILLION, WIDTH_INCHES, length_label, plt, write_figure
+from endprompt_megatron.report.figures.run import BLUE, GREY, SKY, STYLE, VERMILLION, WIDTH_INCHES, length_label, plt, write_figure
 
 _FULL_FASTEST = {"color": VERMILLION, "marker": "s", "ls": "-", "lw": 2.2, "ms": 7}
 _FULL_LEANEST = {"color": VERMILLION, "marker": "s", "ls": ":", "lw": 1.8, "ms": 6, "mfc": "white"}

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from endprompt_megatron.report.plots import (
+from endprompt_megatron.report.figures.run import (
     OTHER_STYLES,
     SKY,
     STYLE,

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from endprompt_megatron.report.plots import BLUE, GREEN, ORANGE, SKY, STYLE, VERMILLION, WIDTH_INCHES, length_label, write_figure
+from endprompt_megatron.report.figures.run import BLUE, GREEN, ORANGE, SKY, STYLE, VERMILLION, WIDTH_INCHES, length_label, write_figure
 from endprompt_megatron.theory.coverage import Coverage
 from endprompt_megatron.theory.smoothness import ScoreFunctions, Smoothness
 

@@ -51,7 +51,7 @@ class Cluster:
             self.process = subprocess.Popen(
                 [*_UNSHARE, "bash", str(_HERE / "cluster.sh"), str(self.directory), str(self.nodes)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                preexec_fn=lambda: libc.prctl(1, int(signal.SIGKILL)),  # PR_SET_PDEATHSIG: as in mcore/children.py
+                preexec_fn=lambda: libc.prctl(1, int(signal.SIGKILL)),  # PR_SET_PDEATHSIG: as in launch/processes.py
             )  # fmt: skip
         deadline = time.monotonic() + 60
         while not (self.directory / "ready").exists():

@@ -15,11 +15,11 @@ from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 
 from endprompt_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf, plan_conversion
-from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config, rope_from_hf
-from endprompt_megatron.checkpoint.hf_verify import format_findings, verify_megatron_model
+from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config, rope_from_hf
+from endprompt_megatron.checkpoint.hf.verify import format_findings, verify_megatron_model
 from endprompt_megatron.checkpoint.megatron_model import describe_megatron_model
-from endprompt_megatron.checkpoint.torch_dist import TorchDistReader, find_torch_dist
-from endprompt_megatron.checkpoint.workspace import Workspace
+from endprompt_megatron.checkpoint.resumable_directory import Workspace
+from endprompt_megatron.checkpoint.torch_dist.read import TorchDistReader, find_torch_dist
 from endprompt_megatron.errors import CheckpointError
 from tests.support.families import FAMILIES, build_family
 from tests.support.tiny import copy_model, edit_config, edit_tensors, load_model
@@ -246,17 +246,17 @@ def test_verify_catches_a_missing_shard(converted, llama, tmp_path):
 
 def test_logits_catch_what_the_table_of_names_would_not(llama, tmp_path, single_process, monkeypatch):
     """A mistake in our own mapping (key before query) is in both directions and invisible to a comparison of weights."""
-    from endprompt_megatron.checkpoint import hf_mapping
+    from endprompt_megatron.checkpoint.hf import mapping
 
     def wrong(arch):
-        right = hf_mapping._QKV.segments(arch)
+        right = mapping._QKV.segments(arch)
         return [right[index + shift] for index in range(0, len(right), 3) for shift in (1, 0, 2)]
 
     rules = tuple(
-        hf_mapping.Rule(rule.megatron, rule.hugging_face, hf_mapping.Layout(0, rule.layout.shapes, wrong), rule.exists) if rule.megatron.endswith("linear_qkv.weight") else rule
-        for rule in hf_mapping.RULES
+        mapping.Rule(rule.megatron, rule.hugging_face, mapping.Layout(0, rule.layout.shapes, wrong), rule.exists) if rule.megatron.endswith("linear_qkv.weight") else rule
+        for rule in mapping.RULES
     )
-    monkeypatch.setattr(hf_mapping, "RULES", rules)
+    monkeypatch.setattr(mapping, "RULES", rules)
     megatron = hf_to_megatron(llama, tmp_path / "megatron")
     findings = verify_megatron_model(llama, describe_megatron_model(megatron))
     assert next(finding for finding in findings if finding.check.startswith("tensors")).passed

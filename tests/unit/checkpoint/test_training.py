@@ -18,9 +18,9 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.distributed import finalize_model_grads
 
-from endprompt_megatron.checkpoint import directory as checkpoint_directory
-from endprompt_megatron.checkpoint.distributed import CheckpointWriter, RunState, load_latest_checkpoint
-from endprompt_megatron.config import OptimConfig, ParallelConfig
+from endprompt_megatron.checkpoint import training_directory as checkpoint_directory
+from endprompt_megatron.checkpoint.training import CheckpointWriter, RunState, load_latest_checkpoint
+from endprompt_megatron.config.schema import OptimConfig, ParallelConfig
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.model.build import wrap_for_training
 from endprompt_megatron.model.gpt import EndPromptGPTModel

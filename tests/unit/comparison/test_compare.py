@@ -12,10 +12,10 @@ import time
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from endprompt_megatron.compare import compare
 from endprompt_megatron.comparison.runner import _quoted
 from endprompt_megatron.comparison.study import StudyConfig
 from endprompt_megatron.errors import ConfigError, DataError, RunInterrupted
+from endprompt_megatron.jobs.compare import compare
 from tests.support.studies import stand_in_command, write_run, write_suite
 
 METHODS = ("control_short_pi", "endprompt", "pose", "untrained_pi")

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from endprompt_megatron.comparison.evaluations import Key, read_evaluation
+from endprompt_megatron.comparison.paired_evaluations import Key, read_evaluation
 from endprompt_megatron.comparison.paired_suites import compare_evaluations
 from endprompt_megatron.comparison.results import fault_of, read_run
 from endprompt_megatron.errors import DataError

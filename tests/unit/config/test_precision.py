@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from endprompt_megatron.config import (
+from endprompt_megatron.config.precision import FP8_MULTIPLES
+from endprompt_megatron.config.schema import (
     DataConfig,
     EvaluationConfig,
     ModelConfig,
@@ -18,8 +19,7 @@ from endprompt_megatron.config import (
     TrainerConfig,
 )
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.model.architecture import ModelArchitecture
-from endprompt_megatron.precision_rules import FP8_MULTIPLES
+from endprompt_megatron.planning.architecture import ModelArchitecture
 
 LLAMA3_8B = ModelArchitecture(32, 4096, 14336, 32, 8, 128, 128256, 8192, 500000.0, 1e-5, False)
 SMOLLM2 = ModelArchitecture(30, 576, 1536, 9, 3, 64, 49152, 8192, 100000.0, 1e-5, True)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from endprompt_megatron.config import (
+from endprompt_megatron.config.schema import (
     DataConfig,
     EvaluationConfig,
     ModelConfig,
@@ -18,7 +18,7 @@ from endprompt_megatron.config import (
     with_expanded_paths,
 )
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.model.architecture import ModelArchitecture
+from endprompt_megatron.planning.architecture import ModelArchitecture
 
 ARCHITECTURE = ModelArchitecture(8, 64, 128, 8, 4, 8, 512, 8192, 10000.0, 1e-5, False)
 SCHEMES = ("contiguous", "endprompt")

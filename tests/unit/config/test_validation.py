@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 
-from endprompt_megatron.config import DataConfig, EvaluationConfig, ModelConfig, RopeConfig, RunConfig, TextSource, TrainerConfig
+from endprompt_megatron.config.schema import DataConfig, EvaluationConfig, ModelConfig, RopeConfig, RunConfig, TextSource, TrainerConfig
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.model.architecture import ModelArchitecture
+from endprompt_megatron.planning.architecture import ModelArchitecture
 
 ARCHITECTURE = ModelArchitecture(8, 64, 128, 8, 4, 8, 512, 8192, 10000.0, 1e-5, False)
 
@@ -121,7 +121,7 @@ def test_adapters_and_attention_that_work(changes):
 
 
 def test_other_adapters_make_another_run():
-    from endprompt_megatron.config_rules import resume_differences
+    from endprompt_megatron.config.validation import resume_differences
 
     stored, current = RunConfig().to_dict(), RunConfig().to_dict()
     current["adapter"]["alpha"], current["method"]["attention"] = 32.0, "s2"
@@ -148,7 +148,7 @@ def test_messages_quote_the_value(changes, quoted):
 
 def test_a_key_that_came_later_meant_its_default_before():
     """A run of an earlier version resumes as long as new keys say what it did then."""
-    from endprompt_megatron.config_rules import resume_differences
+    from endprompt_megatron.config.validation import resume_differences
 
     defaults = RunConfig().to_dict()
     stored = RunConfig().to_dict()

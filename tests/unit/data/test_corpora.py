@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from endprompt_megatron.checkpoint.hf_tokenizer import hash_tokenizer, load_tokenizer
-from endprompt_megatron.config import TextSource
+from endprompt_megatron.checkpoint.hf.tokenizer import hash_tokenizer, load_tokenizer
+from endprompt_megatron.config.schema import TextSource
 from endprompt_megatron.data.corpora import inspect_corpora, prepare_corpora
 
 

@@ -18,7 +18,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from endprompt_megatron.checkpoint.hf_tokenizer import hash_tokenizer, load_tokenizer
+from endprompt_megatron.checkpoint.hf.tokenizer import hash_tokenizer, load_tokenizer
 from endprompt_megatron.data.dataset import Blend, TokenizerFacts, build_datasets, sample_order
 from endprompt_megatron.data.preprocess import prepare_dataset
 from endprompt_megatron.data.prompts import EndPromptSet

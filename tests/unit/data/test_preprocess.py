@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from endprompt_megatron.checkpoint.hf_sources import build_tiny_random
-from endprompt_megatron.checkpoint.hf_tokenizer import hash_tokenizer, load_tokenizer
+from endprompt_megatron.checkpoint.hf.sources import build_tiny_random
+from endprompt_megatron.checkpoint.hf.tokenizer import hash_tokenizer, load_tokenizer
 from endprompt_megatron.data import preprocess
 from endprompt_megatron.data.preprocess import check_manifest, load_manifest, prepare_dataset
 from endprompt_megatron.errors import DataError

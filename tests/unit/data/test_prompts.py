@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from endprompt_megatron.checkpoint.hf_tokenizer import load_tokenizer
+from endprompt_megatron.checkpoint.hf.tokenizer import load_tokenizer
 from endprompt_megatron.data.prompts import PAPER_END_PROMPTS, EndPromptSet, tokenize_end_prompts
 from endprompt_megatron.errors import ConfigError
 

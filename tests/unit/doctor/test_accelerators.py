@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
+from endprompt_megatron.config.precision import FP8_MULTIPLES
 from endprompt_megatron.doctor.accelerators import Accelerators, Gpu, accelerator_findings, fp8_kinds, look
 from endprompt_megatron.doctor.finding import LIMITS, MISSING, OK, Finding
 from endprompt_megatron.doctor.probes import Answer
 from endprompt_megatron.model.te_support import Machine, fault_of
-from endprompt_megatron.precision_rules import FP8_MULTIPLES
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", 79.1, (9, 0))
 A100 = Gpu("NVIDIA A100-SXM4-80GB", 79.2, (8, 0))

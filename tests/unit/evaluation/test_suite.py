@@ -11,7 +11,7 @@ import pytest
 
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.evaluation.suite import EvaluateConfig, NeedleConfig, PerplexityConfig, SourcesConfig, SuiteConfig
-from endprompt_megatron.evaluation.task_sources import (
+from endprompt_megatron.evaluation.tasks import (
     SOURCES,
     SUITES,
     TASKS,

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from endprompt_megatron.checkpoint.hf_config import read_hf_config, rope_from_hf
+from endprompt_megatron.checkpoint.hf.config import read_hf_config, rope_from_hf
 from endprompt_megatron.errors import CheckpointError, ConfigError
-from endprompt_megatron.evaluation.attention_scores import QueriesAndKeys, collect_queries_and_keys, load_model
+from endprompt_megatron.inference.attention_scores import QueriesAndKeys, collect_queries_and_keys, load_model
 from endprompt_megatron.theory.smoothness import score_functions
 from tests.support.families import build_family
 from tests.support.tiny import tokens_of

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from endprompt_megatron.evaluation.megatron_probes import load_model
-from endprompt_megatron.evaluation.replica import Replica
+from endprompt_megatron.evaluation.ruler.offline import load_model
+from endprompt_megatron.inference.forward import Replica
 from endprompt_megatron.model import backends
 
 pytestmark = pytest.mark.usefixtures("single_process")

@@ -8,10 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from endprompt_megatron.errors import DataError
-from endprompt_megatron.evaluation.generation import greedy_generate, sequence_log_probabilities
-from endprompt_megatron.evaluation.needle import Haystack, Question, score_haystacks
-from endprompt_megatron.evaluation.perplexity import perplexity_by_window
-from endprompt_megatron.evaluation.replica import Replica
+from endprompt_megatron.evaluation.probes.needle import Haystack, Question, score_haystacks
+from endprompt_megatron.evaluation.probes.perplexity import perplexity_by_window
+from endprompt_megatron.inference.forward import Replica
+from endprompt_megatron.inference.generation import greedy_generate, sequence_log_probabilities
 from endprompt_megatron.model import sdpa
 from endprompt_megatron.rope.scaling import RopeScaling
 from tests.support.tiny import load_model, tokens_of

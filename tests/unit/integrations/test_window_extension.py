@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 
-from endprompt_megatron.config import MethodConfig, RopeConfig
+from endprompt_megatron.config.schema import MethodConfig, RopeConfig
 from endprompt_megatron.data.dataset import Blend
 from endprompt_megatron.data.prompts import PAPER_END_PROMPTS
 from endprompt_megatron.errors import CheckpointError, ConfigError, DataError
-from endprompt_megatron.extension import WindowExtension
+from endprompt_megatron.integrations.window_extension import WindowExtension
 from endprompt_megatron.rope.scaling import RopeScaling
 from tests.support.tiny import WINDOW, copy_model, edit_config
 

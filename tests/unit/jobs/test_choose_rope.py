@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from endprompt_megatron.config import (
+from endprompt_megatron.config.schema import (
     DataConfig,
     EvaluationConfig,
     ModelConfig,
@@ -18,7 +18,7 @@ from endprompt_megatron.config import (
     TrainerConfig,
 )
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.jobs.rope_advice import candidates, compare_ropes
+from endprompt_megatron.jobs.choose_rope import candidates, compare_ropes
 from endprompt_megatron.report.rope_advice import recommend, usable_untrained
 from endprompt_megatron.rope.scaling import RopeScaling
 

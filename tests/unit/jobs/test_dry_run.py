@@ -8,8 +8,9 @@ import re
 from pathlib import Path
 
 import pytest
+from tests.unit.test_preflight import config_of
 
-from endprompt_megatron.config import (
+from endprompt_megatron.config.schema import (
     LaunchConfig,
     MethodConfig,
     ModelConfig,
@@ -20,11 +21,10 @@ from endprompt_megatron.config import (
     TrainerConfig,
 )
 from endprompt_megatron.data.preprocess import prepare_dataset
-from endprompt_megatron.dry_run import dry_run
 from endprompt_megatron.errors import CheckpointError, ConfigError, DataError
-from endprompt_megatron.launch import planned_world_size
+from endprompt_megatron.jobs.dry_run import dry_run
+from endprompt_megatron.launch.launcher import planned_world_size
 from tests.support.tiny import copy_model, edit_tensors
-from tests.unit.test_preflight import config_of
 
 LLAMA3_70B = {
     "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672,
@@ -126,7 +126,7 @@ def _overridden(config: RunConfig, overrides: list[str]) -> RunConfig:
 
 
 def test_what_fits_nowhere_is_refused_without_a_change(monkeypatch):
-    from endprompt_megatron import dry_run as module
+    from endprompt_megatron.jobs import dry_run as module
 
     monkeypatch.setattr(module, "needed_gib", lambda request: 1e6)
     with pytest.raises(ConfigError, match="No layout of these ranks or more fits: train on shorter samples"):
@@ -160,7 +160,7 @@ class TestFilesThatAreThere:
         return config
 
     def test_base_and_manifest_are_read_and_nothing_is_written(self, tiny_model_dir, tmp_path, monkeypatch):
-        from endprompt_megatron.checkpoint.hf_tokenizer import hash_tokenizer, load_tokenizer
+        from endprompt_megatron.checkpoint.hf.tokenizer import hash_tokenizer, load_tokenizer
 
         text = tmp_path / "text.jsonl"
         text.write_text('{"text": "%s"}\n' % ("The river rises in the hills. " * 40))
@@ -185,7 +185,7 @@ class TestFilesThatAreThere:
             _run(self.config(broken, tmp_path))
 
     def test_a_dataset_of_another_tokenizer(self, tiny_model_dir, tmp_path):
-        from endprompt_megatron.checkpoint.hf_tokenizer import load_tokenizer
+        from endprompt_megatron.checkpoint.hf.tokenizer import load_tokenizer
 
         text = tmp_path / "text.txt"
         text.write_text("The river rises in the hills.")
@@ -200,7 +200,7 @@ class TestFilesThatAreThere:
             _run(self.config(tiny_model_dir, tmp_path))
 
     def test_a_host_with_too_little_memory(self, tiny_model_dir, tmp_path, monkeypatch):
-        from endprompt_megatron import preflight
+        from endprompt_megatron.jobs import preflight
 
         model = copy_model(tiny_model_dir, tmp_path / "model")
         monkeypatch.setattr(preflight, "_host_memory_gib", lambda: 0.001)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from endprompt_megatron import evaluate as module
-from endprompt_megatron import evaluation_conditions
-from endprompt_megatron.config import LaunchConfig, ParallelConfig, TextSource
+from endprompt_megatron.config.schema import LaunchConfig, ParallelConfig, TextSource
 from endprompt_megatron.errors import BackendUnavailableError, ConfigError
-from endprompt_megatron.evaluate import evaluate
-from endprompt_megatron.evaluation.harness import VERSION, Sample
+from endprompt_megatron.evaluation import conditions
+from endprompt_megatron.evaluation.lm_eval_harness.harness import VERSION, Sample
 from endprompt_megatron.evaluation.suite import EvaluateConfig, NeedleConfig, PerplexityConfig, SourcesConfig, SuiteConfig
+from endprompt_megatron.jobs import evaluate as module
+from endprompt_megatron.jobs.evaluate import evaluate
 from tests.support.tiny import copy_model, edit_config
 
 OFFLINE_TASKS = ["niah_single_1", "ruler_vt"]
@@ -40,7 +40,7 @@ def harness(monkeypatch):
     monkeypatch.setattr(FakeHarness, "asked", [])
     monkeypatch.setattr(FakeHarness, "failing", {})
     monkeypatch.setattr(module, "Harness", FakeHarness)
-    monkeypatch.setattr(evaluation_conditions, "harness_version", lambda: VERSION)
+    monkeypatch.setattr(conditions, "harness_version", lambda: VERSION)
     monkeypatch.setattr(module, "has_punkt", lambda: False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return FakeHarness
@@ -177,7 +177,7 @@ def test_a_directory_in_use_is_refused(tiny_model_dir, tmp_path):
 def test_missing_backends_say_how_to_install_them(tiny_model_dir, tmp_path, monkeypatch):
     import importlib.metadata
 
-    from endprompt_megatron.evaluation import harness
+    from endprompt_megatron.evaluation.lm_eval_harness import harness
 
     def absent(name):
         raise importlib.metadata.PackageNotFoundError(name)

@@ -1,5 +1,5 @@
 """An evaluation on Megatron-Core from its settings to its files, by models that know everything or nothing. Apart from test_evaluate.py and
-test_megatron_probes.py because it starts Megatron-Core itself."""
+test_offline.py because it starts Megatron-Core itself."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from endprompt_megatron.comparison.evaluations import read_evaluation
-from endprompt_megatron.config import TextSource
+from endprompt_megatron.comparison.paired_evaluations import read_evaluation
+from endprompt_megatron.config.schema import TextSource
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.evaluate import evaluate
-from endprompt_megatron.evaluation import megatron_probes
-from endprompt_megatron.evaluation.ruler import QA_TASKS, TASKS
+from endprompt_megatron.evaluation.ruler import offline
+from endprompt_megatron.evaluation.ruler.tasks import QA_TASKS, TASKS
 from endprompt_megatron.evaluation.suite import EvaluateConfig, PerplexityConfig, SourcesConfig, SuiteConfig
+from endprompt_megatron.jobs.evaluate import evaluate
 from endprompt_megatron.report.suite_comparison import write_suite_comparison
 
 PROSE = ["It was a quiet morning in the valley. The miller opened his window; nobody passed. ", "They built a second bridge! It stood on seven arches. "]
@@ -61,8 +61,8 @@ def asked(monkeypatch, tiny_model_dir):
         return [tokenizer(" ".join(answer), add_special_tokens=False)["input_ids"] if last["knows"] else [] for answer in answers]
 
     for name in ("make_samples", "make_qa_samples"):
-        monkeypatch.setattr(megatron_probes, name, remember(getattr(megatron_probes, name)))
-    monkeypatch.setattr(megatron_probes, "greedy_generate", write)
+        monkeypatch.setattr(offline, name, remember(getattr(offline, name)))
+    monkeypatch.setattr(offline, "greedy_generate", write)
     return last
 
 

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 
-from endprompt_megatron.config import LaunchConfig, ParallelConfig, RunConfig, TrainerConfig
-from endprompt_megatron.fitting import smallest_change
+from endprompt_megatron.config.schema import LaunchConfig, ParallelConfig, RunConfig, TrainerConfig
+from endprompt_megatron.jobs.memory_fit import smallest_change
 
 
 def _config(micro_batch_size: int = 1, **parallel: object) -> RunConfig:

@@ -10,8 +10,7 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from endprompt_megatron import preflight
-from endprompt_megatron.config import (
+from endprompt_megatron.config.schema import (
     DataConfig,
     EvaluationConfig,
     MethodConfig,
@@ -22,6 +21,7 @@ from endprompt_megatron.config import (
     TrainerConfig,
 )
 from endprompt_megatron.errors import CheckpointError, ConfigError, DataError
+from endprompt_megatron.jobs import preflight
 from endprompt_megatron.rope.scaling import RopeScaling
 from tests.support.families import build_family
 from tests.support.tiny import copy_model, edit_tensors

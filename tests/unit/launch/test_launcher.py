@@ -7,8 +7,8 @@ import os
 
 import pytest
 
-from endprompt_megatron import launch
 from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.launch import launcher
 
 TASK = {"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0"}
 
@@ -24,7 +24,7 @@ def task(monkeypatch):
     def adopt(**variables: str) -> dict[str, str]:
         with monkeypatch.context() as patch:
             patch.setattr(os, "environ", {**os.environ, **TASK, **variables})
-            launch.adopt_srun_environment()
+            launcher.adopt_srun_environment()
             return dict(os.environ)
 
     return adopt

@@ -12,7 +12,7 @@ from tests.support.tiny import ROOT
 PROGRAM = """
 import os, signal, threading, time, psutil
 from endprompt_megatron.mcore.checkpointing import _prepare_queue, filesystem_async
-from endprompt_megatron.mcore.children import STOP_SIGNALS
+from endprompt_megatron.launch.processes import STOP_SIGNALS
 
 def pester():
     while not served.is_set():

@@ -62,7 +62,7 @@ def test_random_tracker_forks_and_restores(single_process):
 def test_importing_installs_nothing():
     program = (
         "import torch; before = torch.cuda.current_device, torch.cuda.Stream\n"
-        "import endprompt_megatron.extend, endprompt_megatron.mcore.cpu as cpu\n"
+        "import endprompt_megatron.jobs.extend, endprompt_megatron.mcore.cpu as cpu\n"
         "assert before == (torch.cuda.current_device, torch.cuda.Stream) and not cpu.cpu_shims_installed()\n"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, capture_output=True, text=True)

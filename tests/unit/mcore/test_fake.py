@@ -7,7 +7,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import layers
 
-from endprompt_megatron.config import ParallelConfig
+from endprompt_megatron.config.schema import ParallelConfig
 from endprompt_megatron.mcore import fake, runtime
 
 # Megatron's order from the fastest: tensor, context, data, pipeline. 16 ranks = 2 x 2 x 2 x 2, so that each dimension is one bit of a rank.

@@ -6,7 +6,7 @@ import pytest
 from megatron.core import optimizer
 
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.mcore.former_arguments import accept_former_optimizer_arguments
+from endprompt_megatron.mcore.legacy_optimizer_arguments import accept_former_optimizer_arguments
 
 
 @pytest.fixture

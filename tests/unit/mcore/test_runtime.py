@@ -9,7 +9,7 @@ import pytest
 import torch
 from megatron.core import parallel_state, tensor_parallel
 
-from endprompt_megatron.config import ParallelConfig
+from endprompt_megatron.config.schema import ParallelConfig
 from endprompt_megatron.mcore import cpu, runtime
 
 CPU = torch.device("cpu")

@@ -15,8 +15,8 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-from endprompt_megatron.checkpoint.hf_verify import load_transformers_model, transformers_logits
-from endprompt_megatron.config import ParallelConfig
+from endprompt_megatron.checkpoint.hf.verify import load_transformers_model, transformers_logits
+from endprompt_megatron.config.schema import ParallelConfig
 from endprompt_megatron.model.build import transformer_config, wrap_for_training
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from tests.support.tiny import WINDOW, architecture_of, copy_model, edit_config, load_model, rope_of, tokens_of

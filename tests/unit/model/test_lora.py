@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from endprompt_megatron.checkpoint.hf_import import load_hf_weights, merged_weights_of_whole_model
-from endprompt_megatron.checkpoint.hf_verify import load_transformers_model, transformers_logits
-from endprompt_megatron.config import AdapterConfig, ParallelConfig
+from endprompt_megatron.checkpoint.hf.importer import load_hf_weights, merged_weights_of_whole_model
+from endprompt_megatron.checkpoint.hf.verify import load_transformers_model, transformers_logits
+from endprompt_megatron.config.schema import AdapterConfig, ParallelConfig
 from endprompt_megatron.model.adapters import adapter_name, is_adapter
 from endprompt_megatron.model.backends import BACKENDS
 from endprompt_megatron.model.build import build_model_chunks, wrap_for_training

@@ -6,18 +6,18 @@ import psutil
 import pytest
 import torch
 
-from endprompt_megatron.checkpoint.hf_config import architecture_from_hf
-from endprompt_megatron.config import AdapterConfig, ParallelConfig, RunConfig
+from endprompt_megatron.checkpoint.hf.config import architecture_from_hf
+from endprompt_megatron.config.schema import AdapterConfig, ParallelConfig, RunConfig
+from endprompt_megatron.jobs.preflight import model_shape, trained_parts
 from endprompt_megatron.mcore import runtime
 from endprompt_megatron.model import lora
 from endprompt_megatron.model.adapters import is_adapter
-from endprompt_megatron.model.architecture import ModelArchitecture
 from endprompt_megatron.model.backends import BACKENDS
 from endprompt_megatron.model.build import build_model_chunks
-from endprompt_megatron.model.stages import build_stages
+from endprompt_megatron.model.pipeline_stages import build_stages
+from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.planning.layout import Layout, stage_parameters
 from endprompt_megatron.planning.memory import GIB, stage_memory
-from endprompt_megatron.preflight import model_shape, trained_parts
 from endprompt_megatron.rope.scaling import RopeScaling
 
 LLAMA3_8B = ModelArchitecture(32, 4096, 14336, 32, 8, 128, 128256, 8192, 500000.0, 1e-5, tied_embeddings=False)

@@ -12,12 +12,12 @@ from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from endprompt_megatron.config import ParallelConfig
+from endprompt_megatron.config.precision import FP8_MULTIPLES
+from endprompt_megatron.config.schema import ParallelConfig
 from endprompt_megatron.model.build import transformer_config
 from endprompt_megatron.model.fusions import Fusions
 from endprompt_megatron.model.precision import describe_precision, precision_fields
 from endprompt_megatron.positions.scheme import SCHEMES, SampleLayout
-from endprompt_megatron.precision_rules import FP8_MULTIPLES
 from tests.support.tiny import WINDOW, architecture_of, load_model, tokens_of
 
 LENGTH = 24

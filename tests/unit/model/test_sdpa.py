@@ -14,12 +14,12 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from endprompt_megatron.config import ParallelConfig
-from endprompt_megatron.model.architecture import ModelArchitecture
+from endprompt_megatron.config.schema import ParallelConfig
 from endprompt_megatron.model.build import transformer_config
 from endprompt_megatron.model.layer_specs import torch_block_spec
 from endprompt_megatron.model.norm import RMSNorm
 from endprompt_megatron.model.sdpa import TorchSDPA
+from endprompt_megatron.planning.architecture import ModelArchitecture
 from tests.support.tiny import architecture_of
 
 pytestmark = pytest.mark.usefixtures("single_process")

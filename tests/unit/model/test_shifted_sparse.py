@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.transformer.enums import AttnMaskType
 
-from endprompt_megatron.config import ParallelConfig
+from endprompt_megatron.config.schema import ParallelConfig
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.model.build import transformer_config
 from endprompt_megatron.model.sdpa import TorchSDPA

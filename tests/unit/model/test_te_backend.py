@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from endprompt_megatron.checkpoint.distributed import CheckpointWriter, RunState, load_latest_checkpoint
-from endprompt_megatron.checkpoint.hf_import import load_hf_weights, merged_weights_of_whole_model, named_parameters_of_whole_model
-from endprompt_megatron.checkpoint.hf_mapping import bindings
-from endprompt_megatron.checkpoint.safetensors_io import SafetensorsReader
-from endprompt_megatron.config import AdapterConfig, OptimConfig, ParallelConfig, RunConfig
-from endprompt_megatron.evaluation.replica import Replica
+from endprompt_megatron.checkpoint.hf.importer import load_hf_weights, merged_weights_of_whole_model, named_parameters_of_whole_model
+from endprompt_megatron.checkpoint.hf.mapping import bindings
+from endprompt_megatron.checkpoint.hf.safetensors_io import SafetensorsReader
+from endprompt_megatron.checkpoint.training import CheckpointWriter, RunState, load_latest_checkpoint
+from endprompt_megatron.config.schema import AdapterConfig, OptimConfig, ParallelConfig, RunConfig
+from endprompt_megatron.inference.forward import Replica
 from endprompt_megatron.model.backends import BACKENDS
 from endprompt_megatron.model.build import build_model_chunks, wrap_for_training
 from endprompt_megatron.model.gpt import EndPromptGPTModel

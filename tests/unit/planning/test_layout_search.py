@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.planning.cluster import ClusterRequest, compare_lengths, rank_layouts
-from endprompt_megatron.planning.cluster_page import describe_cluster, words_of_tokens
 from endprompt_megatron.planning.flops import ModelShape
+from endprompt_megatron.planning.layout_search import ClusterRequest, compare_lengths, rank_layouts
 from endprompt_megatron.planning.memory import TrainedParts, stage_memory
+from endprompt_megatron.planning.pages import describe_cluster, words_of_tokens
 from endprompt_megatron.planning.throughput import get_hardware
 
 LLAMA3_8B = ModelShape(32, 4096, 14336, 32, 8, 128, 128256, tied_embeddings=False)

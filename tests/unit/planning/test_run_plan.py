@@ -7,7 +7,7 @@ import pytest
 
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.planning.flops import ModelShape
-from endprompt_megatron.planning.planner import PlanRequest, describe_plan, plan_memory
+from endprompt_megatron.planning.run_plan import PlanRequest, describe_plan, plan_memory
 
 SMOLLM2_135M = ModelShape(30, 576, 1536, 9, 3, 64, 49152, tied_embeddings=True)
 LLAMA3_8B = ModelShape(32, 4096, 14336, 32, 8, 128, 128256, tied_embeddings=False)

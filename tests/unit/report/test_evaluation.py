@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import fmean
 
-from endprompt_megatron.evaluation.task_sources import TASKS, tasks_of
+from endprompt_megatron.evaluation.tasks import TASKS, tasks_of
 from endprompt_megatron.report.evaluation import write_evaluation
 
 CONDITIONS = {

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from endprompt_megatron.errors import DataError
-from endprompt_megatron.report.plots import length_label, plot_loss, plot_positions, smooth, wilson_interval
-from endprompt_megatron.report.report import format_table, format_terminal_table, write_report
+from endprompt_megatron.report.figures.run import length_label, plot_loss, plot_positions, smooth, wilson_interval
+from endprompt_megatron.report.run import format_table, format_terminal_table, write_report
 
 PICTURES = ("positions.png", "loss.png", "needle.png", "needle_depth_by_length.png", "perplexity.png")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from endprompt_megatron.errors import RunInterrupted
-from endprompt_megatron.mcore.children import STOP_SIGNALS
+from endprompt_megatron.launch.processes import STOP_SIGNALS
 from endprompt_megatron.training.signals import StopRequests
 
 pytestmark = pytest.mark.usefixtures("single_process")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from endprompt_megatron.config import OptimConfig
+from endprompt_megatron.config.schema import OptimConfig
 from endprompt_megatron.data.batch import MicroBatch
 from endprompt_megatron.training.optimizer import build_scheduler
 from endprompt_megatron.training.step import LOSS_FIGURES, weighted_loss

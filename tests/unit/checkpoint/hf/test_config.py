@@ -10,10 +10,10 @@ import pytest
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, extended_hf_config, read_hf_config
-from endprompt_megatron.checkpoint.hf_config import rope_from_hf as architecture_rope
+from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, extended_hf_config, read_hf_config
+from endprompt_megatron.checkpoint.hf.config import rope_from_hf as architecture_rope
 from endprompt_megatron.errors import CheckpointError
-from endprompt_megatron.model.architecture import ModelArchitecture
+from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.rope.scaling import RopeScaling
 from tests.support.families import FAMILIES, SIZES
 

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from endprompt_megatron.checkpoint.companions import PROVENANCE_FILE
-from endprompt_megatron.checkpoint.hf_export import export_hf
-from endprompt_megatron.checkpoint.hf_verify import (
+from endprompt_megatron.checkpoint.hf.auxiliary_files import PROVENANCE_FILE
+from endprompt_megatron.checkpoint.hf.exporter import export_hf
+from endprompt_megatron.checkpoint.hf.model_card import MODEL_CARD
+from endprompt_megatron.checkpoint.hf.verify import (
     Finding,
     format_findings,
     load_transformers_model,
@@ -22,7 +23,6 @@ from endprompt_megatron.checkpoint.hf_verify import (
     transformers_logits,
     verify_export,
 )
-from endprompt_megatron.checkpoint.model_card import MODEL_CARD
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import get_logger
 from endprompt_megatron.model.gpt import EndPromptGPTModel

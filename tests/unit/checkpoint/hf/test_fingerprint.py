@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from endprompt_megatron.checkpoint.fingerprint import weights_fingerprint
+from endprompt_megatron.checkpoint.hf.fingerprint import weights_fingerprint
 from tests.support.tiny import copy_model, edit_config, edit_tensors
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from endprompt_megatron.checkpoint.hf_import import load_hf_weights
-from endprompt_megatron.checkpoint.hf_weights import check_hf_weights
-from endprompt_megatron.checkpoint.safetensors_io import SafetensorsReader
+from endprompt_megatron.checkpoint.hf.importer import load_hf_weights
+from endprompt_megatron.checkpoint.hf.safetensors_io import SafetensorsReader
+from endprompt_megatron.checkpoint.hf.weights import check_hf_weights
 from endprompt_megatron.errors import CheckpointError
 from tests.support.tiny import architecture_of, copy_model, edit_config, edit_tensors, load_model
 

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from endprompt_megatron.checkpoint.hf_mapping import FUSED_NAMES, Binding, bindings, name_apart
-from endprompt_megatron.model.architecture import ModelArchitecture
+from endprompt_megatron.checkpoint.hf.mapping import FUSED_NAMES, Binding, bindings, name_apart
+from endprompt_megatron.planning.architecture import ModelArchitecture
 from tests.support.tiny import architecture_of, load_model
 
 

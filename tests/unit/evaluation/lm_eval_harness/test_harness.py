@@ -12,7 +12,7 @@ import pytest
 
 from endprompt_megatron.errors import DataError
 from endprompt_megatron.evaluation.suite import EvaluateConfig, SourcesConfig, SuiteConfig
-from endprompt_megatron.evaluation.task_sources import TASKS
+from endprompt_megatron.evaluation.tasks import TASKS
 
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm-eval is not installed: pip install -e .[eval]", allow_module_level=True)
@@ -20,7 +20,7 @@ if importlib.util.find_spec("lm_eval") is None:
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 
-from endprompt_megatron.evaluation.harness import Harness
+from endprompt_megatron.evaluation.lm_eval_harness.harness import Harness
 
 OFFLINE = ["niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe"]
 SAMPLES = 2
@@ -139,7 +139,7 @@ def test_a_local_longbench_takes_the_place_of_the_hubs(word_model_dir, tmp_path)
 
 
 def test_local_prose_takes_the_place_of_the_essays(word_model_dir, tmp_path):
-    from endprompt_megatron.evaluation.harness import has_punkt
+    from endprompt_megatron.evaluation.lm_eval_harness.harness import has_punkt
 
     if not has_punkt():
         pytest.skip("NLTK's punkt_tab is not there: python -m nltk.downloader punkt_tab, or set NLTK_DATA")

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from endprompt_megatron.errors import DataError
-from endprompt_megatron.evaluation.megatron_probes import load_model
+from endprompt_megatron.evaluation.ruler.offline import load_model
 from endprompt_megatron.evaluation.suite import EvaluateConfig, SourcesConfig, SuiteConfig
-from endprompt_megatron.evaluation.task_sources import TASKS
+from endprompt_megatron.evaluation.tasks import TASKS
 from endprompt_megatron.model import backends
 from tests.support.run_recipe import ROOT
 
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm-eval is not installed: pip install -e .[eval]", allow_module_level=True)
 
-from endprompt_megatron.evaluation.harness import Harness
+from endprompt_megatron.evaluation.lm_eval_harness.harness import Harness
 
 pytestmark = pytest.mark.usefixtures("single_process")
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from endprompt_megatron.errors import DataError
-from endprompt_megatron.evaluation.ruler_prompts import bounded, generator_of
+from endprompt_megatron.evaluation.lm_eval_harness.ruler_prompts import bounded, generator_of
 
 
 def _tokenizer(text: str) -> SimpleNamespace:

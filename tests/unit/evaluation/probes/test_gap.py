@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from endprompt_megatron.checkpoint.hf_tokenizer import load_tokenizer
+from endprompt_megatron.checkpoint.hf.tokenizer import load_tokenizer
 from endprompt_megatron.errors import ConfigError, DataError
-from endprompt_megatron.evaluation.gap_probe import make_gap_haystacks, regions_of_endprompt, summarise_by_region
-from endprompt_megatron.evaluation.needle import score_haystacks
+from endprompt_megatron.evaluation.probes.gap import make_gap_haystacks, regions_of_endprompt, summarise_by_region
+from endprompt_megatron.evaluation.probes.needle import score_haystacks
 from endprompt_megatron.positions.scheme import SampleLayout
 from endprompt_megatron.theory.coverage import coverage_of
 from tests.support.tiny import load_model

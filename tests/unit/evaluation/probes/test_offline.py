@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from endprompt_megatron.config_rules import RETRIEVAL_TASKS
+from endprompt_megatron.config.validation import RETRIEVAL_TASKS
 from endprompt_megatron.errors import ConfigError, DataError
-from endprompt_megatron.evaluation import needle
-from endprompt_megatron.evaluation.gap_probe import ANCHOR, GAP, NEAR
-from endprompt_megatron.evaluation.graded import Document, GradedTasks, Needle, TrainedSegments, graded_details, trained_segments
-from endprompt_megatron.evaluation.megatron_probes import MegatronProbes, load_model
+from endprompt_megatron.evaluation.probes import needle
+from endprompt_megatron.evaluation.probes.gap import ANCHOR, GAP, NEAR
+from endprompt_megatron.evaluation.probes.offline import Document, GradedTasks, Needle, TrainedSegments, graded_details, trained_segments
+from endprompt_megatron.evaluation.ruler.offline import MegatronProbes, load_model
 from endprompt_megatron.evaluation.suite import EvaluateConfig, NeedleConfig, SuiteConfig
-from endprompt_megatron.evaluation.task_sources import GAP_TASK, LOG_PERPLEXITY, NEEDLE, NEEDLE_PREFIX, TASKS
+from endprompt_megatron.evaluation.tasks import GAP_TASK, LOG_PERPLEXITY, NEEDLE, NEEDLE_PREFIX, TASKS
 from endprompt_megatron.model import backends
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -159,7 +159,7 @@ def test_lengths_that_cannot_be_are_refused_in_words(asker, tiny_model_dir):
 
 
 def test_samples_without_grades_have_no_details():
-    from endprompt_megatron.evaluation.harness import Sample
+    from endprompt_megatron.evaluation.lm_eval_harness.harness import Sample
 
     assert graded_details([Sample(0, 1.0, "", [])], TRAINED) is None
     assert isinstance(Needle(0, 1.0, "", []), Sample)

@@ -12,15 +12,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from endprompt_megatron.checkpoint.hf_config import architecture_from_hf, read_hf_config
-from endprompt_megatron.checkpoint.hf_import import load_hf_weights
-from endprompt_megatron.checkpoint.hf_tokenizer import load_tokenizer
-from endprompt_megatron.config import EvaluationConfig, ParallelConfig
+from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config
+from endprompt_megatron.checkpoint.hf.importer import load_hf_weights
+from endprompt_megatron.checkpoint.hf.tokenizer import load_tokenizer
+from endprompt_megatron.config.schema import EvaluationConfig, ParallelConfig
 from endprompt_megatron.errors import DataError
-from endprompt_megatron.evaluation import results
-from endprompt_megatron.evaluation.needle import Haystack, Question, make_haystacks, score_haystacks
-from endprompt_megatron.evaluation.perplexity import held_out_blocks, perplexity_by_window
-from endprompt_megatron.evaluation.results import Probes, probe_system
+from endprompt_megatron.evaluation.probes import results
+from endprompt_megatron.evaluation.probes.needle import Haystack, Question, make_haystacks, score_haystacks
+from endprompt_megatron.evaluation.probes.perplexity import held_out_blocks, perplexity_by_window
+from endprompt_megatron.evaluation.probes.results import Probes, probe_system
 from endprompt_megatron.model.backends import resolve
 from endprompt_megatron.model.build import build_model_chunks
 from endprompt_megatron.rope.scaling import RopeScaling

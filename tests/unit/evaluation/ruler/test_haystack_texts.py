@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from endprompt_megatron.errors import DataError
-from endprompt_megatron.evaluation.haystack_texts import read_texts
+from endprompt_megatron.evaluation.ruler.haystack_texts import read_texts
 
 
 def test_every_form_is_read_in_the_order_of_the_names(tmp_path):

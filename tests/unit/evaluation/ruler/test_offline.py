@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from endprompt_megatron.config import ParallelConfig
+from endprompt_megatron.config.schema import ParallelConfig
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.evaluation.megatron_probes import MegatronProbes, load_model
-from endprompt_megatron.evaluation.ruler import make_samples
+from endprompt_megatron.evaluation.ruler.offline import MegatronProbes, load_model
+from endprompt_megatron.evaluation.ruler.tasks import make_samples
 from endprompt_megatron.evaluation.suite import EvaluateConfig, SuiteConfig
-from endprompt_megatron.evaluation.task_sources import TASKS as KNOWN
+from endprompt_megatron.evaluation.tasks import TASKS as KNOWN
 from endprompt_megatron.model import backends
 
 pytestmark = pytest.mark.usefixtures("single_process")

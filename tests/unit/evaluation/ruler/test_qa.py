@@ -9,8 +9,8 @@ import zlib
 import pytest
 
 from endprompt_megatron.errors import ConfigError, DataError
-from endprompt_megatron.evaluation.ruler import score
-from endprompt_megatron.evaluation.ruler_qa import make_qa_samples, read_questions
+from endprompt_megatron.evaluation.ruler.qa import make_qa_samples, read_questions
+from endprompt_megatron.evaluation.ruler.tasks import score
 
 
 def words(text: str) -> list[int]:

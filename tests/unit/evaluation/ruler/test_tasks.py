@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from endprompt_megatron.errors import ConfigError, DataError
-from endprompt_megatron.evaluation.ruler import TASKS, make_samples, score, string_match_all, string_match_part
-from endprompt_megatron.evaluation.ruler_words import ADJECTIVES, NOUNS, VERBS, WORDS
+from endprompt_megatron.evaluation.ruler.tasks import TASKS, make_samples, score, string_match_all, string_match_part
+from endprompt_megatron.evaluation.ruler.words import ADJECTIVES, NOUNS, VERBS, WORDS
 
 NEEDLE_TASKS = [name for name in TASKS if name.startswith("niah")]
 PROSE = [

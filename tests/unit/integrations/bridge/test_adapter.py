@@ -13,14 +13,14 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from endprompt_megatron.checkpoint.hf_tokenizer import hash_tokenizer, load_tokenizer
-from endprompt_megatron.checkpoint.hf_verify import megatron_logits
-from endprompt_megatron.config import TextSource
+from endprompt_megatron.checkpoint.hf.tokenizer import hash_tokenizer, load_tokenizer
+from endprompt_megatron.checkpoint.hf.verify import megatron_logits
+from endprompt_megatron.config.schema import TextSource
 from endprompt_megatron.data.batch import to_micro_batch
 from endprompt_megatron.data.corpora import prepare_corpora
 from endprompt_megatron.data.loader import MicroBatchSampler, micro_batches
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.extension import WindowExtension
+from endprompt_megatron.integrations.window_extension import WindowExtension
 from endprompt_megatron.positions.endprompt import endprompt_positions
 from endprompt_megatron.training.step import weighted_loss
 from tests.support.tiny import WINDOW, load_model, tokens_of
@@ -80,7 +80,7 @@ def bridge(monkeypatch):
         module = ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    ours = [f"endprompt_megatron.bridge.{name}" for name in ("model", "data", "step", "recipes")]
+    ours = [f"endprompt_megatron.integrations.bridge.{name}" for name in ("model", "data", "step", "recipes")]
     for name in ours:
         monkeypatch.delitem(sys.modules, name, raising=False)
     modules = SimpleNamespace(**{name.rsplit(".", 1)[1]: importlib.import_module(name) for name in ours})
@@ -156,7 +156,7 @@ def test_recipe_sets_only_fields_that_are_there(bridge, extension, monkeypatch):
 @pytest.mark.requires_gpu
 @pytest.mark.skipif(_why_not() is not None, reason=str(_why_not()))
 def test_real_bridge(extension):
-    from endprompt_megatron.bridge.recipes import endprompt_recipe
+    from endprompt_megatron.integrations.bridge.recipes import endprompt_recipe
 
     config = endprompt_recipe(extension, ["text"])
     assert config.model.seq_length == 64 and config.model.extension == config.dataset.extension

@@ -8,8 +8,8 @@ import matplotlib.pyplot as plt
 import pytest
 
 from endprompt_megatron.comparison.results import read_run
-from endprompt_megatron.report import comparison_plots
-from endprompt_megatron.report.comparison_plots import plot_scores_by_distance, plot_scores_by_length
+from endprompt_megatron.report.figures import comparison
+from endprompt_megatron.report.figures.comparison import plot_scores_by_distance, plot_scores_by_length
 from tests.support.studies import write_run
 
 
@@ -17,7 +17,7 @@ from tests.support.studies import write_run
 def figures(monkeypatch):
     """The figures that were written, laid out, before they are closed."""
     seen = []
-    monkeypatch.setattr(comparison_plots, "write_figure", lambda figure, path: (figure.canvas.draw(), seen.append(figure), path)[-1])
+    monkeypatch.setattr(comparison, "write_figure", lambda figure, path: (figure.canvas.draw(), seen.append(figure), path)[-1])
     yield seen
     plt.close("all")
 

@@ -6,8 +6,8 @@ import matplotlib.pyplot as plt
 import pytest
 from PIL import Image
 
-from endprompt_megatron.report import evaluation_plots
-from endprompt_megatron.report.evaluation_plots import Curve, plot_depth_by_length, plot_scores_by_length
+from endprompt_megatron.report.figures import evaluation
+from endprompt_megatron.report.figures.evaluation import Curve, plot_depth_by_length, plot_scores_by_length
 
 WINDOWS = {"original_context_length": 8192, "target_context_length": 16384}
 
@@ -20,10 +20,10 @@ def figures(monkeypatch):
     def keep(figure, path):
         figure.canvas.draw()
         seen.append(figure)
-        figure.savefig(path, dpi=evaluation_plots.WIDTH_INCHES * 12)
+        figure.savefig(path, dpi=evaluation.WIDTH_INCHES * 12)
         return path
 
-    monkeypatch.setattr(evaluation_plots, "write_figure", keep)
+    monkeypatch.setattr(evaluation, "write_figure", keep)
     yield seen
     plt.close("all")
 
@@ -82,7 +82,7 @@ def test_curves_keep_their_intervals_and_published_ones_look_different(tmp_path,
 
 def test_a_window_that_is_native_and_target_is_marked_once(tmp_path, monkeypatch):
     marked = []
-    monkeypatch.setattr(evaluation_plots.Axes, "axvline", lambda self, place, **style: marked.append(style["label"]))
+    monkeypatch.setattr(evaluation.Axes, "axvline", lambda self, place, **style: marked.append(style["label"]))
     cells = {(length, depth): 1.0 for length in (512, 1024, 2048) for depth in (0.0, 1.0)}
     options = dict(measure="m", value_range=(0, 1), title="t", original_context_length=1024)
     plot_depth_by_length(tmp_path / "a.png", {"one": cells}, target_context_length=1024, **options)

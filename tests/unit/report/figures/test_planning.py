@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from endprompt_megatron.planning.cluster import ClusterRequest, compare_lengths
 from endprompt_megatron.planning.flops import ModelShape
-from endprompt_megatron.report.planning_plots import plot_lengths
+from endprompt_megatron.planning.layout_search import ClusterRequest, compare_lengths
+from endprompt_megatron.report.figures.planning import plot_lengths
 
 NODE = ClusterRequest(
     shape=ModelShape(32, 4096, 14336, 32, 8, 128, 128256, tied_embeddings=False), num_gpus=8, gpus_per_node=8, hardware="H100-80GB",

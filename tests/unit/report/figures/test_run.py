@@ -4,11 +4,11 @@ from __future__ import annotations
 
 
 def test_systems_with_names_of_their_own_are_told_apart(tmp_path, monkeypatch):
-    from endprompt_megatron.report import plots
+    from endprompt_megatron.report.figures import run
 
     drawn = []
-    plot = plots.Axes.plot
-    monkeypatch.setattr(plots.Axes, "plot", lambda self, *args, **style: drawn.append((style["color"], style["marker"])) or plot(self, *args, **style))
+    plot = run.Axes.plot
+    monkeypatch.setattr(run.Axes, "plot", lambda self, *args, **style: drawn.append((style["color"], style["marker"])) or plot(self, *args, **style))
     systems = {name: {"label": name, "perplexity": {"512": 20.0 + index, "1024": 19.0 + index}} for index, name in enumerate("abcde")}
-    plots.plot_perplexity(tmp_path / "p.png", systems, original_context_length=1024)
+    run.plot_perplexity(tmp_path / "p.png", systems, original_context_length=1024)
     assert len(set(drawn)) == 5

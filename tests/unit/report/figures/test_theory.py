@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from endprompt_megatron.positions.scheme import SCHEMES, SampleLayout
-from endprompt_megatron.report.theory_plots import ScoreExample, plot_coverage, plot_smoothness
+from endprompt_megatron.report.figures.theory import ScoreExample, plot_coverage, plot_smoothness
 from endprompt_megatron.rope.scaling import RopeScaling
 from endprompt_megatron.theory.coverage import coverage_of, gap_of_endprompt
 from endprompt_megatron.theory.smoothness import measure_smoothness, score_functions

@@ -10,15 +10,14 @@ import shlex
 import sys
 
 import hydra
-from _entry import clear_empty_dicts
-from extend import DEFAULT_EXPERIMENT, ROOT, telling_errors, to_run_config
+from _entry import DEFAULT_EXPERIMENT, ROOT, exit_on_errors, read_command_line, to_run_config
 from omegaconf import DictConfig
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="extend")
 def run(composed: DictConfig) -> None:
     """One comparison."""
-    with telling_errors():
+    with exit_on_errors():
         config = to_run_config(composed)
         from endprompt_megatron.jobs.choose_rope import compare_ropes
 
@@ -26,7 +25,5 @@ def run(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    if not any("experiment=" in argument for argument in sys.argv[1:]):
-        sys.argv.append(f"+experiment={DEFAULT_EXPERIMENT}")
-    sys.argv = clear_empty_dicts(sys.argv)
+    read_command_line(DEFAULT_EXPERIMENT)
     run()

@@ -12,11 +12,10 @@ import shlex
 import sys
 
 import hydra
-from _entry import clear_empty_dicts
-from extend import ROOT, telling_errors, to_run_config
+from _entry import ROOT, clear_empty_dicts, exit_on_errors, read_command_line, to_dataclass, to_run_config
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from endprompt_megatron.comparison.study import RunRequest, StudyConfig
@@ -28,11 +27,7 @@ from endprompt_megatron.launch.launcher import planned_world_size
 
 def to_study(composed: DictConfig) -> StudyConfig:
     """The composed values as a StudyConfig; a key or type that the schema does not know fails with its dotted name."""
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StudyConfig), composed))
-    except OmegaConfBaseException as error:
-        message = f"{error.full_key or 'config'}: {error.msg or error}. endprompt_megatron/comparison/study.py explains the keys."
-        raise ConfigError(message) from error
+    return to_dataclass(composed, StudyConfig, explained_in="endprompt_megatron/comparison/study.py")
 
 
 def check_run(request: RunRequest) -> None:
@@ -51,7 +46,7 @@ def check_run(request: RunRequest) -> None:
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="compare")
 def run(composed: DictConfig) -> None:
     """One study."""
-    with telling_errors():
+    with exit_on_errors():
         study = to_study(composed)
         finished = compare(
             study,
@@ -65,4 +60,5 @@ def run(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    read_command_line()
     run()

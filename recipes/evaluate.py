@@ -15,9 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import hydra
-from extend import ROOT, telling_errors
+from _entry import ROOT, exit_on_errors, read_command_line, to_dataclass
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.evaluation.suite import EvaluateConfig
@@ -36,17 +35,13 @@ def to_evaluation(composed: DictConfig, model: str | None = None) -> EvaluateCon
     if OmegaConf.is_missing(composed.suite, "name"):
         known = ", ".join(sorted(path.stem for path in (ROOT / "conf" / "suite").glob("*.yaml")))
         raise ConfigError(f"no suite is named: add +suite=NAME, one of {known}.")
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(EvaluateConfig), composed))
-    except OmegaConfBaseException as error:
-        message = f"{error.full_key or 'config'}: {error.msg or error}. endprompt_megatron/evaluation/suite.py explains the keys."
-        raise ConfigError(message) from error
+    return to_dataclass(composed, EvaluateConfig, explained_in="endprompt_megatron/evaluation/suite.py")
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="evaluate")
 def run(composed: DictConfig) -> None:
     """One evaluation."""
-    with telling_errors():
+    with exit_on_errors():
         config = to_evaluation(composed, MODELS[-1] if MODELS else None)
         launcher.adopt_srun_environment()
         launcher.end_with_launcher()
@@ -64,4 +59,5 @@ if __name__ == "__main__":
     # the harness imports a package that is called evaluate too: this folder must not be searched for it
     sys.path = [path for path in sys.path if not (Path(path) / "evaluate.py").is_file()]
     sys.argv = [text for text in sys.argv if not text.startswith(MODEL)]
+    read_command_line()
     run()

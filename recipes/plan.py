@@ -10,23 +10,16 @@ import shlex
 import sys
 
 import hydra
-from _entry import clear_empty_dicts
-from extend import ROOT, telling_errors, to_run_config
+from _entry import ROOT, exit_on_errors, read_command_line, to_dataclass, to_run_config
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.planning.layout_search import ClusterConfig
 
 
 def to_cluster(composed: DictConfig) -> ClusterConfig:
     """The group `plan` as a ClusterConfig; a key or type that the schema does not know fails with its dotted name."""
-    try:
-        resolved = OmegaConf.create(OmegaConf.to_container(composed, resolve=True)["plan"])
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ClusterConfig), resolved))
-    except OmegaConfBaseException as error:
-        message = f"plan.{error.full_key or ''}: {error.msg or error}. endprompt_megatron/planning/layout_search.py explains the keys."
-        raise ConfigError(message) from error
+    resolved = OmegaConf.create(OmegaConf.to_container(composed, resolve=True)["plan"])
+    return to_dataclass(resolved, ClusterConfig, explained_in="endprompt_megatron/planning/layout_search.py", prefix="plan.")
 
 
 def without_plan(composed: DictConfig) -> DictConfig:
@@ -37,7 +30,7 @@ def without_plan(composed: DictConfig) -> DictConfig:
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="plan")
 def run(composed: DictConfig) -> None:
     """One plan."""
-    with telling_errors():
+    with exit_on_errors():
         options = to_cluster(composed)
         from endprompt_megatron.jobs.plan import plan_cluster
 
@@ -47,7 +40,5 @@ def run(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    if not any("experiment=" in argument for argument in sys.argv[1:]):
-        sys.argv.append("+experiment=llama3_8b_64k")
-    sys.argv = clear_empty_dicts(sys.argv)
+    read_command_line("llama3_8b_64k")
     run()

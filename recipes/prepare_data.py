@@ -6,12 +6,10 @@ dataset, which another run can name as `indexed:PREFIX`.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import hydra
-from _entry import clear_empty_dicts
-from extend import DEFAULT_EXPERIMENT, ROOT, telling_errors, to_run_config
+from _entry import DEFAULT_EXPERIMENT, ROOT, exit_on_errors, read_command_line, to_run_config
 from omegaconf import DictConfig
 
 from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config
@@ -23,7 +21,7 @@ from endprompt_megatron.data.corpora import prepare_corpora
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="extend")
 def run(composed: DictConfig) -> None:
     """Prepare the training and validation corpora of one run."""
-    with telling_errors():
+    with exit_on_errors():
         config = to_run_config(composed)
         hf_path = Path(config.model.hf_path)
         ensure_base_model(config.model.source, hf_path)
@@ -37,7 +35,5 @@ def run(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    if not any("experiment=" in argument for argument in sys.argv[1:]):
-        sys.argv.append(f"+experiment={DEFAULT_EXPERIMENT}")
-    sys.argv = clear_empty_dicts(sys.argv)
+    read_command_line(DEFAULT_EXPERIMENT)
     run()

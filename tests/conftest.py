@@ -30,8 +30,8 @@ hypothesis.settings.load_profile("endprompt")
 _STACK = (
     "distributed/test_adapters", "distributed/test_conversion", "distributed/test_layouts", "distributed/test_memory_plan",
     "distributed/test_probes", "integration/test_convert_tool", "integration/test_extend_tiny", "integration/test_longlora",
-    "integration/test_smollm2", "unit/bridge/", "unit/checkpoint/", "unit/data/test_dataset", "unit/evaluation/", "unit/mcore/",
-    "unit/model/", "unit/rope/", "unit/training/", "unit/test_dry_run", "unit/test_extension",
+    "integration/test_smollm2", "unit/checkpoint/", "unit/data/test_dataset", "unit/evaluation/", "unit/mcore/",
+    "unit/inference/", "unit/integrations/", "unit/jobs/test_dry_run", "unit/model/", "unit/rope/", "unit/training/", "golden/",
 )  # fmt: skip
 
 

@@ -16,9 +16,6 @@ from endprompt_megatron.config.schema import LaunchConfig
 from endprompt_megatron.errors import EXIT_RESUME, ConfigError
 from endprompt_megatron.launch.processes import STOP_SIGNALS, end_with_parent
 from endprompt_megatron.log import get_logger
-from endprompt_megatron.mcore.optional_packages import treat_broken_as_missing
-
-treat_broken_as_missing()  # every recipe imports this module first, before megatron.core
 
 # Ports of job steps: [20000, 32007), below those that Linux lends to clients (32768 and up). Their number is a prime: steps of one job, and
 # jobs that were submitted near each other, land apart.

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import hydra
 import pytest
-from _entry import clear_empty_dicts  # recipes/_entry.py
+from _entry import (  # recipes/_entry.py
+    ROOT,
+    clear_empty_dicts,  # recipes/_entry.py
+    to_run_config,
+)
 from compare import to_study  # recipes/compare.py
-from extend import ROOT, to_run_config  # recipes/extend.py
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 
@@ -179,7 +182,7 @@ LENGTHS = sorted(path.stem for path in (ROOT / "conf" / "length").glob("*k.yaml"
 MODELS = ("llama2_7b", "mistral_7b", "llama3_8b", "llama3_70b")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name if name in ("endprompt", "full", "lceg_ntk") else pytest.param(name, marks=pytest.mark.repeated) for name in METHODS])
 def test_every_method_goes_with_every_model_and_length(method, tmp_path, monkeypatch):
     """By composition: the factor, the sample length and NTK's f follow from the base's own window."""
     monkeypatch.chdir(tmp_path)
@@ -256,8 +259,8 @@ def test_every_key_of_the_schema_is_read_somewhere():
     from endprompt_megatron.config.schema import RunConfig
 
     sources = [path for folder in ("endprompt_megatron", "recipes") for path in (ROOT / folder).rglob("*.py")]
-    text = "\n".join(path.read_text() for path in sources if path.name not in ("config.py", "config_rules.py"))
-    rules = (ROOT / "endprompt_megatron" / "config_rules.py").read_text()
+    text = "\n".join(path.read_text() for path in sources if path.name not in ("schema.py", "validation.py"))
+    rules = (ROOT / "endprompt_megatron" / "config" / "validation.py").read_text()
 
     def keys(cls: type) -> list[str]:
         found = []

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import hydra
 import pytest
-from extend import ROOT, to_run_config  # recipes/extend.py
+from _entry import ROOT, to_run_config  # recipes/_entry.py
 from plan import to_cluster, without_plan  # recipes/plan.py
 
 from endprompt_megatron.config.schema import ParallelConfig

@@ -16,7 +16,7 @@ from endprompt_megatron.log import read_metrics
 from tests.support.ranks import end_of, start_ranks
 from tests.support.signal_worker import POINTS
 
-STEPS = 24
+STEPS = 16
 LAYOUT = {"use_distributed_optimizer": True}
 WORLD_SIZE = 2
 

@@ -38,7 +38,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
 
 
 def _extend(workplace: Path, *more: str) -> None:
-    from extend import to_run_config  # recipes/extend.py
+    from _entry import to_run_config  # recipes/_entry.py
 
     from endprompt_megatron.jobs.extend import extend
 

@@ -57,7 +57,8 @@ def test_output_directory_holds_what_the_design_lists(finished):
     assert set(summary) == SUMMARY_KEYS
     assert summary["steps"] == 20 and summary["tokens"] == 20 * 8 * 64
     assert set(summary["stage_seconds"]) >= {"prepare", "probe base", "train", "export", "probe trained", "train control"}
-    assert 0 < sum(summary["stage_seconds"].values()) <= summary["wall_seconds"]
+    stages = summary["stage_seconds"]
+    assert 0 < sum(stages.values()) <= summary["wall_seconds"] + 0.05 * len(stages), "each is rounded to a tenth"
     assert summary["loss_last"] < summary["loss_first"] - 0.5
     assert set(summary["needle_before"]) == set(summary["perplexity_after"]) == {"256"}
     assert summary["perplexity_after"]["256"] < summary["perplexity_untrained"]["256"]

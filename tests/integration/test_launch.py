@@ -162,7 +162,10 @@ def test_a_context_cut_over_ranks_is_not_probed_and_the_way_out_is_told(place):
     assert "no probes: parallel.context_parallel_size=2" in done.stderr and "parallel.context_parallel_size=1 afterwards" in done.stderr
 
 
-@pytest.mark.parametrize(("number", "forked"), [(signal.SIGINT, True), (signal.SIGKILL, False)])
+@pytest.mark.parametrize(
+    ("number", "forked"),
+    [(signal.SIGINT, True), (signal.SIGKILL, True), pytest.param(signal.SIGKILL, False, marks=pytest.mark.repeated)],
+)
 def test_no_process_is_left_behind(place, number, forked):
     """Ctrl-C, and the launcher's own death."""
     job = Job(place, f"ended_{number.name}", forked=forked)

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import types
 import warnings
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
@@ -124,6 +125,7 @@ def _recipe(
     os.environ.update(variables)
     warnings.simplefilter("ignore")
     _fork_local_workers()
+    _fork_runs_of_studies()
     if prepare is not None:
         prepare()
     _run_script(str(ROOT / "recipes" / recipe), *overrides)
@@ -157,14 +159,59 @@ def _fork_local_workers() -> None:
 
 def _local_worker(*command: str) -> None:
     """One local worker: `command` is that of the interpreter, without its name. Its process is called `rank N`."""
+    Path("/proc/self/comm").write_text(f"rank {os.environ['RANK']}")
+    options, arguments = command[:3], command[3:]
+    assert options == ("-u", "-W", "ignore"), "the launcher's own options of the interpreter"
+    _run_as_child(*arguments)
+
+
+def _run_as_child(path: str, *arguments: str) -> None:
+    """A script in a process that a recipe has forked: nothing of the recipe's is left in it."""
     from hydra.core.global_hydra import GlobalHydra
 
-    GlobalHydra.instance().clear()  # the launcher's
+    GlobalHydra.instance().clear()
     logging.Logger.manager.loggerDict.pop("endprompt_megatron", None)  # Hydra silences loggers that exist when it starts
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    Path("/proc/self/comm").write_text(f"rank {os.environ['RANK']}")
-    options, arguments = command[:3], command[3:]
-    assert options == ("-u", "-W", "ignore"), "the launcher's own options of the interpreter"
-    _run_script(*arguments)
+    _run_script(path, *arguments)
+
+
+def _fork_runs_of_studies() -> None:
+    """Let comparison/runner.py fork its runs, where it would start an interpreter for each."""
+    from endprompt_megatron.comparison import runner
+
+    runner.subprocess = types.SimpleNamespace(Popen=_ForkedRun, STDOUT=subprocess.STDOUT)
+
+
+class _ForkedRun:
+    """What runner.py uses of subprocess.Popen."""
+
+    def __init__(self, command: list[str], *, stdout: Any, stderr: int, preexec_fn: Callable[[], None]):
+        assert command[:3] == [sys.executable, "-W", "ignore"] and stderr == subprocess.STDOUT
+        self._process = multiprocessing.get_context("fork").Process(target=self._run, args=(command[3:], stdout.fileno(), preexec_fn))
+        self._process.start()
+
+    @staticmethod
+    def _run(script: list[str], log: int, preexec_fn: Callable[[], None]) -> None:
+        for stream in (1, 2):
+            os.dup2(log, stream)
+        preexec_fn()
+        _run_as_child(*script)
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit status; None while it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """As returncode."""
+        return self.returncode
+
+    def wait(self) -> None:
+        """Wait for its end."""
+        self._process.join()
+
+    def send_signal(self, number: int) -> None:
+        """Signal it."""
+        os.kill(self._process.pid, number)

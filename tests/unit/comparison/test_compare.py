@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -16,7 +17,24 @@ from endprompt_megatron.comparison.runner import _quoted
 from endprompt_megatron.comparison.study import StudyConfig
 from endprompt_megatron.errors import ConfigError, DataError, RunInterrupted
 from endprompt_megatron.jobs.compare import compare
+from endprompt_megatron.report.figures import comparison, evaluation
+from endprompt_megatron.report.figures import run as run_figures
 from tests.support.studies import stand_in_command, write_run, write_suite
+
+
+@pytest.fixture(autouse=True)
+def quick_pictures(request, monkeypatch):
+    """No pixels, except where the pictures are looked at: a page is written after every run."""
+
+    def quick(figure, path):
+        Path(path).write_bytes(b"a picture")
+        run_figures.plt.close(figure)
+        return Path(path)
+
+    if "pictures" not in request.keywords:
+        for module in (comparison, evaluation):
+            monkeypatch.setattr(module, "write_figure", quick)
+
 
 METHODS = ("control_short_pi", "endprompt", "pose", "untrained_pi")
 
@@ -34,6 +52,7 @@ def _starts(tmp_path, run: str) -> int:
     return len((tmp_path / "out" / "runs" / run / "starts").read_text())
 
 
+@pytest.mark.pictures
 def test_a_study_is_made_once_and_grows(tmp_path):
     finished, page = _compare(tmp_path, seeds=[1, 2], keep="evaluation", jobs=2, overrides_of={"endprompt": ["gain=0.5"]})
     assert finished and "| endprompt | 2 |" in page and "| control_short_pi | 2 |" in page

@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 
 import pytest
-from tests.unit.test_preflight import config_of
 
 from endprompt_megatron.config.schema import (
     LaunchConfig,
@@ -25,6 +24,7 @@ from endprompt_megatron.errors import CheckpointError, ConfigError, DataError
 from endprompt_megatron.jobs.dry_run import dry_run
 from endprompt_megatron.launch.launcher import planned_world_size
 from tests.support.tiny import copy_model, edit_tensors
+from tests.unit.jobs.test_preflight import config_of
 
 LLAMA3_70B = {
     "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672,

@@ -5,13 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from tests.unit.test_preflight import config_of
 
 from endprompt_megatron.config.schema import EvaluationConfig, TextSource
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.jobs import run_probes
 from endprompt_megatron.jobs.run_probes import check_probe_memory, prefill_gib
 from tests.support.tiny import architecture_of
+from tests.unit.jobs.test_preflight import config_of
 
 
 def _config(hf_path, **evaluation):

@@ -27,6 +27,7 @@ def run(composed: DictConfig) -> None:
         if config.dry_run:
             warnings.filterwarnings("ignore", module="megatron")  # of what a laptop lacks
             from endprompt_megatron.jobs.dry_run import dry_run
+
             for line in dry_run(config, world_size=launcher.planned_world_size(config)):
                 print(line, flush=True)
             return

@@ -160,9 +160,7 @@ class CheckpointWriter:
         raise CheckpointError(message) from error
 
 
-def load_latest_checkpoint(
-    directory: Path, *, chunks: list[torch.nn.Module], optimizer: Any, config: dict[str, Any]
-) -> RunState | None:
+def load_latest_checkpoint(directory: Path, *, chunks: list[torch.nn.Module], optimizer: Any, config: dict[str, Any]) -> RunState | None:
     """Load the newest whole checkpoint into model and optimizer; every rank takes part.
 
     A damaged checkpoint is named, set aside, and the one before is used.
@@ -306,9 +304,7 @@ def _layout() -> dict[str, int]:
     }
 
 
-def _sharded_state(
-    chunks: list[torch.nn.Module], optimizer: Any, *, is_loading: bool, with_random_state: bool
-) -> dict[str, Any]:
+def _sharded_state(chunks: list[torch.nn.Module], optimizer: Any, *, is_loading: bool, with_random_state: bool) -> dict[str, Any]:
     state: dict[str, Any] = {}
     if is_loading:
         make_loadable(optimizer)

@@ -80,9 +80,7 @@ def resume_differences(stored: dict[str, Any], current: dict[str, Any], defaults
     return _differences(stored, current, defaults, "")
 
 
-def _differences(
-    stored: dict[str, Any], current: dict[str, Any], defaults: dict[str, Any], prefix: str
-) -> list[tuple[str, Any, Any]]:
+def _differences(stored: dict[str, Any], current: dict[str, Any], defaults: dict[str, Any], prefix: str) -> list[tuple[str, Any, Any]]:
     found = []
     for key in sorted(stored.keys() | current.keys()):
         dotted = f"{prefix}{key}"
@@ -154,10 +152,7 @@ def _window_problems(config: RunConfig, native: int, theta: float) -> list[str]:
     original = config.rope.original_context_length or native
     target, seq_length = config.rope.target_context_length, config.data.seq_length
     if original != native:
-        problems.append(
-            f"rope.original_context_length={original}: the base's window is {native}. "
-            f"Leave it null to take the base's own."
-        )
+        problems.append(f"rope.original_context_length={original}: the base's window is {native}. Leave it null to take the base's own.")
     if target <= native:
         problems.append(
             f"rope.target_context_length={target}: must be larger than the native window of {native} positions. "
@@ -185,9 +180,7 @@ def _method_problems(config: RunConfig, schemes: tuple[str, ...], prompt_lengths
     problems = []
     method = config.method
     if method.position_scheme not in schemes:
-        problems.append(
-            f"method.position_scheme={method.position_scheme}: no such scheme. Choose one of {', '.join(sorted(schemes))}."
-        )
+        problems.append(f"method.position_scheme={method.position_scheme}: no such scheme. Choose one of {', '.join(sorted(schemes))}.")
     if not method.end_prompts or any(not text for text in method.end_prompts):
         problems.append(f"method.end_prompts={method.end_prompts}: needs at least one text, and none may be empty.")
     if method.end_prompt_loss_weight < 0:

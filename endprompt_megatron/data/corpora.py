@@ -43,9 +43,7 @@ class CorpusState:
     words: str
 
 
-def prepare_corpora(
-    sources: list[TextSource], *, directory: Path, tokenizer: Any, tokenizer_hash: str
-) -> tuple[Blend, dict[str, str]]:
+def prepare_corpora(sources: list[TextSource], *, directory: Path, tokenizer: Any, tokenizer_hash: str) -> tuple[Blend, dict[str, str]]:
     """Fetch and index what is not there yet.
 
     Args:

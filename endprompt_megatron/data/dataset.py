@@ -230,7 +230,7 @@ def sample_order(dataset: Any) -> str:
 
 
 def name_samples(dataset: Any, indices: Iterable[int]) -> list[str]:
-    """"corpus:index" of samples of a built dataset: the name of the indexed dataset and the sample's number in it.
+    """ "corpus:index" of samples of a built dataset: the name of the indexed dataset and the sample's number in it.
 
     Args:
         dataset: of build_datasets.

@@ -25,9 +25,7 @@ class MicroBatchSampler:
         data_parallel_rank, data_parallel_size: of this rank.
     """
 
-    def __init__(
-        self, num_samples: int, *, consumed_samples: int, micro_batch_size: int, data_parallel_rank: int, data_parallel_size: int
-    ):
+    def __init__(self, num_samples: int, *, consumed_samples: int, micro_batch_size: int, data_parallel_rank: int, data_parallel_size: int):
         self.num_samples = num_samples
         self.consumed_samples = consumed_samples
         self.micro_batch_size = micro_batch_size

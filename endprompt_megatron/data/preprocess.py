@@ -265,9 +265,7 @@ def _is_hub_name(source: str) -> bool:
     return not looks_like_path and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) is not None
 
 
-def _text_batches(
-    source: Any, files: list[Path], *, text_key: str, split: str, config_name: str | None
-) -> Iterator[list[str | None]]:
+def _text_batches(source: Any, files: list[Path], *, text_key: str, split: str, config_name: str | None) -> Iterator[list[str | None]]:
     """Batches of texts, streamed: neither a copy on disk nor the whole text in memory."""
     if files:
         rows = chain.from_iterable(read_rows(path, text_key=text_key) for path in files)

@@ -75,9 +75,7 @@ def prompt_text(prompt: str) -> str:
     return re.sub(r"\\[ntr\\]", lambda found: _ESCAPES[found.group()], prompt)
 
 
-def tokenize_end_prompts(
-    prompts: list[str], encode: Callable[[str], list[int]], *, fixed_length: int | None = None
-) -> EndPromptSet:
+def tokenize_end_prompts(prompts: list[str], encode: Callable[[str], list[int]], *, fixed_length: int | None = None) -> EndPromptSet:
     """Tokenise a cue set.
 
     Args:

@@ -44,13 +44,11 @@ class Source:
 
 
 SOURCES: dict[str, Source] = {
-    "essays": Source("Paul Graham's essays", "a folder of parquet or jsonl files with rows {\"text\"}", hub="baber/paul_graham_essays"),
+    "essays": Source("Paul Graham's essays", 'a folder of parquet or jsonl files with rows {"text"}', hub="baber/paul_graham_essays"),
     HAYSTACK_STAND_IN: Source(
-        "other prose in place of Paul Graham's essays", "a folder of .txt, or of parquet or jsonl files with rows {\"text\"}"
+        "other prose in place of Paul Graham's essays", 'a folder of .txt, or of parquet or jsonl files with rows {"text"}'
     ),
-    PUNKT: Source(
-        "NLTK's sentence tokenizer punkt_tab", "a folder that holds tokenizers/punkt_tab (what NLTK_DATA names)", url="nltk.org"
-    ),
+    PUNKT: Source("NLTK's sentence tokenizer punkt_tab", "a folder that holds tokenizers/punkt_tab (what NLTK_DATA names)", url="nltk.org"),
     "squad": Source(
         "SQuAD 2.0, development set",
         "the file dev-v2.0.json",

@@ -144,9 +144,7 @@ class Replica:
 
     def _receive(self, tokens: int) -> Tensor:
         """Hidden states of the stage before."""
-        hidden = torch.empty(
-            tokens // self._cut, 1, self.config.hidden_size, dtype=self.config.pipeline_dtype, device=self.device
-        )
+        hidden = torch.empty(tokens // self._cut, 1, self.config.hidden_size, dtype=self.config.pipeline_dtype, device=self.device)
         torch.distributed.recv(hidden, src=self._neighbour(-1), group=self._stages)
         return hidden
 

@@ -65,9 +65,7 @@ def compare_ropes(config: RunConfig, *, command: str) -> list[str]:
         return _compare(config, base, native, accelerator, output_dir, command)
 
 
-def _compare(
-    config: RunConfig, base: preflight.Base, native: int, accelerator: str, output_dir: Path, command: str
-) -> list[str]:
+def _compare(config: RunConfig, base: preflight.Base, native: int, accelerator: str, output_dir: Path, command: str) -> list[str]:
     backend = backends.resolve(config.backend, accelerator=accelerator, precision=config.precision.name)
     runtime = mcore_runtime.initialize(config.parallel, accelerator=accelerator, seed=config.seed)
     try:

@@ -153,9 +153,7 @@ def _same_tokens(results: list[RunResult]) -> Section:
     return Section("As configured", "tokens", results, note)
 
 
-def _requests_of_same_time(
-    study: StudyConfig, results: list[RunResult], requests: list[RunRequest], runner: Runner
-) -> list[RunRequest]:
+def _requests_of_same_time(study: StudyConfig, results: list[RunResult], requests: list[RunRequest], runner: Runner) -> list[RunRequest]:
     """Stand-ins for the runs of methods whose time is not the reference's. Once a method has one, all its seeds get as many steps, however
     the measured times move afterwards."""
     groups = by_label(results)

@@ -86,9 +86,7 @@ def available_gib(request: PlanRequest) -> float:
     return HARDWARE[request.hardware].memory_gib if request.hardware else request.device_memory_gib
 
 
-def refuse_what_does_not_fit(
-    config: RunConfig, architecture: ModelArchitecture, base_rope: RopeScaling, request: PlanRequest
-) -> None:
+def refuse_what_does_not_fit(config: RunConfig, architecture: ModelArchitecture, base_rope: RopeScaling, request: PlanRequest) -> None:
     """Compare the estimate with the memory of a rank.
 
     Raises:

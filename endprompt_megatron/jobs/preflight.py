@@ -88,9 +88,7 @@ def validate(config: RunConfig, *, world_size: int, prompt_lengths: list[int] | 
     architecture, rope = known_base(config)
     for note in config.resolve(window=window_to_stretch(config, architecture, rope)):
         get_logger().info(note)
-    config.validate(
-        world_size=world_size, architecture=architecture, schemes=tuple(SCHEMES), prompt_lengths=prompt_lengths, base_rope=rope
-    )
+    config.validate(world_size=world_size, architecture=architecture, schemes=tuple(SCHEMES), prompt_lengths=prompt_lengths, base_rope=rope)
     return architecture, rope
 
 

@@ -104,9 +104,7 @@ def headline_task(system: dict[str, Any]) -> str:
     return next((task for task in ("needle", "number", "word") if task in system), "needle")
 
 
-def summary_of_run(
-    run: Run, result: TrainingResult, systems: dict[str, Any], export: Path, wall_seconds: float
-) -> dict[str, Any]:
+def summary_of_run(run: Run, result: TrainingResult, systems: dict[str, Any], export: Path, wall_seconds: float) -> dict[str, Any]:
     """The flat object that other programs read: summary.json.
 
     Args:

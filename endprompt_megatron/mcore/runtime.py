@@ -38,7 +38,7 @@ class Runtime:
 
 
 def resolve_accelerator(accelerator: str) -> str:
-    """"gpu" or "cpu" for `accelerator` = auto | gpu | cpu.
+    """ "gpu" or "cpu" for `accelerator` = auto | gpu | cpu.
 
     Raises:
         ConfigError: another word.

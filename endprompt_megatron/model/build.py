@@ -158,11 +158,7 @@ def wrap_for_training(chunks: list[EndPromptGPTModel], parallel: ParallelConfig)
     wrapped = []
     for index, chunk in enumerate(chunks):
         module = Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk
-        wrapped.append(
-            DistributedDataParallel(
-                config=chunk.config, ddp_config=ddp_config, module=module, disable_bucketing=index > 0
-            )
-        )
+        wrapped.append(DistributedDataParallel(config=chunk.config, ddp_config=ddp_config, module=module, disable_bucketing=index > 0))
     return wrapped
 
 

@@ -46,9 +46,7 @@ class EndPromptGPTModel(GPTModel):
         rope: RopeScaling,
         **kwargs: Any,
     ):
-        super().__init__(
-            config, transformer_layer_spec, vocab_size, max_sequence_length, position_embedding_type="rope", **kwargs
-        )
+        super().__init__(config, transformer_layer_spec, vocab_size, max_sequence_length, position_embedding_type="rope", **kwargs)
         self.rotary_pos_emb = PositionRotaryEmbedding(rope)
         self.set_rope(rope)
         self.num_real_tokens = num_real_tokens

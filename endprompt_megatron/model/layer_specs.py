@@ -11,9 +11,7 @@ from endprompt_megatron.model.norm import RMSNorm
 from endprompt_megatron.model.sdpa import TorchSDPA
 
 
-def torch_block_spec(
-    config: TransformerConfig, *, vp_stage: int | None = None, norms_apart: bool = True
-) -> TransformerBlockSubmodules:
+def torch_block_spec(config: TransformerConfig, *, vp_stage: int | None = None, norms_apart: bool = True) -> TransformerBlockSubmodules:
     """Megatron's local layers with torch SDPA attention and our RMSNorm, for this pipeline stage's layers.
 
     Args:
@@ -32,9 +30,7 @@ def torch_block_spec(
     attention.core_attention = TorchSDPA
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=RMSNorm
-    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=RMSNorm)
 
 
 def te_block_spec(config: TransformerConfig, *, vp_stage: int | None = None, norms_apart: bool = False) -> TransformerBlockSubmodules:

@@ -90,9 +90,7 @@ class ShiftedSparseAttention(MegatronModule):
             inner, config=config, layer_number=layer_number, attn_mask_type=attn_mask_type, attention_type=attention_type, **options
         )
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **options: Any
-    ) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **options: Any) -> Tensor:
         """Attention of one micro-batch; its arguments are those of Megatron's own core attention.
 
         Args:

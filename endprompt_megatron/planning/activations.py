@@ -57,9 +57,7 @@ class ElementBytes:
 
 
 @lru_cache(maxsize=256)  # a search asks the same for thousands of layouts
-def layer_tensors(
-    shape: ModelShape, element: ElementBytes, backend: str, *, context_parallel_size: int = 1
-) -> tuple[SavedTensor, ...]:
+def layer_tensors(shape: ModelShape, element: ElementBytes, backend: str, *, context_parallel_size: int = 1) -> tuple[SavedTensor, ...]:
     """Everything one layer keeps without recomputation.
 
     "te": Transformer Engine's fused norm and linear layer, fused rotary embedding and SwiGLU, flash attention (read in its sources, not

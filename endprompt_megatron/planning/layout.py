@@ -37,12 +37,7 @@ class Layout:
     @property
     def world_size(self) -> int:
         """GPUs."""
-        return (
-            self.tensor_model_parallel_size
-            * self.pipeline_model_parallel_size
-            * self.context_parallel_size
-            * self.data_parallel_size
-        )
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size * self.data_parallel_size
 
     @property
     def num_chunks(self) -> int:

@@ -323,9 +323,7 @@ def _variants(request: ClusterRequest, layout: Layout) -> Iterator[Layout]:
         count = request.global_batch_size // samples
         for chunks in _divisors(layers_per_stage) if pipeline > 1 and count % pipeline == 0 else [1]:
             virtual = chunks if chunks > 1 else None
-            yield replace(
-                layout, virtual_pipeline_model_parallel_size=virtual, micro_batch_size=micro_batch, num_micro_batches=count
-            )
+            yield replace(layout, virtual_pipeline_model_parallel_size=virtual, micro_batch_size=micro_batch, num_micro_batches=count)
 
 
 def _tried(request: ClusterRequest, layout: Layout, hardware: Hardware) -> Candidate:

@@ -263,9 +263,7 @@ def _elementwise_bytes_per_token(shape: ModelShape, layout: Layout, matmul_kind:
     return moved
 
 
-def _ring_seconds(
-    shape: ModelShape, layout: Layout, tokens: float, attention: float, hardware: Hardware, gpus_per_node: int
-) -> float:
+def _ring_seconds(shape: ModelShape, layout: Layout, tokens: float, attention: float, hardware: Hardware, gpus_per_node: int) -> float:
     """Of one layer and micro-batch: what attention does not hide. Backward moves keys and values and their gradients."""
     context, tensor = layout.context_parallel_size, layout.tensor_model_parallel_size
     if context == 1:

@@ -79,9 +79,7 @@ def _contiguous(layout: SampleLayout, seed: int, sample_index: int) -> IntArray:
 
 
 def _endprompt(layout: SampleLayout, seed: int, sample_index: int) -> IntArray:
-    return endprompt_positions(
-        layout.num_context_tokens, layout.num_prompt_tokens, target_context_length=layout.target_context_length
-    )
+    return endprompt_positions(layout.num_context_tokens, layout.num_prompt_tokens, target_context_length=layout.target_context_length)
 
 
 def _endprompt_random(layout: SampleLayout, seed: int, sample_index: int) -> IntArray:

@@ -80,7 +80,7 @@ def write_comparison(
     for section, compared in zip(sections, suites, strict=True):
         parts += [f"## {section.title}", section.note]
         if section is not sections[0] and section.results == sections[0].results:
-            parts.append(f"These are the runs of \"{sections[0].title}\", and so are the numbers.")
+            parts.append(f'These are the runs of "{sections[0].title}", and so are the numbers.')
             continue
         groups = _ordered(by_label(section.results), study)
         tests = paired_tests(groups, study.reference)
@@ -144,10 +144,7 @@ def _tables(groups: dict[str, list[RunResult]], study: StudyConfig, tests: list[
         for label, group in groups.items():
             if not any(run.scores(task) for run in group):
                 continue
-            cells = [
-                _cell(group, lambda run, figure=figure, task=task: task_mean(run, task, figure), form)
-                for figure, form in figures
-            ]
+            cells = [_cell(group, lambda run, figure=figure, task=task: task_mean(run, task, figure), form) for figure, form in figures]
             if beyond:
                 cells.append(_cell(group, lambda run, task=task: task_mean(run, task, "key_log_probability", beyond=native), ".2f"))
             rows.append([label, str(len(group)), *cells, *_test_cells(tests, label, task, with_haystacks=True)])
@@ -212,9 +209,7 @@ def _range(values: list[int]) -> str:
     return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
 
 
-def _pictures(
-    output_dir: Path, section: Section, groups: dict[str, list[RunResult]], *, reference: str, draw: bool
-) -> list[str]:
+def _pictures(output_dir: Path, section: Section, groups: dict[str, list[RunResult]], *, reference: str, draw: bool) -> list[str]:
     drawn = [
         (plot_scores_by_length, f"{section.stem}_by_length.png", "By context length: mean over seeds, bars one standard deviation."),
         (

@@ -37,9 +37,7 @@ def write_report(output_dir: Path) -> Path:
     output_dir = Path(output_dir)
     summary = _read_json(output_dir / "summary.json")
     if summary is None:
-        raise DataError(
-            f"{output_dir}/summary.json: not there. A report is written from a finished run; run recipes/extend.py first."
-        )
+        raise DataError(f"{output_dir}/summary.json: not there. A report is written from a finished run; run recipes/extend.py first.")
     evaluation = _read_json(output_dir / "evaluation.json") or {}
     sections = [
         f"# {summary['experiment']}: {summary['target_length']:,} positions from samples of {summary['physical_length']:,} tokens",
@@ -117,8 +115,7 @@ def format_terminal_table(evaluation: Mapping[str, Any]) -> str:
 
     def line(row: list[str]) -> str:
         cells = [
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         return "  ".join(cells).rstrip()
 
@@ -194,9 +191,7 @@ def _measured_sentences(evaluation: Mapping[str, Any]) -> list[str]:
         ("needle", _retrieval, "Keys retrieved at {}, exactly (digits right, log-probability): "),
         *((task, _retrieval, planted.format(words)) for task, words in PLANTED.items()),
     ):
-        measured = {
-            name: {int(length) for length in system.get(key) or {}} for name, system in systems.items() if system.get(key)
-        }
+        measured = {name: {int(length) for length in system.get(key) or {}} for name, system in systems.items() if system.get(key)}
         common = set.intersection(*measured.values()) if measured else set()
         if common:
             length = max(common)
@@ -231,9 +226,7 @@ def _conditions(summary: Mapping[str, Any], evaluation: Mapping[str, Any]) -> st
     rows = {key.replace("_", " "): value for key, value in (evaluation.get("conditions") or {}).items()}
     rows |= {key: summary[key] for key in ("backend", "seed") if key in summary}
     rows["processes"] = summary["world_size"]
-    return "\n".join(
-        f"- {key}: {f'{value:,}' if isinstance(value, int) and key != 'seed' else value}" for key, value in rows.items()
-    )
+    return "\n".join(f"- {key}: {f'{value:,}' if isinstance(value, int) and key != 'seed' else value}" for key, value in rows.items())
 
 
 def _pictures(output_dir: Path, summary: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
@@ -244,9 +237,7 @@ def _pictures(output_dir: Path, summary: Mapping[str, Any], evaluation: Mapping[
     systems = ordered_systems(evaluation.get("systems") or {})
     if any(system.get("needle") for system in systems.values()):
         path = plot_needle(output_dir / "needle.png", systems, original_context_length=native_window(summary))
-        pictures.append(
-            _picture(path, "Key retrieval by context length. Points are moved sideways a little where they would coincide.")
-        )
+        pictures.append(_picture(path, "Key retrieval by context length. Points are moved sideways a little where they would coincide."))
     pictures += _maps(output_dir, systems, summary)
     if any(system.get("perplexity") for system in systems.values()):
         path = plot_perplexity(output_dir / "perplexity.png", systems, original_context_length=native_window(summary))
@@ -351,6 +342,4 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}: is not JSON ({error}). Remove it and run again; the run resumes from its checkpoint."
-        ) from error
+        raise DataError(f"{path}: is not JSON ({error}). Remove it and run again; the run resumes from its checkpoint.") from error

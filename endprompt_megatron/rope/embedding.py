@@ -25,9 +25,7 @@ class PositionRotaryEmbedding(RotaryEmbedding):
     """
 
     def __init__(self, scaling: RopeScaling):
-        super().__init__(
-            kv_channels=scaling.head_dim, rotary_percent=1.0, rotary_base=int(scaling.rope_theta), use_cpu_initialization=True
-        )
+        super().__init__(kv_channels=scaling.head_dim, rotary_percent=1.0, rotary_base=int(scaling.rope_theta), use_cpu_initialization=True)
         self._position_ids: Tensor | None = None
         self.set_scaling(scaling)
 

@@ -94,9 +94,7 @@ class Trainer:
         self.forward_step = make_forward_step(runtime.device)
         self.schedule = get_forward_backward_func()
         checkpoints, described = self.output_dir / "checkpoints", config.to_dict()
-        self.state = (
-            load_latest_checkpoint(checkpoints, chunks=chunks, optimizer=self.optimizer, config=described) or RunState()
-        )
+        self.state = load_latest_checkpoint(checkpoints, chunks=chunks, optimizer=self.optimizer, config=described) or RunState()
         failures = FailureBoard()
         self.writer = CheckpointWriter(
             checkpoints,

@@ -63,7 +63,12 @@ def test_experiment_dry_runs_and_fits(name, tmp_path, monkeypatch):
     if config.model.name in PUBLISHED and config.adapter.type == "none":
         assert f"  parameters   {PUBLISHED[config.model.name]:,} in the whole model" in told
     if config.parallel.tensor_model_parallel_size > 1:
-        assert f"{config.parallel.tensor_model_parallel_size} tensor: 0..{config.parallel.tensor_model_parallel_size - 1}".replace("0..1", "0, 1") in told
+        assert (
+            f"{config.parallel.tensor_model_parallel_size} tensor: 0..{config.parallel.tensor_model_parallel_size - 1}".replace(
+                "0..1", "0, 1"
+            )
+            in told
+        )
     header = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text().partition("defaults:")[0].splitlines()
     if config.launch.nproc_per_node == 8:  # on a cluster, where the paper's budget is trained
         assert config.trainer.global_batch_size == 64
@@ -75,7 +80,12 @@ def test_experiment_dry_runs_and_fits(name, tmp_path, monkeypatch):
 
 def test_there_is_an_experiment_for_every_model_and_window():
     """mistral_7b_32k is none: 32,768 is its own window."""
-    lengths = {"llama3_8b": (32, 64, 96, 128, 256), "llama2_7b": (32, 64, 96, 128, 256), "mistral_7b": (64, 96, 128, 256), "llama3_70b": (64, 128)}
+    lengths = {
+        "llama3_8b": (32, 64, 96, 128, 256),
+        "llama2_7b": (32, 64, 96, 128, 256),
+        "mistral_7b": (64, 96, 128, 256),
+        "llama3_70b": (64, 128),
+    }
     wanted = {f"{model}_{length}k" for model in lengths for length in lengths[model]}
     rivals = {"llama3_8b_64k_full", "llama3_8b_64k_longlora", "llama3_70b_64k_full"}
     variants = {"llama3_8b_64k_fp8", "llama3_70b_64k_fp8", "llama3_70b_64k_h100x32", "llama3_70b_128k_h100x32"}
@@ -92,7 +102,9 @@ def test_the_readme_tells_what_the_headers_predict():
     ]  # fmt: skip
     headers = {}
     for name in EXPERIMENTS:
-        found = re.search(r"^# Predicted: ([\d.]+ GiB) a GPU, .+, (.+) in all", (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text(), flags=re.M)
+        found = re.search(
+            r"^# Predicted: ([\d.]+ GiB) a GPU, .+, (.+) in all", (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text(), flags=re.M
+        )
         headers[name] = found.groups() if found else None
     for row in rows:
         assert [headers[name] for name in row] in told
@@ -131,15 +143,26 @@ def test_other_gpus_precisions_and_layouts_are_an_override_away(name, overrides,
 @pytest.mark.parametrize(("precision", "cluster", "able"), [("fp8", "a100x8", "B200, H100-80GB, H200"), ("mxfp8", "h100x8", "B200")])
 def test_a_precision_that_a_gpu_lacks_is_refused(precision, cluster, able):
     config = to_run_config(_compose("+experiment=llama3_8b_64k", f"cluster={cluster}", f"precision={precision}"))
-    with pytest.raises(ConfigError, match=f"precision.name={precision}: {config.launch.gpu} has no tensor cores for it. Set .* one of {able}."):
+    with pytest.raises(
+        ConfigError, match=f"precision.name={precision}: {config.launch.gpu} has no tensor cores for it. Set .* one of {able}."
+    ):
         list(dry_run(config, world_size=8))
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("h100x8", 8), ("a100x8", 8), ("a800x8", 8), ("h100x32", 32), ("h100x64", 64), ("h100x256", 256)])
+@pytest.mark.parametrize(
+    ("name", "ranks"), [("h100x8", 8), ("a100x8", 8), ("a800x8", 8), ("h100x32", 32), ("h100x64", 64), ("h100x256", 256)]
+)
 def test_every_cluster_has_the_gpus_of_its_name(name, ranks):
     config = to_run_config(_compose("+experiment=paper", f"cluster={name}"))
     assert launcher.planned_world_size(config) == ranks and config.accelerator == "gpu"
-    assert {path.stem for path in (ROOT / "conf" / "cluster").glob("*.yaml")} == {"h100x8", "a100x8", "a800x8", "h100x32", "h100x64", "h100x256"}
+    assert {path.stem for path in (ROOT / "conf" / "cluster").glob("*.yaml")} == {
+        "h100x8",
+        "a100x8",
+        "a800x8",
+        "h100x32",
+        "h100x64",
+        "h100x256",
+    }
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "parallel").glob("*.yaml")))
@@ -182,7 +205,9 @@ LENGTHS = sorted(path.stem for path in (ROOT / "conf" / "length").glob("*k.yaml"
 MODELS = ("llama2_7b", "mistral_7b", "llama3_8b", "llama3_70b")
 
 
-@pytest.mark.parametrize("method", [name if name in ("endprompt", "full", "lceg_ntk") else pytest.param(name, marks=pytest.mark.repeated) for name in METHODS])
+@pytest.mark.parametrize(
+    "method", [name if name in ("endprompt", "full", "lceg_ntk") else pytest.param(name, marks=pytest.mark.repeated) for name in METHODS]
+)
 def test_every_method_goes_with_every_model_and_length(method, tmp_path, monkeypatch):
     """By composition: the factor, the sample length and NTK's f follow from the base's own window."""
     monkeypatch.chdir(tmp_path)

@@ -54,7 +54,9 @@ def place(tmp_path_factory) -> Path:
         build_tiny_random(place / model, num_layers=4, vocab_size=509, tie=model == "tied")
     for world_size in (2, 1):
         mine = [layout for layout, (ranks, _) in LAYOUTS.items() if ranks == world_size]
-        jobs = [_job(place, model, f"{model}/{layout}", layout, export=True) for model in MODELS for layout in mine if layout in MODELS[model]]
+        jobs = [
+            _job(place, model, f"{model}/{layout}", layout, export=True) for model in MODELS for layout in mine if layout in MODELS[model]
+        ]
         frozen = {"type": "lora", "train_embeddings": False, "train_norms": False}
         jobs += [_job(place, "tied", f"frozen/{layout}", layout, adapter=frozen) for layout in mine if layout in FROZEN]
         for layout in [layout for layout in mine if layout in RESUMED]:

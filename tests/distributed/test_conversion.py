@@ -67,7 +67,9 @@ def test_every_family_through_megatron(layout, families, tmp_path):
         _assert_same_weights(hf, back)
 
 
-@pytest.mark.parametrize("parallel", [{}, {"tensor_model_parallel_size": 3}, {"pipeline_model_parallel_size": 2}], ids=["TP1", "TP3", "PP2"])
+@pytest.mark.parametrize(
+    "parallel", [{}, {"tensor_model_parallel_size": 3}, {"pipeline_model_parallel_size": 2}], ids=["TP1", "TP3", "PP2"]
+)
 def test_smollm2_through_megatron(parallel, tmp_path):
     """The real weights; three KV heads allow one or three tensor-parallel ranks."""
     hf = fetch_smollm2(ROOT / "models" / "smollm2_135m")
@@ -89,7 +91,9 @@ def _convert(direction: str, source: str, destination: str) -> None:
 
 def _digest(directory: Path) -> dict[str, str]:
     return {
-        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.rglob("*")) if path.is_file()
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
     }
 
 
@@ -125,9 +129,7 @@ def test_ten_kills(direction, tmp_path):
     context = multiprocessing.get_context("fork")
 
     def convert(destination: Path, point: int = 0) -> int:
-        process = context.Process(
-            target=_convert_until, args=(point, str(tmp_path / "calls"), direction, str(source), str(destination))
-        )
+        process = context.Process(target=_convert_until, args=(point, str(tmp_path / "calls"), direction, str(source), str(destination)))
         process.start()
         process.join()
         return process.exitcode

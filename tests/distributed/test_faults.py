@@ -108,11 +108,16 @@ def test_a_hung_rank_ends_the_job_with_the_reason(place):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize(("rank", "fault", "cause"), [(0, "in the way", "Not a directory"), (0, "full", "File too large"), (1, "full", "File too large")])
+@pytest.mark.parametrize(
+    ("rank", "fault", "cause"), [(0, "in the way", "Not a directory"), (0, "full", "File too large"), (1, "full", "File too large")]
+)
 def test_a_rank_that_fails_alone_ends_the_job_with_its_error_on_every_rank(place, rank, fault, cause, asynchronous):
     """Long before the time-out, which is minutes, every rank ends with the error of the one that failed, and the checkpoint before is whole."""
     name = f"{fault}_{rank}_{asynchronous}"
-    job = _job(place, name, async_save=asynchronous) | {"worker": "tests.support.disk_worker", "disk": {"rank": rank, "step": 3, "fault": fault}}
+    job = _job(place, name, async_save=asynchronous) | {
+        "worker": "tests.support.disk_worker",
+        "disk": {"rank": rank, "step": 3, "fault": fault},
+    }
     ranks = start_ranks(WORLD_SIZE, [job])
     assert end_of(ranks) == [EXIT_USER_ERROR, EXIT_USER_ERROR]
     for process in ranks:

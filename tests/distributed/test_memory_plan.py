@@ -84,7 +84,9 @@ def test_plan_is_what_a_step_holds(place, name):
         held = json.loads((place / f"{name}_rank_{rank}.json").read_text())
         for component in ("weights", "gradients", "optimizer"):
             assert getattr(planned, f"{component}_gib") * GIB == pytest.approx(held[component], rel=0.002), component
-        rows = {component: (getattr(planned, f"{component}_gib") * GIB, held[component]) for component in ("weights", "gradients", "optimizer")}
+        rows = {
+            component: (getattr(planned, f"{component}_gib") * GIB, held[component]) for component in ("weights", "gradients", "optimizer")
+        }
         if "full" not in name:  # there the fullest moment of autograd is inside a layer that is made anew
             saved = held["saved"] - _saved_logits(name, planned)
             assert planned.activations_gib * GIB == pytest.approx(saved, rel=0.1)

@@ -34,7 +34,9 @@ def found(tmp_path_factory, request) -> dict[tuple[str, int], list[dict]]:
     """{(layout, chunk): what each rank got}"""
     place = tmp_path_factory.mktemp("probes")
     build_tiny_random(place / "model", num_layers=4, vocab_size=509, tie=False)
-    runs = {(layout, chunk): ranks for layout, (ranks, _) in LAYOUTS.items() if layout in request.param for chunk in CHUNKS.get(layout, (37,))}
+    runs = {
+        (layout, chunk): ranks for layout, (ranks, _) in LAYOUTS.items() if layout in request.param for chunk in CHUNKS.get(layout, (37,))
+    }
     for world_size in sorted(set(runs.values())):
         run_ranks(
             world_size,

@@ -26,7 +26,9 @@ def test_losses_are_the_golden_ones(directory, name):
     golden = json.loads((tool.CURVES / f"{name}.json").read_text())
     found = tool.curve(directory / name)
     assert len(golden["loss"]) == tool.STEPS and golden.keys() == found.keys()
-    assert found["loss"] == pytest.approx(golden["loss"], rel=1e-6), "the numbers changed; if they were meant to: python tools/golden_losses.py"
+    assert found["loss"] == pytest.approx(golden["loss"], rel=1e-6), (
+        "the numbers changed; if they were meant to: python tools/golden_losses.py"
+    )
     assert found["grad_norm"] == pytest.approx(golden["grad_norm"], rel=1e-4)
 
 

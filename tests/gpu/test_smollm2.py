@@ -47,7 +47,8 @@ def test_logits_are_transformers(smollm2, backend):
     for positions in (torch.arange(LENGTH), torch.cat([torch.arange(LENGTH - 11), torch.arange(8192 - 11, 8192)])):
         positions = positions.to(CUDA)
         exact, rounded = (
-            transformers_logits(load_transformers_model(smollm2, dtype=dtype).to(CUDA), tokens, positions) for dtype in (torch.float32, torch.bfloat16)
+            transformers_logits(load_transformers_model(smollm2, dtype=dtype).to(CUDA), tokens, positions)
+            for dtype in (torch.float32, torch.bfloat16)
         )
         found = megatron_logits(chunks[0].eval(), tokens, positions)[..., : architecture.vocab_size]
         ours, theirs = (found - exact).abs().mean(), (rounded - exact).abs().mean()

@@ -142,7 +142,11 @@ def test_a_home_that_nobody_can_write_is_not_needed(tmp_path):
     )
     environment = {name: value for name, value in os.environ.items() if name not in ("HF_HOME", "XDG_CACHE_HOME")}
     done = subprocess.run(
-        recipe_command(*overrides), cwd=tmp_path, env={**environment, "HOME": "/dev/null", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        recipe_command(*overrides),
+        cwd=tmp_path,
+        env={**environment, "HOME": "/dev/null", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()

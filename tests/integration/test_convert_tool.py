@@ -33,7 +33,9 @@ def test_there_and_back_and_shown(hf, tmp_path):
     """In processes of their own, once."""
 
     def run(*arguments: object) -> str:
-        done = subprocess.run([sys.executable, "-W", "ignore", str(TOOL), *map(str, arguments)], capture_output=True, text=True, cwd=tmp_path)
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", str(TOOL), *map(str, arguments)], capture_output=True, text=True, cwd=tmp_path
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -75,7 +77,12 @@ def test_verify_ends_with_one_on_a_difference(convert, hf, tmp_path):
 
 def test_the_plan_needs_config_json_alone(convert, hf, tmp_path):
     (tmp_path / "config").mkdir()
-    big = json.loads((hf / "config.json").read_text()) | {"hidden_size": 8192, "num_hidden_layers": 80, "vocab_size": 128256, "intermediate_size": 28672}
+    big = json.loads((hf / "config.json").read_text()) | {
+        "hidden_size": 8192,
+        "num_hidden_layers": 80,
+        "vocab_size": 128256,
+        "intermediate_size": 28672,
+    }
     big |= {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
     (tmp_path / "config" / "config.json").write_text(json.dumps(big))
     status, out, _ = convert("hf-to-megatron", tmp_path / "config", "--plan")

@@ -149,9 +149,13 @@ def test_a_full_disk_costs_nothing_but_the_new_checkpoint(finished):
     """The kernel refuses to let files grow, as it does on a full disk, in a plain and in an asynchronous save."""
     checkpoints = shutil.copytree(finished / "run", finished / "full") / "checkpoints"
     for asynchronous in ("false", "true"):
-        overrides = tiny_overrides(finished, "full", "evaluation.enabled=false", "trainer.max_steps=22", f"trainer.async_save={asynchronous}")
+        overrides = tiny_overrides(
+            finished, "full", "evaluation.enabled=false", "trainer.max_steps=22", f"trainer.async_save={asynchronous}"
+        )
         limited = ["bash", "-c", 'ulimit -f 200; exec "$@"', "bash", *recipe_command(*overrides)]
-        full = subprocess.run(limited, cwd=finished, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=180)
+        full = subprocess.run(
+            limited, cwd=finished, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=180
+        )
         assert full.returncode == 2 and "step_0000020" in full.stderr, full.stderr
         assert "could not be written" in full.stderr and "earlier checkpoints are intact" in full.stderr
         assert "Traceback" not in full.stderr.split("CheckpointError")[-1]
@@ -194,7 +198,18 @@ def test_dry_run_refuses_what_does_not_fit(tmp_path):
 def test_model_card_and_provenance_tell_how_it_was_made(finished):
     export = finished / "run" / "hf"
     card, provenance = (export / "README.md").read_text(), json.loads((export / "endprompt.json").read_text())
-    for told in ("method", "base", "seed", "position_scheme", "end_prompts", "steps", "tokens", "data_sha256", "tokenizer_sha256", "commit"):
+    for told in (
+        "method",
+        "base",
+        "seed",
+        "position_scheme",
+        "end_prompts",
+        "steps",
+        "tokens",
+        "data_sha256",
+        "tokenizer_sha256",
+        "commit",
+    ):
         assert provenance[told], told
     assert "extended to 256 positions" in card and "| RoPE factor s | 2.0 |" in card and "| Steps | 20 |" in card
     assert "after endprompt, 20 steps" in card and "--max-model-len 256" in card

@@ -189,7 +189,11 @@ def test_a_failed_ranks_traceback_is_shown_once(place):
 def test_asked_to_stop_while_it_still_imports(place, number):
     """Imports take minutes on a cluster's shared disk: a warning that comes meanwhile ends the run as later ones do."""
     process = subprocess.Popen(
-        recipe_command(*tiny_overrides(place, "early")), cwd=place, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+        recipe_command(*tiny_overrides(place, "early")),
+        cwd=place,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 300
     while "libtorch_cpu" not in Path(f"/proc/{process.pid}/maps").read_text():  # megatron.core and transformers are still to come

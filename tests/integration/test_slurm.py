@@ -62,7 +62,7 @@ class Job:
     def standing_in(cls, cluster: Cluster, place: Path, name: str, *overrides: str) -> Job:
         """A job of seconds, without a library."""
         program = place / "stand_in"
-        program.write_text(f"#!/bin/sh\nexec {shlex.quote(sys.executable)} {CHECKOUT}/tests/support/slurm/stand_in.py \"$@\"\n")
+        program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {CHECKOUT}/tests/support/slurm/stand_in.py "$@"\n')
         program.chmod(0o755)
         return cls(cluster, place, name, *overrides, python=str(program))
 
@@ -116,7 +116,9 @@ def test_run_that_is_warned_and_later_loses_a_node_ends_as_the_undisturbed_one(c
 def test_preempted_job_is_requeued_and_leaves_no_temporary_files(cluster, place):
     job = Job.standing_in(cluster, place, "preempted")
     job.wait_for_ranks()
-    urgent = cluster.run("sbatch", "--parsable", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=true", cwd=place)
+    urgent = cluster.run(
+        "sbatch", "--parsable", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=true", cwd=place
+    )
     assert cluster.wait_for_end(urgent.stdout.strip(), 60)["JobState"] == "COMPLETED"
     job.wait_for_ranks(2)
     ended = job.end()

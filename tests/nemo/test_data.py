@@ -34,17 +34,13 @@ def build(prefix: str, model: str, scheme: str, folder: Path, **settings):
     return data
 
 
-@pytest.mark.parametrize(
-    ("scheme", "rank"), [("endprompt", 0), ("endprompt", 1), ("endprompt_pose", 0), ("pose", 0), ("contiguous", 0)]
-)
+@pytest.mark.parametrize(("scheme", "rank"), [("endprompt", 0), ("endprompt", 1), ("endprompt_pose", 0), ("pose", 0), ("contiguous", 0)])
 def test_same_samples_as_our_trainer_across_epochs(trained_by_us, tmp_path, scheme, rank):
     prefix = indexed_prefix(trained_by_us["data"])
     data = build(prefix, trained_by_us["model"], scheme, tmp_path)
     data.build(STEPS, 0, 0, 0)
     # what MegatronDataSampler.transform_dataloader does, for a rank of two
-    theirs = add_megatron_sampler(
-        data.train_dataloader(), micro_batch_size=2, global_batch_size=GLOBAL_BATCH, rank=rank, world_size=2
-    )
+    theirs = add_megatron_sampler(data.train_dataloader(), micro_batch_size=2, global_batch_size=GLOBAL_BATCH, rank=rank, world_size=2)
     ours, _ = extension_of(trained_by_us["model"], scheme).build_datasets(
         Blend([prefix], [1.0]),
         None,

@@ -25,7 +25,9 @@ def losses_of(metrics: Path) -> np.ndarray:
 def test_losses_and_export_are_those_of_our_trainer(nemo_process, trained_by_us, tmp_path):
     trainer = nemo_worker.run_job({**trained_by_us, "output": str(tmp_path), "parallel": {}, "checkpoint": True})
     theirs, ours = json.loads((tmp_path / "losses.json").read_text()), losses_of(Path(trained_by_us["output"]) / "metrics.jsonl")
-    print(f"steps 1, 2, 50: ours {ours[[0, 1, -1]]}, NeMo's loop {np.array(theirs)[[0, 1, -1]]}; largest difference {np.abs(theirs - ours).max():.1e}")
+    print(
+        f"steps 1, 2, 50: ours {ours[[0, 1, -1]]}, NeMo's loop {np.array(theirs)[[0, 1, -1]]}; largest difference {np.abs(theirs - ours).max():.1e}"
+    )
     assert len(theirs) == len(ours) == 50 and ours[-1] < ours[0] - 1
     np.testing.assert_allclose(theirs, ours, rtol=1e-5)
     (checkpoint,) = tmp_path.rglob("*-last")

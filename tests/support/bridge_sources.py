@@ -35,7 +35,7 @@ USED = {
 }  # fmt: skip
 # lines of the sources that the adapter leans on
 LEANS_ON = {
-    "megatron/bridge/data/loaders.py": "collate_fn=train_ds.collate_fn if hasattr(train_ds, \"collate_fn\") else None",
+    "megatron/bridge/data/loaders.py": 'collate_fn=train_ds.collate_fn if hasattr(train_ds, "collate_fn") else None',
     "megatron/bridge/training/train.py": "loss_reduced[key] = val[0] / val[1]",
     "megatron/bridge/training/forward_step_func_types.py": "class TwoArgForwardStep(Protocol)",
 }

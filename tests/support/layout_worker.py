@@ -86,7 +86,9 @@ def run_job(job: dict, prepare: Callable[[Trainer], None] = lambda trainer: None
         data=DataConfig(job["data"], seq_length, [source]),
         optim=OptimConfig(lr=1e-3, warmup_steps=2),
         launch=LaunchConfig(hang_timeout_minutes=job.get("hang_timeout_minutes", 5.0)),
-        trainer=TrainerConfig(job["steps"], 2, job.get("global_batch_size", 8), eval_batches=0, **({"keep_last": 0} | job.get("trainer", {}))),
+        trainer=TrainerConfig(
+            job["steps"], 2, job.get("global_batch_size", 8), eval_batches=0, **({"keep_last": 0} | job.get("trainer", {}))
+        ),
     )
     accelerator = job.get("accelerator", "cpu")
     runtime = mcore_runtime.initialize(parallel, accelerator=accelerator, seed=config.seed)

@@ -65,7 +65,10 @@ def write_run(
     conditions = {"haystack": "words", "seed": seed, "end_prompt_tokens": 8 if method.startswith("endprompt") else 0}
     systems = {"trained" if steps else "untrained": system} | ({"base": system} if base else {})
     (directory / "metrics.jsonl").write_text(
-        "".join(json.dumps({"step": step + 1, "step_seconds": step_seconds * (2 if step == 0 else 1), "peak_memory_gib": 1.0}) + "\n" for step in range(steps))
+        "".join(
+            json.dumps({"step": step + 1, "step_seconds": step_seconds * (2 if step == 0 else 1), "peak_memory_gib": 1.0}) + "\n"
+            for step in range(steps)
+        )
     )
     (directory / "evaluation.json").write_text(json.dumps({"conditions": conditions, "systems": systems}))
     (directory / "summary.json").write_text(json.dumps(summary))
@@ -78,9 +81,13 @@ def write_suite(directory: Path, scores: dict[tuple[str, int | None], list[float
     entries = []
     for (task, length), values in scores.items():
         records = f"records/{task}_{length}.jsonl"
-        lines = [{"index": index, "score": value, "output": "x", "references": [str(index + shifted)]} for index, value in enumerate(values)]
+        lines = [
+            {"index": index, "score": value, "output": "x", "references": [str(index + shifted)]} for index, value in enumerate(values)
+        ]
         (directory / records).write_text("".join(json.dumps(line) + "\n" for line in lines))
-        entries.append({"suite": "ruler", "task": task, "length": length, "score": float(np.mean(values)), "samples": len(values), "records": records})
+        entries.append(
+            {"suite": "ruler", "task": task, "length": length, "score": float(np.mean(values)), "samples": len(values), "records": records}
+        )
     told = {"harness": "lm-eval 0", "dtype": "float32", "hardware": str(directory), **conditions}
     (directory / "results.json").write_text(json.dumps({"model": "m", "conditions": told, "scores": entries, "not_run": []}))
     return directory

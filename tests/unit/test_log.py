@@ -22,5 +22,7 @@ get_logger().error("third")
 
 @pytest.mark.parametrize(("rank", "spoken"), [("0", ["second", "third"]), ("1", ["third"])])
 def test_a_logger_that_was_first_used_while_standard_error_pointed_elsewhere_finds_back(rank, spoken):
-    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env={"PYTHONPATH": str(ROOT), "RANK": rank}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, env={"PYTHONPATH": str(ROOT), "RANK": rank}, capture_output=True, text=True
+    )
     assert done.stderr.splitlines() == spoken

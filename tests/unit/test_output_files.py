@@ -54,7 +54,7 @@ def test_a_lock_of_a_process_that_is_gone_does_not_block(tmp_path, holder):
 
 def test_holding_twice_and_giving_back(tmp_path):
     hold(tmp_path, doing="runs there")
-    hold(tmp_path / "." , doing="runs there")
+    hold(tmp_path / ".", doing="runs there")
     code = "import sys; from pathlib import Path; from endprompt_megatron.output_files import hold; hold(Path(sys.argv[1]), doing='x')"
     assert "ConfigError" in run_python(code, str(tmp_path)).stderr
     release(tmp_path)

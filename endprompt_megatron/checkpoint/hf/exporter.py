@@ -147,9 +147,7 @@ def _gather_shards(tensor: torch.Tensor, binding: Binding) -> list[torch.Tensor]
     return shards
 
 
-def _hand_to_rank_zero(
-    binding: Binding, whole: list[torch.Tensor] | None, owner: int
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _hand_to_rank_zero(binding: Binding, whole: list[torch.Tensor] | None, owner: int) -> Iterator[tuple[str, torch.Tensor]]:
     rank = global_rank()
     if owner == 0:
         if rank == 0:

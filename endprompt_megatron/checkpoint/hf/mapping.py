@@ -258,6 +258,4 @@ def bindings(architecture: ModelArchitecture) -> Iterator[Binding]:
 
 def _bind(rule: Rule, layer: int | None) -> Binding:
     number = {} if layer is None else {"layer": layer}
-    return Binding(
-        rule.megatron.format(**number), tuple(name.format(**number) for name in rule.hugging_face), rule.layout
-    )
+    return Binding(rule.megatron.format(**number), tuple(name.format(**number) for name in rule.hugging_face), rule.layout)

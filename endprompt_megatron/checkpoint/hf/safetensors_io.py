@@ -327,6 +327,4 @@ def _read_header(path: Path) -> dict[str, _Stored]:
     except KeyError as error:
         raise CheckpointError(f"{path} holds tensors of type {error}: supported are {', '.join(_DTYPES)}.") from error
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or cut short ({error}): it has {path.stat().st_size} bytes. Copy it again."
-        ) from error
+        raise CheckpointError(f"{path} is damaged or cut short ({error}): it has {path.stat().st_size} bytes. Copy it again.") from error

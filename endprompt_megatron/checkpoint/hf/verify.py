@@ -283,9 +283,7 @@ def _probe_tokens(architecture: ModelArchitecture) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(0, architecture.vocab_size, _PROBE_TOKENS))[None]
 
 
-def compare_logits(
-    chunk: EndPromptGPTModel, export: Path, architecture: ModelArchitecture, *, target_context_length: int
-) -> list[Finding]:
+def compare_logits(chunk: EndPromptGPTModel, export: Path, architecture: ModelArchitecture, *, target_context_length: int) -> list[Finding]:
     """Logits at positions across the window, and greedy text, of transformers' model of `export` and of a Megatron model that is whole on
     this process, both in float32.
 

@@ -99,9 +99,7 @@ class MegatronLM(TemplateLM):
                     f"a continuation of {len(continuation)} tokens does not fit the window of {self._max_length}. Leave the task out."
                 )
             cut.append((context[-room:], continuation))
-        return sequence_log_probabilities(
-            self.model, cut, prefill_chunk=self.prefill_chunk, device=self._device, label=self.label
-        )
+        return sequence_log_probabilities(self.model, cut, prefill_chunk=self.prefill_chunk, device=self._device, label=self.label)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of whole texts in nats, read in windows that overlap in no scored token."""

@@ -153,9 +153,7 @@ def _sentences(document: str, encode: Encode) -> Iterator[list[int]]:
         yield encode(match.group())
 
 
-def _written_facts(
-    encode: Encode, facts: dict[str, int], digits: int, random: np.random.Generator
-) -> list[tuple[list[int], Question]]:
+def _written_facts(encode: Encode, facts: dict[str, int], digits: int, random: np.random.Generator) -> list[tuple[list[int], Question]]:
     """(tokens of a fact, question about it), the kinds mixed evenly: the k-th of m facts of a kind stands at (k + 1/2) / m."""
     placed = []
     for task, number in facts.items():
@@ -188,7 +186,7 @@ def _lay_out(stretch: Sequence[list[int]], facts: Sequence[tuple[list[int], Ques
 
 def _write(task: str, count: int, encode: Encode, digits: int, random: np.random.Generator) -> list[tuple[list[int], Question]]:
     """(tokens of a fact, question about it) for `count` facts of a kind."""
-    subjects = random.permutation(_SUBJECTS[task][:max(count, _FIRST)])[:count]
+    subjects = random.permutation(_SUBJECTS[task][: max(count, _FIRST)])[:count]
     if task == NUMBER:
         answers = [draw_key(random, digits) for _ in subjects]
     else:  # one-token words first: then a question is right or wrong by one token

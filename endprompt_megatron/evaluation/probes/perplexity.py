@@ -20,9 +20,7 @@ from endprompt_megatron.inference.forward import Replica, pieces
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 
 
-def held_out_blocks(
-    texts: Iterable[str], encode: Callable[[str], list[int]], *, block_length: int, num_tokens: int
-) -> np.ndarray:
+def held_out_blocks(texts: Iterable[str], encode: Callable[[str], list[int]], *, block_length: int, num_tokens: int) -> np.ndarray:
     """The first tokens of long held-out documents.
 
     Args:

@@ -23,9 +23,9 @@ def read_texts(folder: Path) -> list[str]:
             try:
                 texts += _READERS[path.suffix](path)
             except (ValueError, KeyError, TypeError) as error:  # pyarrow's own errors are ValueErrors
-                raise DataError(f"{path}: no rows {{\"text\"}} there ({error!r}). Give .txt, or .jsonl or .parquet with them.") from error
+                raise DataError(f'{path}: no rows {{"text"}} there ({error!r}). Give .txt, or .jsonl or .parquet with them.') from error
     if not any(text.strip() for text in texts):
-        raise DataError(f"{folder}: no text there. Give .txt files, or .jsonl or .parquet files with rows {{\"text\"}}.")
+        raise DataError(f'{folder}: no text there. Give .txt files, or .jsonl or .parquet files with rows {{"text"}}.')
     return texts
 
 

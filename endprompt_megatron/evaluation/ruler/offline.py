@@ -98,9 +98,7 @@ class MegatronProbes:
         )
         outputs = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
         return [
-            Sample(
-                sample.index, score(name, output, sample.references), output, list(sample.references), len(prompt)
-            )
+            Sample(sample.index, score(name, output, sample.references), output, list(sample.references), len(prompt))
             for sample, prompt, output in zip(samples, prompts, outputs, strict=True)
         ]
 

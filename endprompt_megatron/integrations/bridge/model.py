@@ -24,9 +24,7 @@ class EndPromptModelProvider(GPTModelProvider):
 
     extension: WindowExtension | None = None
 
-    def provide(
-        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
-    ) -> EndPromptGPTModel:
+    def provide(self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None) -> EndPromptGPTModel:
         """As WindowExtension.build_chunk."""
         if self.extension is None:
             raise ConfigError("EndPromptModelProvider(extension=None): name what is extended. endprompt_model_provider(extension) does.")

@@ -75,9 +75,7 @@ def plot_scores_by_length(path: Path, groups: dict[str, list[RunResult]]) -> Pat
         return None
     styles = styles_of(list(groups))
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(
-            2, len(tasks), figsize=(WIDTH_INCHES, 7.4), sharex=True, squeeze=False, layout="constrained"
-        )
+        figure, panels = plt.subplots(2, len(tasks), figsize=(WIDTH_INCHES, 7.4), sharex=True, squeeze=False, layout="constrained")
         for column, task in enumerate(tasks):
             lengths = sorted({length for run in runs for length in run.scores(task)})
             share = "exact_match" if task == "variable_tracking" else "digit_accuracy"

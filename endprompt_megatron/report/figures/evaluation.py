@@ -100,9 +100,7 @@ def plot_depth_by_length(
         return write_figure(figure, path)
 
 
-def _draw_map(
-    axes: Axes, cells: Cells, lengths: Sequence[int], depths: Sequence[float], value_range: tuple[float, float]
-) -> AxesImage:
+def _draw_map(axes: Axes, cells: Cells, lengths: Sequence[int], depths: Sequence[float], value_range: tuple[float, float]) -> AxesImage:
     values = np.array([[cells.get((length, depth), math.nan) for length in lengths] for depth in depths])
     axes.set_facecolor(_UNMEASURED)
     colors = plt.get_cmap(_MAP_COLORS)
@@ -174,5 +172,3 @@ def plot_scores_by_length(
         length_axis(axes, sorted({*lengths, target_context_length}), original_context_length, "length of the prompt (tokens)")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
         return write_figure(figure, path)
-
-

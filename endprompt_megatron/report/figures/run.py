@@ -248,9 +248,7 @@ def plot_perplexity(path: Path, systems: Mapping[str, Mapping[str, Any]], *, ori
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(WIDTH_INCHES, 5.2), layout="constrained")
         _draw_systems(axes, systems, "perplexity", lambda score: score)
-        values = [
-            number for system in systems.values() for number in map(_number, (system.get("perplexity") or {}).values()) if number
-        ]
+        values = [number for system in systems.values() for number in map(_number, (system.get("perplexity") or {}).values()) if number]
         if values and max(values) > 4 * min(values):  # an unrepaired RoPE scaling would flatten every other line
             axes.set_yscale("log", base=2)
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
@@ -275,9 +273,7 @@ def _draw_systems(
     for index, name in enumerate(ordered):
         style = SYSTEM_STYLES.get(name) or OTHER_STYLES[others.index(name) % len(OTHER_STYLES)]
         points = []
-        for length, score in sorted(
-            (int(length), score) for length, score in (systems[name].get(key) or {}).items() if score is not None
-        ):
+        for length, score in sorted((int(length), score) for length, score in (systems[name].get(key) or {}).items() if score is not None):
             value = _number(value_of(score))
             if value is not None:
                 # Sideways (in octaves), so that systems with the same value stay apart.

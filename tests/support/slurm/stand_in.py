@@ -18,7 +18,9 @@ def main() -> int:
         signal.signal(number, lambda number, frame: asked.append(number))
     output = Path(dict(word.split("=", 1) for word in sys.argv if "=" in word)["output_dir"])
     rank = int(os.environ["SLURM_PROCID"])
-    print(f"rank {rank} on {os.uname().nodename}, master {os.environ['MASTER_ADDR']}, temporary files in {os.environ['TMPDIR']}", flush=True)
+    print(
+        f"rank {rank} on {os.uname().nodename}, master {os.environ['MASTER_ADDR']}, temporary files in {os.environ['TMPDIR']}", flush=True
+    )
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         if asked:

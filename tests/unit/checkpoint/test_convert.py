@@ -183,14 +183,26 @@ def flip_one_bit(tensors: dict[str, torch.Tensor]) -> None:
 LAYER = "model.layers.1.self_attn"
 MUTATIONS = {
     "a corrupted tensor": (lambda path: edit_tensors(path, flip_one_bit), "model.layers.2.mlp.up_proj.weight, rows"),
-    "swapped q and k": (lambda path: edit_tensors(path, swap(f"{LAYER}.q_proj.weight", f"{LAYER}.k_proj.weight")), f"{LAYER}.q_proj.weight"),
-    "layers swapped": (lambda path: edit_tensors(path, swap("model.layers.0.mlp.down_proj.weight", "model.layers.3.mlp.down_proj.weight")), "down_proj"),
+    "swapped q and k": (
+        lambda path: edit_tensors(path, swap(f"{LAYER}.q_proj.weight", f"{LAYER}.k_proj.weight")),
+        f"{LAYER}.q_proj.weight",
+    ),
+    "layers swapped": (
+        lambda path: edit_tensors(path, swap("model.layers.0.mlp.down_proj.weight", "model.layers.3.mlp.down_proj.weight")),
+        "down_proj",
+    ),
     "a dropped rope field": (drop_rope, "rotary frequencies"),
     "a wrong theta": (lambda path: edit_config(path, rope_theta=10000.0), "rotary frequencies"),
-    "another factor": (lambda path: edit_config(path, rope_scaling={**FAMILIES["llama3.1"]["rope_scaling"], "factor": 4.0}), "rotary frequencies"),
+    "another factor": (
+        lambda path: edit_config(path, rope_scaling={**FAMILIES["llama3.1"]["rope_scaling"], "factor": 4.0}),
+        "rotary frequencies",
+    ),
     "another window": (lambda path: edit_config(path, max_position_embeddings=1024), "window"),
     "another epsilon": (lambda path: edit_config(path, rms_norm_eps=1e-6), "fields of config.json that differ"),
-    "a tensor left out": (lambda path: edit_tensors(path, lambda tensors: tensors.pop("model.norm.weight")), "names differ, e.g. model.norm.weight"),
+    "a tensor left out": (
+        lambda path: edit_tensors(path, lambda tensors: tensors.pop("model.norm.weight")),
+        "names differ, e.g. model.norm.weight",
+    ),
 }
 
 
@@ -253,7 +265,9 @@ def test_logits_catch_what_the_table_of_names_would_not(llama, tmp_path, single_
         return [right[index + shift] for index in range(0, len(right), 3) for shift in (1, 0, 2)]
 
     rules = tuple(
-        mapping.Rule(rule.megatron, rule.hugging_face, mapping.Layout(0, rule.layout.shapes, wrong), rule.exists) if rule.megatron.endswith("linear_qkv.weight") else rule
+        mapping.Rule(rule.megatron, rule.hugging_face, mapping.Layout(0, rule.layout.shapes, wrong), rule.exists)
+        if rule.megatron.endswith("linear_qkv.weight")
+        else rule
         for rule in mapping.RULES
     )
     monkeypatch.setattr(mapping, "RULES", rules)
@@ -301,7 +315,9 @@ class TestDamage:
         biased = hf_to_megatron(build_family("qwen2.5", tmp_path / "hf"), tmp_path / "megatron")
         plain = build_family("llama3", tmp_path / "plain", tie_word_embeddings=True)
         shutil.rmtree(biased / "huggingface")
-        with pytest.raises(CheckpointError, match="1 weights have no place in this model, e.g. decoder.layers.self_attention.linear_qkv.bias"):
+        with pytest.raises(
+            CheckpointError, match="1 weights have no place in this model, e.g. decoder.layers.self_attention.linear_qkv.bias"
+        ):
             megatron_to_hf(describe_megatron_model(biased, hf_base=plain), tmp_path / "back")
 
     def test_another_format(self, converted, tmp_path):
@@ -318,7 +334,10 @@ class TestDamage:
 class TestDestination:
     def test_nothing_is_overwritten(self, llama, converted, tmp_path):
         (tmp_path / "there").mkdir()
-        for convert in (lambda: hf_to_megatron(llama, tmp_path / "there"), lambda: megatron_to_hf(describe_megatron_model(converted), tmp_path / "there")):
+        for convert in (
+            lambda: hf_to_megatron(llama, tmp_path / "there"),
+            lambda: megatron_to_hf(describe_megatron_model(converted), tmp_path / "there"),
+        ):
             with pytest.raises(CheckpointError, match="exists: nothing is overwritten"):
                 convert()
 

@@ -29,7 +29,17 @@ from tests.support.tiny import load_model, tokens_of
 
 pytestmark = pytest.mark.usefixtures("single_process")
 
-STATE = RunState(step=2, consumed_samples=16, tokens=640, train_seconds=1.5, loss_first=6.25, loss_last=0.1, sample_order="ab", bad_steps=1, grad_norms=[0.5])
+STATE = RunState(
+    step=2,
+    consumed_samples=16,
+    tokens=640,
+    train_seconds=1.5,
+    loss_first=6.25,
+    loss_last=0.1,
+    sample_order="ab",
+    bad_steps=1,
+    grad_norms=[0.5],
+)
 
 
 @dataclass

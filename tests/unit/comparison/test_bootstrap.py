@@ -12,7 +12,9 @@ from endprompt_megatron.comparison.bootstrap import bootstrap_interval, combine_
 from endprompt_megatron.errors import DataError
 
 
-@pytest.mark.parametrize(("draw", "mean"), [(lambda random: random.normal(3.0, 2.0, 40), 3.0), (lambda random: 100.0 * (random.random(60) < 0.7), 70.0)])
+@pytest.mark.parametrize(
+    ("draw", "mean"), [(lambda random: random.normal(3.0, 2.0, 40), 3.0), (lambda random: 100.0 * (random.random(60) < 0.7), 70.0)]
+)
 def test_the_interval_covers_the_mean_as_often_as_it_says(draw, mean):
     """300 experiments: a 90 % interval covers 270 of them, give or take 5 (one standard deviation) and what the percentile bootstrap is
     known to be short of for few samples."""

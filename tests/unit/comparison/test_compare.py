@@ -41,7 +41,13 @@ METHODS = ("control_short_pi", "endprompt", "pose", "untrained_pi")
 
 def _compare(tmp_path, check=lambda request: None, **changes) -> tuple[bool, str]:
     study = StudyConfig(
-        **{"name": "s", "output_dir": str(tmp_path / "out"), "base_experiment": "tiny", "methods": ["endprompt", "control_short_pi"], **changes}
+        **{
+            "name": "s",
+            "output_dir": str(tmp_path / "out"),
+            "base_experiment": "tiny",
+            "methods": ["endprompt", "control_short_pi"],
+            **changes,
+        }
     )
     told = ["python recipes/compare.py +study=s"]
     finished = compare(study, command=stand_in_command(tmp_path), known_methods=METHODS, told=told, check=check)
@@ -199,7 +205,9 @@ def test_runs_made_elsewhere_are_collected(tmp_path):
         _compare(tmp_path, methods=[], base_experiment=None, collect=more)
     _, page = _compare(tmp_path, methods=[], base_experiment=None, collect=[*directories, f"hot={more[-1]}"])
     assert "| hot | 1 |" in page and "| endprompt | 2 |" in page
-    with pytest.raises(ConfigError, match="reference=pose: no run has this label. Choose one of control_short_pi, base, untouched, endprompt"):
+    with pytest.raises(
+        ConfigError, match="reference=pose: no run has this label. Choose one of control_short_pi, base, untouched, endprompt"
+    ):
         _compare(tmp_path, methods=[], base_experiment=None, collect=[*directories], reference="pose")
     with pytest.raises(DataError, match="holds no finished run with probes"):
         _compare(tmp_path, methods=[], base_experiment=None, collect=[str(tmp_path)])

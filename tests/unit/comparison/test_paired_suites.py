@@ -86,7 +86,10 @@ def test_other_questions_are_not_compared(tmp_path):
 def test_settings_of_a_task_under_which_scores_differ_are_named(tmp_path, own, other, told):
     suite = "perplexity" if "perplexity" in own else "ruler"
     found = [
-        {Key(suite, key.task, key.length): score for key, score in _read(tmp_path / str(index), {("vt", 4096): [1.0]}, **conditions).items()}
+        {
+            Key(suite, key.task, key.length): score
+            for key, score in _read(tmp_path / str(index), {("vt", 4096): [1.0]}, **conditions).items()
+        }
         for index, conditions in enumerate((own, other))
     ]
     (compared,) = compare_evaluations({"model": {1: found[0]}, "reference": {1: found[1]}}, "reference")["model"]

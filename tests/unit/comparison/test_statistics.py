@@ -63,7 +63,9 @@ def test_the_difference_and_its_test_weigh_lengths_alike(tmp_path):
     found = next(test for test in paired_tests(runs, "reference") if test.measure == "needle")
     assert found.difference == pytest.approx(0.5) and found.haystacks == 4
     weighed = [-1 / 6, -1 / 6, -1 / 6, 1.0]
-    patterns = [abs(sum(sign * value for sign, value in zip(signs, weighed, strict=True))) for signs in itertools.product((1, -1), repeat=4)]
+    patterns = [
+        abs(sum(sign * value for sign, value in zip(signs, weighed, strict=True))) for signs in itertools.product((1, -1), repeat=4)
+    ]
     expected = sum(value >= 0.5 - 1e-9 for value in patterns) / 16
     assert found.p_haystacks == pytest.approx(expected)
 

@@ -40,7 +40,6 @@ def test_the_config_these_start_from_is_good():
     assert problems_of() == []
 
 
-
 @pytest.mark.parametrize(
     ("world_size", "changes", "quoted"),
     [
@@ -70,7 +69,9 @@ def test_the_config_these_start_from_is_good():
             *(1, {"evaluation__tasks": ["word"], "evaluation__planted_words": 99}, "evaluation.planted_words=99: must be between 1 and 24"),
             id="more facts than can be written",
         ),
-        pytest.param(1, {"evaluation__perplexity_tail": 512}, "evaluation.perplexity_tail=512", id="a tail as long as the shortest context"),
+        pytest.param(
+            1, {"evaluation__perplexity_tail": 512}, "evaluation.perplexity_tail=512", id="a tail as long as the shortest context"
+        ),
         pytest.param(1, {"evaluation__long_texts": 0}, "evaluation.long_texts=0", id="no long text"),
         pytest.param(1, {"data__num_workers": -1}, "data.num_workers=-1", id="negative num_workers: torch raises"),
     ],
@@ -84,7 +85,10 @@ def test_settings_that_cannot_work_are_refused(world_size, changes, quoted):
     [
         ({"method__attention": "s3"}, "method.attention=s3: choose full or s2"),
         ({"method__attention": "s2", "method__attention_groups": 0}, "attention_groups=0: must be >= 1"),
-        ({"method__attention": "s2", "data__seq_length": 500}, "multiple of 2*attention_groups=8: groups are shifted by half a group. Set data.seq_length=504"),
+        (
+            {"method__attention": "s2", "data__seq_length": 500},
+            "multiple of 2*attention_groups=8: groups are shifted by half a group. Set data.seq_length=504",
+        ),
         ({"adapter__type": "dora"}, "adapter.type=dora: choose none or lora"),
         ({"adapter__type": "lora", "adapter__rank": 0}, "adapter.rank=0: must be >= 1"),
         ({"adapter__type": "lora", "adapter__alpha": float("nan")}, "adapter.alpha=nan: must be a finite number > 0"),

@@ -26,7 +26,16 @@ def _write(path: Path, *rows: dict) -> str:
 
 def test_names_that_look_alike_have_an_index_each(prepare, tmp_path):
     row = {"text": "A question.", "question": "Who?", "answer": "He."}
-    names = ("训练.jsonl", "验证.jsonl", "EN_v1.jsonl", "en-v1.jsonl", "a" * 120 + "1.jsonl", "a" * 120 + "2.jsonl", "x/same.jsonl", "y/same.jsonl")
+    names = (
+        "训练.jsonl",
+        "验证.jsonl",
+        "EN_v1.jsonl",
+        "en-v1.jsonl",
+        "a" * 120 + "1.jsonl",
+        "a" * 120 + "2.jsonl",
+        "x/same.jsonl",
+        "y/same.jsonl",
+    )
     sources = [TextSource(_write(tmp_path / name, row)) for name in names]
     sources += [TextSource(sources[0].path, text_key=key) for key in ("question", "answer")]
     prefixes = prepare(*sources)

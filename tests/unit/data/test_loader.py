@@ -17,9 +17,7 @@ from endprompt_megatron.data.loader import MicroBatchSampler, collate, micro_bat
 
 
 def sampler(rank: int = 0, size: int = 1, *, samples: int = 1000, consumed: int = 0, micro: int = 2) -> MicroBatchSampler:
-    return MicroBatchSampler(
-        samples, consumed_samples=consumed, micro_batch_size=micro, data_parallel_rank=rank, data_parallel_size=size
-    )
+    return MicroBatchSampler(samples, consumed_samples=consumed, micro_batch_size=micro, data_parallel_rank=rank, data_parallel_size=size)
 
 
 def steps(size: int, *, micro: int, batch: int, count: int, consumed: int = 0, samples: int = 1000) -> list[list[int]]:

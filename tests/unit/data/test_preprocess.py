@@ -111,9 +111,7 @@ def test_hub_name_goes_to_datasets(tmp_path, tokenizer, monkeypatch):
         return datasets.IterableDataset.from_generator(lambda: ({"text": text} for text in TEXTS))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    manifest = prepare_dataset(
-        "owner/corpus", output_prefix=tmp_path / "b", split="validation", config_name="en", **tokenizer
-    )
+    manifest = prepare_dataset("owner/corpus", output_prefix=tmp_path / "b", split="validation", config_name="en", **tokenizer)
     assert asked == {"args": ("owner/corpus", "en"), "kwargs": {"split": "validation", "streaming": True}}
     assert manifest.source == ["owner/corpus"] and manifest.source_files == [] and manifest.num_documents == 3
 

@@ -46,7 +46,9 @@ def test_every_kind_is_read(tmp_path, kind, upper):
     assert kind_of(path) == kind and list(read_rows(path, text_key="text")) == expected
 
 
-@pytest.mark.parametrize("name", ["a[1].jsonl", "a*.jsonl", "a?.jsonl", "zip::a.jsonl", "a b.jsonl", "[x] y/b.jsonl", "{a,b}.jsonl", "训练.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["a[1].jsonl", "a*.jsonl", "a?.jsonl", "zip::a.jsonl", "a b.jsonl", "[x] y/b.jsonl", "{a,b}.jsonl", "训练.jsonl"]
+)
 def test_a_file_that_exists_is_that_file_whatever_its_name(tmp_path, name):
     """Also where the name read as a pattern matches others."""
     path = tmp_path / name

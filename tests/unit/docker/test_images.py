@@ -99,9 +99,7 @@ def _environment(**more: str) -> dict[str, str]:
 
 
 def _run(*arguments: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(ENTRYPOINT), *arguments], cwd=cwd, env=_environment(**more), capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run([str(ENTRYPOINT), *arguments], cwd=cwd, env=_environment(**more), capture_output=True, text=True, timeout=300)
 
 
 def test_entrypoint_lists_recipes_and_tools(tmp_path):

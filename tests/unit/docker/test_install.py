@@ -20,7 +20,7 @@ PYTHON = getattr(sys, "_base_executable", sys.executable)  # an environment made
 IMAGE = {"torch": "2.11.0a0+a6c236b9fd.nv26.3", "transformer-engine": "2.13.0+abc123", "apex": "0.1", "triton": "3.6.0"}
 
 # a build backend in the tree, so that an editable installation needs no index
-BACKEND = '''
+BACKEND = """
 import pathlib, zipfile
 def _build(directory):
     name = "endprompt_megatron-0.1.0-py3-none-any.whl"
@@ -34,7 +34,7 @@ def build_wheel(directory, config_settings=None, metadata_directory=None):
     return _build(directory)
 def build_editable(directory, config_settings=None, metadata_directory=None):
     return _build(directory)
-'''
+"""
 
 
 def _wheel(folder: Path, name: str, version: str, *, requires: str = "") -> None:
@@ -104,7 +104,9 @@ def test_torchrun_of_an_image_starts_the_new_environment(install, tmp_path):
     fake = tmp_path / "fake" / "torch" / "distributed"
     fake.mkdir(parents=True)
     (fake / "run.py").write_text("import sys; print(sys.prefix, sys.argv[1:])")
-    out = subprocess.run([venv / "bin/torchrun", "a b"], env={**os.environ, "PYTHONPATH": str(fake.parents[1])}, capture_output=True, text=True)
+    out = subprocess.run(
+        [venv / "bin/torchrun", "a b"], env={**os.environ, "PYTHONPATH": str(fake.parents[1])}, capture_output=True, text=True
+    )
     assert out.stdout == f"{venv} ['a b']\n", out.stderr
 
 

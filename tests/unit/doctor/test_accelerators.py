@@ -107,7 +107,10 @@ def test_fp8_is_what_the_weakest_gpu_has():
 
 @pytest.mark.parametrize(
     ("error", "said"),
-    [("ModuleNotFoundError: No module named 'torch'", "not installed"), ("ImportError: libcudart.so.13", "it does not import: ImportError")],
+    [
+        ("ModuleNotFoundError: No module named 'torch'", "not installed"),
+        ("ImportError: libcudart.so.13", "it does not import: ImportError"),
+    ],
 )
 def test_no_torch(error, said):
     found = _findings(Answer(error=error))

@@ -102,7 +102,10 @@ def test_every_problem_is_told_at_once(tmp_path):
     [
         (dict(tasks=["perplexity"], lengths=[768, 1024]), "windows of 768 tokens that do not overlap end before 1024"),
         (dict(tasks=["needle"], needle=NeedleConfig(num_context_tokens=500, num_prompt_tokens=20, target_context_length=510)), "exceed"),
-        (dict(tasks=["needle"], needle=NeedleConfig(num_context_tokens=500, num_prompt_tokens=20, target_context_length=768)), "every distance"),
+        (
+            dict(tasks=["needle"], needle=NeedleConfig(num_context_tokens=500, num_prompt_tokens=20, target_context_length=768)),
+            "every distance",
+        ),
         (dict(tasks=["needle"], needle=NeedleConfig(depths=[0.5, 0.5])), "each once"),
     ],
 )

@@ -36,7 +36,9 @@ LLAMA3_8B = LLAMA3_70B | {
 }  # fmt: skip
 
 
-def _cluster(numbers: dict, *, nodes: int = 1, gpu: str = "H100-80GB", seq_length: int = 8192, micro_batch_size: int = 1, **parallel: object) -> RunConfig:
+def _cluster(
+    numbers: dict, *, nodes: int = 1, gpu: str = "H100-80GB", seq_length: int = 8192, micro_batch_size: int = 1, **parallel: object
+) -> RunConfig:
     config = config_of(Path("/nonexistent/base"), "/nonexistent/out")
     return dataclasses.replace(
         config,
@@ -91,7 +93,9 @@ def test_interleaved_stages_tell_their_layers_and_adapters_what_trains():
 
 FAR_TOO_MUCH = {
     "8B alone on every GPU": _cluster(LLAMA3_8B),
-    "8B with too large a micro-batch": _cluster(LLAMA3_8B, micro_batch_size=8, tensor_model_parallel_size=4, sequence_parallel=True, use_distributed_optimizer=True),
+    "8B with too large a micro-batch": _cluster(
+        LLAMA3_8B, micro_batch_size=8, tensor_model_parallel_size=4, sequence_parallel=True, use_distributed_optimizer=True
+    ),
     "8B at full length": _cluster(LLAMA3_8B, seq_length=65536, use_distributed_optimizer=True, recompute_granularity="full"),
     "8B in fp8": _cluster(LLAMA3_8B, use_distributed_optimizer=True, recompute_granularity="full", gpu="A100-80GB"),
     "70B on one node": _cluster(LLAMA3_70B, tensor_model_parallel_size=8, sequence_parallel=True, use_distributed_optimizer=True),
@@ -104,7 +108,9 @@ def test_a_refusal_names_a_change_that_does_fit_and_no_part_of_which_would(case)
     if case == "8B in fp8":
         config.precision.name, config.launch.gpu = "fp8", "H100-80GB"
         config.trainer.micro_batch_size = 2
-    with pytest.raises(ConfigError, match=rf"launch.gpu={config.launch.gpu}: a rank has 79.\d GiB, and this run needs about \d+.\d GiB") as caught:
+    with pytest.raises(
+        ConfigError, match=rf"launch.gpu={config.launch.gpu}: a rank has 79.\d GiB, and this run needs about \d+.\d GiB"
+    ) as caught:
         _run(config)
     overrides = re.search(r"The smallest change that fits: (.+)\.$", str(caught.value))[1].split()
     changed = _overridden(config, overrides)

@@ -200,7 +200,10 @@ def test_missing_backends_say_how_to_install_them(tiny_model_dir, tmp_path, monk
         ({"parallel": ParallelConfig(pipeline_model_parallel_size=2)}, "must be a multiple of TP x PP x CP"),
         ({"suite": {"needle": NeedleConfig(depths=[2.0])}}, r"suite.needle.depths=\[2.0\]"),
         ({"suite": {"tasks": ["needle", "ruler"]}, "launch": LaunchConfig(nproc_per_node=2)}, "run in one"),
-        ({"suite": {"tasks": ["perplexity"], "perplexity": PerplexityConfig(stride=512)}}, "must be less than the shortest of suite.lengths"),
+        (
+            {"suite": {"tasks": ["perplexity"], "perplexity": PerplexityConfig(stride=512)}},
+            "must be less than the shortest of suite.lengths",
+        ),
         ({"model": "nowhere"}, "model=nowhere: no config.json there"),
     ],
 )

@@ -18,7 +18,10 @@ from endprompt_megatron.evaluation.suite import EvaluateConfig, PerplexityConfig
 from endprompt_megatron.jobs.evaluate import evaluate
 from endprompt_megatron.report.suite_comparison import write_suite_comparison
 
-PROSE = ["It was a quiet morning in the valley. The miller opened his window; nobody passed. ", "They built a second bridge! It stood on seven arches. "]
+PROSE = [
+    "It was a quiet morning in the valley. The miller opened his window; nobody passed. ",
+    "They built a second bridge! It stood on seven arches. ",
+]
 
 
 def _sources(folder: Path, *names: str) -> SourcesConfig:
@@ -32,7 +35,8 @@ def _sources(folder: Path, *names: str) -> SourcesConfig:
     ]
     (folder / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
     asked = [
-        {"question": f"Rooms of the {name}?", "answer": count, "context": [[name, [f"The {name} has {count} rooms."]]]} for name, count in houses
+        {"question": f"Rooms of the {name}?", "answer": count, "context": [[name, [f"The {name} has {count} rooms."]]]}
+        for name, count in houses
     ]
     (folder / "hotpotqa.json").write_text(json.dumps(asked))
     prose = folder / "prose"

@@ -44,7 +44,9 @@ def config_of(hf_path: Path, output_dir: Path | str = "out", **groups: object) -
 
 def test_a_good_base_passes_and_brings_its_prompts(tiny_model_dir):
     base = preflight.check_base(config_of(tiny_model_dir), world_size=1)
-    assert base.architecture.max_position_embeddings == 128 and base.tokenizer.decode(base.end_prompts.token_ids[0]).startswith("This is the end")
+    assert base.architecture.max_position_embeddings == 128 and base.tokenizer.decode(base.end_prompts.token_ids[0]).startswith(
+        "This is the end"
+    )
     control = preflight.check_base(config_of(tiny_model_dir, method=MethodConfig(position_scheme="contiguous")), world_size=1)
     assert control.end_prompts is None and control.tokenizer_hash == base.tokenizer_hash
 

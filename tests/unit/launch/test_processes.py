@@ -45,5 +45,12 @@ if __name__ == "__main__":
 def test_told_to_stop_before_they_can_ignore_it(tmp_path):
     program = tmp_path / "program.py"  # a file, because spawned processes import it
     program.write_text(PROGRAM)
-    done = subprocess.run([sys.executable, "-W", "ignore", str(program)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(program)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0 and done.stdout == "served\n", done.stderr[-3000:]

@@ -96,7 +96,9 @@ def test_rows_without_weight_get_no_gradient():
 def test_extreme_logits_stay_finite():
     logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]])
     losses, gradient = ours(logits, torch.tensor([1, 0]), torch.ones(2), 3)
-    torch.testing.assert_close(losses, torch.tensor([2e4, 3.0]).where(torch.tensor([True, False]), torch.tensor(3.0).log()), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(
+        losses, torch.tensor([2e4, 3.0]).where(torch.tensor([True, False]), torch.tensor(3.0).log()), rtol=1e-5, atol=1e-3
+    )
     assert gradient.isfinite().all()
 
 

@@ -139,7 +139,9 @@ class TestAgainstTransformers:
         for mine, hf in pairs.items():
             gradient = found[mine].main_grad
             rows = expected[hf].grad.shape[0]
-            torch.testing.assert_close(gradient[:rows], expected[hf].grad, rtol=1e-3, atol=1e-6, msg=lambda text, mine=mine: f"{mine}: {text}")
+            torch.testing.assert_close(
+                gradient[:rows], expected[hf].grad, rtol=1e-3, atol=1e-6, msg=lambda text, mine=mine: f"{mine}: {text}"
+            )
             assert not gradient[rows:].any(), "rows that pad the vocabulary learn nothing"
 
 

@@ -132,14 +132,18 @@ class TestBeginning:
     def test_is_the_base_bit_for_bit(self, tiny_model_dir):
         tokens = tokens_of(LENGTH, batch=2)
         with torch.no_grad():
-            assert torch.equal(load_model(tiny_model_dir, adapter=lora())(tokens, POSITIONS, None), load_model(tiny_model_dir)(tokens, POSITIONS, None))
+            assert torch.equal(
+                load_model(tiny_model_dir, adapter=lora())(tokens, POSITIONS, None), load_model(tiny_model_dir)(tokens, POSITIONS, None)
+            )
 
     def test_a_is_drawn_as_peft_draws_it(self, tiny_model_dir):
         model = load_model(tiny_model_dir, adapter=lora(rank=200), seed=1)
         theirs = peft.get_peft_model(load_transformers_model(tiny_model_dir), peft.LoraConfig(r=200, target_modules=ALL))
         for name, layer in adapted_layers(model).items():
             for target, matrix, parameter in layer.adapters():
-                other = theirs.get_parameter(f"base_model.model.model.layers.{name.split('.')[2]}.self_attn.{target}.lora_{matrix}.default.weight")
+                other = theirs.get_parameter(
+                    f"base_model.model.model.layers.{name.split('.')[2]}.self_attn.{target}.lora_{matrix}.default.weight"
+                )
                 assert parameter.shape == other.shape
                 if matrix == "B":
                     assert not parameter.any() and not other.any()

@@ -19,7 +19,11 @@ def config_of(**changes: object) -> TransformerConfig:
 def norms(dtype: torch.dtype, eps: float) -> tuple[torch.nn.Module, ...]:
     """Ours, torch's and transformers', with the same random weight."""
     torch.manual_seed(0)
-    found = RMSNorm(config_of(params_dtype=dtype), SIZE, eps=eps), torch.nn.RMSNorm(SIZE, eps=eps, dtype=dtype), LlamaRMSNorm(SIZE, eps=eps).to(dtype)
+    found = (
+        RMSNorm(config_of(params_dtype=dtype), SIZE, eps=eps),
+        torch.nn.RMSNorm(SIZE, eps=eps, dtype=dtype),
+        LlamaRMSNorm(SIZE, eps=eps).to(dtype),
+    )
     weight = torch.randn(SIZE).to(dtype)
     for norm in found:
         norm.weight.data.copy_(weight)

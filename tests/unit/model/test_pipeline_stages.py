@@ -36,7 +36,9 @@ CASES = {
 }
 
 
-def _stages(architecture: ModelArchitecture, world_size: int, layout: tuple, *, precision: str = "bf16", adapter: AdapterConfig | None = None):
+def _stages(
+    architecture: ModelArchitecture, world_size: int, layout: tuple, *, precision: str = "bf16", adapter: AdapterConfig | None = None
+):
     tensor, pipeline, virtual, context = layout
     return build_stages(
         architecture,
@@ -103,7 +105,9 @@ def test_a_70b_model_takes_no_memory():
     assert model.num_parameters > 70e9
 
 
-@pytest.mark.parametrize("adapter", [None, AdapterConfig(type="lora"), AdapterConfig(type="lora", train_embeddings=False, target_modules=["v_proj"])])
+@pytest.mark.parametrize(
+    "adapter", [None, AdapterConfig(type="lora"), AdapterConfig(type="lora", train_embeddings=False, target_modules=["v_proj"])]
+)
 @pytest.mark.parametrize("architecture", [QWEN25, SMOLLM2], ids=["biases, untied, padded", "tied"])
 def test_one_stage_is_what_a_real_process_builds(architecture, adapter):
     [stage] = _stages(architecture, 1, (1, 1, None, 1), precision="fp32", adapter=adapter).stages

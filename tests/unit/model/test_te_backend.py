@@ -61,7 +61,9 @@ def load_te(monkeypatch):
 def hf_path(request, tmp_path) -> Path:
     """Tied and untied embeddings, biases of q, k and v, norms of q and k."""
     names = {"tied": "tiny_model_dir", "untied": "untied_model_dir"}
-    return request.getfixturevalue(names[request.param]) if request.param in names else build_family(request.param, tmp_path / request.param)
+    return (
+        request.getfixturevalue(names[request.param]) if request.param in names else build_family(request.param, tmp_path / request.param)
+    )
 
 
 @torch.no_grad()
@@ -78,8 +80,13 @@ def test_same_logits_as_the_torch_backend(hf_path, load_te):
 def test_every_parameter_is_bound_once_and_comes_out_as_it_came_in(hf_path, load_te):
     architecture, model = architecture_of(hf_path), load_te(hf_path)
     names = [name for name, _ in model.named_parameters()]
-    assert "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight" in names and "decoder.layers.1.mlp.linear_fc1.layer_norm_weight" in names
-    assert sorted(name for name, _ in named_parameters_of_whole_model(model)) == sorted(binding.megatron for binding in bindings(architecture))
+    assert (
+        "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight" in names
+        and "decoder.layers.1.mlp.linear_fc1.layer_norm_weight" in names
+    )
+    assert sorted(name for name, _ in named_parameters_of_whole_model(model)) == sorted(
+        binding.megatron for binding in bindings(architecture)
+    )
     weights = merged_weights_of_whole_model(model)
     with SafetensorsReader(hf_path) as reader:
         for binding in bindings(architecture):

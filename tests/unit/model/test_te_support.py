@@ -71,7 +71,8 @@ class TestResolve:
         assert found.name == "torch" and "(not te: no kernel image is available)" in found.description
 
     @pytest.mark.parametrize(
-        ("name", "precision", "asked"), [("te", "bf16", "backend=te"), ("auto", "fp8", "precision.name=fp8"), ("te", "mxfp8", "precision.name=mxfp8")]
+        ("name", "precision", "asked"),
+        [("te", "bf16", "backend=te"), ("auto", "fp8", "precision.name=fp8"), ("te", "mxfp8", "precision.name=mxfp8")],
     )
     def test_what_needs_it_ends_without_it(self, on, name, precision, asked):
         on(replace(H100, te_fault="transformer_engine is not installed"))
@@ -95,7 +96,9 @@ def test_ranks_that_found_different_backends_end_together(monkeypatch):
     theirs = [("te", "Transformer Engine 2.20.2"), ("te", "Transformer Engine 2.20.2"), ("torch", "not te: it is not installed")]
     monkeypatch.setattr(backends.torch.distributed, "get_world_size", lambda: 3)
     monkeypatch.setattr(backends.torch.distributed, "all_gather_object", lambda found, mine: found.__setitem__(slice(None), theirs))
-    with pytest.raises(BackendUnavailableError, match=r"rank 0 has te .*rank 2 has torch \(not te: it is not installed\). Set backend=torch"):
+    with pytest.raises(
+        BackendUnavailableError, match=r"rank 0 has te .*rank 2 has torch \(not te: it is not installed\). Set backend=torch"
+    ):
         backends.assert_same_everywhere(backends.BACKENDS["te"])
     theirs[2] = ("te", "Transformer Engine 2.19")
     backends.assert_same_everywhere(backends.BACKENDS["te"])

@@ -10,9 +10,7 @@ SMOLLM2_135M = ModelShape(30, 576, 1536, 9, 3, 64, 49152, tied_embeddings=True)
 TINY = ModelShape(2, 8, 16, 4, 2, 2, 32, tied_embeddings=False)
 
 
-@pytest.mark.parametrize(
-    ("shape", "parameters"), [(LLAMA3_8B, 8_030_261_248), (LLAMA3_70B, 70_553_706_496), (SMOLLM2_135M, 134_515_008)]
-)
+@pytest.mark.parametrize(("shape", "parameters"), [(LLAMA3_8B, 8_030_261_248), (LLAMA3_70B, 70_553_706_496), (SMOLLM2_135M, 134_515_008)])
 def test_parameters_of_published_checkpoints(shape, parameters):
     assert count_parameters(shape) == parameters
 

@@ -24,7 +24,8 @@ def _reasons(ranking):
 
 
 @pytest.mark.parametrize(
-    "request_", [NODE, dataclasses.replace(NODE, shape=LLAMA3_70B, num_gpus=64), dataclasses.replace(NODE, precision="fp8", seq_length=65536)]
+    "request_",
+    [NODE, dataclasses.replace(NODE, shape=LLAMA3_70B, num_gpus=64), dataclasses.replace(NODE, precision="fp8", seq_length=65536)],
 )
 def test_candidates_are_valid_fit_and_come_fastest_first(request_):
     ranking = rank_layouts(request_)
@@ -60,7 +61,9 @@ def test_the_other_reasons():
     odd = _reasons(rank_layouts(dataclasses.replace(NODE, seq_length=8190)))
     assert odd["2"].example == "CP 2"
     assert _reasons(rank_layouts(dataclasses.replace(NODE, global_batch_size=4)))["DP"].example == "DP 8"
-    narrow = _reasons(rank_layouts(dataclasses.replace(NODE, shape=SMOLLM2_135M, num_gpus=3, precision="fp8_blockwise", global_batch_size=3)))
+    narrow = _reasons(
+        rank_layouts(dataclasses.replace(NODE, shape=SMOLLM2_135M, num_gpus=3, precision="fp8_blockwise", global_batch_size=3))
+    )
     assert "multiples of 128" in narrow["fp8_blockwise"].reason
 
 
@@ -95,7 +98,15 @@ def test_the_page_tells_layouts_rejections_windows_and_assumptions():
     ranking, comparisons = rank_layouts(request), compare_lengths(request, [65536, 2**21])
     page = "\n".join(
         describe_cluster(
-            request, ranking, comparisons, experiment="big", job="+experiment=big", tokens=2e9, rows=3, command="python x", picture="plan.png"
+            request,
+            ranking,
+            comparisons,
+            experiment="big",
+            job="+experiment=big",
+            tokens=2e9,
+            rows=3,
+            command="python x",
+            picture="plan.png",
         )
     )
     first = ranking.candidates[0]

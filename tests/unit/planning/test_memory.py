@@ -54,7 +54,10 @@ def test_bytes_a_parameter(precision, weight, optimizer):
 
 def test_stages_of_a_pipeline_hold_the_published_parameters():
     """Unpadded vocabularies: of TP 1 and 2 the stages' shares add up to the published counts, norms of every tensor parallel rank apart."""
-    for shape, published, layer, table in ((LLAMA3_8B, 8_030_261_248, 218_112_000, 525_336_576), (LLAMA3_70B, 70_553_706_496, 855_654_400, 1_050_673_152)):
+    for shape, published, layer, table in (
+        (LLAMA3_8B, 8_030_261_248, 218_112_000, 525_336_576),
+        (LLAMA3_70B, 70_553_706_496, 855_654_400, 1_050_673_152),
+    ):
         assert count_parameters(shape) == published
         stages = [stage_parameters(shape, Layout(pipeline_model_parallel_size=4), stage) for stage in range(4)]
         share = shape.num_layers // 4 * layer
@@ -132,9 +135,7 @@ def test_fp8_keeps_inputs_of_linear_layers_in_a_byte():
 
 
 def test_selective_saves_the_row_statistics_only():
-    assert _bytes()["activations_gib"] - _bytes(recompute_granularity="selective")["activations_gib"] == pytest.approx(
-        8 * TOKENS * 8 * 4
-    )
+    assert _bytes()["activations_gib"] - _bytes(recompute_granularity="selective")["activations_gib"] == pytest.approx(8 * TOKENS * 8 * 4)
 
 
 def test_full_recomputation_keeps_inputs_and_works_on_one_layer():

@@ -100,9 +100,7 @@ def test_fp32_on_a_gpu_estimates_no_time():
     assert "no fp32 peak for H100-80GB" in _plan(CLUSTER, precision="fp32")
 
 
-@pytest.mark.parametrize(
-    ("changes", "key"), [({"world_size": 12}, "world size 12"), ({"global_batch_size": 6}, "global_batch_size=6")]
-)
+@pytest.mark.parametrize(("changes", "key"), [({"world_size": 12}, "world size 12"), ({"global_batch_size": 6}, "global_batch_size=6")])
 def test_layouts_that_do_not_divide_are_refused(changes, key):
     with pytest.raises(ConfigError, match=key):
         _plan(CLUSTER, **changes)

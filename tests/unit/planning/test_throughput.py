@@ -112,7 +112,8 @@ def test_bubble_by_hand():
 
 def test_interleaving_shortens_the_bubble_and_hides_what_stages_send():
     plain, interleaved = (
-        step_time(LLAMA3_70B, _layout(4, 4, 1, 1, virtual, batch=32), seq_length=8192, hardware=H100, precision="bf16") for virtual in (None, 5)
+        step_time(LLAMA3_70B, _layout(4, 4, 1, 1, virtual, batch=32), seq_length=8192, hardware=H100, precision="bf16")
+        for virtual in (None, 5)
     )
     assert interleaved.bubble == pytest.approx(plain.bubble / 5)
     assert interleaved.pipeline == pytest.approx(32 * 2 * 5 * 20e-6)
@@ -137,9 +138,7 @@ def test_links_within_a_node_and_between_nodes():
 
 
 def test_the_ring_counts_where_attention_does_not_hide_it():
-    short, long = (
-        step_time(LLAMA2_7B, _layout(1, 1, 16), seq_length=length, hardware=H100, precision="bf16") for length in (2048, 131072)
-    )
+    short, long = (step_time(LLAMA2_7B, _layout(1, 1, 16), seq_length=length, hardware=H100, precision="bf16") for length in (2048, 131072))
     started = 32 * 128 * 3 * 15 * 20e-6
     assert short.context_parallel > 1.01 * started and long.context_parallel == pytest.approx(started)
 

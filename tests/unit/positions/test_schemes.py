@@ -173,7 +173,10 @@ def test_another_sample_and_another_seed_are_placed_otherwise(name):
         (lambda: contiguous_positions(11, target_context_length=10), ["11 tokens", "target_context_length=10", "data.seq_length"]),
         (lambda: contiguous_positions(0, target_context_length=10), ["0 tokens", "target_context_length=10"]),
         (lambda: pose_sample(5, num_text_tokens=4, target_context_length=10, random=None), ["5 tokens", "text of 4", "data.seq_length"]),
-        (lambda: pose_sample(5, num_text_tokens=9, target_context_length=10, random=None, num_chunks=0), ["method.num_chunks=0", "default is 2"]),
+        (
+            lambda: pose_sample(5, num_text_tokens=9, target_context_length=10, random=None, num_chunks=0),
+            ["method.num_chunks=0", "default is 2"],
+        ),
         (lambda: endprompt_pose_positions(5, 2, target_context_length=10, random=None, num_chunks=0), ["method.num_chunks=0"]),
         (lambda: endprompt_random_positions(9, 2, target_context_length=10, random=None), ["9 context", "target_context_length=10"]),
         (lambda: get_scheme("endprompts"), ["method.position_scheme=endprompts", "contiguous", "endprompt"]),

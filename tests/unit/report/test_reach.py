@@ -39,9 +39,17 @@ def test_counts_are_parted_at_the_native_window():
 
 def test_sentences_hold_every_system_in_order():
     sentences = reach_sentences(SYSTEMS, native=100)
-    assert sentences[0] == "Beyond the native window of 100 (200 tokens), planted numbers answered: base 1 of 2, untrained 1 of 2, extended 1 of 2."
-    assert sentences[2] == "Beyond the native window of 100 (200 tokens), planted words answered: base 1 of 10, untrained 7 of 10, extended 8 of 10."
-    assert any(line.startswith("Inside it, planted words answered: base 10 of 10, untrained 9 of 10, extended 9 of 10") for line in sentences)
+    assert (
+        sentences[0]
+        == "Beyond the native window of 100 (200 tokens), planted numbers answered: base 1 of 2, untrained 1 of 2, extended 1 of 2."
+    )
+    assert (
+        sentences[2]
+        == "Beyond the native window of 100 (200 tokens), planted words answered: base 1 of 10, untrained 7 of 10, extended 8 of 10."
+    )
+    assert any(
+        line.startswith("Inside it, planted words answered: base 10 of 10, untrained 9 of 10, extended 9 of 10") for line in sentences
+    )
     assert any("perplexity" in line and "base 20.0" in line for line in sentences)
     assert reach_sentences(SYSTEMS, native=200) == []  # nothing longer was read
 

@@ -83,7 +83,10 @@ def test_the_fields_that_both_transformers_read():
         # transformers 5 saves the three lines below
         ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, RopeScaling("none", 5e5, 8)),
         ({"rope_parameters": {"rope_theta": 1e5, "rope_type": "linear", "factor": 2}}, RopeScaling("pi", 1e5, 8, factor=2.0)),
-        ({"rope_parameters": {"rope_theta": 1e5, "rope_type": "linear", "factor": 2}, "rope_scaling": None}, RopeScaling("pi", 1e5, 8, factor=2.0)),
+        (
+            {"rope_parameters": {"rope_theta": 1e5, "rope_type": "linear", "factor": 2}, "rope_scaling": None},
+            RopeScaling("pi", 1e5, 8, factor=2.0),
+        ),
     ],
 )
 def test_from_hf_reads_configs_of_transformers_4_and_5(config, expected):
@@ -209,7 +212,14 @@ def test_dynamic_ntk_is_that_of_transformers_at_the_target_window(factor):
 
 def test_extended_reads_the_settings_of_its_type():
     base = RopeScaling("none", 10000.0, 64)
-    settings = {"factor": 4.0, "beta_fast": 24.0, "beta_slow": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 8.0, "ntk_dynamic_factor": None}
+    settings = {
+        "factor": 4.0,
+        "beta_fast": 24.0,
+        "beta_slow": 2.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 8.0,
+        "ntk_dynamic_factor": None,
+    }
     yarn = base.extended({"type": "yarn", **settings}, max_position_embeddings=2048)
     assert (yarn.beta_fast, yarn.beta_slow, yarn.original_context_length) == (24.0, 2.0, 2048)
     llama3 = base.extended({"type": "llama3", **settings}, max_position_embeddings=2048)

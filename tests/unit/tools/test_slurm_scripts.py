@@ -17,7 +17,12 @@ from tests.support.checkout import CHECKOUT, SUBMIT
 from tests.support.tiny import ROOT
 
 GOLDEN = ROOT / "tests" / "golden" / "slurm"
-LLAMA = ["+experiment=llama3_8b_64k", "model.hf_path=/models/Meta-Llama-3-8B", 'data.train=[{path: "/data/slimpajama/*.jsonl"}]', "name=it's ${model.name}"]
+LLAMA = [
+    "+experiment=llama3_8b_64k",
+    "model.hf_path=/models/Meta-Llama-3-8B",
+    'data.train=[{path: "/data/slimpajama/*.jsonl"}]',
+    "name=it's ${model.name}",
+]
 OPTIONS = {
     "pyxis": [
         "--nodes", "4", "--container", "pyxis", "--image", "nvcr.io#nvidia/pytorch:25.09-py3", "--mounts", "/data:/data:ro,/scratch/me:/work",
@@ -31,7 +36,14 @@ OPTIONS = {
 
 def _submit(place: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {"PATH": os.environ["PATH"], "HOME": "/home/me", **environment}
-    return subprocess.run([str(SUBMIT), "--shared", str(place), "--shared", str(CHECKOUT), *arguments], cwd=place, env=clean, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [str(SUBMIT), "--shared", str(place), "--shared", str(CHECKOUT), *arguments],
+        cwd=place,
+        env=clean,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def _rendered(place: Path, *arguments: str, **environment: str) -> str:
@@ -65,7 +77,9 @@ def test_rendered_script_is_clean_and_hands_the_overrides_on_as_they_are(name, t
     checked = subprocess.run([_shellcheck(), str(script)], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
     array = re.search(r"^command=\(\n.*?^\)", script.read_text(), re.DOTALL | re.MULTILINE).group()
-    words = subprocess.run(["bash", "-c", f'in_task= node_local=\n{array}\nprintf "%s\\0" "${{command[@]}}"'], capture_output=True, text=True).stdout
+    words = subprocess.run(
+        ["bash", "-c", f'in_task= node_local=\n{array}\nprintf "%s\\0" "${{command[@]}}"'], capture_output=True, text=True
+    ).stdout
     overrides = OPTIONS[name][OPTIONS[name].index("--") + 1 :]
     assert words.split("\0")[:-1][-len(overrides) :] == overrides
 
@@ -122,17 +136,26 @@ BAD = {
         ["--", "+experiment=llama3_70b_64k"],
         "8 ranks, but +experiment=llama3_70b_64k lays a model over TP 4 x PP 4 x CP 2 = 32 ranks, and their number must be a multiple of that. Ask for --nodes 4",
     ),
-    "a layout that no node fills": (["--gpus-per-node=3", "--", "+experiment=llama3_8b_64k"], "Set parallel=NAME (conf/parallel) to a layout of fewer ranks."),
+    "a layout that no node fills": (
+        ["--gpus-per-node=3", "--", "+experiment=llama3_8b_64k"],
+        "Set parallel=NAME (conf/parallel) to a layout of fewer ranks.",
+    ),
     "two tasks a GPU": (["--gpus-per-node=8", "--ntasks-per-node=16", *TINY], "there is one task a GPU"),
     "unknown container": (["--container", "docker", *TINY], "--container docker: choose one of pyxis apptainer none."),
     "unknown mpi": (["--mpi", "openmpi", *TINY], "--mpi openmpi: choose one of none pmi2 pmix."),
     "no image": (["--container", "pyxis", *TINY], "--container pyxis needs --image"),
     "missing image": (["--container", "pyxis", "--image", "./it.sqsh", *TINY], "--image ./it.sqsh: no such file (looked for"),
     "apptainer without scheme": (["--container", "apptainer", "--image", "me/it:1", *TINY], "starts with docker://"),
-    "pyxis without #": (["--container=pyxis", "--image=nvcr.io/nvidia/pytorch:25.09-py3", *TINY], "--image 'nvcr.io#nvidia/pytorch:25.09-py3'"),
+    "pyxis without #": (
+        ["--container=pyxis", "--image=nvcr.io/nvidia/pytorch:25.09-py3", *TINY],
+        "--image 'nvcr.io#nvidia/pytorch:25.09-py3'",
+    ),
     "image for nothing": (["--image", "it.sqsh", *TINY], "--image it.sqsh with --container none"),
     "mount for nothing": (["--mounts", "/a:/a", *TINY], "--mounts /a:/a with --container none"),
-    "relative mount": (["--container=pyxis", "--image=ubuntu", "--mounts", "/a:/a,data:/data", *TINY], "--mounts data:/data: write ABSOLUTE_PATH"),
+    "relative mount": (
+        ["--container=pyxis", "--image=ubuntu", "--mounts", "/a:/a,data:/data", *TINY],
+        "--mounts data:/data: write ABSOLUTE_PATH",
+    ),
     "no time": (["--time", "4h", *TINY], "--time 4h: sbatch takes minutes"),
     "hardly any time": (["--time", "0:09:00", *TINY], "--time 0:09:00 is less than twice --signal-seconds 300"),
     "hardly any minutes": (["--time", "9", *TINY], "--time 9 is less than twice --signal-seconds 300"),
@@ -207,7 +230,9 @@ class Script:
     def __init__(self, place: Path):
         self.place, self.output = place, place / "run"
         self.script = place / "script"
-        self.script.write_text(_rendered(place, "--nodes=2", "--max-requeues=3", "--local", str(place / "local"), *TINY, f"output_dir={self.output}"))
+        self.script.write_text(
+            _rendered(place, "--nodes=2", "--max-requeues=3", "--local", str(place / "local"), *TINY, f"output_dir={self.output}")
+        )
         programs = {
             "srun": SRUN,
             "scontrol": 'echo "scontrol $*" >>calls; case $1 in show) [[ $2 == config ]] && echo "SlurmdTimeout = -60 sec" || echo node1;; requeue) kill -KILL -- -$PPID;; esac',
@@ -221,10 +246,22 @@ class Script:
 
     def run(self, step: str, number: signal.Signals | None = None, **environment: str) -> tuple[int, str, bool]:
         """Exit status, what it said, whether it asked to be requeued; a signal is sent once something in it waits."""
-        slurm = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "STEP": step, "OUTPUT": str(self.output)}
+        slurm = {
+            "SLURM_JOB_ID": "7",
+            "SLURM_NTASKS": "16",
+            "SLURM_NNODES": "2",
+            "SLURM_JOB_NODELIST": "node[1-2]",
+            "STEP": step,
+            "OUTPUT": str(self.output),
+        }
         path = f"{self.place / 'bin'}:{os.environ['PATH']}"
         process = subprocess.Popen(
-            ["bash", str(self.script)], cwd=self.place, env={"PATH": path, **slurm, **environment}, stdout=subprocess.PIPE, text=True, start_new_session=True
+            ["bash", str(self.script)],
+            cwd=self.place,
+            env={"PATH": path, **slurm, **environment},
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         said = ""
         if number is not None:

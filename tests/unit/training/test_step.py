@@ -37,9 +37,7 @@ def test_weighted_loss_by_hand():
 
 def _rates(optim: OptimConfig, *, max_steps: int, first_step: int = 1) -> list[float]:
     optimizer = SimpleNamespace(param_groups=[{"lr": 0.0, "weight_decay": 0.0, "lr_mult": 1.0, "wd_mult": 1.0}])
-    scheduler = build_scheduler(
-        optimizer, optim, max_steps=max_steps, global_batch_size=8, consumed_samples=(first_step - 1) * 8
-    )
+    scheduler = build_scheduler(optimizer, optim, max_steps=max_steps, global_batch_size=8, consumed_samples=(first_step - 1) * 8)
     rates = []
     for _ in range(first_step, max_steps + 1):
         rates.append(optimizer.param_groups[0]["lr"])

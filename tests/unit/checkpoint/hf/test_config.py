@@ -79,7 +79,12 @@ def test_theta_in_the_form_of_transformers_5():
 
 
 def test_mistral_without_a_window_is_the_same_maths():
-    assert architecture_from_hf(LLAMA_3_8B | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}).num_layers == 32
+    assert (
+        architecture_from_hf(
+            LLAMA_3_8B | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
+        ).num_layers
+        == 32
+    )
 
 
 @pytest.mark.parametrize(
@@ -224,4 +229,6 @@ def test_the_window_before_yarn_stands_in_either_place():
     assert architecture_rope(outside) == inside and inside.original_context_length == 2048
     assert "original_max_position_embeddings" not in extended_hf_config(outside, inside, target_context_length=8192, dtype="float32")
     with pytest.raises(CheckpointError, match="Keep one"):
-        architecture_rope(outside | {"original_max_position_embeddings": 4096, "rope_scaling": scaling | {"original_max_position_embeddings": 2048}})
+        architecture_rope(
+            outside | {"original_max_position_embeddings": 4096, "rope_scaling": scaling | {"original_max_position_embeddings": 2048}}
+        )

@@ -262,7 +262,9 @@ class TestVerify:
         findings = verify(model, base, export(model, base, tmp_path / "hf"))
         assert all(finding.passed for finding in findings)
         checks = [finding.check for finding in findings]
-        assert len([check for check in checks if check.startswith("logits at ")]) == 4 and checks[0].startswith(f"tensors ({len(list(model.parameters()))} parameters")
+        assert len([check for check in checks if check.startswith("logits at ")]) == 4 and checks[0].startswith(
+            f"tensors ({len(list(model.parameters()))} parameters"
+        )
         assert findings[0].difference == 0.0 and findings[1].difference == 0.0
         assert "FAILED" not in format_findings(findings)
 

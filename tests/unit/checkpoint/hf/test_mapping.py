@@ -161,7 +161,11 @@ def test_names_of_transformer_engines_layers_lead_back_to_the_table(changes):
         *(["self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"] if arch.qk_norm else []),
         "mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight",
     ]  # fmt: skip
-    names = ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight", *([] if arch.tied_embeddings else ["output_layer.weight"])]
+    names = [
+        "embedding.word_embeddings.weight",
+        "decoder.final_layernorm.weight",
+        *([] if arch.tied_embeddings else ["output_layer.weight"]),
+    ]
     names += [f"decoder.layers.{layer}.{name}" for layer in range(12) for name in per_layer]
     assert sorted(map(name_apart, names)) == sorted(binding.megatron for binding in bindings(arch))
     assert all(name_apart(f"decoder.layers.10.{fused}") == f"decoder.layers.10.{apart}" for apart, fused in FUSED_NAMES.items())

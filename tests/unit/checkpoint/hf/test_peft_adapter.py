@@ -67,7 +67,9 @@ def open_with_peft(base: Path, exported: Path, adapter: Path) -> peft.PeftModel:
 
 
 def verify(model: EndPromptGPTModel, base: Path, exported: Path):
-    return verify_export([model], exported, architecture=architecture_of(base), rope=rope_of(base, factor=2.0), target_context_length=WINDOW)
+    return verify_export(
+        [model], exported, architecture=architecture_of(base), rope=rope_of(base, factor=2.0), target_context_length=WINDOW
+    )
 
 
 CASES = {
@@ -90,7 +92,9 @@ def test_peft_merged_export_and_training_model_are_one_model(name, case, request
     merged = transformers_logits(load_transformers_model(exported), tokens, POSITIONS)
     adapted = transformers_logits(open_with_peft(base, exported, adapter), tokens, POSITIONS)
     untrained = megatron_logits(load_model(base, factor=2.0), tokens, POSITIONS)[..., :vocab_size]
-    differences = {what: float((logits - live).abs().max()) for what, logits in (("merged", merged), ("peft", adapted), ("base", untrained))}
+    differences = {
+        what: float((logits - live).abs().max()) for what, logits in (("merged", merged), ("peft", adapted), ("base", untrained))
+    }
     print(f"\n{name}, {case}: {differences}")
     assert differences["merged"] <= 1e-5 and differences["peft"] <= 1e-5
     assert differences["base"] > 1e-2, "else training did nothing"

@@ -92,7 +92,9 @@ def test_samples_are_the_first_of_the_500_that_lm_eval_makes(task, word_model_di
     harness._ruler_module("cwe_utils")  # lm-eval's own generator of common words, at its start
     random.seed(42)
     np.random.seed(42)
-    manager = TaskManager(include_defaults=False, include_path=str(folder), metadata={"tokenizer": str(word_model_dir), "max_seq_lengths": [1024]})
+    manager = TaskManager(
+        include_defaults=False, include_path=str(folder), metadata={"tokenizer": str(word_model_dir), "max_seq_lengths": [1024]}
+    )
     documents = manager.load([task])["tasks"][task].dataset["test"]
     assert len(documents) == 500
     for prompt, document in zip(harness.lm.prompts, documents, strict=False):
@@ -135,7 +137,9 @@ def test_a_local_longbench_takes_the_place_of_the_hubs(word_model_dir, tmp_path)
     )
     found = _run(_harness(word_model_dir, _right, longbench=str(copy)), "longbench_qasper", tmp_path, length=None)
     assert [(sample.index, sample.score) for sample in found] == [(0, 100.0), (1, 100.0)]
-    assert [sample.score for sample in _run(_harness(word_model_dir, _silent, longbench=str(copy)), "longbench_qasper", tmp_path, length=None)] == [0, 0]
+    assert [
+        sample.score for sample in _run(_harness(word_model_dir, _silent, longbench=str(copy)), "longbench_qasper", tmp_path, length=None)
+    ] == [0, 0]
 
 
 def test_local_prose_takes_the_place_of_the_essays(word_model_dir, tmp_path):

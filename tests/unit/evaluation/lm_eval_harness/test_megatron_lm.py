@@ -35,7 +35,9 @@ def offline(monkeypatch):
 def _harnesses(model_dir: Path, **suite) -> tuple[Harness, Harness]:
     """Through transformers, through Megatron-Core."""
     suite = SuiteConfig(**{"name": "test", "tasks": ["ruler"], "samples": 2} | suite)
-    configs = [EvaluateConfig(model=str(model_dir), suite=suite, backend=name, dtype="float32", device="cpu") for name in ("hf", "megatron")]
+    configs = [
+        EvaluateConfig(model=str(model_dir), suite=suite, backend=name, dtype="float32", device="cpu") for name in ("hf", "megatron")
+    ]
     model = load_model(model_dir, precision="fp32", backend=backends.resolve("torch"), device=CPU)
     return Harness(configs[0], max_length=2048), Harness(configs[1], max_length=2048, model=model, device=CPU)
 
@@ -153,7 +155,13 @@ def test_long_prompts_lose_their_beginning_as_with_transformers(short):
     long = "The garden has many flowers and the sky is blue. " * 12
     settings = {"max_gen_toks": 16, "until": []}
     assert _ask(megatron, "generate_until", (long, settings)) == _ask(hf, "generate_until", (long, settings))
-    pairs = [(long, " The sun is yellow."), (long, " Here we go."), ("", "Alone."), ("Two words", " and more"), ("A trailing space ", "moves")]
+    pairs = [
+        (long, " The sun is yellow."),
+        (long, " Here we go."),
+        ("", "Alone."),
+        ("Two words", " and more"),
+        ("A trailing space ", "moves"),
+    ]
     for found, expected in zip(_ask(megatron, "loglikelihood", *pairs), _ask(hf, "loglikelihood", *pairs), strict=True):
         assert found == (pytest.approx(expected[0], abs=1e-3), expected[1])
     texts = [(long,), ("Short.",), (long + "!",)]

@@ -95,10 +95,22 @@ def test_what_cannot_be_probed_is_refused():
 
 
 def test_figures_by_region():
-    rows = [[0.9, 1.0, 1.0, -1.0, 100], [0.5, 0.0, 0.4, -3.0, 900], [0.4, 1.0, 0.8, -5.0, 1792], [0.0, 0.0, 0.2, -7.0, 1793], [None, 1.0, 1.0, 0.0, None]]
+    rows = [
+        [0.9, 1.0, 1.0, -1.0, 100],
+        [0.5, 0.0, 0.4, -3.0, 900],
+        [0.4, 1.0, 0.8, -5.0, 1792],
+        [0.0, 0.0, 0.2, -7.0, 1793],
+        [None, 1.0, 1.0, 0.0, None],
+    ]
     found = summarise_by_region(rows, **SPLIT)
     assert list(found) == REGIONS
-    assert found["gap"] == {"exact_match": 0.5, "digit_accuracy": pytest.approx(0.6), "key_log_probability": -4.0, "trials": 2, "distances": [900, 1792]}
+    assert found["gap"] == {
+        "exact_match": 0.5,
+        "digit_accuracy": pytest.approx(0.6),
+        "key_log_probability": -4.0,
+        "trials": 2,
+        "distances": [900, 1792],
+    }
     assert (found["near"]["trials"], found["near"]["key_log_probability"]) == (1, -1.0)
     assert (found["anchor"]["trials"], found["anchor"]["key_log_probability"]) == (1, -7.0)
     assert list(summarise_by_region(rows[:1], **SPLIT)) == ["near"]
@@ -107,7 +119,9 @@ def test_figures_by_region():
 def test_a_model_is_probed_in_every_region(tiny_model_dir, single_process):
     tokenizer = load_tokenizer(tiny_model_dir)
     layout = dict(num_context_tokens=600, num_prompt_tokens=20, target_context_length=2048)
-    made = make_gap_haystacks(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"], length=2048, trials=2, digits=5, seed=0, **layout)
+    made = make_gap_haystacks(
+        lambda text: tokenizer(text, add_special_tokens=False)["input_ids"], length=2048, trials=2, digits=5, seed=0, **layout
+    )
     scored = score_haystacks(load_model(tiny_model_dir), made, device=torch.device("cpu"), label="test")
     found = summarise_by_region(scored["gap"]["2048"]["records"], **layout)
     assert {name: figures["trials"] for name, figures in found.items()} == dict.fromkeys(REGIONS, 2)

@@ -30,7 +30,9 @@ def encode(tokenizer):
     return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _texts(encode, *, length: int = 1200, facts: dict[str, int] = FACTS, count: int = 1, seed: int = 3, documents: tuple[str, ...] = (PROSE,)):
+def _texts(
+    encode, *, length: int = 1200, facts: dict[str, int] = FACTS, count: int = 1, seed: int = 3, documents: tuple[str, ...] = (PROSE,)
+):
     return make_long_texts(documents, encode, length=length, facts=facts, digits=5, count=count, seed=seed)
 
 

@@ -37,7 +37,14 @@ def asker(tiny_model_dir, single_process):
         chunks = load_model(tiny_model_dir, precision="fp32", backend=backends.resolve("torch"), device=CPU)
         tokenizer = MegatronProbes(config, chunks, device=CPU)
         return GradedTasks(
-            config, chunks, encode=tokenizer.encode, before=tokenizer.before, texts=lambda: TEXTS, lengths=list(lengths), trained=trained, device=CPU
+            config,
+            chunks,
+            encode=tokenizer.encode,
+            before=tokenizer.before,
+            texts=lambda: TEXTS,
+            lengths=list(lengths),
+            trained=trained,
+            device=CPU,
         )
 
     return make
@@ -101,7 +108,10 @@ def test_the_gap_probe_asks_in_every_region_and_what_it_finds_is_parted_by_them(
     assert len(samples) == 9 and {sample.haystack for sample in samples} == set(range(9))
     regions = graded_details(samples, TRAINED)["by_region"]
     assert {name: figures["trials"] for name, figures in regions.items()} == {NEAR: 3, GAP: 3, ANCHOR: 3}
-    assert regions[NEAR]["distances"][1] < 400 <= regions[GAP]["distances"][0] and regions[GAP]["distances"][1] <= 1000 < regions[ANCHOR]["distances"][0]
+    assert (
+        regions[NEAR]["distances"][1] < 400 <= regions[GAP]["distances"][0]
+        and regions[GAP]["distances"][1] <= 1000 < regions[ANCHOR]["distances"][0]
+    )
 
 
 def test_which_distances_were_trained_comes_from_the_settings_or_the_model(tiny_model_dir):
@@ -121,7 +131,9 @@ def test_the_same_key_at_another_place_is_another_question(asker, tiny_model_dir
     """What pairs the samples of two models must not pair two depths, or two distances of the gap probe."""
     _answer_with(monkeypatch, right=True)
     by_depths = [
-        asker(config_of(tiny_model_dir, needle=NeedleConfig(depths=depths), samples=1)).run(TASKS["needle_single"], length=512, label="t")[0]
+        asker(config_of(tiny_model_dir, needle=NeedleConfig(depths=depths), samples=1)).run(TASKS["needle_single"], length=512, label="t")[
+            0
+        ]
         for depths in ([0.0], [1.0], [1.0])
     ]
     assert by_depths[0].references != by_depths[1].references == by_depths[2].references

@@ -71,7 +71,9 @@ def test_a_bound_on_tokens_leaves_at_least_one_haystack(encode):
 
 
 def test_the_fact_stands_at_its_depth(encode):
-    for haystack in make_haystacks(encode, tasks=["single", "multi_key"], lengths=[1024], depths=[0.0, 0.5, 1.0], trials=3, digits=5, seed=0):
+    for haystack in make_haystacks(
+        encode, tasks=["single", "multi_key"], lengths=[1024], depths=[0.0, 0.5, 1.0], trials=3, digits=5, seed=0
+    ):
         text = list(haystack.tokens)
         for question in haystack.questions:
             key = list(question.answer)
@@ -125,7 +127,9 @@ def test_exact_match_is_what_greedy_generation_does(both):
     tokens, key = tuple(prompt[0].tolist()), tuple(continued.tolist())
     wrong = (*key[:-1], (key[-1] + 1) % 512)
     for answer, exact, digits in ((key, 1.0, 1.0), (wrong, 0.0, 0.8)):
-        haystack = Haystack(65, tokens[:50], (Question("single", tokens[50:], answer, tuple((index, index + 1) for index in range(5)), 0.5, 10),))
+        haystack = Haystack(
+            65, tokens[:50], (Question("single", tokens[50:], answer, tuple((index, index + 1) for index in range(5)), 0.5, 10),)
+        )
         scored = score_haystacks(chunk, [haystack], device=torch.device("cpu"), label="test")["single"]["65"]
         assert (scored["exact_match"], scored["trials"]) == (exact, 1)
         assert scored["digit_accuracy"] == pytest.approx(digits)
@@ -140,7 +144,9 @@ def test_questions_that_share_a_haystack_score_as_if_asked_alone(both):
     random = np.random.default_rng(0)
     tokens = tuple(random.integers(0, 512, 70).tolist())
     questions = tuple(
-        Question("multi_key", tuple(random.integers(0, 512, size).tolist()), tuple(random.integers(0, 512, 4).tolist()), ((0, 2), (2, 4)), depth)
+        Question(
+            "multi_key", tuple(random.integers(0, 512, size).tolist()), tuple(random.integers(0, 512, 4).tolist()), ((0, 2), (2, 4)), depth
+        )
         for size, depth in ((3, 0.1), (9, 0.5), (5, 0.9))
     )
     scored = score_haystacks(chunk, [Haystack(90, tokens, questions)], device=torch.device("cpu"), label="test")

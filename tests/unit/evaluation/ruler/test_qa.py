@@ -18,7 +18,9 @@ def words(text: str) -> list[int]:
 
 
 def _paragraph(number: int) -> str:
-    return f"The town of Place{chr(65 + number)} lies at the river. " + f"It has number {number} on the map of the county. " * (1 + number % 4)
+    return f"The town of Place{chr(65 + number)} lies at the river. " + f"It has number {number} on the map of the county. " * (
+        1 + number % 4
+    )
 
 
 @pytest.fixture
@@ -29,7 +31,11 @@ def squad(tmp_path):
         paragraphs = []
         for number in range(6 * article, 6 * article + 6):
             answers = [{"text": f"Place{chr(65 + number)}"}, {"text": f"place {number}"}]
-            asked = {"question": f"Which town has number {number}?", "answers": [] if number % 5 == 4 else answers, "is_impossible": number % 5 == 4}
+            asked = {
+                "question": f"Which town has number {number}?",
+                "answers": [] if number % 5 == 4 else answers,
+                "is_impossible": number % 5 == 4,
+            }
             paragraphs.append({"context": _paragraph(number), "qas": [asked]})
         articles.append({"title": str(article), "paragraphs": paragraphs})
     path = tmp_path / "squad.json"
@@ -41,7 +47,11 @@ def squad(tmp_path):
 def hotpotqa(tmp_path):
     """Eight questions of three paragraphs each, in titles and sentences."""
     items = [
-        {"question": f"Question {index}?", "answer": f"Answer{chr(65 + index)}", "context": [[f"T{index}{part}", [f"Answer{chr(65 + index)} of part {part}. ", "It is so."]] for part in range(3)]}
+        {
+            "question": f"Question {index}?",
+            "answer": f"Answer{chr(65 + index)}",
+            "context": [[f"T{index}{part}", [f"Answer{chr(65 + index)} of part {part}. ", "It is so."]] for part in range(3)],
+        }
         for index in range(8)
     ]
     path = tmp_path / "hotpot.json"

@@ -89,7 +89,9 @@ def test_samples_are_a_pure_function_of_the_arguments():
         assert len({sample.references for sample in made}) == len({sample.prompt for sample in made}) == 3
         others = [make_samples(pieces, **{**arguments, key: value}) for key, value in (("seed", 6), ("length", 1101))]
         assert all(other[0].references != made[0].references for other in others)
-    assert make_samples(pieces, task="niah_single", length=600, count=1) == make_samples(pieces, task="niah_single", length=600, count=1, seed=42)
+    assert make_samples(pieces, task="niah_single", length=600, count=1) == make_samples(
+        pieces, task="niah_single", length=600, count=1, seed=42
+    )
 
 
 @pytest.mark.parametrize("task", NEEDLE_TASKS)
@@ -149,7 +151,10 @@ def test_the_chain_of_variables_holds_the_value():
         assert not any(name in example for name in sample.references)
 
 
-@pytest.mark.parametrize(("length", "times", "example_times"), [(600, (3, 1), (2, 1)), (2048, (6, 1), (3, 1)), (4096, (30, 3), (10, 3)), (16384, (30, 3), (10, 3))])
+@pytest.mark.parametrize(
+    ("length", "times", "example_times"),
+    [(600, (3, 1), (2, 1)), (2048, (6, 1), (3, 1)), (4096, (30, 3), (10, 3)), (16384, (30, 3), (10, 3))],
+)
 def test_common_words_are_the_most_frequent(length, times, example_times):
     for sample in _samples("common_words", length):
         counted = Counter(_list_words(sample.prompt))

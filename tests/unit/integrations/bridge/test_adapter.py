@@ -143,7 +143,9 @@ def test_samples_and_loss_are_those_of_our_step(single_process, bridge, extensio
 
 
 def test_recipe_sets_only_fields_that_are_there(bridge, extension, monkeypatch):
-    config = bridge.recipes.endprompt_recipe(extension, ["text"], recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    config = bridge.recipes.endprompt_recipe(
+        extension, ["text"], recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+    )
     assert (config.train.train_iters, config.optimizer.lr, config.scheduler.lr_decay_style) == (1907, 2e-5, "constant")
     assert config.model.extension == config.dataset.extension == extension and config.tokenizer.use_tokenizer_vocab_size is False
     without = _config_container()

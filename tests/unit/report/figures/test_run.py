@@ -8,7 +8,9 @@ def test_systems_with_names_of_their_own_are_told_apart(tmp_path, monkeypatch):
 
     drawn = []
     plot = run.Axes.plot
-    monkeypatch.setattr(run.Axes, "plot", lambda self, *args, **style: drawn.append((style["color"], style["marker"])) or plot(self, *args, **style))
+    monkeypatch.setattr(
+        run.Axes, "plot", lambda self, *args, **style: drawn.append((style["color"], style["marker"])) or plot(self, *args, **style)
+    )
     systems = {name: {"label": name, "perplexity": {"512": 20.0 + index, "1024": 19.0 + index}} for index, name in enumerate("abcde")}
     run.plot_perplexity(tmp_path / "p.png", systems, original_context_length=1024)
     assert len(set(drawn)) == 5

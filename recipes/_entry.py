@@ -33,9 +33,28 @@ def read_command_line(default_experiment: str | None = None) -> None:
     Args:
         default_experiment: what runs where the command line names no experiment; None for recipes without experiments.
     """
+    with exit_on_errors():
+        refuse_former_names(sys.argv[1:])
     if default_experiment and not any("experiment=" in argument for argument in sys.argv[1:]):
         sys.argv.append(f"+experiment={default_experiment}")
     sys.argv = clear_empty_dicts(sys.argv)
+
+
+# group or choice of earlier releases -> what it is called now
+_RENAMED = {"evaluation=probes": "probes=standard", "evaluation": "probes", "suite=probes": "suite=ruler_offline"}
+
+
+def refuse_former_names(arguments: list[str]) -> None:
+    """Refuse overrides of keys that earlier releases had.
+
+    Raises:
+        ConfigError: with the name of today.
+    """
+    for text in arguments:
+        bare = text.lstrip("+~")
+        for former, name in _RENAMED.items():
+            if bare == former or ("=" not in former and bare.startswith((f"{former}.", f"{former}="))):
+                raise ConfigError(f"{text}: {former} is called {name} now. Write {text.replace(former, name, 1)}.")
 
 
 def clear_empty_dicts(arguments: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ import shlex
 import sys
 
 import hydra
-from _entry import ROOT, clear_empty_dicts, exit_on_errors, read_command_line, to_dataclass, to_run_config
+from _entry import ROOT, clear_empty_dicts, exit_on_errors, read_command_line, refuse_former_names, to_dataclass, to_run_config
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
@@ -34,6 +34,7 @@ def check_run(request: RunRequest) -> None:
     """Compose and validate what a run would be, as recipes/extend.py will."""
     GlobalHydra.instance().clear()
     try:
+        refuse_former_names(request.overrides)
         with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             overrides = [*clear_empty_dicts(request.overrides), f"name={request.name}", f"seed={request.seed}"]
             composed = hydra.compose("extend", overrides=overrides)

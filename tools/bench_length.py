@@ -25,7 +25,7 @@ def _run(arguments: argparse.Namespace, method: str, length: int, directory: Pat
         sys.executable, "-W", "ignore", str(_ROOT / "recipes" / "extend.py"), f"+experiment={arguments.experiment}", f"method={method}",
         f"output_dir={directory}", f"rope.target_context_length={length}", f"data.seq_length={arguments.seq_length}",
         f"trainer.max_steps={arguments.steps + arguments.warmup}", "trainer.micro_batch_size=1", f"trainer.global_batch_size={samples}",
-        "trainer.eval_interval=0", "trainer.save_interval=0", "evaluation.enabled=false", "export.verify=false",
+        "trainer.eval_interval=0", "trainer.save_interval=0", "probes.enabled=false", "export.verify=false",
         f"parallel.recompute_granularity={arguments.recompute}", *arguments.override,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)

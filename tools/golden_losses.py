@@ -39,7 +39,7 @@ def overrides(name: str, directory: Path) -> list[str]:
         *RUNS[name],
         f"trainer.max_steps={STEPS}",
         "trainer.eval_interval=0",
-        "evaluation.enabled=false",
+        "probes.enabled=false",
         "export.verify=false",
         f"output_dir={directory / name}",
         f"data.directory={directory / 'datasets'}",

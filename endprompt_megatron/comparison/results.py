@@ -74,12 +74,12 @@ def read_run(directory: Path, *, label: str | None = None, seed: int | None = No
         evaluation = json.loads((Path(directory) / "evaluation.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise DataError(
-            f"{directory} holds no finished run with probes ({error}). Finish it with recipes/extend.py and evaluation.enabled=true."
+            f"{directory} holds no finished run with probes ({error}). Finish it with recipes/extend.py and probes.enabled=true."
         ) from error
     systems = evaluation["systems"]
     own = systems.get("trained" if summary["steps"] else "untrained")
     if own is None:
-        raise DataError(f"{directory} did not probe its result. Start it again with evaluation.systems=[trained].")
+        raise DataError(f"{directory} did not probe its result. Start it again with probes.systems=[trained].")
     steps = [record for record in read_metrics(Path(directory) / "metrics.jsonl") if "step_seconds" in record]
     seed, conditions = summary["seed"] if seed is None else seed, evaluation["conditions"]
     seconds = min((record["step_seconds"] for record in steps), default=math.nan)

@@ -99,7 +99,7 @@ class StudyConfig:
             for key in ("seed", "output_dir", "name", "+experiment"):
                 if text.startswith(f"{key}="):
                     problems.append(f"override {text}: the study sets {key} itself.")
-            if text.replace(" ", "").lower() == "evaluation.enabled=false":
+            if text.replace(" ", "").lower() == "probes.enabled=false":
                 problems.append(f"override {text}: a run without probes has nothing to compare. Leave it out.")
         if problems:
             raise ConfigError(*problems)

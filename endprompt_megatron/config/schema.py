@@ -259,7 +259,7 @@ class TrainerConfig:
 
 
 @dataclass
-class EvaluationConfig:
+class ProbesConfig:
     """The probes before and after training.
 
     Attributes:
@@ -368,7 +368,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    probes: ProbesConfig = field(default_factory=ProbesConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
@@ -456,7 +456,7 @@ def expanded(path: str) -> str:
 
 def with_expanded_paths(config: RunConfig) -> RunConfig:
     """The config with every path `expanded`."""
-    sources = [*config.data.train, *config.data.validation, *config.evaluation.text]
+    sources = [*config.data.train, *config.data.validation, *config.probes.text]
     for holder, key in (
         (config, "output_dir"),
         (config.model, "hf_path"),

@@ -34,7 +34,8 @@ _FREE_KEYS = (
     "trainer.max_bad_steps",
     "trainer.grad_spike_factor",
     "data.num_workers",
-    "evaluation",
+    "probes",
+    "evaluation",  # what probes was called
     "export",
     "launch",
 )
@@ -372,59 +373,57 @@ def _number_problems(config: RunConfig) -> list[str]:
         ]
     if not config.data.validation and not is_split(config.data.split):
         problems.append(f"data.split={config.data.split}: needs three shares train,validation,test, e.g. 98,2,0.")
-    evaluation = config.evaluation
-    if evaluation.enabled:
-        if not evaluation.lengths or min(evaluation.lengths) < 128:
-            problems.append(f"evaluation.lengths={evaluation.lengths}: name at least one length, none under 128 tokens.")
-        if evaluation.perplexity_lengths and min(evaluation.perplexity_lengths) < 2:
-            problems.append(f"evaluation.perplexity_lengths={evaluation.perplexity_lengths}: windows have at least 2 tokens.")
-        beyond = [length for length in evaluation.lengths if length > config.rope.target_context_length]
+    probes = config.probes
+    if probes.enabled:
+        if not probes.lengths or min(probes.lengths) < 128:
+            problems.append(f"probes.lengths={probes.lengths}: name at least one length, none under 128 tokens.")
+        if probes.perplexity_lengths and min(probes.perplexity_lengths) < 2:
+            problems.append(f"probes.perplexity_lengths={probes.perplexity_lengths}: windows have at least 2 tokens.")
+        beyond = [length for length in probes.lengths if length > config.rope.target_context_length]
         if beyond:
             problems.append(
-                f"evaluation.lengths={list(evaluation.lengths)}: {beyond[0]} is beyond rope.target_context_length="
+                f"probes.lengths={list(probes.lengths)}: {beyond[0]} is beyond rope.target_context_length="
                 f"{config.rope.target_context_length}, for which the model is made. Leave it out, or set a larger target."
             )
         problems += _long_text_problems(config)
         for key, known in (("systems", EVALUATED_SYSTEMS), ("tasks", (*RETRIEVAL_TASKS, *LONG_TEXT_TASKS))):
-            named = getattr(evaluation, key)
+            named = getattr(probes, key)
             if not named or set(named) - set(known):
-                problems.append(f"evaluation.{key}={named}: name at least one of {', '.join(known)}, and no other.")
-        if not evaluation.text:
-            problems.append("evaluation.text is empty: name a held-out corpus, or set evaluation.enabled=false.")
-        if not evaluation.needle_depths or any(not 0 <= depth <= 1 for depth in evaluation.needle_depths):
-            problems.append(f"evaluation.needle_depths={evaluation.needle_depths}: depths are between 0 (start) and 1 (end).")
-        if evaluation.needle_digits > 18:
-            problems.append(f"evaluation.needle_digits={evaluation.needle_digits}: must be <= 18. The default is 5.")
-        if evaluation.needle_tokens < 0:
-            problems.append(f"evaluation.needle_tokens={evaluation.needle_tokens}: must be >= 0; 0 sets no bound.")
-        shortest = min(evaluation.perplexity_lengths or evaluation.lengths, default=0)
-        if evaluation.perplexity_stride and not 0 < evaluation.perplexity_stride < shortest:
+                problems.append(f"probes.{key}={named}: name at least one of {', '.join(known)}, and no other.")
+        if not probes.text:
+            problems.append("probes.text is empty: name a held-out corpus, or set probes.enabled=false.")
+        if not probes.needle_depths or any(not 0 <= depth <= 1 for depth in probes.needle_depths):
+            problems.append(f"probes.needle_depths={probes.needle_depths}: depths are between 0 (start) and 1 (end).")
+        if probes.needle_digits > 18:
+            problems.append(f"probes.needle_digits={probes.needle_digits}: must be <= 18. The default is 5.")
+        if probes.needle_tokens < 0:
+            problems.append(f"probes.needle_tokens={probes.needle_tokens}: must be >= 0; 0 sets no bound.")
+        shortest = min(probes.perplexity_lengths or probes.lengths, default=0)
+        if probes.perplexity_stride and not 0 < probes.perplexity_stride < shortest:
             problems.append(
-                f"evaluation.perplexity_stride={evaluation.perplexity_stride}: must be less than the shortest window of {shortest} tokens, "
+                f"probes.perplexity_stride={probes.perplexity_stride}: must be less than the shortest window of {shortest} tokens, "
                 f"so that every window overlaps the one before, or 0 for windows that do not."
             )
-        if evaluation.prefill_chunk < 0:
-            problems.append(f"evaluation.prefill_chunk={evaluation.prefill_chunk}: must be >= 0; 0 reads a context whole.")
+        if probes.prefill_chunk < 0:
+            problems.append(f"probes.prefill_chunk={probes.prefill_chunk}: must be >= 0; 0 reads a context whole.")
         for key in ("needle_trials", "needle_digits", "perplexity_tokens"):
-            if getattr(evaluation, key) < 1:
-                problems.append(f"evaluation.{key}={getattr(evaluation, key)}: must be >= 1.")
+            if getattr(probes, key) < 1:
+                problems.append(f"probes.{key}={getattr(probes, key)}: must be >= 1.")
     return problems
 
 
 def _long_text_problems(config: RunConfig) -> list[str]:
-    evaluation, problems = config.evaluation, []
+    probes, problems = config.probes, []
     for task, (key, most) in LONG_TEXT_TASKS.items():
-        if task in evaluation.tasks and not 1 <= getattr(evaluation, key) <= most:
-            problems.append(
-                f"evaluation.{key}={getattr(evaluation, key)}: must be between 1 and {most}, or leave {task} out of evaluation.tasks."
-            )
-    if evaluation.long_texts < 1:
-        problems.append(f"evaluation.long_texts={evaluation.long_texts}: must be >= 1.")
-    shortest = min(evaluation.lengths, default=0)
-    if evaluation.perplexity_tail < 0 or evaluation.perplexity_tail >= max(shortest, 1):
+        if task in probes.tasks and not 1 <= getattr(probes, key) <= most:
+            problems.append(f"probes.{key}={getattr(probes, key)}: must be between 1 and {most}, or leave {task} out of probes.tasks.")
+    if probes.long_texts < 1:
+        problems.append(f"probes.long_texts={probes.long_texts}: must be >= 1.")
+    shortest = min(probes.lengths, default=0)
+    if probes.perplexity_tail < 0 or probes.perplexity_tail >= max(shortest, 1):
         problems.append(
-            f"evaluation.perplexity_tail={evaluation.perplexity_tail}: must be >= 0 and less than the shortest of evaluation.lengths="
-            f"{list(evaluation.lengths)}; 0 measures perplexity in windows instead."
+            f"probes.perplexity_tail={probes.perplexity_tail}: must be >= 0 and less than the shortest of probes.lengths="
+            f"{list(probes.lengths)}; 0 measures perplexity in windows instead."
         )
     return problems
 

@@ -43,7 +43,7 @@ class Replica:
             raise ConfigError(
                 f"parallel.context_parallel_size={self.config.context_parallel_size}: forward passes of probes and of generation need "
                 f"whole sequences on a rank. Set parallel.context_parallel_size=1; long contexts are read in chunks "
-                f"(evaluation.prefill_chunk)."
+                f"(probes.prefill_chunk)."
             )
         self.tensor_parallel_size = parallel_state.get_tensor_model_parallel_world_size()
         self.has_results = self.chunks[-1].post_process

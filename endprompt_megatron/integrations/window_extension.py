@@ -18,10 +18,10 @@ from endprompt_megatron.checkpoint.megatron_model import MegatronModel
 from endprompt_megatron.checkpoint.torch_dist.read import find_torch_dist
 from endprompt_megatron.config.schema import (
     DataConfig,
-    EvaluationConfig,
     MethodConfig,
     ModelConfig,
     ParallelConfig,
+    ProbesConfig,
     RopeConfig,
     RunConfig,
     TextSource,
@@ -89,7 +89,7 @@ class WindowExtension:
             rope=dataclasses.replace(self.rope, target_context_length=self.target_context_length),
             parallel=parallel,
             data=DataConfig(seq_length=self.seq_length, train=[TextSource("the trainer's")]),
-            evaluation=EvaluationConfig(enabled=False),
+            probes=ProbesConfig(enabled=False),
             # one replica with a micro-batch a stage: how many there are is checked by the trainer that runs them
             trainer=TrainerConfig(max_steps=1, global_batch_size=parallel.pipeline_model_parallel_size),
         )

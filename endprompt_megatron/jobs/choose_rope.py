@@ -57,7 +57,7 @@ def compare_ropes(config: RunConfig, *, command: str) -> list[str]:
     native = base.rope.unscaled_window(base.architecture.max_position_embeddings)
     _ask_beyond_the_window(config, native)
     check_probe_memory(config, base.architecture, accelerator=accelerator)
-    check_corpora(config.evaluation.text, directory=Path(config.data.directory))
+    check_corpora(config.probes.text, directory=Path(config.data.directory))
     if accelerator == "cpu" and config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
     output_dir = Path(config.output_dir).with_name(Path(config.output_dir).name + "_ropes")
@@ -129,10 +129,10 @@ def candidates(config: RunConfig, base: RopeScaling, native: int) -> dict[str, t
 
 def _ask_beyond_the_window(config: RunConfig, native: int) -> None:
     """Where the run's own probes stay inside the native window, choose lengths and tasks that do not."""
-    evaluation, target = config.evaluation, config.rope.target_context_length
-    if "word" not in evaluation.tasks:
-        evaluation.tasks = ["word", "number"]
-    if max(evaluation.lengths) <= native:
-        evaluation.lengths = [length for length in (native // 4, native // 2, native, (native + target) // 2, target) if length >= 128]
-    if not evaluation.perplexity_tail:
-        evaluation.perplexity_tail = min(_TAIL, min(evaluation.lengths) // 2)
+    probes, target = config.probes, config.rope.target_context_length
+    if "word" not in probes.tasks:
+        probes.tasks = ["word", "number"]
+    if max(probes.lengths) <= native:
+        probes.lengths = [length for length in (native // 4, native // 2, native, (native + target) // 2, target) if length >= 128]
+    if not probes.perplexity_tail:
+        probes.perplexity_tail = min(_TAIL, min(probes.lengths) // 2)

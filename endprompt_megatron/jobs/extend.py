@@ -125,8 +125,8 @@ def prepare(config: RunConfig) -> preflight.Base:
         preflight.check_output_dir(config)
         if not launcher.is_worker():
             _prepare_text(config, base)
-            if config.evaluation.enabled:
-                check_corpora(config.evaluation.text, directory=Path(config.data.directory))
+            if config.probes.enabled:
+                check_corpora(config.probes.text, directory=Path(config.data.directory))
         preflight.claim_output_dir(config, take_lock=not launcher.launched_by_plain_start())
     return base
 
@@ -139,7 +139,7 @@ def _extend(run: Run, started: float) -> dict[str, Any]:
     if config.rope.existing_scaling:
         get_logger().info(f"the base's own RoPE scaling ({_words(run.base.rope)}): {config.rope.existing_scaling}; now {_words(run.rope)}")
     systems: dict[str, Any] = {}
-    wanted = config.evaluation.systems if probes else []
+    wanted = config.probes.systems if probes else []
     if "base" in wanted:
         systems["base"] = _probe(run, probes, chunks, "base", "base model, untouched", rope=run.base.rope)
     if "untrained" in wanted or (wanted and not config.method.trained):
@@ -183,14 +183,14 @@ def _prepare_run(run: Run) -> tuple[tuple[Any, Any], dict[str, str], Probes | No
     if run.runtime.world_size > 1:  # one rank a host prepares, the others wait and find it done
         if run.runtime.local_rank == 0:
             _prepare_text(config, run.base)
-            if config.evaluation.enabled:
-                check_corpora(config.evaluation.text, directory=Path(config.data.directory))
+            if config.probes.enabled:
+                check_corpora(config.probes.text, directory=Path(config.data.directory))
         torch.distributed.barrier()
     blends, data_hashes = _prepare_text(config, run.base)
     probes = None
-    if config.evaluation.enabled and config.parallel.context_parallel_size == 1:
+    if config.probes.enabled and config.parallel.context_parallel_size == 1:
         probes = make_probes(config, run.base)
-    elif config.evaluation.enabled:
+    elif config.probes.enabled:
         get_logger().info(
             f"no probes: parallel.context_parallel_size={config.parallel.context_parallel_size} cuts a context over ranks, and they need "
             f"it whole on each. Start the same command with parallel.context_parallel_size=1 afterwards: it resumes the finished "

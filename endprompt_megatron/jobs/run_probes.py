@@ -27,63 +27,63 @@ def make_probes(config: RunConfig, base: Base) -> Probes:
     Raises:
         DataError: held-out text that is missing or too short.
     """
-    evaluation = config.evaluation
+    probes = config.probes
 
     def encode(text: str) -> list[int]:
         return base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def texts():
-        return corpus_texts(evaluation.text, directory=Path(config.data.directory))
+        return corpus_texts(probes.text, directory=Path(config.data.directory))
 
-    planted = {WORD: evaluation.planted_words, NUMBER: evaluation.planted_numbers}
-    facts = {task: count for task, count in planted.items() if task in evaluation.tasks}
-    haystack_tasks = [task for task in evaluation.tasks if task not in planted]
+    planted = {WORD: probes.planted_words, NUMBER: probes.planted_numbers}
+    facts = {task: count for task, count in planted.items() if task in probes.tasks}
+    haystack_tasks = [task for task in probes.tasks if task not in planted]
     haystacks, blocks, long_texts = [], np.zeros((0, 0), dtype=np.int64), []
     if haystack_tasks:
         haystacks = make_haystacks(
             encode,
             tasks=haystack_tasks,
-            lengths=evaluation.lengths,
-            depths=evaluation.needle_depths,
-            trials=evaluation.needle_trials,
-            digits=evaluation.needle_digits,
+            lengths=probes.lengths,
+            depths=probes.needle_depths,
+            trials=probes.needle_trials,
+            digits=probes.needle_digits,
             seed=config.seed,
-            max_tokens=evaluation.needle_tokens,
+            max_tokens=probes.needle_tokens,
         )
-    if facts or evaluation.perplexity_tail:
+    if facts or probes.perplexity_tail:
         long_texts = make_long_texts(
             texts(),
             encode,
-            length=max(evaluation.lengths),
+            length=max(probes.lengths),
             facts=facts,
-            digits=evaluation.needle_digits,
-            count=evaluation.long_texts,
+            digits=probes.needle_digits,
+            count=probes.long_texts,
             seed=config.seed,
         )
-    if not evaluation.perplexity_tail:
+    if not probes.perplexity_tail:
         blocks = held_out_blocks(
             texts(),
             encode,
-            block_length=max(evaluation.perplexity_lengths or evaluation.lengths),
-            num_tokens=evaluation.perplexity_tokens,
+            block_length=max(probes.perplexity_lengths or probes.lengths),
+            num_tokens=probes.perplexity_tokens,
         )
-    return Probes(haystacks, blocks, evaluation, config.seed, long_texts)
+    return Probes(haystacks, blocks, probes, config.seed, long_texts)
 
 
 def prefill_gib(config: RunConfig, architecture: ModelArchitecture) -> float:
     """Memory of one rank beside the weights while it reads the longest context: keys and values, the widest activations of the tokens that
     are read at once, and the logits that are scored. Rounded up: float32 throughout on a CPU, where bf16 products are held in float32 too.
     """
-    evaluation, parallel = config.evaluation, config.parallel
-    longest = max([*evaluation.lengths, *evaluation.perplexity_lengths])
-    at_once = min(evaluation.prefill_chunk or longest, longest)
+    probes, parallel = config.probes, config.parallel
+    longest = max([*probes.lengths, *probes.perplexity_lengths])
+    at_once = min(probes.prefill_chunk or longest, longest)
     ranks = parallel.tensor_model_parallel_size
     number = 4 if config.precision.name == "fp32" or config.accelerator == "cpu" else 2
     layers = -(-architecture.num_layers // parallel.pipeline_model_parallel_size)
     cache = 2 * layers * architecture.num_query_groups * architecture.head_dim * longest * number / ranks
     heads = architecture.num_attention_heads * architecture.head_dim
     widest = 4 * architecture.hidden_size + (3 * architecture.ffn_hidden_size + 4 * heads) / ranks
-    scored = min(at_once, evaluation.perplexity_tail * len(evaluation.lengths)) if evaluation.perplexity_tail else 1
+    scored = min(at_once, probes.perplexity_tail * len(probes.lengths)) if probes.perplexity_tail else 1
     logits = 2 * scored * architecture.vocab_size * 4
     return (cache + at_once * widest * number + logits) / _GIB
 
@@ -98,15 +98,15 @@ def check_probe_memory(config: RunConfig, architecture: ModelArchitecture, *, ac
     Raises:
         ConfigError: with the numbers.
     """
-    if not config.evaluation.enabled:
+    if not config.probes.enabled:
         return
     on_gpu = accelerator == "gpu"
     available = torch.cuda.mem_get_info()[1] / _GIB if on_gpu else psutil.virtual_memory().available / _GIB
     needed = prefill_gib(config, architecture) * (1 if on_gpu else max(1, config.launch.nproc_per_node or 1))
     if needed > available:
-        longest = max([*config.evaluation.lengths, *config.evaluation.perplexity_lengths])
+        longest = max([*config.probes.lengths, *config.probes.perplexity_lengths])
         raise ConfigError(
-            f"evaluation.lengths={list(config.evaluation.lengths)}: reading {longest:,} tokens needs about {needed:.1f} GiB beside the "
+            f"probes.lengths={list(config.probes.lengths)}: reading {longest:,} tokens needs about {needed:.1f} GiB beside the "
             f"weights, and {available:.1f} GiB are free here. Leave out the longest lengths, read fewer tokens at once "
-            f"(evaluation.prefill_chunk=1024), or set evaluation.enabled=false."
+            f"(probes.prefill_chunk=1024), or set probes.enabled=false."
         )

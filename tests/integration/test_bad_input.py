@@ -25,7 +25,7 @@ _CASES = {
     "batch that does not divide": (["trainer.global_batch_size=7"], "must be a positive multiple of micro_batch_size"),
     "tensor parallelism over 3 heads": (["parallel.tensor_model_parallel_size=3"], "must divide the model's 4 attention heads"),
     "unknown text package": (["data.train=[{path: 'package:nowhere/train'}]"], "nowhere"),
-    "missing text of the probes": (["evaluation.text=[{path: 'no_such.jsonl'}]"], "no_such.jsonl"),
+    "missing text of the probes": (["probes.text=[{path: 'no_such.jsonl'}]"], "no_such.jsonl"),
     "missing text file": (["data.train=[{path: 'no_such.jsonl'}]"], "no_such.jsonl"),
 }
 
@@ -138,7 +138,7 @@ def test_a_home_that_nobody_can_write_is_not_needed(tmp_path):
     """Text and model of the user's own: neither the hub's cache nor anything else of the home is touched."""
     (tmp_path / "own.jsonl").write_text("".join(json.dumps({"text": f"Document {number}. " * 40}) + "\n" for number in range(40)))
     overrides = tiny_overrides(
-        tmp_path, "run", "data.train=[{path: own.jsonl}]", "data.validation=[]", "evaluation.enabled=false", "trainer.max_steps=2"
+        tmp_path, "run", "data.train=[{path: own.jsonl}]", "data.validation=[]", "probes.enabled=false", "trainer.max_steps=2"
     )
     environment = {name: value for name, value in os.environ.items() if name not in ("HF_HOME", "XDG_CACHE_HOME")}
     done = subprocess.run(
@@ -153,6 +153,19 @@ def test_a_home_that_nobody_can_write_is_not_needed(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that the experiment asks for")
+@pytest.mark.parametrize(
+    ("override", "way_out"),
+    [
+        ("evaluation.lengths=[128]", "Write probes.lengths=[128]."),
+        ("evaluation=probes", "Write probes=standard."),
+        ("~evaluation.text", "Write ~probes.text."),
+    ],
+)
+def test_a_former_name_is_refused_with_the_new_one(tmp_path, override, way_out):
+    done = run_recipe("+experiment=tiny_random", override, cwd=tmp_path)
+    assert done.returncode == 2 and way_out in done.stderr, done.stderr
+
+
 def test_gpu_experiment_without_a_gpu(tmp_path):
     done = run_recipe("+experiment=smollm2_135m_64k", cwd=tmp_path)
     assert done.returncode == 2

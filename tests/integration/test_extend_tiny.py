@@ -111,7 +111,7 @@ def test_export_means_the_same_to_transformers_4(finished):
 
 def test_a_killed_run_resumes_bit_for_bit(finished):
     """SIGKILL between two checkpoints; the next start ends with the losses and the weights of the undisturbed run."""
-    overrides = tiny_overrides(finished, "killed", "trainer.save_interval=4", "evaluation.enabled=false")
+    overrides = tiny_overrides(finished, "killed", "trainer.save_interval=4", "probes.enabled=false")
     output = finished / "killed"
     killed = run_recipe(*overrides, cwd=finished, prepare=partial(kill_here_at, "a step has ended", 6))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -124,16 +124,16 @@ def test_a_killed_run_resumes_bit_for_bit(finished):
 
 
 def test_more_steps_resume_the_same_run(finished):
-    first = run_recipe(*tiny_overrides(finished, "longer", "trainer.max_steps=8", "evaluation.enabled=false"), cwd=finished)
+    first = run_recipe(*tiny_overrides(finished, "longer", "trainer.max_steps=8", "probes.enabled=false"), cwd=finished)
     assert first.returncode == 0, first.stderr
-    second = run_recipe(*tiny_overrides(finished, "longer", "evaluation.enabled=false"), cwd=finished)
+    second = run_recipe(*tiny_overrides(finished, "longer", "probes.enabled=false"), cwd=finished)
     assert second.returncode == 0 and "step_0000008" in second.stderr, second.stderr
     assert _losses(finished / "longer") == _losses(finished / "run")
 
 
 def test_a_run_goes_on_where_its_base_has_moved(finished):
     """The same weights under another path, with a slash behind it; other weights under the path are another run."""
-    overrides = tiny_overrides(finished, "moved", "evaluation.enabled=false", "export.verify=false", "trainer.max_steps=2")
+    overrides = tiny_overrides(finished, "moved", "probes.enabled=false", "export.verify=false", "trainer.max_steps=2")
     first = run_recipe(*overrides, cwd=finished)
     assert first.returncode == 0, first.stderr
     copied = shutil.copytree(finished / "model", finished / "elsewhere")
@@ -149,9 +149,7 @@ def test_a_full_disk_costs_nothing_but_the_new_checkpoint(finished):
     """The kernel refuses to let files grow, as it does on a full disk, in a plain and in an asynchronous save."""
     checkpoints = shutil.copytree(finished / "run", finished / "full") / "checkpoints"
     for asynchronous in ("false", "true"):
-        overrides = tiny_overrides(
-            finished, "full", "evaluation.enabled=false", "trainer.max_steps=22", f"trainer.async_save={asynchronous}"
-        )
+        overrides = tiny_overrides(finished, "full", "probes.enabled=false", "trainer.max_steps=22", f"trainer.async_save={asynchronous}")
         limited = ["bash", "-c", 'ulimit -f 200; exec "$@"', "bash", *recipe_command(*overrides)]
         full = subprocess.run(
             limited, cwd=finished, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=180

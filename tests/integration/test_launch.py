@@ -54,7 +54,7 @@ class Job:
     @staticmethod
     def overrides(place: Path, name: str, *more: str) -> list[str]:
         return tiny_overrides(
-            place, name, "launch.nproc_per_node=2", "evaluation.enabled=false", "export.verify=false", "trainer.eval_interval=0",
+            place, name, "launch.nproc_per_node=2", "probes.enabled=false", "export.verify=false", "trainer.eval_interval=0",
             "trainer.micro_batch_size=1", "trainer.global_batch_size=48", "trainer.max_steps=6", "trainer.save_interval=0", *more,
         )  # fmt: skip
 
@@ -119,7 +119,7 @@ def test_one_process_goes_on_where_two_stood(place, undisturbed):
     found = {}
     for workers in (2, 1):
         again = run_recipe(
-            *Job.overrides(place, "undisturbed", f"launch.nproc_per_node={workers}", "evaluation.enabled=true"), cwd=place, timeout=300
+            *Job.overrides(place, "undisturbed", f"launch.nproc_per_node={workers}", "probes.enabled=true"), cwd=place, timeout=300
         )
         assert again.returncode == 0 and ("was saved in another layout" in again.stderr) == (workers == 1), again.stderr
         summary = json.loads((output / "summary.json").read_text())
@@ -142,7 +142,7 @@ def test_one_process_goes_on_where_two_stood(place, undisturbed):
 )
 def test_two_workers_probe_what_they_trained_as_one_process_does(place, layout):
     name = f"probed_{len(layout)}"
-    overrides = [*Job.overrides(place, name, "evaluation.enabled=true", "trainer.max_steps=2", "trainer.global_batch_size=8"), *layout]
+    overrides = [*Job.overrides(place, name, "probes.enabled=true", "trainer.max_steps=2", "trainer.global_batch_size=8"), *layout]
     found = []
     for again in ([], ["launch.nproc_per_node=1", "parallel.pipeline_model_parallel_size=1"]):
         done = run_recipe(*overrides, *again, cwd=place, timeout=300)
@@ -156,7 +156,7 @@ def test_two_workers_probe_what_they_trained_as_one_process_does(place, layout):
 
 
 def test_a_context_cut_over_ranks_is_not_probed_and_the_way_out_is_told(place):
-    overrides = Job.overrides(place, "cut", "evaluation.enabled=true", "trainer.max_steps=1", "parallel.context_parallel_size=2")
+    overrides = Job.overrides(place, "cut", "probes.enabled=true", "trainer.max_steps=1", "parallel.context_parallel_size=2")
     done = run_recipe(*overrides, cwd=place, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "no probes: parallel.context_parallel_size=2" in done.stderr and "parallel.context_parallel_size=1 afterwards" in done.stderr

@@ -53,7 +53,7 @@ class Job:
     def training(cls, cluster: Cluster, place: Path, name: str) -> Job:
         """A run with tensor parallelism across the nodes, and steps long enough to be hit."""
         return cls(
-            cluster, place, name, "parallel.tensor_model_parallel_size=2", "evaluation.enabled=false", "export.verify=false",
+            cluster, place, name, "parallel.tensor_model_parallel_size=2", "probes.enabled=false", "export.verify=false",
             "trainer.eval_interval=0", "trainer.micro_batch_size=1", "trainer.global_batch_size=16", f"trainer.max_steps={STEPS}",
             "trainer.save_interval=3",
         )  # fmt: skip

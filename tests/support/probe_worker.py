@@ -12,7 +12,7 @@ import numpy as np
 
 from endprompt_megatron.checkpoint.hf.importer import load_hf_weights
 from endprompt_megatron.checkpoint.hf.tokenizer import load_tokenizer
-from endprompt_megatron.config.schema import EvaluationConfig, ParallelConfig
+from endprompt_megatron.config.schema import ParallelConfig, ProbesConfig
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.evaluation.probes.long_text import make_long_texts, read_long_texts
 from endprompt_megatron.evaluation.probes.needle import make_haystacks
@@ -56,7 +56,7 @@ def run_job(job: dict) -> None:
         prompts = [random.integers(0, architecture.vocab_size, size).tolist() for size in (1, 21, 40)]
         common = random.integers(0, architecture.vocab_size, 30).tolist()
         requests = [(common, [5, 6, 7]), (common, [8]), (prompts[0], [9, 10]), (prompts[0], [11]), (prompts[1], [3, 4])]
-        evaluation = EvaluationConfig(lengths=[32, 64, 130], prefill_chunk=chunk)
+        evaluation = ProbesConfig(lengths=[32, 64, 130], prefill_chunk=chunk)
         options = dict(prefill_chunk=chunk, device=runtime.device)
         try:
             found = {

@@ -123,8 +123,8 @@ def make_long_texts(
             room = length - sum(len(fact) for fact, _ in facts_of_text)
             if room < length / 2:
                 raise DataError(
-                    f"evaluation.planted_words, evaluation.planted_numbers: {len(facts_of_text)} facts take {length - room} of {length} "
-                    f"tokens, more than half of the longest of evaluation.lengths. Plant fewer, or use longer texts."
+                    f"probes.planted_words, probes.planted_numbers: {len(facts_of_text)} facts take {length - room} of {length} "
+                    f"tokens, more than half of the longest of probes.lengths. Plant fewer, or use longer texts."
                 )
             stretch, size = [], 0
             while size < room and (sentence := next(sentences, None)) is not None:
@@ -138,11 +138,11 @@ def make_long_texts(
                 return made
     if made:
         raise DataError(
-            f"evaluation.long_texts={count}: the held-out documents of evaluation.text hold {len(made)} stretches of {length} tokens. "
-            f"Set evaluation.long_texts={len(made)}, or name more text."
+            f"probes.long_texts={count}: the held-out documents of probes.text hold {len(made)} stretches of {length} tokens. "
+            f"Set probes.long_texts={len(made)}, or name more text."
         )
     raise DataError(
-        f"evaluation.text: no held-out document has {length} tokens, the longest of evaluation.lengths (the longest document has "
+        f"probes.text: no held-out document has {length} tokens, the longest of probes.lengths (the longest document has "
         f"{longest}). Name longer documents, or leave out the longest lengths."
     )
 

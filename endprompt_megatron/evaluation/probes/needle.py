@@ -129,8 +129,8 @@ class HaystackWriter:
         if sentences < 1:
             tasks = "+".join(dict.fromkeys(asked.task for asked in questions))
             raise DataError(
-                f"evaluation.lengths (suite.lengths): {self.length} tokens leave no room for noise around the facts of "
-                f"evaluation.tasks={tasks} with this tokenizer ({taken} tokens are taken). Use lengths of at least "
+                f"probes.lengths (suite.lengths): {self.length} tokens leave no room for noise around the facts of "
+                f"probes.tasks={tasks} with this tokenizer ({taken} tokens are taken). Use lengths of at least "
                 f"{taken + len(self.noise)}."
             )
         return sentences

@@ -48,8 +48,8 @@ def held_out_blocks(texts: Iterable[str], encode: Callable[[str], list[int]], *,
             break
     if not blocks:
         raise DataError(
-            f"evaluation.text (suite.perplexity.text): no held-out document has {block_length} tokens (the longest has {longest}). "
-            f"Use longer documents, or a smaller maximum in evaluation.perplexity_lengths, evaluation.lengths where that is empty "
+            f"probes.text (suite.perplexity.text): no held-out document has {block_length} tokens (the longest has {longest}). "
+            f"Use longer documents, or a smaller maximum in probes.perplexity_lengths, probes.lengths where that is empty "
             f"(suite.lengths)."
         )
     return np.array(blocks, dtype=np.int64)

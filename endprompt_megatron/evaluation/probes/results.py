@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from endprompt_megatron.config.schema import EvaluationConfig
+from endprompt_megatron.config.schema import ProbesConfig
 from endprompt_megatron.evaluation.probes.long_text import LongText, read_long_texts
 from endprompt_megatron.evaluation.probes.needle import Haystack, score_haystacks
 from endprompt_megatron.evaluation.probes.perplexity import perplexity_by_window
@@ -36,26 +36,26 @@ class Probes:
         haystacks: for retrieval by texts of noise.
         blocks: held-out tokens, int64 [blocks, longest window]; empty where long_texts give the perplexity.
         long_texts: held-out prose with planted facts.
-        evaluation: the config that they were made from.
+        config: the config that they were made from.
         seed: of the needle keys.
     """
 
     haystacks: list[Haystack]
     blocks: np.ndarray
-    evaluation: EvaluationConfig
+    config: ProbesConfig
     seed: int
     long_texts: Sequence[LongText] = ()
 
     def conditions(self) -> dict[str, Any]:
         """The conditions in words and numbers, for pages and for telling old results from new ones."""
-        evaluation = self.evaluation
+        config = self.config
         words: dict[str, Any] = {}
         if self.haystacks:
             words = {
                 "haystack": "repeated sentences (pass-key test), raw prompts without a chat template",
-                "needle_trials": evaluation.needle_trials,
-                "needle_tokens": evaluation.needle_tokens,
-                "needle_depths": ", ".join(f"{depth:g}" for depth in evaluation.needle_depths),
+                "needle_trials": config.needle_trials,
+                "needle_tokens": config.needle_tokens,
+                "needle_depths": ", ".join(f"{depth:g}" for depth in config.needle_depths),
             }
         if self.long_texts:
             facts = [fact.question.task for text in self.long_texts for fact in text.facts]
@@ -64,14 +64,14 @@ class Probes:
                 f"{facts.count('word')} words and {facts.count('number')} numbers planted, each stated twice; raw prompts; one reading a "
                 f"system for every length"
             )
-        words["retrieval_tasks"] = ", ".join(evaluation.tasks)
-        words["needle_digits"] = evaluation.needle_digits
-        words["heldout_text"] = ", ".join(source.path for source in evaluation.text)
-        if evaluation.perplexity_tail:
-            words["perplexity_windows"] = f"the last {evaluation.perplexity_tail:,} tokens before each length, planted facts left out"
+        words["retrieval_tasks"] = ", ".join(config.tasks)
+        words["needle_digits"] = config.needle_digits
+        words["heldout_text"] = ", ".join(source.path for source in config.text)
+        if config.perplexity_tail:
+            words["perplexity_windows"] = f"the last {config.perplexity_tail:,} tokens before each length, planted facts left out"
         else:
             words["perplexity_tokens"] = int(self.blocks.size)
-            words["perplexity_windows"] = _windows_in_words(evaluation.perplexity_stride)
+            words["perplexity_windows"] = _windows_in_words(config.perplexity_stride)
         return {**words, "seed": self.seed}
 
     def digest(self) -> str:
@@ -114,11 +114,11 @@ def probe_system(
         kept_beside: the base model's directory, where the system is that base with some RoPE and no training: results are also kept in
             `<directory>.probes/`, under a name that says weights, questions, RoPE, precision and code.
     Returns:
-        {"label"; "perplexity": {length: value}; by task (needle, which is evaluation.tasks' single, multi_key, word, ...) {length: figures
+        {"label"; "perplexity": {length: value}; by task (needle, which is probes.tasks' single, multi_key, word, ...) {length: figures
         of score_haystacks or read_long_texts}}.
     """
     chunks = model if isinstance(model, list) else [model]
-    conditions = {**probes.conditions(), "evaluation": _decisive(asdict(probes.evaluation)), "system": name}
+    conditions = {**probes.conditions(), "evaluation": _decisive(asdict(probes.config)), "system": name}
     shared = _shared_file(kept_beside, chunks[0], probes, device) if kept_beside is not None and global_rank() == 0 else None
     stored = from_rank_zero(_read(cache, conditions))
     if stored is not None:
@@ -137,17 +137,17 @@ def probe_system(
 
 
 def _ask(name: str, chunks: list[EndPromptGPTModel], probes: Probes, device: torch.device) -> dict[str, Any]:
-    evaluation = probes.evaluation
+    config = probes.config
     was_training = chunks[0].training
     for chunk in chunks:
         chunk.eval()
-    options = dict(device=device, label=name, prefill_chunk=evaluation.prefill_chunk)
+    options = dict(device=device, label=name, prefill_chunk=config.prefill_chunk)
     found: dict[str, Any] = {}
     if probes.long_texts:
-        found = read_long_texts(chunks, probes.long_texts, evaluation.lengths, perplexity_tail=evaluation.perplexity_tail, **options)
-    if not evaluation.perplexity_tail:
-        lengths = evaluation.perplexity_lengths or evaluation.lengths
-        found["perplexity"] = perplexity_by_window(chunks, probes.blocks, lengths, stride=evaluation.perplexity_stride, **options)
+        found = read_long_texts(chunks, probes.long_texts, config.lengths, perplexity_tail=config.perplexity_tail, **options)
+    if not config.perplexity_tail:
+        lengths = config.perplexity_lengths or config.lengths
+        found["perplexity"] = perplexity_by_window(chunks, probes.blocks, lengths, stride=config.perplexity_stride, **options)
     if probes.haystacks:
         found |= {_KEY.get(task, task): figures for task, figures in score_haystacks(chunks, probes.haystacks, **options).items()}
     for chunk in chunks:
@@ -166,7 +166,7 @@ def _shared_file(base: Path, chunk: EndPromptGPTModel, probes: Probes, device: t
     known_by = {
         "weights": files,
         "questions": probes.digest(),
-        "evaluation": _decisive(asdict(probes.evaluation)),
+        "evaluation": _decisive(asdict(probes.config)),
         "inv_freq": hashlib.sha256(live.tobytes()).hexdigest(),
         "attention_factor": chunk.rotary_pos_emb.scaling.attention_factor,
         "dtype": str(next(chunk.parameters()).dtype),
@@ -204,7 +204,7 @@ def _keep_where_possible(path: Path, value: dict[str, Any]) -> None:
 def _decisive(evaluation: dict[str, Any]) -> dict[str, Any]:
     """What decides the figures: every key of the config, at its default where the file is older than the key, but not how much is read at
     once, nor which systems are probed."""
-    every = {**asdict(EvaluationConfig()), **evaluation}
+    every = {**asdict(ProbesConfig()), **evaluation}
     return {key: value for key, value in every.items() if key not in ("prefill_chunk", "systems", "enabled")}
 
 

@@ -41,7 +41,7 @@ def test_a_variant_names_its_method():
         ({"seeds": [-1]}, "none below 0"),
         ({"methods": ["a/b", "control_short_pi"], "overrides_of": {"a/b": ["method=pose"]}}, "the label 'a/b' names a directory"),
         ({"collect": ["outputs/a", "mine=outputs/a"]}, "each directory once"),
-        ({"overrides": ["evaluation.enabled=false"]}, "nothing to compare"),
+        ({"overrides": ["probes.enabled=false"]}, "nothing to compare"),
         ({"reference": "pose"}, "reference=pose: must be one of methods"),
         ({"budgets": ["minutes"]}, "choose from tokens, seconds"),
         ({"keep": "nothing"}, "keep=nothing"),

@@ -10,9 +10,9 @@ import pytest
 from endprompt_megatron.config.precision import FP8_MULTIPLES
 from endprompt_megatron.config.schema import (
     DataConfig,
-    EvaluationConfig,
     ModelConfig,
     PrecisionConfig,
+    ProbesConfig,
     RopeConfig,
     RunConfig,
     TextSource,
@@ -35,7 +35,7 @@ def config_of(**changes: object) -> RunConfig:
         precision=PrecisionConfig("fp8", 1, 1),
         data=DataConfig("datasets", 8192, [TextSource("a.jsonl")]),
         trainer=TrainerConfig(max_steps=100, global_batch_size=64),
-        evaluation=EvaluationConfig(enabled=False),
+        probes=ProbesConfig(enabled=False),
     )
     for dotted, value in changes.items():
         *path, last = dotted.split("__")

@@ -9,8 +9,8 @@ import pytest
 
 from endprompt_megatron.config.schema import (
     DataConfig,
-    EvaluationConfig,
     ModelConfig,
+    ProbesConfig,
     RopeConfig,
     RunConfig,
     TextSource,
@@ -31,7 +31,7 @@ def _config() -> RunConfig:
         rope=RopeConfig("pi", 2.0, 16384),
         data=DataConfig("datasets", 512, [TextSource("a.jsonl")]),
         trainer=TrainerConfig(max_steps=100),
-        evaluation=EvaluationConfig(lengths=[512], text=[TextSource("b.jsonl")]),
+        probes=ProbesConfig(lengths=[512], text=[TextSource("b.jsonl")]),
     )
 
 
@@ -87,10 +87,10 @@ def test_a_good_config_passes():
         ({"data.train": []}, "data.train is empty", "data.train="),
         ({"data.train": [TextSource("a", 0.0)]}, "weight", "Drop a corpus"),
         ({"data.split": "98"}, "data.split=98", "98,2,0"),
-        ({"evaluation.lengths": []}, "evaluation.lengths=[]", "at least one length"),
-        ({"evaluation.text": []}, "evaluation.text is empty", "evaluation.enabled=false"),
-        ({"evaluation.needle_depths": [1.5]}, "needle_depths=[1.5]", "between 0"),
-        ({"evaluation.needle_trials": 0}, "needle_trials", ">= 1"),
+        ({"probes.lengths": []}, "probes.lengths=[]", "at least one length"),
+        ({"probes.text": []}, "probes.text is empty", "probes.enabled=false"),
+        ({"probes.needle_depths": [1.5]}, "needle_depths=[1.5]", "between 0"),
+        ({"probes.needle_trials": 0}, "needle_trials", ">= 1"),
     ],
 )
 def test_each_rule(changes, quoted, way_out):
@@ -120,8 +120,8 @@ def test_every_path_of_the_config_is_expanded(monkeypatch):
     config = _config()
     config.output_dir, config.model.hf_path, config.data.directory = "~/x", "$SCRATCH/m", "${HOME}/d"
     config.data.train = [TextSource("indexed:~/i"), TextSource("package:tiny/train")]
-    config.evaluation.text = [TextSource("$SCRATCH/a[1].jsonl")]
+    config.probes.text = [TextSource("$SCRATCH/a[1].jsonl")]
     found = with_expanded_paths(config)
     assert (found.output_dir, found.model.hf_path, found.data.directory) == ("/home/me/x", "/scratch/m", "/home/me/d")
     assert [source.path for source in found.data.train] == ["indexed:/home/me/i", "package:tiny/train"]
-    assert found.evaluation.text[0].path == "/scratch/a[1].jsonl"
+    assert found.probes.text[0].path == "/scratch/a[1].jsonl"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from endprompt_megatron.config.schema import DataConfig, EvaluationConfig, ModelConfig, RopeConfig, RunConfig, TextSource, TrainerConfig
+from endprompt_megatron.config.schema import DataConfig, ModelConfig, ProbesConfig, RopeConfig, RunConfig, TextSource, TrainerConfig
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.planning.architecture import ModelArchitecture
 
@@ -20,7 +20,7 @@ def problems_of(world_size: int = 1, **changes: object) -> list[str]:
         rope=RopeConfig("pi", 2.0, 16384),
         data=DataConfig("datasets", 512, [TextSource("a.jsonl")]),
         trainer=TrainerConfig(max_steps=100),
-        evaluation=EvaluationConfig(lengths=[512], text=[TextSource("b.jsonl")]),
+        probes=ProbesConfig(lengths=[512], text=[TextSource("b.jsonl")]),
     )
     for dotted, value in changes.items():
         *path, last = dotted.split("__")
@@ -64,15 +64,13 @@ def test_the_config_these_start_from_is_good():
         pytest.param(1, {"trainer__log_interval": 0}, "trainer.log_interval=0", id="log_interval=0: documented as off, divides by zero"),
         pytest.param(1, {"rope__type": "abf"}, "rope.theta=None", id="abf without its base"),
         pytest.param(1, {"rope__theta": 1e6}, "rope.theta=1000000.0", id="a base that pi does not read"),
-        pytest.param(1, {"evaluation__lengths": [512, 32768]}, "32768 is beyond rope.target_context_length=16384", id="beyond the target"),
+        pytest.param(1, {"probes__lengths": [512, 32768]}, "32768 is beyond rope.target_context_length=16384", id="beyond the target"),
         pytest.param(
-            *(1, {"evaluation__tasks": ["word"], "evaluation__planted_words": 99}, "evaluation.planted_words=99: must be between 1 and 24"),
+            *(1, {"probes__tasks": ["word"], "probes__planted_words": 99}, "probes.planted_words=99: must be between 1 and 24"),
             id="more facts than can be written",
         ),
-        pytest.param(
-            1, {"evaluation__perplexity_tail": 512}, "evaluation.perplexity_tail=512", id="a tail as long as the shortest context"
-        ),
-        pytest.param(1, {"evaluation__long_texts": 0}, "evaluation.long_texts=0", id="no long text"),
+        pytest.param(1, {"probes__perplexity_tail": 512}, "probes.perplexity_tail=512", id="a tail as long as the shortest context"),
+        pytest.param(1, {"probes__long_texts": 0}, "probes.long_texts=0", id="no long text"),
         pytest.param(1, {"data__num_workers": -1}, "data.num_workers=-1", id="negative num_workers: torch raises"),
     ],
 )
@@ -135,13 +133,13 @@ def test_other_adapters_make_another_run():
 @pytest.mark.parametrize(
     ("changes", "quoted"),
     [
-        ({"evaluation__needle_trials": 0}, "needle_trials=0"),
-        ({"evaluation__needle_digits": 0}, "needle_digits=0"),
-        ({"evaluation__perplexity_tokens": 0}, "perplexity_tokens=0"),
-        ({"evaluation__perplexity_stride": -1}, "perplexity_stride=-1"),
-        ({"evaluation__perplexity_stride": 512}, "perplexity_stride=512: must be less than the shortest window of 512"),
-        ({"evaluation__perplexity_stride": 64, "evaluation__perplexity_lengths": [64, 512]}, "the shortest window of 64"),
-        ({"evaluation__prefill_chunk": -1}, "prefill_chunk=-1"),
+        ({"probes__needle_trials": 0}, "needle_trials=0"),
+        ({"probes__needle_digits": 0}, "needle_digits=0"),
+        ({"probes__perplexity_tokens": 0}, "perplexity_tokens=0"),
+        ({"probes__perplexity_stride": -1}, "perplexity_stride=-1"),
+        ({"probes__perplexity_stride": 512}, "perplexity_stride=512: must be less than the shortest window of 512"),
+        ({"probes__perplexity_stride": 64, "probes__perplexity_lengths": [64, 512]}, "the shortest window of 64"),
+        ({"probes__prefill_chunk": -1}, "prefill_chunk=-1"),
         ({"data__train": [TextSource("a.jsonl", -2.0)]}, "-2"),
     ],
 )

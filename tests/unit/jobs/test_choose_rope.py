@@ -9,9 +9,9 @@ import pytest
 
 from endprompt_megatron.config.schema import (
     DataConfig,
-    EvaluationConfig,
     ModelConfig,
     ParallelConfig,
+    ProbesConfig,
     RopeConfig,
     RunConfig,
     TextSource,
@@ -36,7 +36,7 @@ def _config(hf_path: Path, directory: Path, **groups) -> RunConfig:
             "rope": RopeConfig("pi", None, 1024),
             "data": DataConfig(directory=str(directory), seq_length=64, train=[TextSource(str(text))]),
             "trainer": TrainerConfig(max_steps=1),
-            "evaluation": EvaluationConfig(lengths=[128], planted_words=4, planted_numbers=4, text=[TextSource(str(text))]),
+            "probes": ProbesConfig(lengths=[128], planted_words=4, planted_numbers=4, text=[TextSource(str(text))]),
             **groups,
         },
     )

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 
 from endprompt_megatron.config.schema import (
     DataConfig,
-    EvaluationConfig,
     MethodConfig,
     ModelConfig,
+    ProbesConfig,
     RopeConfig,
     RunConfig,
     TextSource,
@@ -36,7 +36,7 @@ def config_of(hf_path: Path, output_dir: Path | str = "out", **groups: object) -
             "rope": RopeConfig("pi", 2.0, 256),
             "data": DataConfig(seq_length=64, train=[TextSource("package:tiny/train")]),
             "trainer": TrainerConfig(max_steps=4),
-            "evaluation": EvaluationConfig(enabled=False),
+            "probes": ProbesConfig(enabled=False),
             **groups,
         },
     )
@@ -156,7 +156,7 @@ class TestOutputDirectory:
     def test_takes_the_same_run_again_with_other_free_keys(self, tiny_model_dir, tmp_path):
         self.claim(config_of(tiny_model_dir, tmp_path / "one"))
         longer = config_of(tiny_model_dir, tmp_path / "one", trainer=TrainerConfig(max_steps=400, save_interval=5, keep_last=0))
-        longer.evaluation.needle_trials, longer.control, longer.cpu_threads = 3, True, 1
+        longer.probes.needle_trials, longer.control, longer.cpu_threads = 3, True, 1
         self.claim(longer)
         assert yaml.safe_load((tmp_path / "one" / "config.yaml").read_text())["trainer"]["max_steps"] == 400
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from endprompt_megatron.config.schema import EvaluationConfig, TextSource
+from endprompt_megatron.config.schema import ProbesConfig, TextSource
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.jobs import run_probes
 from endprompt_megatron.jobs.run_probes import check_probe_memory, prefill_gib
@@ -15,7 +15,7 @@ from tests.unit.jobs.test_preflight import config_of
 
 
 def _config(hf_path, **evaluation):
-    return config_of(hf_path, accelerator="cpu", evaluation=EvaluationConfig(text=[TextSource("a.jsonl")], **evaluation))
+    return config_of(hf_path, accelerator="cpu", probes=ProbesConfig(text=[TextSource("a.jsonl")], **evaluation))
 
 
 def test_a_prefill_that_does_not_fit_is_refused_with_the_numbers(tiny_model_dir, monkeypatch):
@@ -26,9 +26,9 @@ def test_a_prefill_that_does_not_fit_is_refused_with_the_numbers(tiny_model_dir,
         if fits:
             check_probe_memory(config, architecture, accelerator="cpu")
             continue
-        with pytest.raises(ConfigError, match=r"reading 4,096 tokens needs about .* GiB are free here.*evaluation.prefill_chunk=1024"):
+        with pytest.raises(ConfigError, match=r"reading 4,096 tokens needs about .* GiB are free here.*probes.prefill_chunk=1024"):
             check_probe_memory(config, architecture, accelerator="cpu")
-        config.evaluation.enabled = False
+        config.probes.enabled = False
         check_probe_memory(config, architecture, accelerator="cpu")
 
 

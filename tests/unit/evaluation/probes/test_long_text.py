@@ -64,7 +64,7 @@ class TestLayout:
     def test_what_cannot_be_made_is_refused(self, encode):
         with pytest.raises(DataError, match=r"no held-out document has 999999 tokens.*the longest document has \d{4,}"):
             _texts(encode, length=999_999)
-        with pytest.raises(DataError, match=r"evaluation.long_texts=500.*Set evaluation.long_texts=\d+"):
+        with pytest.raises(DataError, match=r"probes.long_texts=500.*Set probes.long_texts=\d+"):
             _texts(encode, count=500)
         with pytest.raises(DataError, match="more than half"):
             _texts(encode, length=600, facts={"word": 20})

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config
 from endprompt_megatron.checkpoint.hf.importer import load_hf_weights
 from endprompt_megatron.checkpoint.hf.tokenizer import load_tokenizer
-from endprompt_megatron.config.schema import EvaluationConfig, ParallelConfig
+from endprompt_megatron.config.schema import ParallelConfig, ProbesConfig
 from endprompt_megatron.errors import DataError
 from endprompt_megatron.evaluation.probes import results
 from endprompt_megatron.evaluation.probes.needle import Haystack, Question, make_haystacks, score_haystacks
@@ -200,7 +200,7 @@ class TestStoredResults:
 
     @pytest.fixture()
     def probes(self):
-        return Probes([], np.zeros((1, 32), dtype=np.int64), EvaluationConfig(lengths=[32]), 1)
+        return Probes([], np.zeros((1, 32), dtype=np.int64), ProbesConfig(lengths=[32]), 1)
 
     def _probe(self, both, probes, cache, label="found"):
         return probe_system("base", label, both[0], probes, device=torch.device("cpu"), cache=cache)["label"]
@@ -209,7 +209,7 @@ class TestStoredResults:
         cache = tmp_path / "base.json"
         assert self._probe(both, probes, cache) == "found"
         assert self._probe(both, probes, cache, "again") == "found"
-        other = replace(probes, evaluation=EvaluationConfig(lengths=[32], perplexity_stride=8))
+        other = replace(probes, config=ProbesConfig(lengths=[32], perplexity_stride=8))
         assert self._probe(both, other, cache, "slides") == "slides"
 
     def test_of_a_run_before_a_key_existed_count_as_of_its_default(self, both, probes, tmp_path):
@@ -248,7 +248,7 @@ class TestStoredResults:
     def test_do_not_depend_on_how_much_is_read_at_once(self, both, probes, tmp_path):
         cache = tmp_path / "base.json"
         self._probe(both, probes, cache)
-        in_chunks = replace(probes, evaluation=EvaluationConfig(lengths=[32], prefill_chunk=7))
+        in_chunks = replace(probes, config=ProbesConfig(lengths=[32], prefill_chunk=7))
         assert self._probe(both, in_chunks, cache, "again") == "found"
 
 

@@ -59,8 +59,10 @@ test-nemo: $(NEMO_VENV)/.ready ## the adapter for NeMo, in an environment of its
 test-fast: $(READY) ## unit tests alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/conf
 
-lint: $(READY) ## ruff
+lint: $(READY) ## ruff's rules and format, and types
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(READY) ## a training step against contiguous positions and against transformers
 	$(BIN)/python tools/fetch_smollm2.py --destination models/smollm2_135m
@@ -71,4 +73,4 @@ gpu: ## tests and measurements that need a GPU (ten minutes); GPU_PYTHON=... nam
 	$(GPU_PYTHON) -W ignore tools/bench.py gpu --page outputs/gpu/stack.md --overwrite || status=$$?; exit $$status
 
 clean: ## remove environments and caches; outputs, models and datasets stay
-	rm -rf .venv3* $(NEMO_VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv3* $(NEMO_VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

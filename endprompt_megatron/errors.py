@@ -1,8 +1,8 @@
-"""The errors a user can meet. Each message quotes the value, the rule it breaks and the way out."""
+"""Errors that a user can cause. Each message quotes the value, states the rule it breaks and gives a way out."""
 
 
 class _ProblemsError(Exception):
-    """One problem or several, each in a sentence or two."""
+    """One or more problems, each described in a sentence or two."""
 
     def __init__(self, *problems: str):
         self.problems = list(problems)
@@ -10,33 +10,33 @@ class _ProblemsError(Exception):
 
 
 class ConfigError(_ProblemsError, ValueError):
-    """A setting, or a combination of settings, that cannot work. Raised before anything is launched or written."""
+    """An invalid setting or combination of settings. Raised before anything is launched or written."""
 
 
 class DataError(ValueError):
-    """Text, tokenizer or indexed dataset that is missing, empty, damaged or does not belong together."""
+    """A text, tokenizer or indexed dataset that is missing, empty or damaged, or that does not match the others."""
 
 
 class CheckpointError(_ProblemsError, RuntimeError):
-    """A Hugging Face or Megatron checkpoint that is missing, damaged, foreign or already there."""
+    """A Hugging Face or Megatron checkpoint that is missing, damaged, of another run or model, or already there."""
 
 
 class BackendUnavailableError(RuntimeError):
-    """A GPU, a kernel library or an optional package that this run needs and this machine lacks."""
+    """The run needs a GPU, a kernel library or an optional package that this machine does not have."""
 
 
 class TrainingError(RuntimeError):
-    """A step whose figures say that going on would spoil the weights."""
+    """A training step with invalid loss or gradients, after which training must not continue."""
 
 
 class RunInterrupted(BaseException):
-    """The run was asked to stop and did so at a point from which the same command goes on. Like KeyboardInterrupt it passes through
-    `except Exception`."""
+    """The run stopped after a signal, at a point from which the same command resumes. Like KeyboardInterrupt, `except Exception` does not
+    catch it."""
 
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError, BackendUnavailableError, TrainingError)
 
-# Exit statuses of a run, beside 0 and Python's own 1
+# Exit statuses of a run, in addition to 0 and Python's 1
 EXIT_USER_ERROR = 2
 EXIT_HUNG = 70  # EX_SOFTWARE of sysexits.h
 EXIT_RESUME = 75  # EX_TEMPFAIL of sysexits.h: try again

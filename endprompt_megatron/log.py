@@ -1,5 +1,5 @@
-"""What a run tells people: a logger that speaks on rank 0 only, a metrics.jsonl writer, and a progress display that is a live
-bar on a terminal and plain lines elsewhere (log files, CI)."""
+"""Output of a run: a logger that prints on rank 0 only, a writer for metrics.jsonl and TensorBoard, and a progress display (a live bar on a
+terminal, plain lines in log files and CI)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def global_rank() -> int:
-    """This process's rank as its launcher numbered it (0 when nothing launched it)."""
+    """Rank of this process as set by the launcher; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -26,7 +26,7 @@ class _RankZero(logging.Filter):
 
 
 class _ToStandardError(logging.StreamHandler):
-    """Writes to what standard error is when a message comes: it may point elsewhere for a while, and to a file that is closed later."""
+    """Looks sys.stderr up for every message, because code may redirect it for a while to a file that is closed later."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
@@ -34,7 +34,7 @@ class _ToStandardError(logging.StreamHandler):
 
 
 def get_logger() -> logging.Logger:
-    """The project's logger: messages to standard error, rank 0 only below ERROR."""
+    """The project's logger. It writes to standard error; ranks other than 0 only write ERROR and above."""
     logger = logging.getLogger("endprompt_megatron")
     if not logger.handlers:
         handler = _ToStandardError()
@@ -47,17 +47,17 @@ def get_logger() -> logging.Logger:
 
 
 class MetricsWriter:
-    """Appends one JSON object a line to `metrics.jsonl` and mirrors numbers to TensorBoard, on rank 0 only.
+    """Appends one JSON object per line to `metrics.jsonl` and writes its numbers to TensorBoard, on rank 0 only.
 
     Args:
-        output_dir: the run's output directory; `metrics.jsonl` and `tensorboard/` go there.
-        resume_step: records of later steps that an interrupted run left behind are dropped, so that each step stands once.
+        output_dir: the run's output directory, for `metrics.jsonl` and `tensorboard/`.
+        resume_step: records of later steps, which an interrupted run left, are removed so that each step occurs once.
     """
 
     def __init__(self, output_dir: Path, *, resume_step: int = 0):
         self.path = Path(output_dir) / "metrics.jsonl"
         self._file = None
-        self._tensorboard = None
+        self._tensorboard: Any = None
         if global_rank() != 0:
             return
         kept = [record for record in read_metrics(self.path) if record.get("step", 0) <= resume_step]
@@ -65,7 +65,7 @@ class MetricsWriter:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         temporary.replace(self.path)
         self._file = self.path.open("a")
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import: only where it writes
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import, so only rank 0 imports it
 
         self._tensorboard = SummaryWriter(str(Path(output_dir) / "tensorboard"), purge_step=resume_step + 1)
 
@@ -88,7 +88,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """The records of a metrics.jsonl. A last line that a crash has truncated is skipped."""
     records = []
     if Path(path).exists():
         for line in Path(path).read_text().splitlines():
@@ -100,22 +100,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """Progress of a job with a known or unknown number of units: a live bar on a terminal, a line now and then elsewhere.
+    """Progress display of a job: a live bar on a terminal, a line at intervals elsewhere.
 
     Use as a context manager and call `advance(n, "loss 2.31")`.
 
     Args:
-        label: what is being done, e.g. "training".
-        total: number of units, or None when it is not known beforehand.
+        label: name of the activity, e.g. "training".
+        total: number of units, or None if unknown.
         initial: units already done (a resumed job).
-        seconds_between_lines: how often plain lines are printed where there is no terminal.
+        seconds_between_lines: interval between plain lines without a terminal.
     """
 
     def __init__(self, label: str, total: int | None, *, initial: int = 0, seconds_between_lines: float = 15.0):
         self.label, self.total, self.done, self.initial = label, total, initial, initial
         self._every = seconds_between_lines
         self._started = self._last = time.monotonic()
-        self._bar = None
+        self._bar: Any = None  # rich's, on a terminal
         self._silent = global_rank() != 0
 
     def __enter__(self) -> Progress:
@@ -139,7 +139,7 @@ class Progress:
         return self
 
     def advance(self, units: int = 1, note: str = "") -> None:
-        """Count `units` more as done and show `note` beside the bar."""
+        """Count `units` more units as done and show `note` next to the bar."""
         self.done += units
         if self._silent:
             return
@@ -160,7 +160,7 @@ class Progress:
 
 
 def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-    """Yield `items` under a `Progress`."""
+    """Yield `items` and show a `Progress`."""
     with Progress(label, total) as progress:
         for item in items:
             yield item

@@ -1,4 +1,4 @@
-"""Output directories that one process writes at a time, and files that nobody ever sees half written."""
+"""Locks on output directories, so that one process writes at a time, and atomic replacement of text files."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ _held: dict[Path, IO[str]] = {}  # by resolved directory
 
 
 def hold(output_dir: Path, *, doing: str) -> None:
-    """Take a directory that exists for this process, until `release` or until the process ends; a second call changes nothing.
+    """Lock an existing directory for this process, until `release` or the end of the process. A second call has no effect.
 
-    The lock is the kernel's (fcntl.lockf), which a network file system passes on to its server: it ends with its process, however that ends
-    and on whatever host, so that a lock that is left over never blocks. Child processes do not inherit it.
+    The lock is a kernel lock (fcntl.lockf), which network file systems forward to their server. It is released when the process ends for
+    any reason and on any host, so a stale lock file never blocks. Child processes do not inherit it.
 
     Args:
-        output_dir: to write into.
-        doing: what another process would be doing there, in words.
+        output_dir: the directory to lock.
+        doing: verb phrase for the message if another process holds the lock, such as "writes there".
     Raises:
-        ConfigError: another process has it, with its host, process id and start time; or the lock cannot be written.
+        ConfigError: another process holds the lock (the message has its host, process id and start time), or the lock file cannot be
+            written.
     """
     output_dir = output_dir.resolve()
     if output_dir in _held:
@@ -43,7 +44,7 @@ def hold(output_dir: Path, *, doing: str) -> None:
         holder = _holder(output_dir)
         lock.close()
         if not isinstance(error, BlockingIOError | PermissionError):
-            return  # a file system without locks: nothing protects the directory there
+            return  # a file system without locks: the directory stays unprotected
         raise ConfigError(f"output_dir={output_dir}: another process {doing}{holder}. Wait for it, stop it, or set output_dir.") from None
     lock.truncate(0)
     started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
@@ -53,14 +54,14 @@ def hold(output_dir: Path, *, doing: str) -> None:
 
 
 def release(output_dir: Path) -> None:
-    """Give back what `hold` took; nothing where it was not taken."""
+    """Release the lock of `hold`. No effect without one."""
     lock = _held.pop(output_dir.resolve(), None)
     if lock is not None:
         lock.close()
 
 
 def is_lock(path: Path) -> bool:
-    """Whether a file of an output directory is no output but the mark of who writes there."""
+    """Whether a file of an output directory is the lock file."""
     return path.name == _LOCK
 
 
@@ -74,13 +75,13 @@ def _holder(output_dir: Path) -> str:
 
 @contextmanager
 def claimed(output_dir: Path, *, doing: str) -> Iterator[Path]:
-    """The directory, made where it is not there, for this process alone.
+    """Create the directory if necessary, and lock it inside the block.
 
     Args:
-        output_dir: to write into.
-        doing: what another process would be doing there, in words.
+        output_dir: the directory to lock.
+        doing: verb phrase for the message if another process holds the lock.
     Raises:
-        ConfigError: it cannot be written, or another process has it.
+        ConfigError: the directory cannot be written, or another process holds the lock.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,7 @@ def claimed(output_dir: Path, *, doing: str) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Put the text under the name at once: who reads sees all of it, or what was there before."""
+    """Replace the content of a file atomically. A concurrent reader sees the old or the new content, never a part."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

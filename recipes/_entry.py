@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from endprompt_megatron.config.schema import RunConfig, with_expanded_paths  # noqa: E402
 from endprompt_megatron.errors import EXIT_RESUME, EXIT_USER_ERROR, USER_ERRORS, ConfigError, RunInterrupted  # noqa: E402
-from endprompt_megatron.launch.processes import outlast_stop_signals  # noqa: E402
+from endprompt_megatron.launch.processes import ignore_stop_signals  # noqa: E402
 from endprompt_megatron.mcore.optional_packages import treat_broken_as_missing  # noqa: E402
 
 treat_broken_as_missing()  # before megatron.core is imported
@@ -93,7 +93,7 @@ def exit_on_errors() -> Iterator[None]:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except RunInterrupted as request:
-        outlast_stop_signals()  # a second one must not change the exit status
+        ignore_stop_signals()  # a second one must not change the exit status
         print(request, file=sys.stderr)
         sys.exit(EXIT_RESUME)
     except KeyboardInterrupt:

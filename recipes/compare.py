@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from endprompt_megatron.comparison.study import RunRequest, StudyConfig
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.jobs.compare import compare
-from endprompt_megatron.jobs.preflight import validate
+from endprompt_megatron.jobs.preflight import resolve
 from endprompt_megatron.launch.launcher import planned_world_size
 
 
@@ -39,7 +39,7 @@ def check_run(request: RunRequest) -> None:
             overrides = [*clear_empty_dicts(request.overrides), f"name={request.name}", f"seed={request.seed}"]
             composed = hydra.compose("extend", overrides=overrides)
         config = to_run_config(composed)
-        validate(config, world_size=planned_world_size(config))
+        resolve(config, world_size=planned_world_size(config), runs_here=False)
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"{request.name} cannot be run: {str(error).strip()}") from error
 
@@ -53,7 +53,7 @@ def run(composed: DictConfig) -> None:
             study,
             command=[sys.executable, "-W", "ignore", str(ROOT / "recipes" / "extend.py")],
             known_methods=tuple(sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))),
-            told=["python recipes/compare.py " + shlex.join(text for text in sys.argv[1:] if not text.startswith("write_only="))],
+            commands=["python recipes/compare.py " + shlex.join(text for text in sys.argv[1:] if not text.startswith("write_only="))],
             check=check_run,
         )
     if not finished and not study.write_only:

@@ -1,10 +1,9 @@
 """Evaluate a model: `python recipes/evaluate.py +suite=NAME model=DIR [key=value ...]`.
 
-Asks the model that lies in a Hugging Face directory (any export of recipes/extend.py) the tasks of a suite, and writes results.json, every
-answer (records/) and a page with the paper's columns. Suites ruler, longbench, short and all have lm-eval underneath (`pip install -e
-'.[eval]'`); needle, perplexity and probes run on Megatron-Core alone, in as many processes as launch.nproc_per_node says, or under srun or
-torchrun. The same command goes on where it stopped. Tasks that cannot run are named with the reason; HF_HUB_OFFLINE=1 says beforehand that
-there is no network.
+Runs the tasks of a suite on the model in a Hugging Face directory, e.g. an export of recipes/extend.py. Writes results.json, every answer
+(records/), and a page with the paper's numbers. The suites ruler, longbench, short and all need lm-eval (`pip install -e '.[eval]'`). The
+suites needle, perplexity and ruler_offline run on Megatron-Core alone, in launch.nproc_per_node processes, or under srun or torchrun. The
+same command resumes a stopped evaluation. Tasks that cannot run are listed with the reason; set HF_HUB_OFFLINE=1 where there is no network.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from endprompt_megatron.launch import launcher
 
 COMMAND = "python recipes/evaluate.py " + shlex.join(sys.argv[1:])
 ARGUMENTS = list(sys.argv)
-MODEL = "model="  # conf/model is a group of recipes/extend.py: Hydra would look for DIR among its files
+MODEL = "model="  # taken from the command line before Hydra, which would look for DIR in the group conf/model
 MODELS = [text.removeprefix(MODEL) for text in sys.argv[1:] if text.startswith(MODEL)]
 
 
 def to_evaluation(composed: DictConfig, model: str | None = None) -> EvaluateConfig:
-    """The composed values as an EvaluateConfig; a key or type that the schema does not know fails with its dotted name."""
+    """Converts the composed values. A key or type that the schema does not have raises ConfigError with its dotted name."""
     if model is not None:
         composed.model = model
     if OmegaConf.is_missing(composed.suite, "name"):
@@ -40,7 +39,7 @@ def to_evaluation(composed: DictConfig, model: str | None = None) -> EvaluateCon
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="evaluate")
 def run(composed: DictConfig) -> None:
-    """One evaluation."""
+    """Runs one evaluation."""
     with exit_on_errors():
         config = to_evaluation(composed, MODELS[-1] if MODELS else None)
         launcher.adopt_srun_environment()
@@ -48,7 +47,7 @@ def run(composed: DictConfig) -> None:
         from endprompt_megatron.jobs.evaluate import evaluate, prepare
 
         if launcher.starts_workers(config):
-            prepare(config)  # one clear error here instead of one a worker
+            prepare(config)  # one clear error here instead of one per worker
             sys.exit(launcher.run_workers(replace(config, output_dir=str(config.directory())), ARGUMENTS))
         done = evaluate(config, command=COMMAND)
     if not done:
@@ -56,7 +55,7 @@ def run(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    # the harness imports a package that is called evaluate too: this folder must not be searched for it
+    # lm-eval imports a package that is also called evaluate; it must not find this file instead
     sys.path = [path for path in sys.path if not (Path(path) / "evaluate.py").is_file()]
     sys.argv = [text for text in sys.argv if not text.startswith(MODEL)]
     read_command_line()

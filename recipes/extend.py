@@ -14,7 +14,7 @@ from _entry import DEFAULT_EXPERIMENT, ROOT, exit_on_errors, read_command_line, 
 from omegaconf import DictConfig
 
 from endprompt_megatron.launch import launcher
-from endprompt_megatron.launch.processes import obey_stop_signals
+from endprompt_megatron.launch.processes import exit_on_stop_signals
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="extend")
@@ -40,6 +40,6 @@ def run(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    obey_stop_signals()
+    exit_on_stop_signals()
     read_command_line(DEFAULT_EXPERIMENT)
     run()

@@ -1,7 +1,7 @@
 """Plan an experiment for a cluster: `python recipes/plan.py +experiment=NAME [plan.num_gpus=64 plan.hardware=H200 plan.tokens=2e9 ...]`.
 
-Ranks every parallel layout by the time that it should take, says why the others cannot be, and draws EndPrompt against full-length training
-by window: memory a GPU and hours. All of it is predicted, on any machine, before a GPU is paid for; plan.md and plan.png keep it.
+Ranks the parallel layouts by predicted time, gives the reason for each layout that cannot run, and plots EndPrompt against full-length
+training by window: memory per GPU and hours. Everything is predicted, on any machine; the results are written to plan.md and plan.png.
 """
 
 from __future__ import annotations

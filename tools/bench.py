@@ -1,11 +1,11 @@
-"""Benchmarks that print figures with their conditions; nothing here passes or fails.
+"""Benchmarks that print measurements with their conditions. They do not pass or fail.
 
     python tools/bench.py step [--model models/smollm2_135m] [--micro-batch-size 2] [--repeats 15]
     python tools/bench.py length [--lengths 8192 16384] [--seq-length 1024]
     python tools/bench.py gpu [--layers 4] [--precisions bf16 fp8 fp8_attention] [--page PAGE.md]
 
 `step` times one optimizer step of the Megatron model at EndPrompt positions, the same step at contiguous positions, and the same step of
-transformers' own Llama with SDPA, in turn, in one process: same weights, same tokens, same number of threads.
+transformers' Llama with SDPA. The steps alternate in one process, with the same weights, tokens and number of threads.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import bench_convert  # noqa: E402
-import bench_gpu  # noqa: E402
-import bench_length  # noqa: E402
+import bench_convert
+import bench_gpu
+import bench_length
 
-from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config  # noqa: E402
-from endprompt_megatron.checkpoint.hf.importer import load_hf_weights  # noqa: E402
-from endprompt_megatron.checkpoint.hf.verify import load_transformers_model  # noqa: E402
-from endprompt_megatron.config.schema import OptimConfig, ParallelConfig  # noqa: E402
-from endprompt_megatron.mcore import runtime, version  # noqa: E402
-from endprompt_megatron.model import backends  # noqa: E402
-from endprompt_megatron.model.build import build_model_chunks, wrap_for_training  # noqa: E402
-from endprompt_megatron.positions.contiguous import contiguous_positions  # noqa: E402
-from endprompt_megatron.positions.endprompt import endprompt_positions  # noqa: E402
-from endprompt_megatron.rope.scaling import RopeScaling  # noqa: E402
-from endprompt_megatron.training.optimizer import build_optimizer  # noqa: E402
+from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config
+from endprompt_megatron.checkpoint.hf.importer import load_hf_weights
+from endprompt_megatron.checkpoint.hf.verify import load_transformers_model
+from endprompt_megatron.config.schema import OptimConfig, ParallelConfig
+from endprompt_megatron.mcore import runtime, version
+from endprompt_megatron.model import backends
+from endprompt_megatron.model.build import build_model_chunks, wrap_for_training
+from endprompt_megatron.positions.contiguous import contiguous_positions
+from endprompt_megatron.positions.endprompt import endprompt_positions
+from endprompt_megatron.rope.scaling import RopeScaling
+from endprompt_megatron.training.optimizer import build_optimizer
 
 _OPTIM = OptimConfig(lr=1e-5)
 
 
 def megatron_steps(arguments: argparse.Namespace, batches: list[torch.Tensor]) -> dict[str, Callable[[], None]]:
-    """One training step of the Megatron model, at EndPrompt and at contiguous positions."""
+    """Functions that run one training step of the Megatron model, at EndPrompt and at contiguous positions."""
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -95,7 +95,7 @@ def megatron_steps(arguments: argparse.Namespace, batches: list[torch.Tensor]) -
 
 
 def transformers_step(arguments: argparse.Namespace, batches: list[torch.Tensor]) -> Callable[[], None]:
-    """One training step of transformers' Llama with SDPA: accumulation, clipping and AdamW as above."""
+    """A function that runs one training step of transformers' Llama with SDPA, with the same accumulation, clipping and AdamW."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.precision]
     model = load_transformers_model(arguments.model, dtype=dtype).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=_OPTIM.lr, weight_decay=0.0, fused=True)
@@ -113,7 +113,7 @@ def transformers_step(arguments: argparse.Namespace, batches: list[torch.Tensor]
 
 
 def bench_step(arguments: argparse.Namespace) -> None:
-    """Time the steps in turn and print medians and paired ratios."""
+    """Time the steps alternately and print medians and paired ratios."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     runtime.initialize(ParallelConfig(), accelerator="cpu", seed=1)
@@ -127,7 +127,9 @@ def bench_step(arguments: argparse.Namespace) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(arguments.repeats + arguments.warmup):
         in_turn = list(steps.items())
-        for name, step in in_turn if repeat % 2 else reversed(in_turn):  # a machine that slows down meanwhile favours no side
+        for name, step in (
+            in_turn if repeat % 2 else reversed(in_turn)
+        ):  # alternating order, so that a machine that slows down favours no side
             started = time.perf_counter()
             step()
             if repeat >= arguments.warmup:
@@ -137,7 +139,7 @@ def bench_step(arguments: argparse.Namespace) -> None:
 
     print(
         f"{arguments.model}, {arguments.precision}, {torch.get_num_threads()} threads, {arguments.micro_batches} x "
-        f"{arguments.micro_batch_size} x {arguments.seq_length} tokens a step, {arguments.repeats} repeats in turn; "
+        f"{arguments.micro_batch_size} x {arguments.seq_length} tokens per step, {arguments.repeats} alternating repeats; "
         f"torch {torch.__version__}, megatron-core {version.megatron_core_version()}, transformers {transformers.__version__}"
     )
     for name, values in seconds.items():
@@ -156,13 +158,13 @@ def main() -> None:
     """Parse the command line and run one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     benchmarks = parser.add_subparsers(required=True)
-    step = benchmarks.add_parser("step", help="training step against contiguous positions and against transformers")
+    step = benchmarks.add_parser("step", help="training step, compared with contiguous positions and with transformers")
     step.add_argument("--model", type=Path, default=Path("models/smollm2_135m"))
     step.add_argument("--seq-length", type=int, default=512)
     step.add_argument("--micro-batch-size", type=int, default=2)
     step.add_argument("--micro-batches", type=int, default=1)
     step.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
-    step.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's choice")
+    step.add_argument("--threads", type=int, default=0, help="torch threads; 0 uses the default of torch")
     step.add_argument("--repeats", type=int, default=15)
     step.add_argument("--warmup", type=int, default=1)
     step.set_defaults(run=bench_step)

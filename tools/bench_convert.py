@@ -1,5 +1,6 @@
-"""The benchmark behind `bench.py convert`: a synthetic checkpoint of the shape of Llama-3.2-1B goes to torch_dist and back, beside `cp` of
-its files and transformers' load and save_pretrained. Every measurement is a process of its own, so that time and peak memory are whole."""
+"""The benchmark `bench.py convert`: conversion of a synthetic checkpoint with the sizes of Llama-3.2-1B to torch_dist and back, compared
+with `cp` of its files and with loading and save_pretrained in transformers. Every measurement runs in its own process, so that time and
+peak memory are complete."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from endprompt_megatron.checkpoint.hf.safetensors_io import TensorPlan, plan_sha
 from endprompt_megatron.checkpoint.hf.sources import llama_config
 from endprompt_megatron.checkpoint.hf.weights import planned_tensors
 
-# the peak of resident memory that getrusage tells of a child may be its parent's: the child says its own
+# getrusage may report the peak memory of the parent for a child, so the child reports its own
 _CODE = """
 import atexit, os, re, sys
 atexit.register(lambda: os.write(3, re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read()).group(1).encode()))
@@ -30,7 +31,7 @@ exec(code)
 """
 _PYTHON = [sys.executable, "-W", "ignore", "-c", _CODE.format(root=str(Path(__file__).resolve().parents[1]))]
 _CONVERT = [*_PYTHON, f"import runpy; runpy.run_path({str(Path(__file__).with_name('convert.py'))!r}, run_name='__main__')"]
-_SETTLE_SECONDS = 8.0  # what was deleted before is really free, what was written is on the disk: alike for all
+_SETTLE_SECONDS = 8.0  # lets the file system finish earlier deletions and writes, so that all measurements start alike
 _TRANSFORMERS = """
 import sys
 from transformers import AutoModelForCausalLM
@@ -39,7 +40,7 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").save_pretrained(
 
 
 def write_llama_1b(directory: Path, *, tied: bool, max_shard_bytes: int) -> int:
-    """A checkpoint of the shape of Llama-3.2-1B with random bfloat16 weights; how many bytes it has."""
+    """Write a checkpoint with the sizes of Llama-3.2-1B and random bfloat16 weights; return its size in bytes."""
     config = llama_config(
         vocab_size=128256,
         hidden_size=2048,
@@ -73,17 +74,17 @@ def write_llama_1b(directory: Path, *, tied: bool, max_shard_bytes: int) -> int:
 
 
 def bench_convert(arguments: argparse.Namespace) -> None:
-    """Measure everything in turn and print medians and paired ratios."""
+    """Measure all commands alternately and print medians and paired ratios."""
     folder = arguments.directory
     if folder.exists():
-        sys.exit(f"{folder} exists: name a directory that this benchmark may make and remove")
+        sys.exit(f"{folder} exists. Set --directory to a new directory, which this benchmark creates and removes.")
     folder.mkdir(parents=True)
     file_system = subprocess.run(["stat", "--file-system", "--format=%T", folder], capture_output=True, text=True).stdout.strip()
     source, copy, megatron, back = (folder / name for name in ("source", "copy", "megatron", "back"))
     size = write_llama_1b(source, tied=not arguments.untied, max_shard_bytes=arguments.max_shard_bytes)
     shard = ["--no-verify", "--max-shard-size", str(arguments.max_shard_bytes)]
     copying = (["cp", "-r", str(source), str(copy)], [copy])
-    # what is copied and removed leaves the same memory and disk to its neighbour: copies later in a round are slower, whoever makes them
+    # Every conversion is compared with the copy next to it, because copies later in a round are slower, whichever program makes them.
     commands = {
         "cp, first": copying,
         "hf-to-megatron, no sync": ([*_CONVERT, "hf-to-megatron", str(source), str(megatron), *shard, "--no-sync"], [megatron]),
@@ -94,12 +95,12 @@ def bench_convert(arguments: argparse.Namespace) -> None:
         "megatron-to-hf": ([*_CONVERT, "megatron-to-hf", str(megatron), str(back), *shard], [back]),
         "transformers": ([*_PYTHON, _TRANSFORMERS, str(source), str(back)], [megatron, back]),
     }
-    # the interpreter's own time and memory: the same program, which imports the same and finds nothing to do
+    # time and memory of the interpreter: the same imports without a conversion
     idle = [_measure([*_PYTHON, "import endprompt_megatron.checkpoint.convert"]) for _ in range(3)]
     idle_seconds, idle_memory = statistics.median(run[0] for run in idle), min(run[1] for run in idle)
     found: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
     try:
-        for repeat in range(arguments.repeats + 1):  # the first one counts for nothing: memory that was never used is slow to get
+        for repeat in range(arguments.repeats + 1):  # the first round is not counted, because memory is slow at its first use
             for name, (command, leftovers) in commands.items():
                 os.sync()
                 time.sleep(arguments.settle)
@@ -111,8 +112,8 @@ def bench_convert(arguments: argparse.Namespace) -> None:
     finally:
         shutil.rmtree(folder)
     where = f"{size / 1e9:.2f} GB, {'untied' if arguments.untied else 'tied'}, on {file_system}"
-    print(f"Llama-3.2-1B shape, {where}; {arguments.repeats} repeats in turn; torch {torch.__version__}")
-    print(f"starting the converter alone: {idle_seconds:.1f} s, {idle_memory / 2**20:.0f} MiB")
+    print(f"Llama-3.2-1B shape, {where}; {arguments.repeats} alternating repeats; torch {torch.__version__}")
+    print(f"start of the converter without a conversion: {idle_seconds:.1f} s, {idle_memory / 2**20:.0f} MiB")
     for name, runs in found.items():
         seconds = sorted(run[0] for run in runs)
         peak = max(run[1] for run in runs)
@@ -135,26 +136,26 @@ def bench_convert(arguments: argparse.Namespace) -> None:
 
 
 def _measure(command: list[str]) -> tuple[float, int]:
-    """(seconds, peak memory in bytes or 0 where the program does not tell it) of a process."""
-    told, telling = os.pipe()
+    """(seconds, peak memory in bytes) of a process; the memory is 0 if the program does not report it."""
+    reader, writer = os.pipe()
     actions = [(os.POSIX_SPAWN_OPEN, descriptor, os.devnull, os.O_WRONLY, 0) for descriptor in (1, 2)]
-    actions.append((os.POSIX_SPAWN_DUP2, telling, 3))
+    actions.append((os.POSIX_SPAWN_DUP2, writer, 3))
     started = time.perf_counter()
     process = os.posix_spawn(shutil.which(command[0]), command, os.environ, file_actions=actions)
-    os.close(telling)
+    os.close(writer)
     status = os.waitpid(process, 0)[1]
     seconds = time.perf_counter() - started
     if status:
         sys.exit(f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}")
-    with os.fdopen(told, "rb") as stream:
+    with os.fdopen(reader, "rb") as stream:
         return seconds, int(stream.read() or 0) * 1024
 
 
 def add_to(benchmarks: argparse._SubParsersAction) -> None:
     """Add the command line of this benchmark."""
-    convert = benchmarks.add_parser("convert", help="conversion to Megatron and back against cp and against transformers")
-    convert.add_argument("--directory", type=Path, default=Path("outputs/bench_convert"), help="made, and removed afterwards")
-    convert.add_argument("--untied", action="store_true", help="with an output layer of its own")
+    convert = benchmarks.add_parser("convert", help="conversion to Megatron and back, compared with cp and with transformers")
+    convert.add_argument("--directory", type=Path, default=Path("outputs/bench_convert"), help="a new directory, removed afterwards")
+    convert.add_argument("--untied", action="store_true", help="a model whose output layer is not tied to the embedding")
     convert.add_argument("--max-shard-bytes", type=int, default=10**9)
     convert.add_argument("--repeats", type=int, default=5)
     convert.add_argument("--settle", type=float, default=_SETTLE_SECONDS, help="seconds between measurements")

@@ -1,7 +1,8 @@
-"""The benchmark behind `bench.py gpu`: training steps of a stack with the shape of Llama-3-8B and fewer layers, in every precision that the
-GPU has, at S tokens and EndPrompt's positions, and beside them full-length training at L; what planning/ predicts beside what was measured.
+"""The benchmark `bench.py gpu`: training steps of a model with the layer sizes of Llama-3-8B and fewer layers, in every precision that the
+GPU supports, at S tokens and EndPrompt's positions, and full-length training at L. The table shows measurements next to the predictions of
+planning/.
 
-Each round builds every variant anew, one at a time, in turn: no two share the memory, and a GPU that slows down favours none.
+Each round builds every variant again, one at a time, so that variants do not share memory and a GPU that slows down favours none.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import torch
 from endprompt_megatron.checkpoint.hf.model_card import source_version
 from endprompt_megatron.config.schema import OptimConfig, ParallelConfig
 from endprompt_megatron.errors import BackendUnavailableError, ConfigError
-from endprompt_megatron.jobs.preflight import model_shape
 from endprompt_megatron.mcore import runtime, version
 from endprompt_megatron.model import backends, te_support
 from endprompt_megatron.model.build import build_model_chunks, wrap_for_training
@@ -44,17 +44,17 @@ _OPTIM = OptimConfig(lr=1e-4)
 
 
 class Stack:
-    """A model of random weights on one rank that trains on tokens it is given.
+    """A model with random weights on one rank, which trains on given tokens.
 
     Args:
-        architecture: numbers of the model.
-        target_context_length: L; RoPE is stretched to it.
-        seq_length: S, tokens of a sample; fewer than L take EndPrompt's positions.
-        precision, bf16_layers, backend: as build_model_chunks.
-        device: of the runtime.
-        recompute_granularity: as parallel.recompute_granularity.
-        optim: learning rate and the rest.
-        seed: of the weights.
+        architecture: sizes of the model.
+        target_context_length: L, the window after RoPE scaling.
+        seq_length: S, tokens of a sample; with fewer than L, samples have EndPrompt's positions.
+        precision, bf16_layers, backend: see build_model_chunks.
+        device: device of the runtime.
+        recompute_granularity: value of parallel.recompute_granularity.
+        optim: optimizer settings.
+        seed: seed of the weights.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Stack:
 
     @torch.no_grad()
     def _draw_weights(self, seed: int) -> None:
-        """The same on every device: drawn on the CPU, in the order of the names that every backend knows."""
+        """Draw equal weights for every device and backend: on the CPU, in the order of the common parameter names."""
         from endprompt_megatron.checkpoint.hf.importer import named_parameters_of_whole_model
 
         generator = torch.Generator().manual_seed(seed)
@@ -116,14 +116,14 @@ class Stack:
                 parameter.fill_(1.0)
             elif parameter.numel() <= 2**24:
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
-            else:  # a benchmark's: the numbers do not matter, the minutes do
+            else:  # only in benchmarks, where the values do not matter: much faster
                 parameter.normal_(0.0, 0.02)
 
     def step(self, micro_batches: list[torch.Tensor]) -> float:
-        """One optimizer step; its mean loss.
+        """Run one optimizer step and return its mean loss.
 
         Args:
-            micro_batches: int64 [b, S + 1] each.
+            micro_batches: token ids, int64 [b, S + 1] each.
         """
 
         def forward_step(batches: Any, wrapped: torch.nn.Module) -> tuple[torch.Tensor, Any]:
@@ -133,7 +133,7 @@ class Stack:
 
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
-        told = self._schedule(
+        forward_data = self._schedule(
             forward_step_func=forward_step,
             data_iterator=iter(micro_batches),
             model=self.wrapped,
@@ -142,22 +142,22 @@ class Stack:
             micro_batch_size=micro_batches[0].shape[0],
         )
         self.optimizer.step()
-        return statistics.fmean(float(entry["loss"]) for entry in told)
+        return statistics.fmean(float(entry["loss"]) for entry in forward_data)
 
 
 @dataclass
 class Variant:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
-        label: what it is.
-        precision, bf16_layers: as of Stack.
+        label: description of the variant.
+        precision, bf16_layers: see Stack.
         seq_length: S.
-        micro_batches: of a step.
-        recompute: granularity.
-        seconds: of every measured step.
-        peak_gib: largest of all rounds; 0 on a CPU.
-        left_out: why it did not run.
+        micro_batches: micro-batches per step.
+        recompute: granularity of recomputation.
+        seconds: time of every measured step.
+        peak_gib: largest peak memory of all rounds; 0 on a CPU.
+        left_out: why it did not run; "" if it did.
         status: backend and fusions.
     """
 
@@ -229,29 +229,28 @@ def _run(variant: Variant, arguments: argparse.Namespace, architecture: ModelArc
 
 
 def hardware_of(gpu: str | None) -> Hardware | None:
-    """The planner's entry for a GPU as torch names it, e.g. "NVIDIA H100 80GB HBM3"; None where it knows none, or none is meant. Cards that
-    bear the name and are slower (PCIe, NVL) or smaller (40GB) are other ones."""
+    """The planner's entry for a GPU name of torch, such as "NVIDIA H100 80GB HBM3"; None without a GPU or an entry. Slower (PCIe, NVL) or
+    smaller (40GB) cards of the same name have no entry."""
     if not gpu or any(word in gpu for word in ("PCIe", "PCIE", "NVL", "40GB")):
         return None
     return next((entry for name, entry in HARDWARE.items() if name.split("-")[0] in gpu), None)
 
 
 def table(variants: list[Variant], architecture: ModelArchitecture, hardware: Hardware | None) -> list[str]:
-    """Measured and predicted, as Markdown rows."""
+    """Markdown rows with measured and predicted values."""
     head = (
         "variant", "tokens/s", "predicted", "TFLOP/s", "share of peak", "s/step (min to max)", "steps", "peak memory", "predicted",
     )  # fmt: skip
     rows = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    shape = model_shape(architecture)
     for variant in variants:
         layout = Layout(recompute_granularity=variant.recompute, num_micro_batches=variant.micro_batches)
         options = {"seq_length": variant.seq_length, "precision": variant.precision}
         tokens = variant.seq_length * variant.micro_batches
         planned = "–"
         if hardware and has_speed(hardware, variant.precision):
-            planned = f"{tokens / step_time(shape, layout, hardware=hardware, **options).total:,.0f}"
+            planned = f"{tokens / step_time(architecture, layout, hardware=hardware, **options).total:,.0f}"
         memory = estimate_memory(
-            shape, micro_batch_size=1, tensor_model_parallel_size=1, pipeline_model_parallel_size=1, context_parallel_size=1,
+            architecture, micro_batch_size=1, tensor_model_parallel_size=1, pipeline_model_parallel_size=1, context_parallel_size=1,
             data_parallel_size=1, sequence_parallel=False, use_distributed_optimizer=False, recompute_granularity=variant.recompute,
             num_micro_batches=variant.micro_batches, backend=variant.status.split(":")[0].removeprefix("backend ") or "te", **options,
         ).total_gib  # fmt: skip
@@ -259,7 +258,7 @@ def table(variants: list[Variant], architecture: ModelArchitecture, hardware: Ha
             rows.append(f"| {variant.label} | not run | {planned} | – | – | – | 0 | – | {memory:.1f} GiB |")
             continue
         median = statistics.median(variant.seconds)
-        reached = training_flops_per_token(shape, variant.seq_length) * tokens / median / 1e12
+        reached = training_flops_per_token(architecture, variant.seq_length) * tokens / median / 1e12
         peak = hardware.peak_tflops.get("bf16" if variant.precision == "bf16" else "fp8") if hardware else None
         cells = (
             variant.label, f"{tokens / median:,.0f}", planned, f"{reached:,.2f}" if reached < 10 else f"{reached:,.0f}",
@@ -271,25 +270,25 @@ def table(variants: list[Variant], architecture: ModelArchitecture, hardware: Ha
 
 
 def page(arguments: argparse.Namespace, variants: list[Variant], architecture: ModelArchitecture) -> str:
-    """The whole page: conditions, table, what it does not show."""
+    """The whole page: conditions, table and limits."""
     machine = te_support.this_machine()
     dotted = {name: ".".join(map(str, getattr(machine, name))) or "none" for name in ("te_version", "cuda", "cudnn")}
     where = machine.gpu if runtime.resolve_accelerator(arguments.accelerator) == "gpu" else f"CPU, {torch.get_num_threads()} thread(s)"
     lines = [
         f"# Training steps of a {architecture.num_layers}-layer stack on {where}",
         "",
-        f"{count_parameters(model_shape(architecture)):,} parameters (hidden {architecture.hidden_size}, ffn "
+        f"{count_parameters(architecture):,} parameters (hidden {architecture.hidden_size}, ffn "
         f"{architecture.ffn_hidden_size}, {architecture.num_attention_heads} heads, {architecture.num_query_groups} KV heads, vocabulary "
         f"{architecture.vocab_size:,}), random weights, one rank, samples of S tokens at EndPrompt's positions up to L = "
-        f"{arguments.target:,} beside samples of {arguments.long or arguments.target:,} tokens (one a step, with full recomputation). "
-        f"Whole optimizer steps: {arguments.micro_batches} micro-batches of one sample, AdamW included; medians over {arguments.rounds} "
-        f"rounds of {arguments.steps} steps in turn, after {arguments.warmup} that are not measured.",
+        f"{arguments.target:,} and samples of {arguments.long or arguments.target:,} tokens (one per step, with full recomputation). "
+        f"Whole optimizer steps: {arguments.micro_batches} micro-batches of one sample, including AdamW; medians over {arguments.rounds} "
+        f"alternating rounds of {arguments.steps} steps, each after {arguments.warmup} warm-up steps.",
         "",
         *table(variants, architecture, hardware_of(machine.gpu) if where == machine.gpu else None),
         "",
         "TFLOP/s count the model's FLOPs (causal attention, no recomputation); the share is of the dense peak of the precision's matrix "
-        "products (bf16, or FP8 for every FP8 precision). Predicted: planning/, for one GPU of the kind found. A stack of few layers has a "
-        "larger share of output layer and optimizer than the whole model: do not multiply.",
+        "products (bf16, or FP8 for every FP8 precision). Predicted: by planning/, for one GPU of this kind. With few layers, output layer "
+        "and optimizer have a larger share of the time than in the whole model, so the times cannot be scaled by the number of layers.",
         "",
         *(f"- {variant.label}: {variant.left_out or variant.status}" for variant in variants),
         "",
@@ -302,7 +301,7 @@ def page(arguments: argparse.Namespace, variants: list[Variant], architecture: M
 
 
 def _problems(arguments: argparse.Namespace) -> list[str]:
-    """What is wrong with the numbers of the command line."""
+    """Error messages for invalid numbers on the command line."""
     least = {"layers": 1, "micro_batches": 1, "steps": 1, "warmup": 0, "rounds": 1}
     problems = [
         f"--{key.replace('_', '-')} {getattr(arguments, key)}: must be {smallest} or more."
@@ -313,19 +312,21 @@ def _problems(arguments: argparse.Namespace) -> list[str]:
     if target < window:
         problems.append(f"--target {target}: must be the model's window of {window} positions or more.")
     if not _PROMPT_TOKENS < length <= target:
-        problems.append(f"--seq-length {length}: must be more than the end prompt's {_PROMPT_TOKENS} tokens, at most --target {target}.")
+        problems.append(
+            f"--seq-length {length}: must be more than the {_PROMPT_TOKENS} tokens of the end prompt and at most --target {target}."
+        )
     if arguments.long not in (0, target):
-        problems.append(f"--long {arguments.long}: full-length samples fill the window: give --target {target}, or 0 for none.")
+        problems.append(f"--long {arguments.long}: full-length samples fill the window. Set --long {target}, or 0 for none.")
     return problems
 
 
 def bench_gpu(arguments: argparse.Namespace) -> None:
-    """Measure every variant in turn and print, or write, the page."""
+    """Measure all variants alternately, print the page and write it to --page."""
     problems = _problems(arguments)
     if problems:
         sys.exit("\n".join(problems))
     if arguments.page and arguments.page.exists() and not arguments.overwrite:
-        sys.exit(f"--page {arguments.page} is there already: choose another name, or give --overwrite.")
+        sys.exit(f"--page {arguments.page} exists already. Choose another name, or add --overwrite.")
     architecture = TINY if arguments.tiny else replace(LLAMA3_8B, num_layers=arguments.layers)
     if arguments.tiny:
         arguments.seq_length, arguments.target = 64, 256
@@ -333,7 +334,7 @@ def bench_gpu(arguments: argparse.Namespace) -> None:
     try:
         device = runtime.initialize(ParallelConfig(), accelerator=arguments.accelerator, seed=1).device
     except (BackendUnavailableError, ConfigError) as error:
-        sys.exit(f"{error} Or prove the benchmark itself here: bench.py gpu --tiny --accelerator cpu --backend torch")
+        sys.exit(f"{error} To test the benchmark itself here, run bench.py gpu --tiny --accelerator cpu --backend torch")
     variants = _variants(arguments, architecture)
     for round_ in range(arguments.rounds):
         for variant in variants if round_ % 2 == 0 else variants[::-1]:
@@ -348,19 +349,19 @@ def bench_gpu(arguments: argparse.Namespace) -> None:
 
 def add_to(benchmarks: argparse._SubParsersAction) -> None:
     """Add the command line of this benchmark."""
-    parser = benchmarks.add_parser("gpu", help="training steps on a GPU by precision, and full length beside them, against the plan")
+    parser = benchmarks.add_parser("gpu", help="training steps on a GPU by precision and at full length, compared with the plan")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seq-length", type=int, default=8192, help="S, tokens of a sample")
     parser.add_argument("--target", type=int, default=65536, help="L, positions of the window")
-    parser.add_argument("--long", type=int, default=65536, help="tokens of the full-length samples beside them; 0 leaves them out")
-    parser.add_argument("--micro-batches", type=int, default=4, help="a step, of one sample each")
+    parser.add_argument("--long", type=int, default=65536, help="tokens of the full-length samples; 0 leaves them out")
+    parser.add_argument("--micro-batches", type=int, default=4, help="micro-batches per step, of one sample each")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["bf16", "fp8", "fp8_attention"])
     parser.add_argument("--backend", choices=["auto", "te", "torch"], default="auto")
     parser.add_argument("--accelerator", choices=["gpu", "cpu"], default="gpu")
-    parser.add_argument("--steps", type=int, default=4, help="measured steps a round")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them that are not measured")
+    parser.add_argument("--steps", type=int, default=4, help="measured steps per round")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them, not measured")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--page", type=Path, help="write the page there")
+    parser.add_argument("--page", type=Path, help="file to write the page to")
     parser.add_argument("--overwrite", action="store_true")
-    parser.add_argument("--tiny", action="store_true", help="a model and lengths for a CPU, to prove the benchmark, not to measure")
+    parser.add_argument("--tiny", action="store_true", help="a model and lengths for a CPU, to test the benchmark")
     parser.set_defaults(run=bench_gpu)

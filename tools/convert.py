@@ -1,12 +1,12 @@
-"""Convert models between Hugging Face directories and torch_dist directories of megatron.core, verify the two against each other, and show
-what a directory holds.
+"""Convert models between Hugging Face directories and torch_dist directories of megatron.core, compare two such directories, and show the
+content of a directory.
 
     python tools/convert.py hf-to-megatron /models/Llama-3.2-1B checkpoints/llama
     python tools/convert.py megatron-to-hf outputs/my_run exported        # a run's newest checkpoint; or any torch_dist directory
     python tools/convert.py verify --hf exported --megatron outputs/my_run
     python tools/convert.py show outputs/my_run
 
-A conversion needs a few megabytes of memory, whatever the size of the model, and goes on where it was killed when it is started again.
+A conversion needs a few megabytes of memory for a model of any size. An interrupted conversion continues when the command is started again.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from endprompt_megatron.errors import EXIT_USER_ERROR, CheckpointError, ConfigError, DataError  # noqa: E402
-from endprompt_megatron.mcore.optional_packages import treat_broken_as_missing  # noqa: E402
+from endprompt_megatron.errors import EXIT_USER_ERROR, CheckpointError, ConfigError, DataError
+from endprompt_megatron.mcore.optional_packages import treat_broken_as_missing
 
 treat_broken_as_missing()  # before megatron.core is imported
 
 
 def main() -> int:
-    """Parse, run one command, return its exit status: 0, 1 if a verification failed, 2 if something given was wrong."""
+    """Parse the arguments and run one command. Returns the exit status: 0; 1 if a verification failed; 2 for a user error."""
     arguments = _parser().parse_args()
     try:
         return arguments.run(arguments)
@@ -35,7 +35,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on where it stood", file=sys.stderr)
+        print("interrupted: the same command continues where it stopped", file=sys.stderr)
         return 130
 
 
@@ -56,7 +56,7 @@ def _hf_to_megatron(arguments: argparse.Namespace) -> int:
         )
         print(plan.describe())
         return 0
-    made = hf_to_megatron(
+    written = hf_to_megatron(
         arguments.hf,
         _destination(arguments),
         dtype=DTYPES.get(arguments.dtype),
@@ -64,12 +64,12 @@ def _hf_to_megatron(arguments: argparse.Namespace) -> int:
         max_shard_bytes=arguments.max_shard_size,
         sync=not arguments.no_sync,
     )
-    print(f"wrote {made}")
+    print(f"wrote {written}")
     if arguments.no_verify:
         return 0
     from endprompt_megatron.checkpoint.megatron_model import describe_megatron_model
 
-    return _report(arguments.hf, describe_megatron_model(made), arguments, dtype=DTYPES.get(arguments.dtype))
+    return _report(arguments.hf, describe_megatron_model(written), arguments, dtype=DTYPES.get(arguments.dtype))
 
 
 def _megatron_to_hf(arguments: argparse.Namespace) -> int:
@@ -80,15 +80,17 @@ def _megatron_to_hf(arguments: argparse.Namespace) -> int:
         dtype = DTYPES[arguments.dtype or "bfloat16"]
         print(plan_conversion(model.architecture, dtype=dtype, max_shard_bytes=arguments.max_shard_size, to_megatron=False).describe())
         return 0
-    made = megatron_to_hf(
+    written = megatron_to_hf(
         model,
         _destination(arguments),
         dtype=DTYPES.get(arguments.dtype),
         max_shard_bytes=arguments.max_shard_size,
         sync=not arguments.no_sync,
     )
-    print(f"wrote {made}: window {model.context_length:,} positions, RoPE {model.rope.type}, factor {model.rope.factor:g} ({model.origin})")
-    return 0 if arguments.no_verify else _report(made, model, arguments)  # the same checkpoint, also if a run has written another meanwhile
+    rope = f"RoPE {model.rope.type}, factor {model.rope.factor:g} ({model.origin})"
+    print(f"wrote {written}: window {model.context_length:,} positions, {rope}")
+    # `model` still names the converted checkpoint, even if the run has written a newer one since
+    return 0 if arguments.no_verify else _report(written, model, arguments)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -115,20 +117,20 @@ def _show(arguments: argparse.Namespace) -> int:
         print(f"torch_dist directory {reader.directory}: {reader.layout()}")
         try:
             model = _described(argparse.Namespace(megatron=arguments.directory, hf_base=arguments.hf_base))
-            print(f"{count_weights(model.architecture):,} weights, by {model.origin}")
+            print(f"{count_weights(model.architecture):,} weights, described by {model.origin}")
             _print_model(model.architecture, model.rope, model.context_length)
-            strange = reader.unknown_names(model.architecture)
+            unexpected = reader.unknown_names(model.architecture)
         except CheckpointError as error:
-            print(f"which model: not known ({error})")
-            strange = []
+            print(f"model: unknown ({error})")
+            unexpected = []
         entries = reader.keys()
         rows = [(name, _name(entry.properties.dtype), str(list(entry.size))) for name, entry in sorted(entries.items())]
         weights = [row for row in rows if not row[0].startswith("optimizer.")]
         _print_tensors(weights, f"{len(reader.files())} file(s)", arguments.all)
         if len(rows) > len(weights):
             print(f"and {len(rows) - len(weights)} tensors of the optimizer")
-        for name in strange:
-            print(f"no weight of this model: {name}")
+        for name in unexpected:
+            print(f"not a weight of this model: {name}")
     return 0
 
 
@@ -167,7 +169,7 @@ def _described(arguments: argparse.Namespace):
 
 
 def _report(hf: Path, model, arguments: argparse.Namespace, dtype=None) -> int:
-    """Verify a Hugging Face directory against a described torch_dist directory and print the table."""
+    """Compare a Hugging Face directory with a torch_dist directory and print the table."""
     from endprompt_megatron.checkpoint.hf.verify import format_findings, verify_megatron_model
     from endprompt_megatron.config.schema import ParallelConfig
     from endprompt_megatron.mcore import runtime
@@ -186,15 +188,15 @@ def _report(hf: Path, model, arguments: argparse.Namespace, dtype=None) -> int:
 
 def _destination(arguments: argparse.Namespace) -> Path:
     if arguments.destination is None:
-        raise CheckpointError("name the directory to make as well, or ask for the --plan alone.")
+        raise CheckpointError("DESTINATION is missing: give the directory to create, or use --plan to write nothing.")
     return arguments.destination
 
 
 def _size(text: str) -> int:
-    """Bytes of `5GB`, `500MB` (powers of ten, as transformers counts) or `2GiB`."""
+    """Parse a size such as `5GB`, `500MB` (powers of ten, as in transformers) or `2GiB` into bytes."""
     match = re.fullmatch(r"([0-9.]+)\s*(KB|MB|GB|KiB|MiB|GiB|)", text)
     if not match or not float(match.group(1)) > 0 or not math.isfinite(float(match.group(1))):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write for example 5GB, 500MB or 2GiB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write for example 5GB, 500MB or 2GiB")
     unit = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[match.group(2)]
     return int(float(match.group(1)) * unit)
 
@@ -204,29 +206,29 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     verifying = argparse.ArgumentParser(add_help=False)
-    verifying.add_argument("--no-logits", action="store_true", help="compare weights and config, but no logits and no text")
+    verifying.add_argument("--no-logits", action="store_true", help="compare weights and config, but not logits and text")
     writing = argparse.ArgumentParser(add_help=False)
-    writing.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="type of the weights (default: as they are)")
-    writing.add_argument("--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="of one file of weights (default 5GB)")
+    writing.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="dtype of the written weights (default: unchanged)")
+    writing.add_argument("--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="maximum size of a weights file (default 5GB)")
     writing.add_argument("--plan", action="store_true", help="print files, sizes and memory, and write nothing")
     writing.add_argument("--no-verify", action="store_true", help="do not compare source and result afterwards")
-    writing.add_argument("--no-sync", action="store_true", help="do not wait for the disk: as fast as cp, and as safe")
+    writing.add_argument("--no-sync", action="store_true", help="do not fsync: as fast and as safe as cp")
     meaning = argparse.ArgumentParser(add_help=False)
-    meaning.add_argument("--hf-base", type=Path, metavar="DIR", help="Hugging Face directory of the base, where MEGATRON does not name it")
-    meaning.add_argument("--rope-factor", type=float, metavar="S", help="linear RoPE scaling MEGATRON was trained with elsewhere")
-    meaning.add_argument("--target-context-length", type=int, metavar="L", help="window that goes with --rope-factor")
+    meaning.add_argument("--hf-base", type=Path, metavar="DIR", help="Hugging Face directory of the base, if MEGATRON does not name it")
+    meaning.add_argument("--rope-factor", type=float, metavar="S", help="linear RoPE scaling of a MEGATRON from another program")
+    meaning.add_argument("--target-context-length", type=int, metavar="L", help="context window for --rope-factor")
 
     command = commands.add_parser("hf-to-megatron", parents=[writing, verifying], help="Hugging Face -> torch_dist")
     command.add_argument("hf", type=Path, help="Hugging Face directory (config.json alone is enough for --plan)")
-    command.add_argument("destination", type=Path, nargs="?", help="directory to make")
+    command.add_argument("destination", type=Path, nargs="?", help="directory to create")
     command.add_argument(
-        "--tensor-model-parallel-size", type=int, default=1, metavar="T", help="cut matrices into T shares for faster loading at T ranks"
+        "--tensor-model-parallel-size", type=int, default=1, metavar="T", help="split matrices into T shards for faster loading at T ranks"
     )
     command.set_defaults(run=_hf_to_megatron, megatron=None)
 
     command = commands.add_parser("megatron-to-hf", parents=[writing, verifying, meaning], help="torch_dist -> Hugging Face")
     command.add_argument("megatron", type=Path, help="torch_dist directory, or a run's output directory")
-    command.add_argument("destination", type=Path, nargs="?", help="directory to make")
+    command.add_argument("destination", type=Path, nargs="?", help="directory to create")
     command.set_defaults(run=_megatron_to_hf)
 
     command = commands.add_parser("verify", parents=[verifying, meaning], help="compare a Hugging Face with a torch_dist directory")
@@ -234,10 +236,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--megatron", type=Path, required=True)
     command.set_defaults(run=_verify)
 
-    command = commands.add_parser("show", help="what a directory holds")
+    command = commands.add_parser("show", help="show the content of a directory")
     command.add_argument("directory", type=Path)
     command.add_argument("--hf-base", type=Path, metavar="DIR")
-    command.add_argument("--all", action="store_true", help="every tensor, not every kind of tensor")
+    command.add_argument("--all", action="store_true", help="list every tensor, not one line per kind of tensor")
     command.set_defaults(run=_show)
     return parser
 

@@ -1,8 +1,8 @@
-"""Says what this machine can run, and what to do about what it cannot.
+"""Checks which experiments this machine can run, and how to fix what is missing.
 
-    python tools/doctor.py                          # a line a thing: ok, limits or missing; then the experiments
-    python tools/doctor.py --require gpu,te,fp8     # and fail if one of these is missing
-    python tools/doctor.py --json --network         # for programs; also ask the Hugging Face hub
+    python tools/doctor.py                          # one line per check: ok, limits or missing; then the experiments
+    python tools/doctor.py --require gpu,te,fp8     # also fail if one of these is missing
+    python tools/doctor.py --json --network         # for programs; also connect to the Hugging Face hub
 
 Exit status: 0; 1 if no experiment can run or something required is missing; 2 for a wrong option.
 """
@@ -19,38 +19,38 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from endprompt_megatron.doctor.examination import IMAGE_NEEDS, NO, PART, UNSURE, YES, Examination, Needs, examine  # noqa: E402
-from endprompt_megatron.doctor.finding import Finding  # noqa: E402
+from endprompt_megatron.doctor.check_result import CheckResult  # noqa: E402
+from endprompt_megatron.doctor.examination import NO, PART, REQUIRED_IN_IMAGE, UNSURE, YES, Examination, Requirements, examine  # noqa: E402
 from endprompt_megatron.errors import EXIT_USER_ERROR, ConfigError  # noqa: E402
 from endprompt_megatron.planning.throughput import HARDWARE  # noqa: E402
 
 _BEST_FIRST = (YES, PART, UNSURE, NO)
-_PLANNED_FOR = "H100-80GB"  # where an experiment does not name its GPU
+_PLANNED_FOR = "H100-80GB"  # for an experiment without launch.gpu
 
 
 def main() -> int:
-    """Examine, print, return the exit status."""
+    """Run the checks, print the results and return the exit status."""
     arguments = _parser().parse_args()
     required = [key for key in arguments.require.split(",") if key]
     if arguments.strict_build:
-        required += [key for key in IMAGE_NEEDS if key not in required]
+        required += [key for key in REQUIRED_IN_IMAGE if key not in required]
     try:
         experiments = read_experiments()
         examination = examine(Path(arguments.directory), experiments, network=arguments.network)
-        lacks = examination.lacks(required)
+        missing = examination.missing(required)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     if arguments.json:
-        print(json.dumps(_record(examination, lacks), indent=2))
+        print(json.dumps(_record(examination, missing), indent=2))
     else:
-        _print(examination, lacks)
+        _print(examination, missing)
     can_do_nothing = examination.can_run_nothing and not arguments.strict_build
-    return 1 if lacks or can_do_nothing else 0
+    return 1 if missing or can_do_nothing else 0
 
 
-def read_experiments() -> list[Needs]:
-    """What every experiment of conf/ asks for, composed as recipes/extend.py composes it; none where Hydra is not installed."""
+def read_experiments() -> list[Requirements]:
+    """Requirements of every experiment in conf/, composed as in recipes/extend.py; empty if Hydra is not installed."""
     try:
         import hydra
         from omegaconf import OmegaConf
@@ -62,7 +62,7 @@ def read_experiments() -> list[Needs]:
             composed = hydra.compose("extend", overrides=[f"+experiment={path.stem}"])
             gpu = OmegaConf.select(composed, "launch.gpu") or _PLANNED_FOR
             found.append(
-                Needs(
+                Requirements(
                     path.stem,
                     on_gpu=composed.accelerator == "gpu",
                     gpus_per_node=composed.launch.nproc_per_node or 1,
@@ -75,39 +75,43 @@ def read_experiments() -> list[Needs]:
     return found
 
 
-def _print(examination: Examination, lacks: list[Finding]) -> None:
-    for finding in examination.findings:
-        print(f"{finding.level:8}{finding.key:14}{finding.found}")
-        for more in (finding.meaning, finding.advice and f"-> {finding.advice}"):
+def _print(examination: Examination, missing: list[CheckResult]) -> None:
+    for result in examination.results:
+        print(f"{result.level:8}{result.key:14}{result.found}")
+        for more in (result.meaning, result.advice and f"-> {result.advice}"):
             if more:
                 print(f"{'':22}{more}")
     if not examination.verdicts:
-        print("\nWhich experiments run is unknown: hydra-core is not installed (make venv).")
+        print("\nThe experiments cannot be checked: hydra-core is not installed (make venv).")
     else:
         print("\nThis machine can run:")
         width = max(len(verdict.name) for verdict in examination.verdicts)
         for verdict in sorted(examination.verdicts, key=lambda verdict: _BEST_FIRST.index(verdict.verdict)):
             reason = f" ({verdict.reason})" if verdict.reason else ""
             print(f"  {verdict.name:{width}}  {verdict.verdict}{reason}")
-    if lacks:
-        print(f"\nrequired and missing: {', '.join(finding.key for finding in lacks)}", file=sys.stderr)
+    if missing:
+        print(f"\nrequired and missing: {', '.join(result.key for result in missing)}", file=sys.stderr)
 
 
-def _record(examination: Examination, lacks: list[Finding]) -> dict[str, Any]:
+def _record(examination: Examination, missing: list[CheckResult]) -> dict[str, Any]:
     return {
-        "findings": [asdict(finding) for finding in examination.findings],
+        "findings": [asdict(result) for result in examination.results],
         "experiments": [asdict(verdict) for verdict in examination.verdicts],
         "can_run": [verdict.name for verdict in examination.verdicts if verdict.verdict != NO],
-        "required_and_missing": [finding.key for finding in lacks],
+        "required_and_missing": [result.key for result in missing],
     }
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--require", default="", metavar="KEY,...", help="fail if one of these is missing; the keys are the second column")
-    parser.add_argument("--strict-build", action="store_true", help="fail if what docker/Dockerfile has to bring is missing; a GPU is not")
-    parser.add_argument("--network", action="store_true", help="ask the Hugging Face hub")
-    parser.add_argument("--directory", default=".", help="where outputs/, models/ and datasets/ are (default: here)")
+    parser.add_argument(
+        "--require", default="", metavar="KEY,...", help="fail if one of these checks is missing; the keys are the second column"
+    )
+    parser.add_argument(
+        "--strict-build", action="store_true", help="fail if something is missing that docker/Dockerfile must install; a GPU is not needed"
+    )
+    parser.add_argument("--network", action="store_true", help="also connect to the Hugging Face hub")
+    parser.add_argument("--directory", default=".", help="parent of outputs/, models/ and datasets/ (default: the working directory)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 

@@ -1,9 +1,7 @@
-#!/usr/bin/env python
 """Rewrite the golden loss curves of tests/golden/losses: `python tools/golden_losses.py [NAME ...]`.
 
-A golden curve is the loss of every step of a short run on the tiny random model, in float32 on one CPU thread. A test compares it with what
-the code gives today (tests/golden/test_losses.py): a change of structure leaves it as it is, a change of the numbers has to rewrite it, and
-says so in its commit.
+A golden curve is the loss of every step of a short run on the tiny random model, in float32 on one CPU thread. tests/golden/test_losses.py
+compares the curves with new runs. A refactoring leaves them unchanged. A commit that changes the numbers rewrites them and explains why.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from endprompt_megatron.log import read_metrics  # noqa: E402
 
 CURVES = ROOT / "tests" / "golden" / "losses"
 STEPS = 10
-# name of a curve -> what its run overrides beside `overrides`
+# name of a curve -> overrides of its run in addition to `overrides`
 RUNS = {
     "endprompt": ["method=endprompt"],
     "full": ["method=full"],
@@ -33,7 +31,7 @@ KEYS = ("loss", "grad_norm")
 
 
 def overrides(name: str, directory: Path) -> list[str]:
-    """Overrides of recipes/extend.py for one curve, whose run writes under `directory`."""
+    """Overrides of recipes/extend.py for the run of one curve, which writes to `directory`."""
     return [
         "+experiment=tiny_random",
         *RUNS[name],
@@ -48,15 +46,15 @@ def overrides(name: str, directory: Path) -> list[str]:
 
 
 def curve(directory: Path) -> dict[str, list[float]]:
-    """The figures of every step that a run left in its output directory."""
+    """Loss and gradient norm of every step, from the output directory of a run."""
     records = [record for record in read_metrics(directory / "metrics.jsonl") if "loss" in record]
     return {key: [record[key] for record in records] for key in KEYS}
 
 
 def main() -> int:
-    """Run the named curves, or all, and write them."""
+    """Compute the given curves, or all, and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="*", choices=[*RUNS, []], help="curves to rewrite; without one, all")
+    parser.add_argument("name", nargs="*", choices=[*RUNS, []], help="curves to rewrite (default: all)")
     names = parser.parse_args().name or list(RUNS)
     with tempfile.TemporaryDirectory() as made:
         for name in names:

@@ -1,4 +1,4 @@
-"""Write what a dry run predicts for every experiment on GPUs into the line of its header that says so; the tests compare the two."""
+"""Update the line `# Predicted: ...` in the header of every experiment on GPUs from a dry run. tests/conf compares the two."""
 
 from __future__ import annotations
 
@@ -14,37 +14,39 @@ HEADER = "# Predicted: "
 
 
 def predicted(lines: list[str]) -> str:
-    """The line of an experiment's header that tells memory and time as a dry run printed them.
+    """The header line with memory and time, from the output of a dry run.
 
     Args:
-        lines: of the dry run.
+        lines: lines printed by the dry run.
     """
     plan = "\n".join(lines)
-    memory = re.search(r"^ +memory +about ([\d.]+ GiB) a rank", plan, flags=re.M)
-    time = re.search(r"^ +time +(.+? a step), (.+?) in all", plan, flags=re.M)
+    memory = re.search(r"^ +memory +about ([\d.]+ GiB) per rank", plan, flags=re.MULTILINE)
+    time = re.search(r"^ +time +(.+? per step), (.+?) in total", plan, flags=re.MULTILINE)
     if memory is None or time is None:
-        raise ValueError(f"no memory and no time in the plan:\n{plan}")
-    return f"{HEADER}{memory[1]} a GPU, {time[1]}, {time[2]} in all (dry_run=true)."
+        raise ValueError(f"the plan has no line with memory or time:\n{plan}")
+    return f"{HEADER}{memory[1]} per GPU, {time[1]}, {time[2]} in total (dry_run=true)."
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="experiments (default: all whose header has the line)")
+    parser.add_argument("names", nargs="*", help="experiments (default: all with the line in their header)")
     arguments = parser.parse_args()
     files = sorted((ROOT / "conf" / "experiment").glob("*.yaml"))
     paths = {path.stem: path for path in files if f"\n{HEADER}" in path.read_text()}
     names = arguments.names or list(paths)
     recipe = [sys.executable, "-W", "ignore", str(ROOT / "recipes" / "extend.py")]
     command = [*recipe, "--multirun", "dry_run=true", f"+experiment={','.join(names)}"]
-    with tempfile.TemporaryDirectory() as nowhere:  # Hydra's multirun writes; a place without models/ and datasets/
+    with (
+        tempfile.TemporaryDirectory() as nowhere
+    ):  # Hydra's multirun writes to the working directory, and a dry run needs no models/ and datasets/
         done = subprocess.run(command, cwd=nowhere, capture_output=True, text=True)
-    plans = re.split(r"^Plan of .*\n", done.stdout, flags=re.M)[1:]
+    plans = re.split(r"^Plan of .*\n", done.stdout, flags=re.MULTILINE)[1:]
     if done.returncode or len(plans) != len(names):
         print(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr}", file=sys.stderr)
         return 1
     for name, plan in zip(names, plans, strict=True):
         line = predicted(plan.splitlines())
-        paths[name].write_text(re.sub(rf"^{HEADER}.*$", line, paths[name].read_text(), flags=re.M))
+        paths[name].write_text(re.sub(rf"^{HEADER}.*$", line, paths[name].read_text(), flags=re.MULTILINE))
         print(f"{name}: {line.removeprefix(HEADER)}")
     return 0
 

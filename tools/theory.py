@@ -1,10 +1,10 @@
-"""What theory says on an extension: which relative distances each position scheme shows in training (eq. 8-9), and how steep the attention
-scores of a checkpoint are over distance beside the bound of eq. 3.
+"""Theory of an extension: the relative distances that occur in training under each position scheme (eq. 8-9), and the slope of a
+checkpoint's attention scores over distance with the bound of eq. 3.
 
     python tools/theory.py coverage --seq-length 1024 --end-prompt-length 11 --target-context-length 16384
     python tools/theory.py smoothness --hf-path models/smollm2_135m --target-context-length 16384 --text my_text.txt
 
-Each prints a table and writes a picture and a JSON file of the same name into the output directory.
+Each command prints a table and writes a figure and a JSON file of the same name to the output directory.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from endprompt_megatron.errors import EXIT_USER_ERROR, USER_ERRORS, ConfigError, DataError  # noqa: E402
-from endprompt_megatron.positions.scheme import SCHEMES, SampleLayout  # noqa: E402
-from endprompt_megatron.rope.scaling import SCALING_TYPES, RopeScaling  # noqa: E402
-from endprompt_megatron.theory.coverage import Coverage, coverage_of, gap_of_endprompt  # noqa: E402
-from endprompt_megatron.theory.smoothness import (  # noqa: E402
+from endprompt_megatron.errors import EXIT_USER_ERROR, USER_ERRORS, ConfigError, DataError
+from endprompt_megatron.positions.scheme import SCHEMES, SampleLayout
+from endprompt_megatron.rope.scaling import SCALING_TYPES, RopeScaling
+from endprompt_megatron.theory.coverage import Coverage, coverage_of, gap_of_endprompt
+from endprompt_megatron.theory.smoothness import (
     Smoothness,
     frequency_held_across,
     measure_smoothness,
@@ -52,7 +52,7 @@ _BUILT_IN_TEXT = (
 
 
 def main() -> int:
-    """Parse, run one command, return its exit status: 0, or 2 if something given was wrong."""
+    """Run one command and return its exit status: 0, or 2 for an invalid argument."""
     arguments = _parser().parse_args()
     try:
         return arguments.run(arguments)
@@ -66,11 +66,11 @@ def _coverage(arguments: argparse.Namespace) -> int:
     paths = _outputs(arguments, "coverage")
     gap = gap_of_endprompt(layout.num_context_tokens, layout.num_prompt_tokens, target_context_length=layout.target_context_length)
     found = [coverage_of(name, layout, samples=arguments.samples, seed=arguments.seed) for name in SCHEMES]
-    print(f"S = {arguments.seq_length:,} tokens a sample, b = {layout.num_prompt_tokens}, L = {layout.target_context_length:,} positions")
+    print(f"S = {arguments.seq_length:,} tokens per sample, b = {layout.num_prompt_tokens}, L = {layout.target_context_length:,} positions")
     print(f"gap of eq. 9: {gap[0]:,} to {gap[1]:,}, {_share(gap, layout):.1%} of all distances" if gap else "gap of eq. 9: none")
-    rows = [("scheme", "distances seen", f"pairs >= {arguments.seq_length:,} apart", "in upper half", "counted")]
+    rows = [("scheme", "distances seen", f"pairs >= {arguments.seq_length:,} apart", "in upper half", "counts")]
     for coverage in found:
-        counted = "exactly" if coverage.is_exact else f"{coverage.samples:,} samples"
+        counted = "exact" if coverage.is_exact else f"{coverage.samples:,} samples"
         far = [f"{coverage.share_from(distance):.2%}" for distance in (arguments.seq_length, layout.target_context_length // 2)]
         rows.append((coverage.scheme, f"{coverage.seen_share:.2%}", *far, counted))
     _print_table(rows)
@@ -79,11 +79,15 @@ def _coverage(arguments: argparse.Namespace) -> int:
     plot_coverage(
         paths["png"], found, gap=gap, physical_length=arguments.seq_length, original_context_length=arguments.original_context_length
     )
-    record = {**_conditions(arguments), "gap": gap, "schemes": {coverage.scheme: _told(coverage, arguments) for coverage in found}}
+    record = {
+        **_conditions(arguments),
+        "gap": gap,
+        "schemes": {coverage.scheme: _coverage_record(coverage, arguments) for coverage in found},
+    }
     return _finish(paths, record)
 
 
-def _told(coverage: Coverage, arguments: argparse.Namespace) -> dict[str, Any]:
+def _coverage_record(coverage: Coverage, arguments: argparse.Namespace) -> dict[str, Any]:
     width = max(1, -(-coverage.target_context_length // 256))
     return {
         "is_exact": coverage.is_exact,
@@ -103,7 +107,7 @@ def _smoothness(arguments: argparse.Namespace) -> int:
     layout = _layout(arguments)
     gap = gap_of_endprompt(layout.num_context_tokens, layout.num_prompt_tokens, target_context_length=layout.target_context_length)
     if gap is None:
-        raise ConfigError(f"--seq-length={arguments.seq_length}: every distance occurs in training, there is no gap. Set a shorter one.")
+        raise ConfigError(f"--seq-length={arguments.seq_length}: every distance occurs in training, so there is no gap. Set a shorter one.")
     from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config, rope_from_hf
     from endprompt_megatron.checkpoint.hf.tokenizer import load_tokenizer
 
@@ -125,19 +129,19 @@ def _smoothness(arguments: argparse.Namespace) -> int:
     heads = found.ratio.shape[0] * found.ratio.shape[1]
     print(
         f"{heads} heads, {arguments.pairs} pairs of tokens each, from {len(ids)} tokens; {_words(stretched)}: highest frequency "
-        f"{found.highest_frequency:g} radians a position; distances 0 to {last:,} in steps of {found.grid_step:.3g}"
+        f"{found.highest_frequency:g} radians per position; distances 0 to {last:,} in steps of {found.grid_step:.3g}"
     )
     measures = {
         "sup|S| (score)": found.sup_score,
         "sup|S| / sum of amplitudes": found.sup_score / found.amplitude_sum,
-        "sup|S'| (score a position)": found.sup_slope,
+        "sup|S'| (score per position)": found.sup_slope,
         "sup|S'| / (theta_0/s sup|S|), eq. 3": found.ratio,
         "sup|S''| / ((theta_0/s)^2 sup|S|), eq. 3": found.curvature_ratio,
         "sup|S'| / sum of amplitude x frequency": found.sup_slope / found.slope_sum,
         "sum of amplitude x frequency / eq. 3 over all d": found.ratio_everywhere,
         "reach of the measured slope (positions)": 2 * found.sup_score / found.sup_slope,
-        "share of amplitude held across the gap": held_share,
-        "share of the gap outside of the observed scores": outside,
+        "share of amplitude bounded across the gap": held_share,
+        "share of the gap outside the observed scores": outside,
         "largest excess / range of the observed scores": excess,
     }
     _print_table([("over all pairs", *_QUANTILES), *((name, *map(_figure, _quantiles(values))) for name, values in measures.items())])
@@ -145,9 +149,10 @@ def _smoothness(arguments: argparse.Namespace) -> int:
     num_held = int((functions.frequencies <= held).sum())
     print(
         f"pairs above the bound of eq. 3: {violations['slope']} of {found.ratio.size} by slope, {violations['curvature']} by curvature\n"
-        f"gap of eq. 9: {gap[0]:,} to {gap[1]:,}, {_share(gap, layout):.1%} of all distances. From a known score the bound says something "
-        f"over {reach:.3g} positions.\n{num_held} of {len(functions.frequencies)} frequencies are so low that their own bound reaches the "
-        f"middle of the gap; {(outside > 0).mean():.1%} of the pairs have scores in the gap that no observed distance shows"
+        f"gap of eq. 9: {gap[0]:,} to {gap[1]:,}, {_share(gap, layout):.1%} of all distances. The bound constrains scores up to "
+        f"{reach:.3g} positions from a known one.\n{num_held} of {len(functions.frequencies)} frequencies are low enough for their own "
+        f"bound to reach the middle of the gap; {(outside > 0).mean():.1%} of the pairs have scores in the gap outside the range of "
+        f"observed scores"
     )
     from endprompt_megatron.report.figures.theory import plot_smoothness
 
@@ -181,12 +186,13 @@ def _smoothness(arguments: argparse.Namespace) -> int:
 def _queries_and_keys(arguments: argparse.Namespace, ids: list[int]) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
     """(layers, queries and keys [layers, heads, pairs, head_dim]) of the checkpoint on a text."""
     from endprompt_megatron.config.schema import ParallelConfig
-    from endprompt_megatron.inference.attention_scores import collect_queries_and_keys, load_model
+    from endprompt_megatron.inference.attention_scores import collect_queries_and_keys
+    from endprompt_megatron.inference.load import load_model
     from endprompt_megatron.mcore import runtime
 
     device = runtime.initialize(ParallelConfig(), accelerator="auto", seed=arguments.seed).device
     try:
-        model = load_model(arguments.hf_path, device=device, precision=arguments.precision)
+        (model,) = load_model(arguments.hf_path, device=device, precision=arguments.precision)
         found = collect_queries_and_keys(model, ids, layers=arguments.layers)
     finally:
         runtime.shut_down()
@@ -196,12 +202,12 @@ def _queries_and_keys(arguments: argparse.Namespace, ids: list[int]) -> tuple[tu
 def _examples(
     layers: tuple[int, ...], queries: np.ndarray, keys: np.ndarray, base: RopeScaling, stretched: RopeScaling, found: Smoothness
 ) -> list:
-    """A pair that uses a middling share of the bound, and the one that uses most of it."""
+    """The pair with the median ratio of slope to bound, and the pair with the largest ratio."""
     from endprompt_megatron.report.figures.theory import ScoreExample
 
     order = np.argsort(found.ratio, axis=None)
     examples = []
-    for words, rank in (("middling", len(order) // 2), ("steepest", -1)):
+    for words, rank in (("median", len(order) // 2), ("steepest", -1)):
         where = np.unravel_index(order[rank], found.ratio.shape)
         own, far = (score_functions(queries[where], keys[where], rope) for rope in (base, stretched))
         alone = measure_smoothness(far, last_distance=found.last_distance)
@@ -225,7 +231,7 @@ def _by_head(layers: tuple[int, ...], found: Smoothness) -> list[dict[str, Any]]
 
 
 def _stretched(arguments: argparse.Namespace, base: RopeScaling, native: int) -> RopeScaling:
-    """The base's frequencies stretched to --target-context-length."""
+    """The base's frequencies scaled to --target-context-length."""
     target, factor = arguments.target_context_length, arguments.factor
     unscaled = base.unscaled_window(native)
     if factor is not None and not abs(factor * unscaled - target) <= 1e-6 * target:
@@ -235,7 +241,7 @@ def _stretched(arguments: argparse.Namespace, base: RopeScaling, native: int) ->
         )
     settings = {"type": arguments.rope_type, "factor": 1.0 if arguments.rope_type == "none" else target / unscaled}
     if target < unscaled:
-        raise ConfigError(f"--target-context-length={target}: the model's own window is {unscaled} already. Set a longer one.")
+        raise ConfigError(f"--target-context-length={target}: must be at least the model's own window of {unscaled}. Set a longer one.")
     return base.extended(settings, max_position_embeddings=native)
 
 
@@ -245,29 +251,29 @@ def _text(arguments: argparse.Namespace) -> str:
     try:
         return arguments.text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--text={arguments.text}: cannot be read as UTF-8 text ({error}). Name a plain text file.") from error
+        raise DataError(f"--text={arguments.text}: cannot be read as UTF-8 text ({error}). Set it to a plain text file.") from error
 
 
 def _layout(arguments: argparse.Namespace) -> SampleLayout:
     length, prompt, target = arguments.seq_length, arguments.end_prompt_length, arguments.target_context_length
     if prompt >= length:
-        raise ConfigError(f"--end-prompt-length={prompt}: must be less than --seq-length={length}, which holds it. Set a longer sample.")
+        raise ConfigError(f"--end-prompt-length={prompt}: must be less than --seq-length={length}, which includes it. Set a longer sample.")
     if length > target:
         raise ConfigError(f"--seq-length={length}: must not exceed --target-context-length={target}. Set a shorter sample.")
     return SampleLayout(length - prompt, prompt, target)
 
 
 def _outputs(arguments: argparse.Namespace, stem: str) -> dict[str, Path]:
-    """Where the picture and the figures go, checked before anything is computed."""
+    """Paths of the figure and the JSON file, checked before the computation."""
     directory = arguments.output_dir
     paths = {kind: directory / f"{stem}.{kind}" for kind in ("png", "json")}
     there = [str(path) for path in paths.values() if path.exists()]
     if there and not arguments.overwrite:
-        raise ConfigError(f"--output-dir={directory}: {there[0]} is there already. Name another directory, or add --overwrite.")
+        raise ConfigError(f"--output-dir={directory}: {there[0]} exists already. Set another directory, or add --overwrite.")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--output-dir={directory}: cannot be made ({error}). Name a directory that can be written to.") from error
+        raise ConfigError(f"--output-dir={directory}: cannot be created ({error}). Set a writable directory.") from error
     return paths
 
 
@@ -331,7 +337,7 @@ def _layers(text: str) -> list[int]:
     except ValueError:
         chosen = []
     if not chosen:
-        raise argparse.ArgumentTypeError(f"{text!r} names no layers: write for example 0,5,10-12")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers: write for example 0,5,10-12")
     return sorted(set(chosen))
 
 
@@ -343,24 +349,24 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--seq-length", type=_positive, default=1024, metavar="S", help="tokens of a training sample (default 1024)")
     shared.add_argument("--end-prompt-length", type=_positive, default=11, metavar="B", help="tokens of the end prompt (default 11)")
     shared.add_argument("--target-context-length", type=_positive, required=True, metavar="L", help="positions of the extended window")
-    shared.add_argument("--seed", type=_whole, default=1234, help="of what is drawn (default 1234)")
+    shared.add_argument("--seed", type=_whole, default=1234, help="seed of all random draws (default 1234)")
     shared.add_argument("--output-dir", type=Path, default=Path("outputs/theory"), help="default outputs/theory")
-    shared.add_argument("--overwrite", action="store_true", help="replace a picture and figures that are there")
+    shared.add_argument("--overwrite", action="store_true", help="replace existing files")
 
-    command = commands.add_parser("coverage", parents=[shared], help="which relative distances every scheme shows in training")
-    command.add_argument("--samples", type=_positive, default=2000, help="drawn of each scheme that draws (default 2000)")
-    command.add_argument("--original-context-length", type=_positive, metavar="N", help="native window, to be marked")
+    command = commands.add_parser("coverage", parents=[shared], help="relative distances in training under every position scheme")
+    command.add_argument("--samples", type=_positive, default=2000, help="samples to draw for each random scheme (default 2000)")
+    command.add_argument("--original-context-length", type=_positive, metavar="N", help="native window, marked in the figure")
     command.set_defaults(run=_coverage)
 
-    command = commands.add_parser("smoothness", parents=[shared], help="slopes of a checkpoint's attention scores beside eq. 3")
+    command = commands.add_parser("smoothness", parents=[shared], help="slopes of a checkpoint's attention scores and the bound of eq. 3")
     command.add_argument("--hf-path", type=Path, required=True, metavar="DIR", help="Hugging Face model directory")
-    command.add_argument("--rope-type", choices=SCALING_TYPES, default="pi", help="how positions are stretched (default pi)")
-    command.add_argument("--factor", type=float, metavar="S", help="how far; it follows from the target and is checked if given")
-    command.add_argument("--text", type=Path, metavar="FILE", help="plain text to read (default: the Gettysburg Address)")
-    command.add_argument("--tokens", type=_positive, default=512, help="of the text that are read at most (default 512)")
-    command.add_argument("--pairs", type=_positive, default=16, help="of tokens, for each head (default 16)")
+    command.add_argument("--rope-type", choices=SCALING_TYPES, default="pi", help="RoPE scaling (default pi)")
+    command.add_argument("--factor", type=float, metavar="S", help="scaling factor; follows from the target, and is checked if given")
+    command.add_argument("--text", type=Path, metavar="FILE", help="plain text file (default: the Gettysburg Address)")
+    command.add_argument("--tokens", type=_positive, default=512, help="largest number of tokens of the text (default 512)")
+    command.add_argument("--pairs", type=_positive, default=16, help="pairs of tokens per head (default 16)")
     command.add_argument("--layers", type=_layers, metavar="LIST", help="such as 0,5,10-12 (default: all)")
-    command.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the forward pass (default fp32)")
+    command.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="precision of the forward pass (default fp32)")
     command.set_defaults(run=_smoothness)
     return parser
 

@@ -1,5 +1,5 @@
-"""Conversion between Hugging Face directories and torch_dist directories of megatron.core, block by block: it needs neither a process group
-nor the memory for a model, and a killed one goes on where it stood."""
+"""Conversion between Hugging Face directories and torch_dist directories of megatron.core, in blocks of rows. A conversion needs no process
+group and only a few megabytes of memory. An interrupted conversion continues when it is started again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from endprompt_megatron.checkpoint.hf.auxiliary_files import PROVENANCE_FILE, copy_companions
+from endprompt_megatron.checkpoint.hf.auxiliary_files import PROVENANCE_FILE, copy_auxiliary_files
 from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, extended_hf_config, read_hf_config
 from endprompt_megatron.checkpoint.hf.mapping import Binding, bindings
 from endprompt_megatron.checkpoint.hf.model_card import MODEL_CARD, model_card
@@ -34,8 +34,8 @@ from endprompt_megatron.checkpoint.hf.safetensors_io import (
 from endprompt_megatron.checkpoint.hf.tokenizer import check_token_ids, load_tokenizer
 from endprompt_megatron.checkpoint.hf.weights import check_hf_weights, planned_tensors
 from endprompt_megatron.checkpoint.lora_reader import open_torch_dist
-from endprompt_megatron.checkpoint.megatron_model import COMPANIONS, MegatronModel
-from endprompt_megatron.checkpoint.resumable_directory import Workspace
+from endprompt_megatron.checkpoint.megatron_model import AUXILIARY_FOLDER, MegatronModel
+from endprompt_megatron.checkpoint.resumable_directory import ResumableDirectory
 from endprompt_megatron.checkpoint.torch_dist.read import TorchDistReader
 from endprompt_megatron.checkpoint.torch_dist.write import DistcpWriter, StoredChunks, extra_state_keys, write_metadata
 from endprompt_megatron.errors import CheckpointError
@@ -49,13 +49,13 @@ _FILES_AT_ONCE = min(4, len(os.sched_getaffinity(0)))
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """What a conversion will write.
+    """The files, sizes and memory of a conversion.
 
     Attributes:
-        files: file name -> bytes of weights in it.
-        dtype: of the weights.
-        largest_tensor: bytes of the largest one.
-        memory_bytes: bound on what the conversion holds beside the interpreter.
+        files: file name -> bytes of weights.
+        dtype: dtype of the written weights.
+        largest_tensor: bytes of the largest tensor.
+        memory_bytes: upper bound on the memory of the conversion, without the interpreter's own.
     """
 
     files: dict[str, int]
@@ -64,7 +64,7 @@ class ConversionPlan:
     memory_bytes: int
 
     def describe(self) -> str:
-        """In words."""
+        """Return the plan as text."""
         total = sum(self.files.values())
         return (
             f"{total / 1e9:.1f} GB of {str(self.dtype).removeprefix('torch.')} weights in {len(self.files)} file(s) of at most "
@@ -76,9 +76,9 @@ class ConversionPlan:
 def plan_conversion(
     architecture: ModelArchitecture, *, dtype: torch.dtype, max_shard_bytes: int, to_megatron: bool, tensor_parallel_size: int = 1
 ) -> ConversionPlan:
-    """Files, sizes and memory of a conversion, from the model's numbers alone."""
+    """Plan files, sizes and memory of a conversion; reads only the architecture."""
     if to_megatron:
-        groups = _group(architecture, dtype, max_shard_bytes, tensor_parallel_size)
+        groups = _assign_to_files(architecture, dtype, max_shard_bytes, tensor_parallel_size)
         sizes = {file: [_size(binding, architecture, dtype, tensor_parallel_size) for binding in group] for file, group in groups.items()}
     else:
         shards = plan_shards(planned_tensors(architecture, dtype), max_shard_bytes)
@@ -88,7 +88,7 @@ def plan_conversion(
         {file: sum(found) for file, found in sizes.items()},
         dtype,
         max(max(found) for found in sizes.values()),
-        # for each file a block as read, as converted, as gathered from shares; and what the open files say of themselves
+        # per open file: a block as read, as converted and as gathered from shards; plus 64 MiB for file headers and metadata
         _FILES_AT_ONCE * 4 * max(BLOCK_BYTES, widest) + 2**26,
     )
 
@@ -106,16 +106,16 @@ def hf_to_megatron(
 
     Args:
         hf_path: model directory.
-        destination: directory to make.
-        dtype: of the weights; None keeps theirs.
-        tensor_parallel_size: shares into which matrices are cut, so that a rank of such a layout reads its own share only, and what the
-            vocabulary is padded for.
-        max_shard_bytes: size of one .distcp file.
-        sync: return only when every byte is on the disk: the result survives a power failure.
+        destination: directory to create.
+        dtype: dtype of the written weights; None keeps the dtype of the source.
+        tensor_parallel_size: number of shards of each matrix, so that a rank of this tensor-parallel size reads only its own shard; the
+            vocabulary is padded for this size too.
+        max_shard_bytes: maximum size of a .distcp file.
+        sync: fsync all files before returning, so that the result survives a power failure.
     Returns:
         destination.
     Raises:
-        CheckpointError: the source is not a supported model or not whole; destination exists or cannot be written.
+        CheckpointError: the source is incomplete or not a supported model, or destination exists or is not writable.
     """
     hf_path = Path(hf_path)
     architecture = architecture_from_hf(read_hf_config(hf_path))
@@ -124,37 +124,41 @@ def hf_to_megatron(
         check_token_ids(hf_path, load_tokenizer(hf_path), num_rows=architecture.vocab_size)
     _check_tensor_parallel(architecture, tensor_parallel_size)
     with SafetensorsReader(hf_path) as reader:
-        dtype = dtype or _only_dtype(reader.dtype(name) for name in reader.names())
-        groups = _group(architecture, dtype, max_shard_bytes, tensor_parallel_size)
+        dtype = dtype or _common_dtype(reader.dtype(name) for name in reader.names())
+        groups = _assign_to_files(architecture, dtype, max_shard_bytes, tensor_parallel_size)
         identity = _identity(
-            [*reader.files(), hf_path / "config.json"], dtype=str(dtype), shares=tensor_parallel_size, files=list(groups), boot=_boot(sync)
+            [*reader.files(), hf_path / "config.json"],
+            dtype=str(dtype),
+            shares=tensor_parallel_size,
+            files=list(groups),
+            boot=_boot_id(sync),
         )
         count = sum(len(group) for group in groups.values())
-        with Workspace(destination, identity, sync=sync) as workspace, Progress("converting", count) as progress:
+        with ResumableDirectory(destination, identity, sync=sync) as output, Progress("converting", count) as progress:
 
             def make(file: str) -> StoredChunks:
-                group, note = groups[file], StoredChunks.from_json(workspace.note_of(file) or "")
+                group, note = groups[file], StoredChunks.from_json(output.note_of(file) or "")
                 if note is not None:
                     progress.advance(len(group))
                     return note
                 with (
-                    SafetensorsReader(hf_path, reuse_memory=True) as own,  # what it returns is overwritten by its next answer
-                    workspace.making(file) as (path, notes),
+                    SafetensorsReader(hf_path, reuse_memory=True) as own,  # each read overwrites the tensor that the previous read returned
+                    output.writing(file) as (path, notes),
                 ):
                     written = _write_distcp(path, group, own, architecture, dtype, tensor_parallel_size, progress, sync)
                     notes.append(written.to_json())
                     return written
 
-            stored = dict(zip(groups, _at_once(make, groups), strict=True))
-            write_metadata(workspace.partial, stored, dtype=dtype)
-            companions = workspace.partial / COMPANIONS
-            shutil.rmtree(companions, ignore_errors=True)
-            companions.mkdir()
-            copy_companions(hf_path, companions)
+            stored = dict(zip(groups, _in_threads(make, groups), strict=True))
+            write_metadata(output.partial, stored, dtype=dtype)
+            auxiliary = output.partial / AUXILIARY_FOLDER
+            shutil.rmtree(auxiliary, ignore_errors=True)
+            auxiliary.mkdir()
+            copy_auxiliary_files(hf_path, auxiliary)
             for name in ("config.json", MODEL_CARD, PROVENANCE_FILE):
                 if (hf_path / name).is_file():
-                    shutil.copyfile(hf_path / name, companions / name)
-            return workspace.finish()
+                    shutil.copyfile(hf_path / name, auxiliary / name)
+            return output.finish()
 
 
 def megatron_to_hf(
@@ -165,41 +169,41 @@ def megatron_to_hf(
     max_shard_bytes: int = 5 * 10**9,
     sync: bool = True,
 ) -> Path:
-    """Convert a torch_dist directory, of whatever layout, into a Hugging Face directory that carries everything a model needs. Adapters of
-    a training run are merged.
+    """Convert a torch_dist directory of any parallel layout into a complete Hugging Face model directory. Merges the adapters of a training
+    run.
 
     Args:
-        model: what to convert (megatron_model.describe_megatron_model).
-        destination: directory to make.
-        dtype: of the weights; None keeps theirs.
-        max_shard_bytes: size of one safetensors file.
-        sync: as of hf_to_megatron.
+        model: model to convert, from megatron_model.describe_megatron_model.
+        destination: directory to create.
+        dtype: dtype of the written weights; None keeps the dtype of the source.
+        max_shard_bytes: maximum size of a safetensors file.
+        sync: as for hf_to_megatron.
     Returns:
         destination.
     Raises:
-        CheckpointError: weights are missing or belong to another model; destination exists or cannot be written.
+        CheckpointError: weights are missing or belong to another model, or destination exists or is not writable.
     """
     architecture = model.architecture
     with open_torch_dist(model.directory, architecture, model.adapter) as reader:
         reader.check(architecture)
         for name in reader.unknown_names(architecture):
-            get_logger().warning(f"{model.directory}: {name} is no weight of this model and stays behind")
+            get_logger().warning(f"{model.directory}: {name} is not a weight of this model and is not converted")
         every = list(bindings(architecture))
-        dtype = dtype or _only_dtype(reader.dtype(binding.megatron) for binding in every)
+        dtype = dtype or _common_dtype(reader.dtype(binding.megatron) for binding in every)
         shards = plan_shards(planned_tensors(architecture, dtype), max_shard_bytes)
         source_of = {name: (binding, index) for binding in every for index, name in enumerate(binding.hugging_face)}
         files = [*reader.files(), model.directory / ".metadata", model.base_hf_path / "config.json"]
         meaning = {"rope": str(model.rope), "window": model.context_length, "adapter": str(model.adapter)}
-        identity = _identity(files, dtype=str(dtype), files=list(shards), boot=_boot(sync), **meaning)
-        with Workspace(destination, identity, sync=sync) as workspace, Progress("converting", len(source_of)) as progress:
+        identity = _identity(files, dtype=str(dtype), files=list(shards), boot=_boot_id(sync), **meaning)
+        with ResumableDirectory(destination, identity, sync=sync) as output, Progress("converting", len(source_of)) as progress:
 
             def make(file: str) -> None:
-                if workspace.note_of(file) is not None:
+                if output.note_of(file) is not None:
                     progress.advance(len(shards[file]))
                     return
                 with (
                     open_torch_dist(model.directory, architecture, model.adapter, reuse_memory=True) as own,
-                    workspace.making(file) as (path, _),
+                    output.writing(file) as (path, _),
                 ):
                     write_shard(path, shards[file], partial(blocks, own), sync=sync)
 
@@ -209,14 +213,14 @@ def megatron_to_hf(
                     yield from _rows(own, binding.megatron, first, last, dtype)
                 progress.advance()
 
-            _at_once(make, shards)
-            write_index(workspace.partial, shards)
-            _write_companions(workspace.partial, model, dtype)
-            return workspace.finish()
+            _in_threads(make, shards)
+            write_index(output.partial, shards)
+            _write_auxiliary_files(output.partial, model, dtype)
+            return output.finish()
 
 
-def _at_once(make: Callable[[str], Any], files: Iterable[str]) -> list[Any]:
-    """Make files, a few at the same time: the kernel copies, and two copies go on while one waits for the disk."""
+def _in_threads(make: Callable[[str], Any], files: Iterable[str]) -> list[Any]:
+    """Call `make` for each file in a few threads: the kernel copies the data, and other copies continue while one waits for the disk."""
     pool = ThreadPoolExecutor(_FILES_AT_ONCE)
     try:
         return [made.result() for made in [pool.submit(make, file) for file in files]]
@@ -224,13 +228,13 @@ def _at_once(make: Callable[[str], Any], files: Iterable[str]) -> list[Any]:
         pool.shutdown(cancel_futures=True)
 
 
-def _write_companions(directory: Path, model: MegatronModel, dtype: torch.dtype) -> None:
+def _write_auxiliary_files(directory: Path, model: MegatronModel, dtype: torch.dtype) -> None:
     config = extended_hf_config(
         model.base_config, model.rope, target_context_length=model.context_length, dtype=str(dtype).removeprefix("torch.")
     )
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     extended = model.context_length != model.architecture.max_position_embeddings
-    copy_companions(model.base_hf_path, directory, model.context_length if extended else None)
+    copy_auxiliary_files(model.base_hf_path, directory, model.context_length if extended else None)
     if model.provenance is not None:
         (directory / PROVENANCE_FILE).write_text(json.dumps(model.provenance, indent=2) + "\n")
         (directory / MODEL_CARD).write_text(model_card(model.provenance, base_hf_path=model.base_hf_path))
@@ -277,7 +281,7 @@ def _megatron_rows(
     last: int,
     may_be_ranges: bool,
 ) -> Iterator[torch.Tensor | FileRange]:
-    """Rows first .. last-1 of a whole Megatron parameter; padding is zero."""
+    """Yield rows first .. last-1 of a whole Megatron parameter; padding rows are zero."""
     shape = binding.layout.megatron_shape(architecture)
     for piece in binding.layout.pieces(architecture, first, last):
         yield from _rows(reader, binding.hugging_face[piece.source], piece.first, piece.last, dtype, may_be_ranges)
@@ -289,7 +293,7 @@ def _megatron_rows(
 def _rows(
     reader: SafetensorsReader | TorchDistReader, name: str, first: int, last: int, dtype: torch.dtype, may_be_ranges: bool = True
 ) -> Iterator[torch.Tensor | FileRange]:
-    """Rows of a stored tensor in `dtype`: as a range of its file where nothing is to be done to them, else in blocks."""
+    """Yield rows of a stored tensor in `dtype`: as a file range if they need no conversion, else in blocks."""
     stored = reader.dtype(name)
     where = reader.range_of_rows(name, first, last) if may_be_ranges and stored == dtype else None
     if where is not None:
@@ -299,16 +303,17 @@ def _rows(
         block = reader.rows(name, low, high)
         converted = block.to(dtype)
         if not stored.is_floating_point:
-            raise CheckpointError(f"{name} is of type {stored}: only floating-point weights are converted.")
+            raise CheckpointError(f"{name} has dtype {stored}: only floating-point weights can be converted.")
         if torch.finfo(dtype).max < torch.finfo(stored).max and not torch.equal(converted.isfinite(), block.isfinite()):
             raise CheckpointError(
-                f"{name} holds {float(block[block.isfinite()].abs().max()):g}, more than {dtype} can: choose --dtype bfloat16 or float32."
+                f"{name} holds {float(block[block.isfinite()].abs().max()):g}, more than {dtype} can represent: choose "
+                f"--dtype bfloat16 or float32."
             )
         yield converted
 
 
-def _group(architecture: ModelArchitecture, dtype: torch.dtype, max_bytes: int, size: int) -> dict[str, list[Binding]]:
-    """{.distcp file: parameters in it}, in order."""
+def _assign_to_files(architecture: ModelArchitecture, dtype: torch.dtype, max_bytes: int, size: int) -> dict[str, list[Binding]]:
+    """Assign the parameters to .distcp files in order: {file name: parameters}."""
     groups: list[list[Binding]] = []
     room = 0
     for binding in bindings(architecture):
@@ -325,10 +330,10 @@ def _size(binding: Binding, architecture: ModelArchitecture, dtype: torch.dtype,
     return dtype.itemsize * math.prod(binding.layout.megatron_shape(architecture, size))
 
 
-def _only_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+def _common_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     found = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})
     if len(found) > 1 or found[0] not in DTYPES:
-        raise CheckpointError(f"the weights are of type {', '.join(found)}: say which to write, --dtype {' | '.join(DTYPES)}.")
+        raise CheckpointError(f"the weights have the types {', '.join(found)}: choose the one to write with --dtype {' | '.join(DTYPES)}.")
     return DTYPES[found[0]]
 
 
@@ -342,8 +347,8 @@ def _check_tensor_parallel(architecture: ModelArchitecture, size: int) -> None:
             raise CheckpointError(f"--tensor-model-parallel-size={size}: must divide the model's {count} {what}. Choose another.")
 
 
-def _boot(sync: bool) -> str:
-    """What files that did not wait for the disk may be trusted by: that the machine has not been started anew since."""
+def _boot_id(sync: bool) -> str:
+    """Return the boot id if files are not fsynced, since they are only reusable until the machine reboots; else an empty string."""
     identity = Path("/proc/sys/kernel/random/boot_id")
     return "" if sync else identity.read_text().strip() if identity.is_file() else "unknown"
 
@@ -353,7 +358,7 @@ def _stamp(stat: os.stat_result) -> tuple[int, ...]:
 
 
 def _identity(source: Iterable[Path], **options: Any) -> dict[str, Any]:
-    """What makes two conversions the same: the bytes that go in, by name, size and time, and every choice."""
+    """Identity of a conversion: its source files (by name, size and times) and all its options. Only an equal identity is continued."""
     stats = {str(path.resolve()): _stamp(path.stat()) for path in source if path.exists()}
     digest = hashlib.sha256(json.dumps(stats, sort_keys=True).encode()).hexdigest()
     return {"format": _FORMAT, "torch": torch.__version__, "source": digest, **options}

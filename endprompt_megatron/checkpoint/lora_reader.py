@@ -1,5 +1,5 @@
-"""A training checkpoint with low-rank adapters, read as the model that they make: an adapted weight is merged block by block as it is
-read."""
+"""Reader of a training checkpoint with low-rank adapters. It returns the merged model: each adapted weight is merged in blocks of rows
+while it is read."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from endprompt_megatron.planning.architecture import ModelArchitecture
 def open_torch_dist(
     path: Path, architecture: ModelArchitecture, adapter: AdapterConfig | None, *, reuse_memory: bool = False
 ) -> TorchDistReader:
-    """The reader of a torch_dist directory: of the weights as they stand, or merged where the run that wrote them trained adapters.
+    """Return a reader of a torch_dist directory; it merges the adapters if the run trained some.
 
     Args:
-        path: as find_torch_dist takes it.
-        architecture: of the model.
-        adapter: what the run trained; None if it is not known to have trained any.
-        reuse_memory: as of SafetensorsReader.
+        path: as for find_torch_dist.
+        architecture: architecture of the model.
+        adapter: adapter settings of the run; None if the run trained no adapters, or if its settings are unknown.
+        reuse_memory: as for SafetensorsReader.
     """
     if adapter is None:
         return TorchDistReader(path, reuse_memory=reuse_memory)
-    return MergedReader(path, architecture, adapter, reuse_memory=reuse_memory)
+    return LoRAReader(path, architecture, adapter, reuse_memory=reuse_memory)
 
 
-class MergedReader(TorchDistReader):
-    """Reads W + alpha / r B A where there is an A and a B, and W elsewhere.
+class LoRAReader(TorchDistReader):
+    """Returns W + alpha / r B A for weights with an adapter, and W for the others.
 
     Args:
-        path, reuse_memory: as of TorchDistReader.
-        architecture: of the model.
-        adapter: rank and alpha.
+        path, reuse_memory: as for TorchDistReader.
+        architecture: architecture of the model.
+        adapter: adapter settings; rank and alpha are used.
     """
 
     def __init__(self, path: Path, architecture: ModelArchitecture, adapter: AdapterConfig, *, reuse_memory: bool = False):
@@ -46,22 +46,22 @@ class MergedReader(TorchDistReader):
         self._bindings: dict[str, Binding] = {binding.megatron: binding for binding in bindings(architecture)}
 
     def adapters(self) -> list[str]:
-        """None that would be left over."""
+        """Return an empty list: all adapters are merged."""
         return []
 
     def unknown_names(self, architecture: ModelArchitecture) -> list[str]:
-        """As of TorchDistReader."""
+        """Same as TorchDistReader."""
         return [name for name in super().unknown_names(architecture) if not is_adapter(name)]
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
-        """As of TorchDistReader."""
+        """Same as TorchDistReader."""
         if not self._is_adapted(name):
             return super().rows(name, first, last)
-        weight = super().rows(name, first, last).clone()  # reused memory: the next answer overwrites it
+        weight = super().rows(name, first, last).clone()  # with reuse_memory the next read would overwrite it
         return merge(weight, self._update(name, first, last, weight.shape[1]), self._scale)
 
     def range_of_rows(self, name: str, first: int, last: int) -> FileRange | None:
-        """As of TorchDistReader; what is merged stands in no file."""
+        """Same as TorchDistReader; None for merged weights, because no file contains them."""
         return None if self._is_adapted(name) else super().range_of_rows(name, first, last)
 
     def _is_adapted(self, name: str) -> bool:
@@ -71,7 +71,7 @@ class MergedReader(TorchDistReader):
         return name.removesuffix("weight") + adapter_name(target, matrix) if name.endswith("weight") else ""
 
     def _update(self, name: str, first: int, last: int, width: int) -> torch.Tensor:
-        """Rows first .. last-1 of B A in the order of the Megatron parameter; zero where a projection has no adapter."""
+        """Rows first .. last-1 of B A in the row order of the Megatron parameter; zeros for projections without an adapter."""
         targets = QKV_TARGETS if name.endswith("linear_qkv.weight") else (OUTPUT_TARGET,)
         blocks = []
         for piece in self._bindings[name].layout.pieces(self._architecture, first, last):

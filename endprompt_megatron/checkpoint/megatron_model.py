@@ -1,5 +1,6 @@
-"""What a torch_dist directory is the model of: its architecture, its frequencies, its window and where the rest of the Hugging Face model
-(tokenizer, generation config) comes from. The directory says so itself where this project wrote it; else a base has to be named."""
+"""Description of the model in a torch_dist directory: architecture, rotary frequencies, context window, and the source of the other Hugging
+Face files (tokenizer, generation config). A directory written by this project contains the description; for any other directory the caller
+names the base model."""
 
 from __future__ import annotations
 
@@ -16,24 +17,24 @@ from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.rope.scaling import RopeScaling
 
-COMPANIONS = "huggingface"
-"""Folder of a converted directory that holds the files of the Hugging Face model but for its weights."""
+AUXILIARY_FOLDER = "huggingface"
+"""Folder of a converted directory with the files of the Hugging Face model other than its weights."""
 
 
 @dataclass(frozen=True)
 class MegatronModel:
-    """A torch_dist directory and what it means.
+    """A torch_dist directory and the description of its model.
 
     Attributes:
-        directory: with .metadata in it.
-        base_hf_path: where config.json, tokenizer and so on come from.
-        base_config: that config.json, parsed.
-        architecture: numbers of the model.
-        rope: its frequencies.
-        context_length: its window, in positions.
-        origin: how that is known, in words.
-        provenance: how the model was made, where a training run of ours made it; else None.
-        adapter: the low-rank adapters that stand beside its weights, where a training run of ours trained some; else None.
+        directory: directory with .metadata.
+        base_hf_path: Hugging Face directory with config.json, tokenizer and other files.
+        base_config: parsed config.json of base_hf_path.
+        architecture: sizes of the model.
+        rope: rotary frequencies.
+        context_length: context window, in positions.
+        origin: text that names the source of this description.
+        provenance: how the model was trained, if a training run of this project wrote it; else None.
+        adapter: settings of the low-rank adapters in the checkpoint, if a training run of this project trained some; else None.
     """
 
     directory: Path
@@ -50,41 +51,41 @@ class MegatronModel:
 def describe_megatron_model(
     path: Path, *, hf_base: Path | None = None, rope_factor: float | None = None, context_length: int | None = None
 ) -> MegatronModel:
-    """Find out what a directory is the model of.
+    """Describe the model in a torch_dist directory.
 
     Args:
-        path: as torch_dist.find_torch_dist takes it.
-        hf_base: Hugging Face directory of the base; needed where the directory does not say.
-        rope_factor, context_length: linear RoPE scaling that a directory of somebody else's was trained with, and its window.
+        path: as for torch_dist.read.find_torch_dist.
+        hf_base: Hugging Face directory of the base model; required if the directory does not describe its model.
+        rope_factor, context_length: factor of linear RoPE scaling, and context window, of a checkpoint from another program.
     Raises:
-        CheckpointError: it cannot be known, or what is given contradicts what the directory says.
+        CheckpointError: the model cannot be determined, or the arguments contradict the directory.
     """
     directory = find_torch_dist(path)
-    companions, run_file = directory / COMPANIONS, directory / RUN_FILE
+    auxiliary, run_file = directory / AUXILIARY_FOLDER, directory / RUN_FILE
     if (rope_factor is None) != (context_length is None) or (context_length is not None and context_length < 1):
         raise CheckpointError(
-            f"--rope-factor={rope_factor} and --target-context-length={context_length} go together: how far the window was stretched, and "
-            f"its positions, at least 1."
+            f"--rope-factor={rope_factor} and --target-context-length={context_length} go together: the factor of the RoPE scaling, "
+            f"and the context window in positions, at least 1. Give both or neither."
         )
-    if (companions.is_dir() or run_file.is_file()) and rope_factor is not None:
+    if (auxiliary.is_dir() or run_file.is_file()) and rope_factor is not None:
         raise CheckpointError(
-            f"{directory} says itself which RoPE it was trained with: leave out --rope-factor={rope_factor} and "
+            f"{directory} already describes the RoPE it was trained with: leave out --rope-factor={rope_factor} and "
             f"--target-context-length={context_length}."
         )
     if run_file.is_file():
-        return _of_training_run(directory, json.loads(run_file.read_text()), hf_base)
-    if hf_base is None and not companions.is_dir():
+        return _describe_training_run(directory, json.loads(run_file.read_text()), hf_base)
+    if hf_base is None and not auxiliary.is_dir():
         raise CheckpointError(
-            f"{directory} does not say which model it is (neither {COMPANIONS}/ nor {RUN_FILE} in it): name the Hugging Face directory of "
-            f"the base by --hf-base, and --rope-factor and --target-context-length if its window was extended by linear scaling."
+            f"{directory} does not describe its model (it contains neither {AUXILIARY_FOLDER}/ nor {RUN_FILE}): give the Hugging Face "
+            f"directory of the base by --hf-base, and --rope-factor and --target-context-length if linear scaling extended its window."
         )
-    base = Path(hf_base or companions)
+    base = Path(hf_base or auxiliary)
     config = read_hf_config(base)
     architecture, rope = architecture_from_hf(config), rope_from_hf(config)
-    if companions.is_dir():
-        own = read_hf_config(companions)
+    if auxiliary.is_dir():
+        own = read_hf_config(auxiliary)
         if (architecture_from_hf(own), rope_from_hf(own)) != (architecture, rope):
-            raise CheckpointError(f"--hf-base={hf_base} is another model than {companions}, which the weights came with: leave it out.")
+            raise CheckpointError(f"--hf-base={hf_base} is another model than {auxiliary}, which belongs to the weights: leave it out.")
     if rope_factor is not None:
         rope = rope.stretched(rope_factor)
     return MegatronModel(
@@ -94,15 +95,15 @@ def describe_megatron_model(
         architecture,
         rope,
         int(context_length or round(architecture.max_position_embeddings * (rope_factor or 1))),
-        f"config.json of {base}" + (f", stretched by {rope_factor:g} as told" if rope_factor is not None else ""),
+        f"config.json of {base}" + (f", stretched by --rope-factor={rope_factor:g}" if rope_factor is not None else ""),
     )
 
 
-def _of_training_run(directory: Path, record: dict[str, Any], hf_base: Path | None) -> MegatronModel:
+def _describe_training_run(directory: Path, record: dict[str, Any], hf_base: Path | None) -> MegatronModel:
     run = record["config"]
     base = Path(hf_base or run["model"]["hf_path"])
     if not base.is_dir():
-        raise CheckpointError(f"{directory} was trained from {base}, which is not there: name the base's directory by --hf-base.")
+        raise CheckpointError(f"{directory} was trained from {base}, which does not exist: give the directory of the base by --hf-base.")
     config = read_hf_config(base)
     architecture = architecture_from_hf(config)
     return MegatronModel(

@@ -1,4 +1,5 @@
-"""A directory that is made file by file beside its final name, goes on after a kill where it stood, and is renamed when it is whole."""
+"""An output directory that is written file by file under a temporary name, continues after an interruption, and is renamed when it is
+complete."""
 
 from __future__ import annotations
 
@@ -19,37 +20,37 @@ _IDENTITY = "conversion.json"
 _NOTE = ".note.json"
 
 
-class Workspace:
-    """Use as a context manager; leave it by `finish`.
+class ResumableDirectory:
+    """A directory under construction. Use as a context manager, and call `finish` as the last step.
 
     Args:
-        destination: the directory to make; must not exist.
-        identity: what is being made, JSON; leftovers of a kill are used again only where it is the same.
-        sync: whether the directory gets its name only when all of it is on the disk.
+        destination: directory to create; must not exist.
+        identity: JSON description of the content; files of an interrupted run are reused only if it is equal.
+        sync: fsync all files before the directory gets its final name.
     Raises:
-        CheckpointError: destination exists, cannot be written, or another process is making it.
+        CheckpointError: destination exists or is not writable, or another process is writing it.
     """
 
     def __init__(self, destination: Path, identity: dict[str, Any], *, sync: bool = True):
-        self._wait = sync
+        self._sync = sync
         self.destination = Path(os.path.abspath(destination))
         self.partial = self.destination.with_name(self.destination.name + ".partial")
         self._identity = json.dumps(identity, sort_keys=True, default=str)
         self._lock: int | None = None
 
-    def __enter__(self) -> Workspace:
-        self._refuse_existing()
+    def __enter__(self) -> ResumableDirectory:
+        self._check_destination()
         try:
-            self._refuse_what_is_not_ours()
+            self._check_partial()
             self.partial.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.partial / _IDENTITY, os.O_RDWR | os.O_CREAT, 0o644)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._refuse_existing()  # another process may have ended just now
+            self._check_destination()  # another process may have finished in the meantime
             stored = (self.partial / _IDENTITY).read_text()
         except BlockingIOError as error:
-            raise CheckpointError(f"{self.partial} is being written by another process: wait for it, or stop it.") from error
+            raise CheckpointError(f"{self.partial} is being written by another process: wait until it ends, or stop it.") from error
         except OSError as error:
-            raise CheckpointError(f"{self.partial} cannot be written ({error}). Name a directory that can.") from error
+            raise CheckpointError(f"{self.partial} cannot be written ({error}). Choose a writable directory.") from error
         if stored != self._identity:
             for path in self.partial.iterdir():
                 if path.name != _IDENTITY:
@@ -58,15 +59,15 @@ class Workspace:
             os.pwrite(self._lock, self._identity.encode(), 0)
             os.fsync(self._lock)
         elif kept := [path for path in self.partial.iterdir() if path.name != _IDENTITY and not path.name.endswith((".tmp", _NOTE))]:
-            get_logger().info(f"going on with {self.partial}: {len(kept)} file(s) of an interrupted conversion are whole")
+            get_logger().info(f"continuing in {self.partial}: {len(kept)} file(s) of an interrupted conversion are complete")
         return self
 
-    def _refuse_existing(self) -> None:
+    def _check_destination(self) -> None:
         if self.destination.exists():
-            raise CheckpointError(f"{self.destination} exists: nothing is overwritten. Remove it, or name another directory.")
+            raise CheckpointError(f"{self.destination} exists and is not overwritten. Remove it, or choose another directory.")
 
-    def _refuse_what_is_not_ours(self) -> None:
-        """Leftovers are emptied only where an interrupted conversion left them."""
+    def _check_partial(self) -> None:
+        """Raise if `partial` has files that no interrupted conversion wrote: they are not deleted."""
         if not self.partial.exists() or not any(path.name != _IDENTITY for path in self.partial.iterdir()):
             return
         try:
@@ -74,23 +75,25 @@ class Workspace:
         except (OSError, ValueError, TypeError):
             ours = False
         if not ours:
-            raise CheckpointError(f"{self.partial} is in the way and no interrupted conversion: move it, or name another destination.")
+            raise CheckpointError(
+                f"{self.partial} exists and does not belong to an interrupted conversion: move it, or choose another destination."
+            )
 
     def __exit__(self, *exc: object) -> None:
         if self._lock is not None:
             os.close(self._lock)
 
     def note_of(self, name: str) -> str | None:
-        """The note of a file that is whole; None if the file has to be made."""
+        """Return the note of a complete file; None if the file must still be written."""
         note = self.partial / (name + _NOTE)
         return note.read_text() if note.is_file() and (self.partial / name).is_file() else None
 
     @contextmanager
-    def making(self, name: str) -> Iterator[tuple[Path, list[str]]]:
-        """Yield (path to write the file `name` to, list to put its note into); the file gets its name when the block ends well.
+    def writing(self, name: str) -> Iterator[tuple[Path, list[str]]]:
+        """Yield (path to write the file `name` to, list for its note). The file gets its name if the block succeeds.
 
         Raises:
-            CheckpointError: the operating system refused (a full disk); what is whole stays for the next try.
+            CheckpointError: an OSError, e.g. a full disk; complete files are kept for the next attempt.
         """
         temporary, notes = self.partial / (name + ".tmp"), [""]
         try:
@@ -99,7 +102,7 @@ class Workspace:
             temporary.unlink(missing_ok=True)
             raise CheckpointError(
                 f"{self.partial / name} could not be written ({error}). Free space, or fix the permissions, and start the same command "
-                f"again: it goes on where it stood."
+                f"again: it continues where it stopped."
             ) from error
         temporary.rename(self.partial / name)
         note = self.partial / (name + _NOTE)
@@ -107,17 +110,19 @@ class Workspace:
         note.with_suffix(".tmp").rename(note)
 
     def finish(self) -> Path:
-        """Give the directory its final name."""
+        """Rename the directory to its final name and return it."""
         for path in self.partial.iterdir():
             if path.name.endswith((".tmp", _NOTE)):
                 path.unlink()
-        for path in self.partial.rglob("*") if self._wait else ():
+        for path in self.partial.rglob("*") if self._sync else ():
             if path.is_file():
                 sync_path(path)
         sync_path(self.partial)
         if self.destination.exists():
-            raise CheckpointError(f"{self.destination} appeared meanwhile: nothing is overwritten. The result stands in {self.partial}.")
+            raise CheckpointError(
+                f"{self.destination} was created in the meantime and is not overwritten. The result is in {self.partial}."
+            )
         self.partial.rename(self.destination)
-        (self.destination / _IDENTITY).unlink()  # only now: until here it is the lock that keeps others out
+        (self.destination / _IDENTITY).unlink()  # after the rename: until then this file is the lock against other processes
         sync_path(self.destination.parent)
         return self.destination

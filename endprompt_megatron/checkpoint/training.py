@@ -1,5 +1,5 @@
-"""Training checkpoints through megatron.core.dist_checkpointing: model, optimizer, random state and where the run stands, written by
-all ranks, in the training process or beside it, and read back in this layout or another."""
+"""Training checkpoints on megatron.core.dist_checkpointing: model, optimizer, random states and the progress of the run. All ranks write
+them, synchronously or in a background process; they can be loaded in the same or another parallel layout."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from endprompt_megatron.checkpoint import training_directory as checkpoint_directory
 from endprompt_megatron.checkpoint.torch_dist.read import TorchDistReader
 from endprompt_megatron.checkpoint.training_directory import LATEST, RUN_FILE
+from endprompt_megatron.config.resume import resume_differences
 from endprompt_megatron.config.schema import RunConfig
-from endprompt_megatron.config.validation import resume_differences
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore.checkpointing import begin_save
@@ -30,23 +30,23 @@ from endprompt_megatron.mcore.failures import FailureBoard
 from endprompt_megatron.mcore.torch_adam import make_loadable, separate_steps
 
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-# torch's derives from BaseException; megatron, pickle, zip and json raise their own
+# CheckpointException of torch derives from BaseException; megatron, pickle, zip and json have their own exceptions
 _ANY_FAILURE = (Exception, CheckpointException)
 
 
 @dataclass
 class RunState:
-    """Where a run stands.
+    """Progress of a run.
 
     Attributes:
-        step: optimizer steps done, bad ones that were skipped included.
-        consumed_samples: over all ranks.
+        step: number of optimizer steps, skipped ones included.
+        consumed_samples: samples consumed by all ranks.
         tokens: physical tokens trained on.
-        train_seconds: spent in training steps, all sittings together.
-        loss_first, loss_last: weighted loss of the first and of the newest step.
-        sample_order: identity of the order of samples (data.dataset.sample_order).
-        bad_steps: bad steps in a row up to now.
-        grad_norms: gradient norms of the last good steps (training.guard).
+        train_seconds: time in training steps, summed over all restarts.
+        loss_first, loss_last: weighted loss of the first and of the latest step.
+        sample_order: hash of the order of samples (data.dataset.sample_order).
+        bad_steps: number of consecutive bad steps so far.
+        grad_norms: gradient norms of the latest good steps (training.guard).
     """
 
     step: int = 0
@@ -61,17 +61,17 @@ class RunState:
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run. Every rank has one and calls it in step with the others.
+    """Writes the checkpoints of one run. Every rank has a writer, and all ranks must call its methods in the same order.
 
     Args:
-        directory: the run's checkpoints directory.
-        chunks: this rank's model without Megatron's wrappers.
+        directory: checkpoints directory of the run.
+        chunks: this rank's model chunks, without Megatron's wrappers.
         optimizer: Megatron's optimizer.
-        config: the run's configuration (RunConfig.to_dict()), kept in each checkpoint.
-        provenance: what an export of the checkpoint tells of its making, kept in it too.
-        keep_last: newest checkpoints kept; 0 keeps all.
-        asynchronous: write in a process beside this one; `finish` has to be called now and then, and at the end.
-        failures: where a rank that fails alone publishes its error for the others, which wait for it; None where no rank reads it.
+        config: configuration of the run (RunConfig.to_dict()), stored in each checkpoint.
+        provenance: provenance for an export of the checkpoint, stored in each checkpoint.
+        keep_last: number of newest checkpoints to keep; 0 keeps all.
+        asynchronous: write in a background process; `finish` must be called regularly and at the end.
+        failures: board on which a rank that fails alone publishes its error for the waiting ranks; None if no rank reads it.
     """
 
     def __init__(
@@ -91,22 +91,22 @@ class CheckpointWriter:
         self._queue = AsyncCallsQueue() if asynchronous else None
 
     def save(self, state: RunState) -> Path:
-        """Save model, optimizer, random state and position in the data.
+        """Save model, optimizer, random states and data position.
 
         Returns:
-            The checkpoint's directory (which an asynchronous save completes later).
+            Directory of the checkpoint; an asynchronous save completes it later.
         Raises:
-            CheckpointError: the directory cannot be written; earlier checkpoints are intact.
+            CheckpointError: the directory is not writable; earlier checkpoints are intact.
         """
         self.finish()
         final = checkpoint_directory.step_directory(self.directory, state.step)
-        # taken now: an asynchronous save ends when the run stands elsewhere
+        # captured now, because the run's state has changed when an asynchronous save ends
         record = json.dumps({"state": asdict(state), "layout": _layout(), "config": self.config, "provenance": self.provenance}, indent=2)
         try:
             unfinished = [str(checkpoint_directory.begin(final)) if global_rank() == 0 else None]
             if torch.distributed.get_world_size() > 1:
                 torch.distributed.broadcast_object_list(unfinished, src=0)
-            written = Path(unfinished[0])
+            written = Path(str(unfinished[0]))
             sharded = _sharded_state(self.chunks, self.optimizer, is_loading=False, with_random_state=True)
             request = begin_save(sharded, str(written), asynchronous=self._queue is not None)
             if self._queue is None:
@@ -115,23 +115,23 @@ class CheckpointWriter:
                 request.add_finalize_fn(partial(self._complete, written, final, record))
                 self._queue.schedule_async_request(request)
         except _ANY_FAILURE as error:
-            self._give_up(final, error)
+            self._fail(final, error)
         return final
 
     def finish(self, *, wait: bool = True) -> None:
-        """Complete asynchronous saves that have been written.
+        """Complete the asynchronous saves whose data is written.
 
         Args:
-            wait: for those that have not.
+            wait: also wait for unfinished saves.
         Raises:
-            CheckpointError: one could not be written; earlier checkpoints are intact.
+            CheckpointError: a save failed; earlier checkpoints are intact.
         """
         if self._queue is None or not self._queue.get_num_unfinalized_calls():
             return
         try:
             self._queue.maybe_finalize_async_calls(blocking=wait)
         except _ANY_FAILURE as error:
-            self._give_up(self.directory / "step_*", error)
+            self._fail(self.directory / "step_*", error)
 
     def _complete(self, written: Path, final: Path, record: str) -> None:
         _barrier()
@@ -145,7 +145,7 @@ class CheckpointWriter:
             checkpoint_directory.complete(written, final, checksums=checksums, keep_last=self.keep_last)
         _barrier()
 
-    def _give_up(self, final: Path, error: BaseException) -> None:
+    def _fail(self, final: Path, error: BaseException) -> None:
         if global_rank() == 0:
             for partial_directory in self.directory.glob(f"{final.name}.partial"):
                 checkpoint_directory.abandon(partial_directory)
@@ -154,42 +154,42 @@ class CheckpointWriter:
             f"{self.directory}, and start the same command again: it resumes."
         )
         if self.failures is not None:
-            # where Megatron found out in a collective all ranks come here, and its coordinator alone knows what happened
-            knows = not isinstance(error, CheckpointException) or bool(error.failures)
-            message = self.failures.publish(message) if knows else self.failures.wait() or message
+            # if Megatron detected the failure in a collective, all ranks fail here, and only its coordinator has the cause
+            has_cause = not isinstance(error, CheckpointException) or bool(error.failures)
+            message = self.failures.publish(message) if has_cause else self.failures.wait() or message
         raise CheckpointError(message) from error
 
 
 def load_latest_checkpoint(directory: Path, *, chunks: list[torch.nn.Module], optimizer: Any, config: dict[str, Any]) -> RunState | None:
-    """Load the newest whole checkpoint into model and optimizer; every rank takes part.
+    """Load the newest intact checkpoint into model and optimizer. Collective over all ranks.
 
-    A damaged checkpoint is named, set aside, and the one before is used.
+    A damaged checkpoint is logged and renamed, and the previous one is used.
 
     Args:
-        directory: the run's checkpoints directory.
-        chunks, optimizer: as CheckpointWriter.
-        config: of the run that goes on.
+        directory: checkpoints directory of the run.
+        chunks, optimizer: as for CheckpointWriter.
+        config: configuration of the resuming run.
     Returns:
-        Where the run stood, or None if there is no checkpoint.
+        State of the run in the checkpoint; None if there is no checkpoint.
     Raises:
-        CheckpointError: every checkpoint is damaged, or the one to use belongs to another run or another model.
+        CheckpointError: all checkpoints are damaged, or the checkpoint belongs to another run or another model.
     """
-    path = _newest_whole(directory)
+    path = _newest_intact(directory)
     if path is None:
         return None
     try:
         record = json.loads((path / RUN_FILE).read_text())
         _check_same_run(path, record["config"], config)
         same_layout = record["layout"] == _layout()
-        wanted = _sharded_state(chunks, optimizer, is_loading=True, with_random_state=same_layout)
-        _leave_out_absent_states(wanted, path, len(chunks))
-        loaded = dist_checkpointing.load(wanted, str(path))
+        requested = _sharded_state(chunks, optimizer, is_loading=True, with_random_state=same_layout)
+        _drop_absent_extra_states(requested, path, len(chunks))
+        loaded = dist_checkpointing.load(requested, str(path))
         state = RunState(**record["state"])
     except CheckpointError:
         raise
     except _ANY_FAILURE as error:
         raise CheckpointError(
-            f"{path} is whole but does not fit this run's model and optimizer ({type(error).__name__}: {error}). Write the name of "
+            f"{path} is intact but does not fit this run's model and optimizer ({type(error).__name__}: {error}). Write the name of "
             f"another checkpoint into {directory / LATEST}, or choose another output_dir."
         ) from error
     for index, chunk in enumerate(chunks):
@@ -200,62 +200,61 @@ def load_latest_checkpoint(directory: Path, *, chunks: list[torch.nn.Module], op
         _set_random_state(loaded["random_state"])
     else:
         get_logger().info(
-            f"{path} was saved in another layout ({record['layout']}; now {_layout()}): weights, optimizer and data position carry over, "
-            f"random states start anew from the seed (nothing in training draws from them while dropout is 0)"
+            f"{path} was saved in another layout ({record['layout']}; now {_layout()}): weights, optimizer and data position are loaded, "
+            f"random states restart from the seed (training does not use them while dropout is 0)"
         )
     get_logger().info(f"resuming from {path}")
     return state
 
 
 def load_torch_dist(chunks: list[torch.nn.Module], directory: Path) -> None:
-    """Fill the weights of model chunks from a torch_dist directory, ours or somebody else's, through Megatron's own loader; every rank
-    takes part.
+    """Load the weights of model chunks from a torch_dist directory of any program, through Megatron's loader. Collective over all ranks.
 
     Raises:
         CheckpointError: the directory does not hold this model.
     """
     with TorchDistReader(directory) as reader:
         prefix, metadata = reader.prefix, None if reader.stacked else {"non_homogeneous_layers": True}
-    wanted = {}
+    requested = {}
     for index, chunk in enumerate(chunks):
         state = chunk.sharded_state_dict(prefix=prefix, metadata=metadata)
-        # not the `_extra_state` objects, which hold nothing for weights and which not every writer stores
-        wanted[f"model{index}"] = {name: entry for name, entry in state.items() if not isinstance(entry, ShardedObject)}
+        # without `_extra_state` objects: they contain no weights, and not every program stores them
+        requested[f"model{index}"] = {name: entry for name, entry in state.items() if not isinstance(entry, ShardedObject)}
     try:
-        loaded = dist_checkpointing.load(wanted, str(directory))
+        loaded = dist_checkpointing.load(requested, str(directory))
     except _ANY_FAILURE as error:
         raise CheckpointError(f"{directory} cannot be loaded ({_root_cause(error)}).") from error
     for index, chunk in enumerate(chunks):
         weights = {name.removeprefix(prefix): value for name, value in loaded[f"model{index}"].items()}
         missing = set(dict(chunk.named_parameters())) - set(weights)
         if missing:
-            raise CheckpointError(f"{directory} lacks {sorted(missing)[0]}.")
+            raise CheckpointError(f"{directory} lacks {min(missing)}.")
         chunk.load_state_dict(weights, strict=False)
 
 
-def _leave_out_absent_states(wanted: dict[str, Any], path: Path, num_chunks: int) -> None:
-    """Do not ask for `_extra_state` objects that the checkpoint lacks: which layers keep one depends on the backend that wrote it. All but
-    Transformer Engine's FP8 scales are empty, and those are found anew."""
+def _drop_absent_extra_states(requested: dict[str, Any], path: Path, num_chunks: int) -> None:
+    """Remove the `_extra_state` objects that the checkpoint lacks from the request: which layers have one depends on the backend that wrote
+    the checkpoint. All are empty except Transformer Engine's FP8 scales, which are recomputed."""
     stored = FileSystemReader(path).read_metadata().state_dict_metadata
     for index in range(num_chunks):
-        state = wanted[f"model{index}"]
+        state = requested[f"model{index}"]
         for name in [name for name, entry in state.items() if isinstance(entry, ShardedObject) and entry.unique_key not in stored]:
             del state[name]
 
 
 def _fill(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
-    """Load every weight of a chunk, and what `_extra_state` there is."""
+    """Load all weights of a chunk, and the `_extra_state` objects that exist."""
     missing, unexpected = chunk.load_state_dict(state, strict=False)
     wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
     if wrong:
-        raise AssertionError(f"weights that do not belong together: {wrong[:5]}")
+        raise AssertionError(f"missing or unexpected weights: {wrong[:5]}")
 
 
-def _newest_whole(directory: Path) -> Path | None:
-    """The checkpoint to resume from, the same on every rank."""
+def _newest_intact(directory: Path) -> Path | None:
+    """Return the checkpoint to resume from, the same on every rank; None if there is none."""
     listed = _gathered(checkpoint_directory.candidates(directory) if global_rank() == 0 else None)[0]
     rank, world_size = global_rank(), torch.distributed.get_world_size()
-    damages = []
+    damages: list[str] = []
     for position, path in enumerate(listed):
         found = [text for text in _gathered(checkpoint_directory.damage(path, share=rank, shares=world_size)) if text]
         if not found:
@@ -264,20 +263,20 @@ def _newest_whole(directory: Path) -> Path | None:
                     checkpoint_directory.set_aside(damaged)
                 checkpoint_directory.point_latest_at(path)
             for text in damages:
-                get_logger().warning(f"{text}. It was set aside; going on from {path}.")
+                get_logger().warning(f"{text}. It was renamed; resuming from {path}.")
             _barrier()
             return path
         damages.append(f"{path} is damaged: {found[0]}")
     if damages:
         raise CheckpointError(
             *damages,
-            f"no whole checkpoint is left in {directory}. Put one back, or remove the directory to start this run anew.",
+            f"no intact checkpoint is left in {directory}. Restore one, or remove the directory to start this run again.",
         )
     return None
 
 
 def _check_same_run(path: Path, stored: dict[str, Any], current: dict[str, Any]) -> None:
-    # a base may move: whether the weights are the same is preflight's to say, which compares their fingerprints
+    # the base model may have moved: preflight compares the fingerprints of the weights instead
     differing = [found for found in resume_differences(stored, current, RunConfig().to_dict()) if found[0] != "model.hf_path"]
     if differing:
         shown = "; ".join(f"{key}: {was!r} there, {now!r} now" for key, was, now in differing[:5])
@@ -287,7 +286,7 @@ def _check_same_run(path: Path, stored: dict[str, Any], current: dict[str, Any])
 
 
 def _root_cause(error: BaseException) -> str:
-    """The operating system's own words, if they are somewhere below what Megatron and torch made of them."""
+    """Return the message of the first OSError in the chain of exceptions, or else of the innermost exception."""
     failures = getattr(error, "failures", None)  # torch: {rank: (exception, traceback)}
     if failures:
         return _root_cause(next(iter(failures.values()))[0])
@@ -310,7 +309,7 @@ def _sharded_state(chunks: list[torch.nn.Module], optimizer: Any, *, is_loading:
         make_loadable(optimizer)
     for index, chunk in enumerate(chunks):
         state[f"model{index}"] = chunk.sharded_state_dict()
-    model_state = {key: value for key, value in state.items()} if len(chunks) > 1 else state["model0"]
+    model_state = dict(state) if len(chunks) > 1 else state["model0"]
     state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=_OPTIMIZER_METADATA)
     if with_random_state:
         state["random_state"] = ShardedObject(
@@ -343,7 +342,7 @@ def _barrier() -> None:
 
 
 def _gathered(value: Any) -> list[Any]:
-    """`value` of every rank, in rank order."""
+    """All-gather `value` of every rank, in rank order."""
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, value)
     return everyone

@@ -1,7 +1,7 @@
-"""The checkpoints directory of a run on disk: which checkpoints there are, which one counts, and whether one is whole.
+"""The checkpoints directory of a run on disk: find checkpoints, select the one to resume from, verify it, and retire old ones.
 
-Layout: step_0000123/ (the tensors, run.json, checksums.json), latest (the name of the newest). A checkpoint is written as
-step_0000123.partial and renamed when it is whole; one that proves damaged is renamed to step_0000123.damaged and left for people.
+Layout: step_0000123/ (tensors, run.json, checksums.json), latest (the name of the newest checkpoint). A checkpoint is written as
+step_0000123.partial and renamed when it is complete. A damaged one is renamed to step_0000123.damaged and never deleted.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _CHUNK_BYTES = 2**24
 
 
 def step_directory(directory: Path, step: int) -> Path:
-    """Where the checkpoint of a step stands when it is whole."""
+    """Path of the complete checkpoint of a step."""
     return directory / f"step_{step:07d}"
 
 
 def begin(final: Path) -> Path:
-    """An empty directory to write the checkpoint `final` into; what crashes left half-written or half-removed goes, whichever step it
-    was. No other save may be going on."""
+    """Create an empty directory to write the checkpoint `final` into. Deletes the partly written or partly removed checkpoints that crashes
+    left, of any step, so no other save may be in progress."""
     for suffix in (_PARTIAL, _RETIRED):
         for leftover in final.parent.glob(f"step_*{suffix}"):
             shutil.rmtree(leftover)
@@ -43,13 +43,14 @@ def checksums_of(paths: Iterable[Path]) -> dict[str, str]:
 
 
 def complete(partial: Path, final: Path, *, checksums: dict[str, str], keep_last: int) -> None:
-    """Give a written checkpoint its name, then let `latest` name it, then retire old ones: whatever moment a crash picks, `latest`
-    names a whole checkpoint or one before it is found.
+    """Rename a written checkpoint to its final name, then update `latest`, then retire old checkpoints. In this order a crash at any moment
+    leaves either a complete checkpoint in `latest` or an earlier one that `candidates` finds.
 
     Args:
-        partial, final: of `begin`.
-        checksums: of every file in it.
-        keep_last: newest checkpoints kept; 0 keeps all.
+        partial: directory that `begin` returned.
+        final: final path of the checkpoint.
+        checksums: checksums of all its files.
+        keep_last: number of newest checkpoints to keep; 0 keeps all.
     """
     _write(partial / _CHECKSUMS, json.dumps(checksums, indent=1))
     sync_path(partial)
@@ -64,12 +65,12 @@ def complete(partial: Path, final: Path, *, checksums: dict[str, str], keep_last
 
 
 def abandon(partial: Path) -> None:
-    """Remove what a failed save left, as far as that is possible: a full disk wants its space back."""
+    """Delete the files of a failed save, ignoring errors, to free their disk space."""
     shutil.rmtree(partial, ignore_errors=True)
 
 
 def point_latest_at(checkpoint: Path) -> None:
-    """Let `latest` name a checkpoint, at once or not at all."""
+    """Atomically write the name of a checkpoint into `latest`."""
     temporary = checkpoint.parent / (LATEST + ".tmp")
     _write(temporary, checkpoint.name + "\n")
     temporary.replace(checkpoint.parent / LATEST)
@@ -77,29 +78,30 @@ def point_latest_at(checkpoint: Path) -> None:
 
 
 def candidates(directory: Path) -> list[Path]:
-    """Checkpoints to try, best first: the one that `latest` names, then the others from the newest step down. For one process."""
-    for replaced in directory.glob(f"step_*{_REPLACED}"):  # a crash came between two renames
+    """Checkpoints to resume from, in order of preference: the one in `latest`, then the others from the newest step down. Call it on one
+    rank only, because it may rename directories."""
+    for replaced in directory.glob(f"step_*{_REPLACED}"):  # left by a crash between two renames
         final = replaced.with_suffix("")
         if not final.exists():
             replaced.rename(final)
-    found = sorted(_whole(directory), reverse=True)
+    found = sorted(_complete(directory), reverse=True)
     pointer = directory / LATEST
     if pointer.is_file():
         named = directory / (pointer.read_text().strip() or "nothing")
-        later = [path for path in found if path.name > named.name]  # abandoned: the run was sent back to an earlier step
+        later = [path for path in found if path.name > named.name]  # abandoned: the run was reset to an earlier step
         found = [named, *(path for path in found if path != named and path not in later), *later]
     return found
 
 
 def damage(checkpoint: Path, *, share: int = 0, shares: int = 1) -> str | None:
-    """What is wrong with a checkpoint's files, in words; None if nothing is.
+    """Return a description of the damage to a checkpoint's files; None if it is intact.
 
     Args:
-        checkpoint: its directory.
-        share, shares: check every `shares`-th file from number `share` on, so that ranks can divide the reading.
+        checkpoint: directory of the checkpoint.
+        share, shares: check every `shares`-th file, starting with file `share`, to divide the reading among ranks.
     """
     if not checkpoint.is_dir():
-        return "it is not there"
+        return "it does not exist"
     try:
         checksums = json.loads((checkpoint / _CHECKSUMS).read_text())
     except (OSError, ValueError) as error:
@@ -107,14 +109,14 @@ def damage(checkpoint: Path, *, share: int = 0, shares: int = 1) -> str | None:
     for name in sorted(checksums)[share::shares]:
         try:
             if _checksum(checkpoint / name) != checksums[name]:
-                return f"{name} is not what was written (its checksum differs)"
+                return f"{name} has changed since it was written (its checksum differs)"
         except OSError as error:
             return f"{name} cannot be read ({error})"
     return None
 
 
 def set_aside(checkpoint: Path) -> Path | None:
-    """Rename a damaged checkpoint, so that nobody takes it for a good one; None if there is nothing to rename."""
+    """Rename a damaged checkpoint, so that it is not used again; return the new path, or None if the checkpoint does not exist."""
     if not checkpoint.exists():
         return None
     number, aside = 1, checkpoint.with_name(checkpoint.name + _DAMAGED)
@@ -124,22 +126,22 @@ def set_aside(checkpoint: Path) -> Path | None:
     return checkpoint.rename(aside)
 
 
-def _whole(directory: Path) -> list[Path]:
+def _complete(directory: Path) -> list[Path]:
     return [path for path in directory.glob("step_*") if path.is_dir() and path.name.removeprefix("step_").isdigit()]
 
 
 def _retire(newest: Path, keep_last: int) -> None:
     if keep_last < 1:
         return
-    # by age and not by number: a run that was sent back to an earlier step goes on from there
-    others = sorted((path for path in _whole(newest.parent) if path != newest), key=lambda path: (path.stat().st_mtime, path.name))
+    # by age and not by step: a run that was reset to an earlier step continues from there
+    others = sorted((path for path in _complete(newest.parent) if path != newest), key=lambda path: (path.stat().st_mtime, path.name))
     for path in others[: max(0, len(others) - (keep_last - 1))]:
-        retired = path.rename(path.with_name(path.name + _RETIRED))  # a crash leaves no ruin under a good name
+        retired = path.rename(path.with_name(path.name + _RETIRED))  # so that a crash leaves no partly removed directory under a valid name
         shutil.rmtree(retired, ignore_errors=True)
 
 
 def _checksum(path: Path) -> str:
-    """XXH3-64, hex; what was read is on the disk afterwards, and not only in its cache."""
+    """XXH3-64 of a file, hex; also fsyncs the file."""
     digest = xxhash.xxh3_64()
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
@@ -156,7 +158,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def sync_path(path: Path) -> None:
-    """Bring a file, or the names in a directory, to the disk: names are there only when their directory is."""
+    """fsync a file or a directory; a new file name is durable only after the fsync of its directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

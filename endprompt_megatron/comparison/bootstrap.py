@@ -1,11 +1,12 @@
-"""How sure is a score, and a difference of two? Bootstrap intervals over samples, paired comparison of two models on the same samples, and
-several seeds combined, where the seed is the unit."""
+"""Uncertainty of scores and of their differences: bootstrap intervals over samples, paired comparison of two models on the same samples,
+and intervals over seeds."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from scipy import stats
@@ -13,9 +14,10 @@ from scipy import stats
 from endprompt_megatron.comparison.statistics import sign_flip_test, summarize
 from endprompt_megatron.errors import DataError
 
+_SampleId = TypeVar("_SampleId", bound=Hashable)
 CONFIDENCE = 0.95
 _RESAMPLES = 9999
-_BATCH = 2**22  # resampled values held at once
+_BATCH = 2**22  # resampled values in memory at a time
 _FEWEST_SEEDS = 3
 
 
@@ -24,13 +26,14 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean.
 
-    Equal values give (mean, mean): no resample differs. That is no certainty, least of all for few samples that all score 0 or 100.
+    Equal values give (mean, mean), because all resamples are equal. This does not mean certainty, especially for few samples that all score
+    0 or 100.
 
     Args:
-        values: a score each; at least two, or there is no spread to learn from.
+        values: one score per sample; at least two, because one value has no spread.
         confidence: between 0 and 1.
-        seed: of the resamples.
-        resamples: how many.
+        seed: seed of the resampling.
+        resamples: number of resamples.
     Returns:
         (lower, upper); both NaN for fewer than two values.
     """
@@ -58,10 +61,10 @@ class PairedComparison:
 
     Attributes:
         difference: first minus second, mean over common samples.
-        interval: percentile bootstrap interval of it over samples; NaN for fewer than two.
-        p: two-sided sign-flip permutation test, a sample is a unit; NaN for fewer than two.
-        samples: common to both.
-        left_out: that only one of them has.
+        interval: percentile bootstrap interval of the difference over samples; NaN for fewer than two samples.
+        p: two-sided sign-flip permutation test with the sample as unit; NaN for fewer than two samples.
+        samples: number of samples common to both.
+        left_out: number of samples that only one of them has.
     """
 
     difference: float
@@ -72,27 +75,27 @@ class PairedComparison:
 
 
 def paired_comparison(
-    first: Mapping[Hashable, float], second: Mapping[Hashable, float], *, confidence: float = CONFIDENCE, seed: int = 0
+    first: Mapping[_SampleId, float], second: Mapping[_SampleId, float], *, confidence: float = CONFIDENCE, seed: int = 0
 ) -> PairedComparison:
-    """Compare two models by the samples that both answered.
+    """Compare two models on the samples that both have.
 
     Args:
         first, second: {sample id: score}; equal ids must be the same prompt.
-        confidence: of the interval.
-        seed: of the resamples.
+        confidence: confidence level of the interval.
+        seed: seed of the resampling.
     Raises:
-        DataError: no sample in common.
+        DataError: no common sample.
     """
     common = [sample for sample in first if sample in second]
     if not common:
         raise DataError(
-            f"none of {len(first)} and {len(second)} samples is common to both: a paired comparison needs the same samples. "
+            f"{len(first)} and {len(second)} samples have none in common: a paired comparison needs the same samples. "
             f"Evaluate both models with the same task, length, seed and tokenizer."
         )
     differences = np.array([first[sample] - second[sample] for sample in common], dtype=np.float64)
     return PairedComparison(
         float(differences.mean()),
-        bootstrap_interval(differences, confidence=confidence, seed=seed),
+        bootstrap_interval(differences.tolist(), confidence=confidence, seed=seed),
         sign_flip_test(differences),
         len(common),
         len(first) + len(second) - 2 * len(common),
@@ -104,10 +107,10 @@ class SeedSummary:
     """A score over seeds.
 
     Attributes:
-        mean: over seeds.
-        deviation: standard deviation (n - 1) over seeds; NaN for one.
-        interval: Student's t interval of the mean, a seed is a unit; NaN for fewer than three.
-        seeds: how many.
+        mean: mean over seeds.
+        deviation: standard deviation (n - 1) over seeds; NaN for one seed.
+        interval: Student's t interval of the mean with the seed as unit; NaN for fewer than three seeds.
+        seeds: number of seeds.
     """
 
     mean: float
@@ -119,12 +122,12 @@ class SeedSummary:
 def combine_seeds(values: Sequence[float], *, confidence: float = CONFIDENCE) -> SeedSummary:
     """Mean, deviation and interval over seeds.
 
-    With as few units as there are seeds a bootstrap is far too narrow (three seeds have ten different resamples), so the interval is
-    Student's. For two seeds it would be 18 standard deviations wide, which says nothing; they get none.
+    The interval is Student's, because a bootstrap over so few units is far too narrow (three seeds have ten different resamples). For two
+    seeds it would be 18 standard deviations wide and therefore useless, so it is NaN.
 
     Args:
-        values: a score a seed; NaN where one was not measured.
-        confidence: of the interval.
+        values: one score per seed; NaN for one that was not measured.
+        confidence: confidence level of the interval.
     """
     found = summarize(list(values))
     interval = (math.nan, math.nan)

@@ -1,5 +1,5 @@
-"""Scores of recipes/evaluate.py by task, length and sample: what recipes/compare.py reads of runs whose models were also put to RULER,
-LongBench or short tasks."""
+"""Reads scores of recipes/evaluate.py by task, length and sample. recipes/compare.py uses them for runs whose models were also evaluated on
+RULER, LongBench or other suites."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from statistics import fmean
 from typing import Any
 
 from endprompt_megatron.errors import DataError
+from endprompt_megatron.evaluation.earlier_results import with_identity
 
-FOLDER = "evaluation_suites"  # in a run's directory: an output_dir of recipes/evaluate.py, or one for each suite
+FOLDER = "evaluation_suites"  # in the directory of a run: an output_dir of recipes/evaluate.py, or one per suite
 _RESULTS = "results.json"
 SampleId = tuple[int, str]
 
 
 @dataclass(frozen=True, order=True)
 class Key:
-    """What was asked.
+    """What a score is of.
 
     Attributes:
-        suite, task: e.g. ruler, niah_single_1.
+        suite: e.g. ruler.
+        task: name of the task in results.json, which includes the haystack; e.g. niah_single_1. Never parsed.
         length: of prompts in tokens; 0 where the task has no lengths.
     """
 
@@ -33,14 +35,14 @@ class Key:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """How one model did in one task at one length.
+    """The score of one model in one task at one length.
 
     Attributes:
-        score: mean over samples, 0 to 100.
-        samples: {(index, what would have been right): score}; the same question to two models has the same key. Questions about one
-            haystack are one sample, whose score is their mean: they are not independent of each other.
+        score: mean over samples, in the task's unit.
+        samples: {(index, references): score}. The same question has the same key for every model. Questions about one text are not
+            independent of each other, so they form one sample, whose score is their mean.
         conditions: of the evaluation.
-        entry: its row of results.json.
+        entry: the score's entry in results.json, with `task_id` and `haystack`.
     """
 
     score: float
@@ -53,12 +55,12 @@ Evaluation = Mapping[Key, TaskScore]
 
 
 def read_evaluation(directory: Path) -> dict[Key, TaskScore]:
-    """The scores of one model; empty where there are none.
+    """Reads the scores of one model; empty where there are none.
 
     Args:
-        directory: that holds results.json of recipes/evaluate.py, or folders that do.
+        directory: searched recursively for results.json of recipes/evaluate.py.
     Raises:
-        DataError: a file is damaged or missing, or one task and length was scored twice.
+        DataError: a file is damaged or missing, or there are two scores of one task and length.
     """
     found: dict[Key, TaskScore] = {}
     for path in sorted(Path(directory).rglob(_RESULTS)):
@@ -66,7 +68,7 @@ def read_evaluation(directory: Path) -> dict[Key, TaskScore]:
             results = json.loads(path.read_text())
             scores = {
                 Key(entry["suite"], entry["task"], entry["length"] or 0): TaskScore(
-                    float(entry["score"]), _samples(path.parent / entry["records"]), results["conditions"], entry
+                    float(entry["score"]), _samples(path.parent / entry["records"]), results["conditions"], with_identity(entry)
                 )
                 for entry in results["scores"]
             }
@@ -81,10 +83,10 @@ def read_evaluation(directory: Path) -> dict[Key, TaskScore]:
 
 def _samples(path: Path) -> dict[SampleId, float]:
     records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    together: dict[int, list[dict[str, Any]]] = {}
+    by_text: dict[int, list[dict[str, Any]]] = {}
     for record in records:
-        together.setdefault(record.get("haystack", record["index"]), []).append(record)
+        by_text.setdefault(record.get("haystack", record["index"]), []).append(record)
     return {
         (number, json.dumps([record.get("references") for record in group])): fmean(float(record["score"]) for record in group)
-        for number, group in together.items()
+        for number, group in by_text.items()
     }

@@ -1,32 +1,32 @@
-"""Models compared by their scores of recipes/evaluate.py: by task and length, seeds combined, and paired on the samples that two of them
-answered."""
+"""Compares models by their scores of recipes/evaluate.py, for each task and length. Seeds are combined, and differences are paired by
+sample."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from endprompt_megatron.comparison.bootstrap import PairedComparison, SeedSummary, combine_seeds, paired_comparison
-from endprompt_megatron.comparison.paired_evaluations import Evaluation, Key, SampleId
+from endprompt_megatron.comparison.paired_evaluations import Evaluation, Key, SampleId, TaskScore
+from endprompt_megatron.evaluation.tasks import PERPLEXITY
 
-# conditions under which equal questions can still get other scores
-_DECISIVE = ("harness", "backend", "dtype", "bos", "chat_template", "seed")
+# conditions that change scores although the questions are the same
+_COMPARED_CONDITIONS = ("harness", "backend", "dtype", "bos", "chat_template", "seed")
 
 
 @dataclass(frozen=True)
 class TaskComparison:
-    """One task at one length: a model's score, and against a reference.
+    """A model's score in one task at one length, and its difference to a reference.
 
     Attributes:
-        key: what was asked.
-        score: over the seeds of the training.
-        difference: to the reference, on the samples that both answered, each sample's score averaged over the common seeds: it knows the
-            noise of the samples, not that of training. None where nothing is common, or this is the reference.
-        seeds: common to both.
-        differing: conditions that are not the same, so that the difference is not of the models alone.
+        key: task and length.
+        score: over the training seeds.
+        difference: to the reference, on the samples of both, with each sample's score averaged over the common seeds. It includes the noise
+            of the samples, not that of training. None where no sample is common, or where this model is the reference.
+        seeds: number of seeds common to both.
+        differing: conditions that differ, so that the difference is not due to the models alone.
     """
 
     key: Key
@@ -37,44 +37,45 @@ class TaskComparison:
 
 
 def compare_evaluations(models: Mapping[str, Mapping[int, Evaluation]], reference: str) -> dict[str, list[TaskComparison]]:
-    """Every model against the reference in every task and length that it was put to.
+    """Compares every model with the reference in each of its tasks and lengths.
 
     Args:
-        models: {label: {seed of the training: scores}}.
-        reference: a label; where it has no scores there are no differences.
+        models: {label: {training seed: scores}}.
+        reference: a label. Where it has no scores, there are no differences.
     Returns:
-        {label: in the order of suite, task, length}.
+        {label: comparisons, sorted by suite, task and length}.
     """
-    theirs = models.get(reference, {})
+    of_reference = models.get(reference, {})
     found = {}
-    for label, mine in models.items():
-        keys = sorted({key for scores in mine.values() for key in scores})
-        found[label] = [_task_comparison(key, mine, {} if label == reference else theirs) for key in keys]
+    for label, own in models.items():
+        keys = sorted({key for scores in own.values() for key in scores})
+        found[label] = [_task_comparison(key, own, {} if label == reference else of_reference) for key in keys]
     return found
 
 
-def _task_comparison(key: Key, mine: Mapping[int, Evaluation], theirs: Mapping[int, Evaluation]) -> TaskComparison:
-    score = combine_seeds([scores[key].score for scores in mine.values() if key in scores])
-    seeds = [seed for seed in mine if key in mine[seed] and key in theirs.get(seed, {})]
-    pairs = [(mine[seed][key], theirs[seed][key]) for seed in seeds]
-    differing = {name for own, other in pairs for name in _differing(key, own.conditions, other.conditions)}
+def _task_comparison(key: Key, model: Mapping[int, Evaluation], reference: Mapping[int, Evaluation]) -> TaskComparison:
+    score = combine_seeds([scores[key].score for scores in model.values() if key in scores])
+    seeds = [seed for seed in model if key in model[seed] and key in reference.get(seed, {})]
+    pairs = [(model[seed][key], reference[seed][key]) for seed in seeds]
+    differing = {name for own, other in pairs for name in _differing(key, own, other)}
     first, second = (_mean_over_seeds(pair[side].samples for pair in pairs) for side in (0, 1))
     difference = paired_comparison(first, second) if first.keys() & second.keys() else None
     return TaskComparison(key, score, difference, len(seeds), tuple(sorted(differing)))
 
 
-def _differing(key: Key, own: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
-    """Names of the conditions of two evaluations that are not the same."""
-    found = {name for name in _DECISIVE if own.get(name) != other.get(name)}
-    for group, name in (("num_fewshot", key.task), ("perplexity", "stride")):
-        applies = group == "num_fewshot" or group == key.suite
-        if applies and (own.get(group) or {}).get(name) != (other.get(group) or {}).get(name):
+def _differing(key: Key, own: TaskScore, other: TaskScore) -> set[str]:
+    """Names of the conditions in which two scores of a task differ."""
+    conditions, others = own.conditions, other.conditions
+    found = {name for name in _COMPARED_CONDITIONS if conditions.get(name) != others.get(name)}
+    settings = [("num_fewshot", own.entry["task_id"])] + ([("perplexity", "stride")] if key.suite == PERPLEXITY else [])
+    for group, name in settings:
+        if (conditions.get(group) or {}).get(name) != (others.get(group) or {}).get(name):
             found.add(f"{group}.{name}")
     return found
 
 
 def _mean_over_seeds(seeds: Iterable[Mapping[SampleId, float]]) -> dict[SampleId, float]:
-    """The mean score of every sample that was put to all seeds."""
+    """Mean score of every sample that all seeds have."""
     scored: Sequence[Mapping[SampleId, float]] = list(seeds)
     if not scored:
         return {}

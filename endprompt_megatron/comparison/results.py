@@ -1,4 +1,4 @@
-"""The numbers of a study: what finished runs measured, by method and seed, and what each cost."""
+"""The results of a study: scores and cost of its finished runs, by method and seed."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ BASE = "base, untouched"
 
 @dataclass(frozen=True)
 class RunResult:
-    """What one run measured.
+    """The results of one run.
 
     Attributes:
-        label: its row.
+        label: its row in tables.
         seed: its seed.
-        summary: its summary.json.
-        system: the trained system of its evaluation.json (the untrained one where the method trains nothing).
-        conditions: of its evaluation.json.
-        step_seconds: time of its fastest step, in seconds: other jobs on the machine only ever add; NaN without training.
-        peak_memory_gib: of one rank in training, over all sittings.
-        suites: scores of recipes/evaluate.py in the run's evaluation_suites/; empty where there are none.
+        summary: content of its summary.json.
+        system: the trained system of its evaluation.json, or the untrained system if the method trains nothing.
+        conditions: the conditions in its evaluation.json.
+        step_seconds: time of its fastest step in seconds, because other jobs on the machine can only slow steps down; NaN without training.
+        peak_memory_gib: peak memory of one rank in training, over all attempts of the run.
+        suites: scores of recipes/evaluate.py in the run's evaluation_suites/; empty if there are none.
     """
 
     label: str
@@ -46,11 +46,11 @@ class RunResult:
 
     @property
     def train_seconds(self) -> float:
-        """What its training costs on this machine when nothing else runs."""
+        """Training time without other load on the machine: steps times the time of the fastest step."""
         return self.summary["steps"] * self.step_seconds if self.summary["steps"] else 0.0
 
     def scores(self, task: str) -> dict[int, dict[str, Any]]:
-        """{length: figures} of a retrieval task."""
+        """{length: scores} of a retrieval task."""
         return {int(length): found for length, found in (self.system.get(task) or {}).items()}
 
     def perplexity(self) -> dict[int, float]:
@@ -59,22 +59,22 @@ class RunResult:
 
 
 def read_run(directory: Path, *, label: str | None = None, seed: int | None = None, with_suites: bool = True) -> list[RunResult]:
-    """The results of a finished run; beside its own row that of the untouched base, where the run probed it.
+    """Read the result of a finished run, and a second one for the unchanged base if the run probed it.
 
     Args:
         directory: output directory of recipes/extend.py.
-        label: of the row; None takes the run's method.
-        seed: None takes the run's own.
+        label: label of the row; None uses the run's method.
+        seed: None uses the seed of the run.
         with_suites: whether to read the scores of recipes/evaluate.py as well.
     Raises:
-        DataError: the directory holds no finished run with probes, or scores that cannot be read.
+        DataError: the directory has no finished run with probes, or its scores cannot be read.
     """
     try:
         summary = json.loads((Path(directory) / "summary.json").read_text())
         evaluation = json.loads((Path(directory) / "evaluation.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise DataError(
-            f"{directory} holds no finished run with probes ({error}). Finish it with recipes/extend.py and probes.enabled=true."
+            f"{directory} has no finished run with probes ({error}). Finish it with recipes/extend.py and probes.enabled=true."
         ) from error
     systems = evaluation["systems"]
     own = systems.get("trained" if summary["steps"] else "untrained")
@@ -93,7 +93,7 @@ def read_run(directory: Path, *, label: str | None = None, seed: int | None = No
 
 
 def fault_of(directory: Path) -> str | None:
-    """Why the results of a run cannot be read, or None. Running it again would not mend the scores of recipes/evaluate.py."""
+    """Why the results of a run cannot be read, or None. It ignores the scores of recipes/evaluate.py, which a new run would not repair."""
     try:
         read_run(directory, with_suites=False)
     except DataError as error:
@@ -113,10 +113,10 @@ def read_outcomes(outcomes: Iterable[RunOutcome]) -> tuple[list[RunResult], list
 
 
 def distinct(results: list[RunResult]) -> list[RunResult]:
-    """One run a label and seed; of the untouched base, which many runs may have probed, the first.
+    """Keep one result per label and seed. For the unchanged base, which many runs may have probed, it keeps the first.
 
     Raises:
-        ConfigError: two runs of one label and seed: they would count as two seeds.
+        ConfigError: two runs have the same label and seed; they would count as two seeds.
     """
     kept: dict[tuple[str, int], RunResult] = {}
     for result in results:
@@ -125,15 +125,17 @@ def distinct(results: list[RunResult]) -> list[RunResult]:
         elif result.label != BASE:
             raise ConfigError(
                 f"two runs are {result.label} with seed {result.seed} ({kept[result.label, result.seed].summary['experiment']} and "
-                f"{result.summary['experiment']}): give one a label of its own, collect=['LABEL=DIR']."
+                f"{result.summary['experiment']}): give one of them another label with collect=['LABEL=DIR']."
             )
     return list(kept.values())
 
 
 def check_comparable(results: list[RunResult]) -> list[str]:
-    """Where runs were not asked the same: a line each. Different windows or probes make their numbers no comparison."""
+    """Describe differences in windows or probes between runs, one line per run. Scores of such runs are not comparable."""
+    if not results:
+        return []
     notes = []
-    first = results[0] if results else None
+    first = results[0]
     free = {"seed", "end_prompt_tokens", "learning_rate", "global_batch_size", "device"}
     for result in results[1:]:
         differing = [key for key, value in first.conditions.items() if key not in free and result.conditions.get(key, value) != value]
@@ -148,7 +150,7 @@ def check_comparable(results: list[RunResult]) -> list[str]:
 
 
 def by_label(results: Iterable[RunResult]) -> dict[str, list[RunResult]]:
-    """{label: its runs in the order of seeds}, labels in order of appearance."""
+    """{label: its runs sorted by seed}, labels in order of appearance."""
     grouped: dict[str, list[RunResult]] = {}
     for result in results:
         grouped.setdefault(result.label, []).append(result)
@@ -156,30 +158,30 @@ def by_label(results: Iterable[RunResult]) -> dict[str, list[RunResult]]:
 
 
 def log_perplexity(run: RunResult) -> float:
-    """Mean over windows of the logarithm of the perplexity, in nats a token; NaN where none was measured."""
+    """Mean over windows of the logarithm of the perplexity, in nats per token; NaN without measurements."""
     values = list(run.perplexity().values())
     return float(np.mean(np.log(values))) if values else math.nan
 
 
 def task_mean(run: RunResult, task: str, figure: str, *, beyond: int = 0) -> float:
-    """Mean over lengths > `beyond` of a figure (exact_match, digit_accuracy, key_log_probability); NaN where none was measured."""
+    """Mean over lengths > `beyond` of a score (exact_match, digit_accuracy, key_log_probability); NaN without measurements."""
     values = [found[figure] for length, found in run.scores(task).items() if length > beyond]
     return float(np.mean(values)) if values else math.nan
 
 
 def native_window(run: RunResult) -> int:
-    """Positions before the stretch."""
+    """The native window of the base, in positions."""
     return round(run.summary["target_length"] / run.summary["rope_factor"])
 
 
 def equal_time_steps(runs: list[RunResult], reference: list[RunResult], *, within: float) -> int | None:
-    """Steps of a method that cost as much time as the reference's run.
+    """Number of steps of a method that take as long as the run of the reference.
 
     Args:
         runs, reference: runs of the method and of the reference.
-        within: share by which the times may differ and still count as equal.
+        within: relative difference up to which times count as equal.
     Returns:
-        the steps, or None where the runs stand for the equal time already (or train nothing).
+        The number of steps; None if the times are equal already or a method trains nothing.
     """
     own = min((run.step_seconds for run in runs if run.summary["steps"]), default=math.nan)
     theirs = min((run.step_seconds for run in reference if run.summary["steps"]), default=math.nan)

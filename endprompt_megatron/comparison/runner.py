@@ -1,5 +1,5 @@
-"""Carry the runs of a study out, each in a process of its own: what is finished stays, what failed is remembered with its reason and tried
-again by the next start, and a stop reaches the run that is going on."""
+"""Runs the runs of a study, each in its own process. Finished runs are kept; failed runs are recorded with a reason and repeated by the
+next start; a stop signal is forwarded to the active runs."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class RunOutcome:
     """How a run ended.
 
     Attributes:
-        request: what was asked.
+        request: the run.
         directory: its output directory.
-        failure: why it failed, in its own words; None where it is finished.
+        failure: its error message; None if it has finished.
     """
 
     request: RunRequest
@@ -45,36 +45,36 @@ class _Running:
     request: RunRequest
     process: subprocess.Popen
     log: Path
-    said_before: int  # bytes of the log that are of earlier attempts
+    log_offset: int  # bytes of the log written by earlier attempts
     note: str
     started: float
 
 
 class Runner:
-    """Runs requests, one or several at a time.
+    """Runs one or more requests at a time.
 
     Args:
-        command: of recipes/extend.py; overrides are appended.
-        directory: where the runs' directories, logs and records go.
-        keep: evaluation | model | all (StudyConfig.keep); what a run loses when it finishes.
-        fault_of: output directory -> why its results cannot be read, or None.
+        command: command of recipes/extend.py; overrides are appended.
+        directory: parent of the runs' output directories, logs and records.
+        keep: evaluation | model | all (StudyConfig.keep); determines what is deleted when a run has finished.
+        fault_of: function of an output directory that returns why its results cannot be read, or None.
     """
 
     def __init__(self, command: list[str], directory: Path, *, keep: str, fault_of: Callable[[Path], str | None]):
         self.command, self.directory, self.keep, self.fault_of = command, Path(directory), keep, fault_of
 
     def check(self, requests: list[RunRequest]) -> None:
-        """Whether what is there was made with the overrides that are wanted now.
+        """Check that existing runs were made with the overrides of these requests.
 
         Raises:
-            ConfigError: names every run that was not.
+            ConfigError: lists every run that was made with other overrides.
         """
         problems = []
         for request in requests:
             stored = self._record(request)
             was, now = sorted((stored or {}).get("overrides") or request.overrides), sorted(request.overrides)
-            if was != now:  # their order matters to none but a key named twice
-                changed = sorted(set(was) ^ set(now)) or ["how often each is named"]
+            if was != now:  # order only matters for a key that occurs twice
+                changed = sorted(set(was) ^ set(now)) or ["how often a key occurs"]
                 problems.append(
                     f"{self.directory / request.name} was made with other overrides (differing: {', '.join(changed)}). Choose another "
                     f"output_dir for the study, give the variant a label of its own, or remove that folder and its {_RECORD_SUFFIX}."
@@ -83,7 +83,7 @@ class Runner:
             raise ConfigError(*problems)
 
     def outcome(self, request: RunRequest) -> RunOutcome | None:
-        """How a run ended, or None if it has not been started or was interrupted."""
+        """The outcome of a run, or None if it has not been started or was interrupted."""
         stored = self._record(request)
         if not stored or stored["status"] == "started":
             return None
@@ -91,18 +91,18 @@ class Runner:
         return RunOutcome(request, directory, stored.get("failure") or self.fault_of(directory))
 
     def steps_of(self, request: RunRequest) -> int | None:
-        """Optimizer steps that a run was started with, or None if it was never started."""
+        """trainer.max_steps of an existing run, or None if it was never started."""
         stored = self._record(request)
         return RunRequest.steps_in(stored.get("overrides") or []) if stored else None
 
     def run_all(self, requests: list[RunRequest], *, jobs: int, after: Callable[[], None]) -> None:
-        """Carry out every run that is not finished, those that failed before included.
+        """Run every request that has not finished, including those that failed before.
 
         Args:
-            jobs: runs at once.
-            after: called after every run that ended.
+            jobs: number of parallel runs.
+            after: called after the end of every run.
         Raises:
-            RunInterrupted: a signal asked to stop; the runs under way were passed it, and go on with the next start.
+            RunInterrupted: a stop signal arrived. It was forwarded to the active runs, which the next start resumes.
         """
         waiting = []
         for request in requests:
@@ -110,38 +110,40 @@ class Runner:
             if found is None or found.failure is not None:
                 waiting.append(request)
         self.directory.mkdir(parents=True, exist_ok=True)
-        count, running, asked = len(waiting), [], []
+        count = len(waiting)
+        running: list[_Running] = []
+        received: list[int] = []
 
-        def pass_on(number: int, frame: object) -> None:
-            """Signal handler while runs are under way."""
-            asked.append(number)
+        def forward(number: int, frame: object) -> None:
+            """Signal handler that forwards stop signals to the active runs."""
+            received.append(number)
             for run in running:
                 with suppress(ProcessLookupError):
                     run.process.send_signal(number)
 
-        previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+        previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
         try:
-            while running or (waiting and not asked):
-                while waiting and len(running) < jobs and not asked:
+            while running or (waiting and not received):
+                while waiting and len(running) < jobs and not received:
                     running.append(self._start(waiting.pop(0), f"run {count - len(waiting)} of {count}"))
                 time.sleep(_POLL_SECONDS)
                 for run in [run for run in running if run.process.poll() is not None]:
                     running.remove(run)
-                    self._finish(run, stopped=bool(asked))
+                    self._finish(run, stopped=bool(received))
                     try:
                         after()
-                    except OSError as error:  # the other runs are worth more than a page
+                    except OSError as error:  # the remaining runs matter more than the page
                         get_logger().warning(f"the page could not be written: {error}")
-        except KeyboardInterrupt:  # the runs got it too
+        except KeyboardInterrupt:  # the terminal sent it to the runs as well
             for run in running:
                 run.process.wait()
             raise
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        if asked:
-            name = signal.Signals(asked[0]).name
-            raise RunInterrupted(f"stopped by {name}; start the same command again: it goes on where it stood")
+        if received:
+            name = signal.Signals(received[0]).name
+            raise RunInterrupted(f"stopped by {name}; start the same command again to resume")
 
     def _start(self, request: RunRequest, note: str) -> _Running:
         directory = self.directory / request.name
@@ -149,16 +151,16 @@ class Runner:
         get_logger().info(f"{note}: {request.name} (log {log})")
         self._write_record(request, status="started")
         arguments = [*self.command, *request.overrides, f"seed={request.seed}", f"output_dir={_quoted(directory)}", f"name={request.name}"]
-        said_before = log.stat().st_size if log.is_file() else 0
+        log_offset = log.stat().st_size if log.is_file() else 0
         with log.open("a") as stream:
             process = subprocess.Popen(arguments, stdout=stream, stderr=subprocess.STDOUT, preexec_fn=end_with_parent)
-        return _Running(request, process, log, said_before, note, time.monotonic())
+        return _Running(request, process, log, log_offset, note, time.monotonic())
 
     def _finish(self, run: _Running, *, stopped: bool) -> None:
         directory, status = self.directory / run.request.name, run.process.returncode
         if status == EXIT_RESUME or (stopped and -status in STOP_SIGNALS):
-            return  # its record says started
-        failure = f"exit status {status}: {_last_words(run)}" if status else self.fault_of(directory)
+            return  # its record stays "started"
+        failure = f"exit status {status}: {_error_line(run)}" if status else self.fault_of(directory)
         self._write_record(run.request, status="failed" if failure else "finished", failure=failure)
         get_logger().info(f"{run.note}: {run.request.name} {failure or 'finished'} after {time.monotonic() - run.started:.0f} s")
         if not failure:
@@ -176,7 +178,7 @@ class Runner:
             return json.loads(self._record_path(request).read_text())
         except FileNotFoundError:
             return None
-        except json.JSONDecodeError:  # cut short: the run itself knows where it stood, and refuses another config
+        except json.JSONDecodeError:  # truncated: the run resumes from its checkpoint, and rejects another config
             return {"status": "started"}
 
     def _write_record(self, request: RunRequest, **values: Any) -> None:
@@ -187,14 +189,14 @@ class Runner:
 
 
 def _quoted(path: Path) -> str:
-    """A path as the value of an override: Hydra's grammar takes most characters only in quotes."""
+    """A path as the value of an override. Hydra's grammar accepts most characters only in quotes."""
     text = str(path)
     return text if re.fullmatch(r"[\w./-]+", text, re.ASCII) else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def _last_words(run: _Running) -> str:
-    """The last line that a run said went wrong."""
-    text = run.log.read_bytes()[run.said_before :].decode(errors="replace")
+def _error_line(run: _Running) -> str:
+    """The last line of a run's log that names an error, or its last line."""
+    text = run.log.read_bytes()[run.log_offset :].decode(errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     named = [line for line in lines if "Error" in line.split(":")[0]]
-    return (named or lines or ["it said nothing"])[-1][:300]
+    return (named or lines or ["no output"])[-1][:300]

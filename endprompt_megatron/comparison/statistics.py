@@ -1,5 +1,5 @@
-"""Is a difference more than chance? Two paired tests against a reference, each of which says what it counts: a t-test whose unit is the
-seed (training and probes anew), and a sign-flip permutation test whose unit is the haystack (the same one put to both models)."""
+"""Paired tests of methods against a reference: a t-test with the seed as unit (each seed repeats training and probes), and a sign-flip
+permutation test with the haystack as unit (both models read the same haystack)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MEASURES = ("log_perplexity", *TASKS)
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean and standard deviation (n - 1) over seeds; the deviation is NaN for one."""
+    """Mean and standard deviation (n - 1) over seeds. The deviation is NaN for one seed."""
 
     mean: float
     deviation: float
@@ -25,7 +25,7 @@ class Summary:
 
 
 def summarize(values: list[float]) -> Summary:
-    """Mean and standard deviation of the values that are numbers."""
+    """Mean and standard deviation of the values, without NaNs."""
     known = [value for value in values if not math.isnan(value)]
     if not known:
         return Summary(math.nan, math.nan, 0)
@@ -34,17 +34,18 @@ def summarize(values: list[float]) -> Summary:
 
 @dataclass(frozen=True)
 class PairedTest:
-    """A method against the reference in one measure.
+    """Comparison of a method with the reference in one measure.
 
     Attributes:
-        label, measure: what is compared; log_perplexity in nats a token (less is better), tasks by the log-probability of the answer in
-            nats (more is better), means over lengths.
-        difference: method minus reference over what both were asked, mean over common seeds.
-        seeds: common seeds.
-        p_seeds: two-sided paired t-test over seeds; NaN with fewer than two.
-        haystacks: put to both (0 for perplexity).
-        p_haystacks: two-sided sign-flip permutation test of the same difference over these; NaN with fewer than two. It knows the noise of
-            the haystacks, not that of training: read it as what these very models do.
+        label: the method.
+        measure: log_perplexity, in nats per token (lower is better), or a task, by the log-probability of the answer in nats (higher is
+            better); means over lengths.
+        difference: method minus reference on common questions, mean over common seeds.
+        seeds: number of common seeds.
+        p_seeds: p of a two-sided paired t-test over seeds; NaN with fewer than two.
+        haystacks: number of haystacks that both read (0 for perplexity).
+        p_haystacks: p of a two-sided sign-flip permutation test of the difference over haystacks; NaN with fewer than two. It covers the
+            variation between haystacks but not between training runs, so it is about these trained models only.
     """
 
     label: str
@@ -57,11 +58,11 @@ class PairedTest:
 
 
 def paired_tests(groups: dict[str, list[RunResult]], reference: str) -> list[PairedTest]:
-    """Every label against the reference in every measure that both have.
+    """Compare every label with the reference in every measure that both have.
 
     Args:
-        groups: from results.by_label.
-        reference: a label of it.
+        groups: {label: runs}, from results.by_label.
+        reference: a key of groups.
     """
     theirs = {run.seed: run for run in groups.get(reference, [])}
     tests = []
@@ -88,12 +89,12 @@ def paired_tests(groups: dict[str, list[RunResult]], reference: str) -> list[Pai
 
 
 def _shares(run: RunResult, other: RunResult, measure: str) -> np.ndarray:
-    """What each haystack (for perplexity: each window) adds to the difference of two runs: they sum to the mean over common lengths of
-    the mean over a length's haystacks. Empty where the runs have nothing in common."""
+    """Contribution of each haystack (for perplexity: each window) to the difference of two runs. The sum is the mean over common lengths of
+    the mean over the haystacks of a length. Empty if the runs have no common questions."""
     if measure not in TASKS:
-        mine, theirs = run.perplexity(), other.perplexity()
-        windows = sorted(mine.keys() & theirs.keys())
-        return np.array([math.log(mine[window] / theirs[window]) / len(windows) for window in windows])
+        own, others = run.perplexity(), other.perplexity()
+        windows = sorted(own.keys() & others.keys())
+        return np.array([math.log(own[window] / others[window]) / len(windows) for window in windows])
     mine, theirs = run.scores(measure), other.scores(measure)
     by_length = []
     for length in sorted(mine.keys() & theirs.keys()):
@@ -105,12 +106,12 @@ def _shares(run: RunResult, other: RunResult, measure: str) -> np.ndarray:
 
 
 def _by_haystack(depths: list[float | None], differences: list[float], *, several: bool) -> list[float]:
-    """Means over the questions of a haystack. Those of one haystack go from its start to its end, so a depth that is not behind the one
-    before begins the next haystack."""
+    """Mean difference per haystack. The questions of one haystack have ascending depths, so a depth that is not larger than the previous
+    one starts a new haystack."""
     haystacks: list[list[float]] = []
-    previous = None
+    previous: float | None = None
     for depth, difference in zip(depths, differences, strict=True):
-        if not (several and haystacks and depth is not None and depth > previous):
+        if not (several and haystacks and depth is not None and previous is not None and depth > previous):
             haystacks.append([])
         haystacks[-1].append(difference)
         previous = depth
@@ -120,14 +121,14 @@ def _by_haystack(depths: list[float | None], differences: list[float], *, severa
 def _t_test(differences: list[float]) -> float:
     if len(differences) < 2:
         return math.nan
-    if np.ptp(differences) == 0:  # no spread, no t: equal runs, or one difference repeated to the bit
+    if np.ptp(differences) == 0:  # t is undefined without spread: equal runs, or the same difference for every seed
         return 1.0 if differences[0] == 0 else math.nan
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
 def sign_flip_test(differences: np.ndarray) -> float:
-    """Two-sided p of a sum of differences under flips of their signs: all of them where they are few, else random ones. NaN for fewer than
-    two."""
+    """Two-sided p of the sum of differences under sign flips: all flips if there are few differences, otherwise random ones. NaN for fewer
+    than two differences."""
     if len(differences) < 2:
         return math.nan
     test = stats.permutation_test(

@@ -1,4 +1,4 @@
-"""What a study is: which methods, how many seeds, compared with which. One dataclass, its rules, and the runs it asks for."""
+"""The config of a study: methods, seeds and reference, with its rules and the list of its runs."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ KEPT = ("evaluation", "model", "all")
 
 @dataclass
 class StudyConfig:
-    """One comparison, as recipes/compare.py takes it.
+    """The config of recipes/compare.py.
 
     Attributes:
-        name: of the study.
-        output_dir: where its runs, its page and its pictures go.
-        base_experiment: of conf/experiment, what every run starts from; may be null where only `collect` names runs.
-        methods: labels of rows: names of conf/method, or labels of your own whose `overrides_of` holds a `method=`.
-        seeds: every method's, unless seeds_of names others.
+        name: name of the study.
+        output_dir: directory for its runs, its page and its figures.
+        base_experiment: name in conf/experiment that every run starts from; may be null if `collect` lists all runs.
+        methods: labels of rows: names in conf/method, or other labels with a `method=` in `overrides_of`.
+        seeds: seeds of every method without an entry in seeds_of.
         seeds_of: {label: seeds}.
-        overrides: of every run, as recipes/extend.py takes them.
+        overrides: overrides of recipes/extend.py for every run.
         overrides_of: {label: further overrides}.
-        reference: label that the others are tested against.
-        budgets: tokens: every run as configured; seconds: methods whose steps cost more or less than the reference's are trained again
-            with as many steps as fit into its time.
-        same_time_within: how far (as a share) two methods' times for a step may differ and still count as the same time.
-        jobs: runs at once; they share the machine, so give each its part (cpu_threads).
-        keep: of a finished run: evaluation (no weights), model (the export), all (training checkpoints too).
-        write_only: start no run; write the page from what is there.
-        collect: output directories of runs made elsewhere, as DIR, a row by its own method, or LABEL=DIR.
-        evaluations: output directories of recipes/evaluate.py, as LABEL=DIR: compare these and no runs. Directories with one label are
-            those of several seeds of the training.
+        reference: label that the other methods are tested against.
+        budgets: tokens: every run as configured; seconds: methods with faster or slower steps than the reference are also trained for
+            as many steps as fit into its time.
+        same_time_within: relative difference up to which the times of two methods count as equal.
+        jobs: number of parallel runs. They share the machine, so limit cpu_threads of each.
+        keep: what to keep of a finished run: evaluation (no weights), model (the export), all (training checkpoints too).
+        write_only: start no run, and write the page from existing results.
+        collect: output directories of other runs, as DIR (the label is the run's method) or LABEL=DIR.
+        evaluations: output directories of recipes/evaluate.py, as LABEL=DIR, to compare instead of runs. Directories with the same label
+            are evaluations of several training seeds.
     """
 
     name: str = "???"
@@ -55,36 +55,36 @@ class StudyConfig:
     evaluations: list[str] = field(default_factory=list)
 
     def validate(self, known_methods: tuple[str, ...]) -> None:
-        """Check every rule at once.
+        """Check all rules.
 
         Args:
             known_methods: names in conf/method.
         Raises:
-            ConfigError: with every problem found.
+            ConfigError: lists every problem.
         """
         if self.evaluations:
             self._validate_evaluations()
             return
         problems = []
         if not (self.methods or self.collect):
-            problems.append("methods=[]: name at least one method, or finished runs in collect, or evaluations.")
+            problems.append("methods=[]: set at least one method, or finished runs in collect, or evaluations.")
         if self.methods and not self.base_experiment:
-            problems.append("base_experiment=null: the runs of `methods` start from an experiment, e.g. base_experiment=tiny_random.")
+            problems.append("base_experiment=null: runs of `methods` need an experiment. Set for example base_experiment=tiny_random.")
         for label in self.methods:
             if label not in known_methods and not any(text.startswith("method=") for text in self.overrides_of.get(label, [])):
                 problems.append(
-                    f"methods: {label} is none of {', '.join(known_methods)}. For a variant name its method, e.g. "
+                    f"methods: {label} is none of {', '.join(known_methods)}. For a variant, set its method, e.g. "
                     f"overrides_of.{label}=[method=endprompt, optim.lr=1e-4]."
                 )
             seeds = self.seeds_of.get(label, self.seeds)
             if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-                problems.append(f"seeds of {label}: {list(seeds)}. Name at least one, each once, none below 0.")
+                problems.append(f"seeds of {label}: {list(seeds)}. Set at least one seed >= 0, each once.")
             if not re.fullmatch(r"[\w.+-]+", label):
-                problems.append(f"methods: the label {label!r} names a directory: use letters, digits and . _ + - alone.")
+                problems.append(f"methods: the label {label!r} is the name of a directory. Use only letters, digits and . _ + -.")
         if len(set(self.methods)) < len(self.methods):
-            problems.append(f"methods={self.methods}: each label once.")
+            problems.append(f"methods={self.methods}: labels must be unique. Remove the repeated one.")
         if len({entry.split("=")[-1] for entry in self.collect}) < len(self.collect):
-            problems.append(f"collect={self.collect}: each directory once.")
+            problems.append(f"collect={self.collect}: directories must be unique. Remove the repeated one.")
         if not self.collect and self.reference not in self.methods:
             problems.append(f"reference={self.reference}: must be one of methods={self.methods}. Set reference to one of them.")
         if not self.budgets or set(self.budgets) - set(BUDGETS):
@@ -96,16 +96,15 @@ class StudyConfig:
         if not 0 < self.same_time_within < 1:
             problems.append(f"same_time_within={self.same_time_within}: must be between 0 and 1. The default is 0.1.")
         for text in [*self.overrides, *(text for texts in self.overrides_of.values() for text in texts)]:
-            for key in ("seed", "output_dir", "name", "+experiment"):
-                if text.startswith(f"{key}="):
-                    problems.append(f"override {text}: the study sets {key} itself.")
+            own = [key for key in ("seed", "output_dir", "name", "+experiment") if text.startswith(f"{key}=")]
+            problems += [f"override {text}: the study sets {key}. Remove this override." for key in own]
             if text.replace(" ", "").lower() == "probes.enabled=false":
-                problems.append(f"override {text}: a run without probes has nothing to compare. Leave it out.")
+                problems.append(f"override {text}: a run without probes has nothing to compare. Remove this override.")
         if problems:
             raise ConfigError(*problems)
 
     def evaluated(self) -> dict[str, list[str]]:
-        """`evaluations` by label, in the order named."""
+        """`evaluations` by label, in their order."""
         found: dict[str, list[str]] = {}
         for entry in self.evaluations:
             label, _, directory = entry.rpartition("=")
@@ -115,18 +114,18 @@ class StudyConfig:
     def _validate_evaluations(self) -> None:
         problems = []
         if self.methods or self.collect:
-            problems.append("evaluations stand alone: leave methods and collect empty.")
+            problems.append("evaluations cannot be combined with methods or collect. Leave those empty.")
         if not all(self.evaluated()):
             problems.append(f"evaluations={self.evaluations}: write LABEL=DIR, e.g. evaluations=\"['base=outputs/a','after=outputs/b']\".")
         elif self.reference not in self.evaluated():
             problems.append(f"reference={self.reference}: no evaluation has this label. Choose one of {', '.join(self.evaluated())}.")
         if len({entry.rpartition("=")[2] for entry in self.evaluations}) < len(self.evaluations):
-            problems.append(f"evaluations={self.evaluations}: each directory once.")
+            problems.append(f"evaluations={self.evaluations}: directories must be unique. Remove the repeated one.")
         if problems:
             raise ConfigError(*problems)
 
     def unused(self) -> list[str]:
-        """What is said of labels that are not in methods, in words."""
+        """Warnings about labels in seeds_of and overrides_of that are not in methods."""
         return [
             f"{key}.{label} is not used: {label} is not in methods"
             for key in ("seeds_of", "overrides_of")
@@ -134,7 +133,7 @@ class StudyConfig:
         ]
 
     def runs(self) -> list[RunRequest]:
-        """The runs of the token budget, one seed of every method before the next: what there is after an hour compares them all."""
+        """The runs of the token budget, ordered by seed, so that early results already compare all methods."""
         requests = [
             RunRequest(label, seed, tuple(self._overrides(label)))
             for label in self.methods
@@ -153,9 +152,9 @@ class RunRequest:
     """One run of a study.
 
     Attributes:
-        label: its row.
-        seed: of weights, sample order, positions and probes.
-        overrides: of recipes/extend.py, without seed and output_dir.
+        label: its row in tables.
+        seed: seed of weights, sample order, positions and probes.
+        overrides: overrides of recipes/extend.py, without seed and output_dir.
         budget: tokens | seconds.
     """
 
@@ -166,16 +165,16 @@ class RunRequest:
 
     @property
     def name(self) -> str:
-        """Of its directory."""
+        """Name of its directory."""
         return f"{self.label}_seed{self.seed}" + ("" if self.budget == "tokens" else f"_same_{self.budget}")
 
     def with_steps(self, steps: int) -> RunRequest:
-        """The same run over another number of optimizer steps."""
+        """The same run with another number of optimizer steps."""
         kept = tuple(text for text in self.overrides if not text.startswith(_STEPS))
         return replace(self, overrides=(*kept, f"{_STEPS}{steps}"))
 
     @staticmethod
     def steps_in(overrides: list[str]) -> int | None:
-        """The number of optimizer steps that overrides name; the last counts."""
+        """The number of optimizer steps in the overrides; the last override counts. None without one."""
         named = [text.removeprefix(_STEPS) for text in overrides if text.startswith(_STEPS)]
         return int(named[-1]) if named else None

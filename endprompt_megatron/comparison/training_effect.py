@@ -1,4 +1,4 @@
-"""What training changed in one run: its result against the same base with the new RoPE and no training, on the same questions and the same
+"""Effect of training in one run: the trained model against the same base with the new RoPE and no training, on the same questions and
 held-out tokens."""
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from endprompt_megatron.comparison.bootstrap import bootstrap_interval
 
 @dataclass(frozen=True)
 class PairedChange:
-    """A change of a measure with its 95% interval over the units that were paired.
+    """Change of a measure with its 95% interval over paired units.
 
     Attributes:
         change: mean of after minus before.
         low, high: bootstrap interval over units.
-        units: how many.
+        units: number of units.
     """
 
     change: float
@@ -31,7 +31,7 @@ class PairedChange:
 
     @property
     def is_shown(self) -> bool:
-        """Whether the interval leaves out zero."""
+        """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 
@@ -40,10 +40,10 @@ class AnswerChange:
     """Right answers of two systems to the same questions.
 
     Attributes:
-        before, after: right answers.
-        questions: asked of both.
-        p: two-sided sign test over the questions that only one of them answered; questions about one fact at several lengths count each,
-            so it is rather too small than too large.
+        before, after: number of right answers.
+        questions: number of questions.
+        p: two-sided sign test over the questions that only one system answered. Questions about one fact at several lengths count
+            separately although they are not independent, so p may be too small.
     """
 
     before: int
@@ -53,7 +53,7 @@ class AnswerChange:
 
 
 def answer_change(before: Mapping[str, Any], after: Mapping[str, Any], lengths: Iterable[int]) -> AnswerChange | None:
-    """Compare {length: figures with records} of two systems at these lengths; None where they were not asked the same."""
+    """Compare {length: scores with records} of two systems at these lengths; None if they have no common questions."""
     pairs: list[tuple[bool, bool]] = []
     for length in lengths:
         mine, theirs = (list((system.get(str(length)) or {}).get("records") or []) for system in (after, before))
@@ -68,7 +68,7 @@ def answer_change(before: Mapping[str, Any], after: Mapping[str, Any], lengths: 
 
 
 def loss_change(before: Mapping[str, Any], after: Mapping[str, Any], lengths: Iterable[int]) -> PairedChange | None:
-    """Compare {length: [mean loss of a block of tokens]} of two systems at these lengths, in nats a token; None where they scored other
+    """Compare {length: [mean loss of a block of tokens]} of two systems at these lengths, in nats per token; None if they scored different
     tokens."""
     differences: list[float] = []
     for length in lengths:

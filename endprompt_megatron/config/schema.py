@@ -1,21 +1,12 @@
 """The typed schema of a run: one dataclass a conf group, with the type, unit, default and meaning of every key. conf/ holds only
-values; the rules that cross groups are in config_rules.py."""
+values; the rules that cross groups are in validation.py."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Optional
-
-from endprompt_megatron.config.precision import FP8_MULTIPLES
-from endprompt_megatron.config.validation import find_problems
-from endprompt_megatron.errors import ConfigError
-
-if TYPE_CHECKING:  # plain numbers only: config imports nothing but errors
-    from endprompt_megatron.planning.architecture import ModelArchitecture
-    from endprompt_megatron.rope.scaling import RopeScaling
+from dataclasses import dataclass, field, replace
+from typing import Any, Optional
 
 # Optional[...] and not `X | None` below: OmegaConf's structured configs read these annotations.
 
@@ -111,7 +102,7 @@ class RopeConfig:
 
     type: str = "pi"
     factor: Optional[float] = None
-    target_context_length: int = "???"  # type: ignore[assignment]
+    target_context_length: int = "???"  # type: ignore[assignment] # OmegaConf: must be given
     original_context_length: Optional[int] = None
     existing_scaling: Optional[str] = None
     theta: Optional[float] = None
@@ -194,7 +185,7 @@ class DataConfig:
     """
 
     directory: str = "datasets"
-    seq_length: int = "???"  # type: ignore[assignment]
+    seq_length: int = "???"  # type: ignore[assignment] # OmegaConf: must be given
     train: list[TextSource] = field(default_factory=list)
     validation: list[TextSource] = field(default_factory=list)
     split: str = "98,2,0"
@@ -244,7 +235,7 @@ class TrainerConfig:
         max_bad_steps: how many bad steps in a row `skip` lets pass before it stops too.
     """
 
-    max_steps: int = "???"  # type: ignore[assignment]
+    max_steps: int = "???"  # type: ignore[assignment] # OmegaConf: must be given
     micro_batch_size: int = 1
     global_batch_size: int = 8
     eval_interval: int = 0
@@ -376,43 +367,6 @@ class RunConfig:
         """Plain nested dict of every value, as config.yaml stores it."""
         return dataclasses.asdict(self)
 
-    def resolve(self, *, window: int) -> list[str]:
-        """Fill in, in place, what follows from other values: rope.factor, rope.ntk_dynamic_factor, the length and the steps of methods
-        that fix them.
-
-        Args:
-            window: positions that the stretch starts from.
-        Returns:
-            what was given and is not used, in words.
-        """
-        rope, notes = self.rope, []
-        if rope.factor is None:
-            rope.factor = 1.0 if rope.type == "none" else rope.target_context_length / window
-        if rope.ntk_dynamic_factor == 0 and math.isfinite(rope.factor):
-            rope.ntk_dynamic_factor = float(math.ceil(rope.factor / 2))
-        if self.method.full_length and self.data.seq_length != rope.target_context_length:
-            notes.append(
-                f"method={self.method.name} trains at full length: samples have rope.target_context_length={rope.target_context_length} "
-                f"tokens, and data.seq_length={self.data.seq_length} is not used"
-            )
-            self.data.seq_length = rope.target_context_length
-        if not self.method.trained and self.trainer.max_steps:
-            notes.append(f"method={self.method.name} trains nothing: trainer.max_steps={self.trainer.max_steps} is not used")
-            self.trainer.max_steps = 0
-        if not self.method.trained and self.control:
-            notes.append(f"method={self.method.name} trains nothing: control=true is not used")
-            self.control = False
-        if not self.method.trained and self.adapter.type != "none":
-            notes.append(f"method={self.method.name} trains nothing: adapter.type={self.adapter.type} is not used")
-            self.adapter = AdapterConfig()
-        if self.adapter.type == "none" and self.adapter != AdapterConfig():
-            notes.append("adapter.type=none: the other keys of adapter are not used; adapter=lora uses them")
-        if self.precision.name not in FP8_MULTIPLES and self.precision != PrecisionConfig(self.precision.name):
-            notes.append(f"precision.name={self.precision.name}: layers in bf16 at the start and the end are of FP8, and not used")
-        if self.method.attention == "full" and self.method.attention_groups != MethodConfig().attention_groups:
-            notes.append(f"method.attention=full: method.attention_groups={self.method.attention_groups} is not used; s2 uses it")
-        return notes
-
     def data_parallel_size(self, world_size: int) -> int:
         """Copies of the model in `world_size` ranks."""
         return world_size // self.parallel.model_parallel_size
@@ -420,32 +374,6 @@ class RunConfig:
     def num_micro_batches(self, world_size: int) -> int:
         """Micro-batches a rank accumulates a step."""
         return self.trainer.global_batch_size // (self.trainer.micro_batch_size * self.data_parallel_size(world_size))
-
-    def validate(
-        self,
-        *,
-        world_size: int,
-        architecture: ModelArchitecture,
-        schemes: tuple[str, ...],
-        prompt_lengths: list[int] | None = None,
-        base_rope: RopeScaling | None = None,
-    ) -> None:
-        """Check every rule at once.
-
-        Args:
-            world_size: ranks of the job.
-            architecture: of the base model.
-            schemes: names of the registered position schemes.
-            prompt_lengths: b of each end prompt of the cue set, once the tokenizer is at hand.
-            base_rope: frequencies of the base model; None for unscaled ones.
-        Raises:
-            ConfigError: with every problem found.
-        """
-        problems = find_problems(
-            self, world_size=world_size, architecture=architecture, schemes=schemes, prompt_lengths=prompt_lengths, base_rope=base_rope
-        )
-        if problems:
-            raise ConfigError(*problems)
 
 
 def expanded(path: str) -> str:
@@ -455,13 +383,16 @@ def expanded(path: str) -> str:
 
 
 def with_expanded_paths(config: RunConfig) -> RunConfig:
-    """The config with every path `expanded`."""
-    sources = [*config.data.train, *config.data.validation, *config.probes.text]
-    for holder, key in (
-        (config, "output_dir"),
-        (config.model, "hf_path"),
-        (config.data, "directory"),
-        *((source, "path") for source in sources),
-    ):
-        setattr(holder, key, expanded(getattr(holder, key)))
-    return config
+    """A copy of the config with every path `expanded`."""
+
+    def sources(found: list[TextSource]) -> list[TextSource]:
+        return [replace(source, path=expanded(source.path)) for source in found]
+
+    data = config.data
+    return replace(
+        config,
+        output_dir=expanded(config.output_dir),
+        model=replace(config.model, hf_path=expanded(config.model.hf_path)),
+        data=replace(data, directory=expanded(data.directory), train=sources(data.train), validation=sources(data.validation)),
+        probes=replace(config.probes, text=sources(config.probes.text)),
+    )

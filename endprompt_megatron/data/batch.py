@@ -1,4 +1,5 @@
-"""A micro-batch on this rank: moved to its device, with the loss weights normalised so that every layout optimises the same loss.
+"""Convert a collated batch to this rank's micro-batch: move it to the device and normalise the loss weights, so that every parallel layout
+optimises the same loss.
 
 Shapes: b micro-batch, S physical sequence, s = S / context-parallel size on this rank.
 """
@@ -16,15 +17,15 @@ from endprompt_megatron.mcore.context_parallel import token_indices
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward step needs.
+    """Inputs of one forward step.
 
     Attributes:
         tokens, labels: int64 [b, s].
         position_ids: int64 [s] or [b, s].
         loss_weights: float32 [b, s]; each sample's weights sum to 1 / b over its S tokens, so that the loss of a micro-batch is the
-            mean over samples of the weighted mean over tokens (eq. 11), whatever the layout.
-        prompt_mask: bool [b, s], True where the label is a token of the end prompt.
-        counted: bool [b, s], True where the loss counts.
+            mean over samples of the weighted mean over tokens (eq. 11), independent of the parallel layout.
+        prompt_mask: bool [b, s], True if the label is a token of the end prompt.
+        counted: bool [b, s], True if the loss weight is positive.
         sample_indices: int64 [b].
     """
 
@@ -38,7 +39,7 @@ class MicroBatch:
 
 
 def to_micro_batch(batch: dict[str, Tensor], device: torch.device) -> MicroBatch:
-    """Normalise the loss weights of a collated batch, take this context-parallel rank's tokens and move them to `device`."""
+    """Normalise the loss weights of a collated batch, select this context-parallel rank's tokens and move them to `device`."""
     weights = batch["loss_weights"]
     totals = weights.sum(dim=1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     size = parallel_state.get_context_parallel_world_size()

@@ -1,4 +1,4 @@
-"""The corpora of a config: named, local or hub texts turned into indexed datasets on first use, and read as text for the probes."""
+"""The corpora of a config. Converts named, local or hub texts into indexed datasets on first use, and reads them as text for the probes."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ _PACKAGE, _INDEXED = "package:", "indexed:"
 
 @dataclass(frozen=True)
 class CorpusState:
-    """What is there of a corpus before a run.
+    """State of a corpus before a run.
 
     Attributes:
-        path: as configured.
-        weight: share in the blend, relative to the others.
-        num_tokens: of its indexed dataset; None where there is none yet.
-        words: what is there, and what the run will do about the rest.
+        path: path in the config.
+        weight: relative weight in the blend.
+        num_tokens: tokens of its indexed dataset; None if it does not exist yet.
+        description: what exists, and what the run will still do.
     """
 
     path: str
     weight: float
     num_tokens: int | None
-    words: str
+    description: str
 
 
 def prepare_corpora(sources: list[TextSource], *, directory: Path, tokenizer: Any, tokenizer_hash: str) -> tuple[Blend, dict[str, str]]:
-    """Fetch and index what is not there yet.
+    """Fetch and index the corpora that do not exist yet.
 
     Args:
         sources: corpora of the config.
-        directory: where texts and indexed datasets are kept.
-        tokenizer, tokenizer_hash: of the base model.
+        directory: directory of texts and indexed datasets.
+        tokenizer, tokenizer_hash: tokenizer of the base model, and its hash.
     Returns:
         (blend, {prefix: SHA-256 of its manifest's inputs}) in the order of the sources.
     Raises:
-        DataError: text that is missing or empty, or an indexed dataset that is damaged or was made with another tokenizer.
+        DataError: a text is missing or empty, or an indexed dataset is damaged or was made with another tokenizer.
     """
     prefixes, hashes = [], {}
     for source in sources:
@@ -75,54 +75,54 @@ def prepare_corpora(sources: list[TextSource], *, directory: Path, tokenizer: An
 
 
 def inspect_corpora(sources: list[TextSource], *, directory: Path, tokenizer_hash: str | None) -> list[CorpusState]:
-    """What is there of each corpus, without fetching, tokenising or writing anything.
+    """Return the state of each corpus, without fetching, tokenising or writing anything.
 
     Args:
         sources: corpora of the config.
-        directory: where texts and indexed datasets are kept.
-        tokenizer_hash: of the base model; None while its tokenizer is not at hand.
+        directory: directory of texts and indexed datasets.
+        tokenizer_hash: hash of the base model's tokenizer; None if the tokenizer is not available yet.
     Raises:
-        ConfigError: a package that nobody knows.
-        DataError: an indexed dataset that is damaged or was made with another tokenizer.
+        ConfigError: unknown package name.
+        DataError: an indexed dataset is damaged or was made with another tokenizer.
     """
     return [_inspect(source, Path(directory), tokenizer_hash) for source in sources]
 
 
 def _inspect(source: TextSource, directory: Path, tokenizer_hash: str | None) -> CorpusState:
-    def state(words: str, num_tokens: int | None = None) -> CorpusState:
-        return CorpusState(source.path, source.weight, num_tokens, words)
+    def state(description: str, num_tokens: int | None = None) -> CorpusState:
+        return CorpusState(source.path, source.weight, num_tokens, description)
 
     prefix = None
     if source.path.startswith(_INDEXED):
         prefix = Path(source.path.removeprefix(_INDEXED))
         if not has_manifest(prefix):
-            return state("not there yet: needed before the run; recipes/prepare_data.py makes it")
+            return state("does not exist yet: create it before the run with recipes/prepare_data.py")
     elif tokenizer_hash is not None:
         try:
             prefix = _prefix(source, directory, tokenizer_hash)
         except DataError as error:
-            return state(f"not there yet: needed before the run ({error})")
+            return state(f"does not exist yet: needed before the run ({error})")
     if prefix is not None and has_manifest(prefix):
         manifest = load_manifest(prefix) if tokenizer_hash is None else check_manifest(prefix, tokenizer_hash=tokenizer_hash)
         return state(f"{manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens in {prefix}", manifest.num_tokens)
     if source.path.startswith(_PACKAGE):
         name, part = _package_part(source.path)
-        there = (directory / "texts" / name / f"{part}.jsonl").is_file()
-        return state("will be tokenised on first use" if there else "not there yet: will be fetched and tokenised on first use")
+        exists = (directory / "texts" / name / f"{part}.jsonl").is_file()
+        return state("will be tokenised on first use" if exists else "does not exist yet: will be fetched and tokenised on first use")
     try:
         files = local_files(source.path)
     except DataError as error:
-        return state(f"not there yet: needed before the run ({error})")
+        return state(f"does not exist yet: needed before the run ({error})")
     if not files:
-        return state("a dataset of the hub: will be fetched and tokenised on first use")
+        return state("a hub dataset: will be fetched and tokenised on first use")
     return state(f"{len(files):,} file{'' if len(files) == 1 else 's'}, will be tokenised on first use")
 
 
 def corpus_texts(sources: list[TextSource], *, directory: Path) -> Iterator[str]:
-    """The documents of the corpora, one corpus after the other.
+    """Yield the documents of the corpora, one corpus after the other.
 
     Raises:
-        DataError: an indexed dataset is named: tokens are no text.
+        DataError: a source is an indexed dataset, which holds tokens instead of text.
     """
     for source in sources:
         if source.path.startswith(_INDEXED):
@@ -131,14 +131,14 @@ def corpus_texts(sources: list[TextSource], *, directory: Path) -> Iterator[str]
 
 
 def check_corpora(sources: list[TextSource], *, directory: Path) -> None:
-    """Fetch what is named as a package and read the first document of each corpus.
+    """Fetch the corpora that are packages, and read the first document of each corpus.
 
     Raises:
         DataError: a corpus is missing, unreadable or empty.
     """
     for source in sources:
         if next(corpus_texts([source], directory=directory), None) is None:
-            raise DataError(f"{source.path}: holds no text. Name a corpus with at least one document.")
+            raise DataError(f"{source.path}: contains no text. Name a corpus with at least one document.")
 
 
 def _resolve(path: str, directory: Path) -> str:
@@ -149,7 +149,7 @@ def _resolve(path: str, directory: Path) -> str:
 
 
 def _package_part(path: str) -> tuple[str, str]:
-    """Name and part, "train" or "heldout", of `package:NAME/PART`."""
+    """Split `package:NAME/PART` into name and part ("train" or "heldout")."""
     name, _, part = path.removeprefix(_PACKAGE).partition("/")
     if name not in SOURCES:
         raise ConfigError(f"{path}: no text of this name. Choose one of {', '.join(SOURCES)}.")
@@ -166,11 +166,11 @@ def _prefix(source: TextSource, directory: Path, tokenizer_hash: str) -> Path:
 
 
 def _identity(source: TextSource) -> str:
-    """What keeps two corpora apart whose names look alike: the files by name and size, or the hub's name, and the column that is read."""
+    """Hash that distinguishes corpora with similar names: names and sizes of the files, or the hub name, and the text column."""
     files = [(str(path.resolve()), path.stat().st_size) for path in local_files(source.path)]
     return hashlib.sha256(json.dumps([files or source.path, source.text_key]).encode()).hexdigest()[:8]
 
 
 def _slug(path: str) -> str:
-    """A readable part of a file name: of a path its end."""
+    """Readable part of a file name, from the end of a path."""
     return re.sub(r"[^A-Za-z0-9]+", "-", path.removeprefix(_PACKAGE)).strip("-").lower()[-40:].strip("-") or "text"

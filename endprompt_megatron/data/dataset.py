@@ -1,4 +1,4 @@
-"""Megatron's GPTDataset with an end prompt in place of the last tokens of each sample, explicit positions and loss weights.
+"""Megatron's GPTDataset in which an end prompt replaces the last tokens of each sample; adds positions and loss weights to each sample.
 
 Shapes: S physical tokens of a sample, a context tokens, b prompt tokens, S = a + b.
 """
@@ -24,12 +24,12 @@ from endprompt_megatron.positions.scheme import SampleLayout, get_scheme
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """The little that Megatron's dataset code asks of a tokenizer.
+    """The tokenizer attributes that Megatron's dataset code reads.
 
     Attributes:
-        vocab_size: tokens of the vocabulary.
-        eod: end-of-document token.
-        sha256: identity of the tokenizer; enters the names of cached indices.
+        vocab_size: number of tokens in the vocabulary.
+        eod: id of the end-of-document token.
+        sha256: hash of the tokenizer; part of the names of cached indices.
     """
 
     vocab_size: int
@@ -38,20 +38,20 @@ class TokenizerFacts:
 
     @property
     def unique_identifiers(self) -> dict[str, str]:
-        """What Megatron hashes into the name of an index cache."""
+        """The values that Megatron hashes into the name of an index cache."""
         return {"class": type(self).__name__, "sha256": self.sha256}
 
 
 @dataclass
 class EndPromptDatasetConfig(GPTDatasetConfig):
-    """GPTDatasetConfig plus the method.
+    """GPTDatasetConfig with the settings of the method.
 
     Attributes:
         position_scheme: name of the scheme.
         target_context_length: L, in positions.
         end_prompts: tokenised cue set; None for schemes without an end prompt.
-        end_prompt_loss_weight: loss weight of prompt tokens; context tokens weigh 1.
-        num_chunks: pieces between which the positions of `pose` and `endprompt_pose` skip.
+        end_prompt_loss_weight: loss weight of prompt tokens; context tokens have weight 1.
+        num_chunks: number of chunks between which the positions of `pose` and `endprompt_pose` skip.
         position_seed: seed of the draws of prompts and positions.
     """
 
@@ -64,23 +64,24 @@ class EndPromptDatasetConfig(GPTDatasetConfig):
 
 
 class EndPromptDataset(GPTDataset):
-    """Samples of exactly S tokens: a = S - b of running text, then the end prompt.
+    """Samples of exactly S tokens: a = S - b tokens of contiguous text, then the end prompt.
 
-    The text of a sample is the first a tokens of the S that GPTDataset draws for it, so at most b tokens a sample go unused and the
-    text of two samples never overlaps. A scheme that chooses its text (`pose`) draws a multiple of S for each sample and leaves the rest.
+    The text is the first a of the S tokens that GPTDataset returns for the sample, so at most b tokens per sample are unused and the texts
+    of two samples never overlap. For a scheme that selects its text (`pose`), GPTDataset returns a multiple of S tokens per sample, and the
+    tokens that are not selected are unused.
     """
 
     config: EndPromptDatasetConfig
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
-        """One sample.
+        """Return one sample.
 
         Args:
-            idx: sample index; None is Megatron's padding sample, whose loss weighs nothing.
+            idx: sample index; None is Megatron's padding sample, with loss weights 0.
         Returns:
-            tokens, labels, position_ids: int64 [S]; loss_weights: float32 [S], the weight of the token's *label*: 1 where the label
-            is text, `end_prompt_loss_weight` where it is a prompt token (token a-1 predicts the first of them), 0 where there is no
-            label (the last token of an end prompt); prompt_mask: bool [S], True where the label is a prompt token; sample_index: [].
+            tokens, labels, position_ids: int64 [S]; loss_weights: float32 [S], the weight of the token's *label*: 1 if the label is
+            text, `end_prompt_loss_weight` if it is a prompt token (token a-1 predicts the first of them), 0 if there is no label (the
+            last token of an end prompt); prompt_mask: bool [S], True if the label is a prompt token; sample_index: [].
         Source: EndPrompt (arXiv 2605.14589), eq. 4, 5 and 11.
         """
         sample = super().__getitem__(idx)
@@ -91,10 +92,11 @@ class EndPromptDataset(GPTDataset):
         if scheme.choose_text is not None:
             layout = SampleLayout(len(tokens) // scheme.text_span, 0, target, num_chunks)
             chosen = torch.from_numpy(scheme.choose_text(layout, self.config.position_seed, index))
-            labels = torch.cat([tokens[chosen[1:]], labels[chosen[-1:]]])  # the next token of the sample, also where the text skips
+            labels = torch.cat([tokens[chosen[1:]], labels[chosen[-1:]]])  # the next token of the drawn text, also at a skip
             tokens, weights = tokens[chosen], weights[chosen]
         prompt_mask = torch.zeros(len(tokens), dtype=torch.bool)
         if scheme.uses_end_prompt:
+            assert self.config.end_prompts is not None
             prompt = torch.from_numpy(self.config.end_prompts.draw(self.config.position_seed, index))
             num_prompt = len(prompt)
             num_context = len(tokens) - num_prompt
@@ -121,14 +123,14 @@ class Blend:
 
     Attributes:
         prefixes: path prefixes of .bin/.idx pairs.
-        weights: relative shares, one a prefix.
+        weights: relative weights, one per prefix.
     """
 
     prefixes: list[str]
     weights: list[float]
 
     def as_megatron(self) -> tuple[list[str], list[float] | None]:
-        """The pair that Megatron's config takes."""
+        """(prefixes, weights) for Megatron's dataset config."""
         return self.prefixes, (self.weights if len(self.prefixes) > 1 else None)
 
 
@@ -149,19 +151,19 @@ def build_datasets(
     end_prompt_loss_weight: float,
     num_chunks: int = 2,
 ) -> tuple[Any, Any]:
-    """Training and validation datasets through Megatron's blended builder.
+    """Build the training and validation datasets with Megatron's blended builder.
 
     Args:
-        train, validation: corpora; without `validation`, `split` cuts the training corpora by documents.
-        split: train,validation,test shares.
+        train, validation: corpora; if `validation` is None, `split` divides the documents of the training corpora.
+        split: shares of train,validation,test.
         seq_length: S.
-        num_train_samples, num_validation_samples: samples to build; 0 validation samples build none.
-        seed: of document and sample order, and of the draws of prompts and positions.
-        cache_dir: where Megatron keeps its index caches.
+        num_train_samples, num_validation_samples: number of samples; 0 validation samples build no validation dataset.
+        seed: seed of the order of documents and samples, and of the draws of prompts and positions.
+        cache_dir: directory of Megatron's index caches.
     Returns:
         (training dataset, validation dataset or None).
     Raises:
-        DataError: the text is too short for a single sample.
+        DataError: the text is too short for one sample.
     """
     common: dict[str, Any] = dict(
         random_seed=seed,
@@ -179,49 +181,49 @@ def build_datasets(
         num_chunks=num_chunks,
         position_seed=seed,
     )
-    wants_validation = num_validation_samples > 0
+    has_validation = num_validation_samples > 0
     if validation is not None:
-        blends = [train.as_megatron(), validation.as_megatron() if wants_validation else None, None]
+        blends = [train.as_megatron(), validation.as_megatron() if has_validation else None, None]
         config = EndPromptDatasetConfig(blend_per_split=blends, **common)
     else:
         config = EndPromptDatasetConfig(blend=train.as_megatron(), split=split, **common)
     if validation is None:
-        _check_split(train, split, wants_validation=wants_validation)
-    # beside weights Megatron wants 0 for a split that is not wanted, without weights None
-    unwanted = 0 if len(train.prefixes) > 1 else None
-    sizes = [num_train_samples, num_validation_samples if wants_validation else unwanted, unwanted]
+        _check_split(train, split, has_validation=has_validation)
+    # Megatron requires size 0 for an unused split of a blend with weights, and None without weights
+    unused = 0 if len(train.prefixes) > 1 else None
+    sizes = [num_train_samples, num_validation_samples if has_validation else unused, unused]
     try:
         built = BlendedMegatronDatasetBuilder(EndPromptDataset, sizes, lambda: True, config).build()
-    except Exception as error:  # Megatron raises bare Exception too
+    except Exception as error:  # Megatron also raises bare Exception
         raise DataError(
             f"Megatron could not cut samples of data.seq_length={seq_length} tokens from {train.prefixes}, with its index cache in "
-            f"{cache_dir}: {type(error).__name__}: {error}. Use more text or a shorter seq_length, and see that data.directory can be "
-            f"written."
+            f"{cache_dir}: {type(error).__name__}: {error}. Use more text or a shorter seq_length, and check that data.directory is "
+            f"writable."
         ) from error
     train_dataset, validation_dataset = built[0], built[1]
     if train_dataset is None or len(train_dataset) == 0:
-        raise DataError(f"no training sample in {train.prefixes}: data.split={split} leaves it no document.")
-    return train_dataset, validation_dataset if wants_validation else None
+        raise DataError(f"no training sample in {train.prefixes}: data.split={split} assigns it no document.")
+    return train_dataset, validation_dataset if has_validation else None
 
 
-def _check_split(blend: Blend, split: str, *, wants_validation: bool) -> None:
-    """Refuse a split that leaves a wanted part of a corpus no document: Megatron would count its epochs for ever."""
+def _check_split(blend: Blend, split: str, *, has_validation: bool) -> None:
+    """Raise if a split assigns no document to a part that is used: Megatron would loop forever while counting its epochs."""
     shares = np.array([float(share) for share in split.split(",")])
     ends = np.cumsum(np.concatenate([[0.0], shares / shares.sum()]))
     for prefix in blend.prefixes:
         documents = len(IndexedDataset(prefix).document_indices) - 1
         counts = np.diff([round(end * documents) for end in ends])
-        for part, count in (("training", counts[0]), *([("validation", counts[1])] if wants_validation else [])):
+        for part, count in (("training", counts[0]), *([("validation", counts[1])] if has_validation else [])):
             if count < 1:
                 raise DataError(
-                    f"{prefix} has {documents} documents, of which data.split={split} leaves {part} none. Use more documents, a larger "
-                    f"share, data.validation with a corpus of its own, or trainer.eval_batches=0 for no validation."
+                    f"{prefix} has {documents} documents, and data.split={split} assigns none of them to {part}. Use more documents, a "
+                    f"larger share, a separate corpus in data.validation, or trainer.eval_batches=0 for no validation."
                 )
 
 
 def sample_order(dataset: Any) -> str:
-    """SHA-256 (hex) over the order of documents and samples of a built dataset: two datasets with the same order yield the same
-    sample for every index that both have. Megatron shuffles all epochs together, so asking for more epochs changes the order."""
+    """SHA-256 (hex) of the order of documents and samples of a built dataset. Two datasets with the same hash return the same sample for
+    every index that both have. Megatron shuffles all epochs together, so a larger number of epochs changes the order."""
     digest = hashlib.sha256()
     for part in getattr(dataset, "datasets", [dataset]):
         digest.update(np.ascontiguousarray(part.document_index).tobytes())
@@ -230,11 +232,11 @@ def sample_order(dataset: Any) -> str:
 
 
 def name_samples(dataset: Any, indices: Iterable[int]) -> list[str]:
-    """ "corpus:index" of samples of a built dataset: the name of the indexed dataset and the sample's number in it.
+    """Names "corpus:index" of samples of a built dataset: the name of the indexed dataset, and the sample's index in it.
 
     Args:
-        dataset: of build_datasets.
-        indices: numbers in the order of training; they wrap at the dataset's length.
+        dataset: from build_datasets.
+        indices: sample indices in training order; they wrap at the dataset's length.
     """
     names = []
     for wrapped in indices:

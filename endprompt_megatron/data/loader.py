@@ -1,7 +1,7 @@
-"""The order of samples: a pure function of how many were consumed, the same in every parallel layout.
+"""Sampler and data loader. The order of samples is a pure function of the number of consumed samples, the same in every parallel layout.
 
-A global batch holds the next `global_batch_size` samples; data-parallel rank r takes, of each group of micro_batch_size x
-data_parallel_size samples, the r-th run of micro_batch_size.
+A global batch consists of the next `global_batch_size` samples. Each group of micro_batch_size x data_parallel_size consecutive samples is
+split into runs of micro_batch_size, and data-parallel rank r takes the r-th run.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from endprompt_megatron.launch.processes import kill_helpers_at_exit, outlast_stop_signals
+from endprompt_megatron.launch.processes import ignore_stop_signals, kill_helpers_at_exit
 
 
 class MicroBatchSampler:
-    """Sample indices of this rank's micro-batches, from `consumed_samples` on, without end (indices wrap at the dataset's length).
+    """Infinite iterator of the sample indices of this rank's micro-batches, starting after `consumed_samples`; indices wrap at the
+    dataset's length.
 
     Args:
         num_samples: length of the dataset.
-        consumed_samples: samples all ranks have consumed before.
-        micro_batch_size: samples of one micro-batch.
-        data_parallel_rank, data_parallel_size: of this rank.
+        consumed_samples: samples already consumed by all ranks together.
+        micro_batch_size: samples per micro-batch.
+        data_parallel_rank, data_parallel_size: this rank's data-parallel rank, and the group's size.
     """
 
     def __init__(self, num_samples: int, *, consumed_samples: int, micro_batch_size: int, data_parallel_rank: int, data_parallel_size: int):
@@ -41,9 +42,9 @@ class MicroBatchSampler:
 
 
 def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stack samples to [b, S]; positions that all samples share become one row [S], so that rotary tables are made once.
+    """Stack samples to [b, S]. If all samples have the same positions, they become one row [S], so that rotary tables are computed once.
 
-    What Megatron's BlendedDataset adds to a sample (the number of its corpus) is left out.
+    Drops the entries that Megatron's BlendedDataset adds to a sample (the index of its corpus).
     """
     batch = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0] if torch.is_tensor(samples[0][key])}
     positions = batch["position_ids"]
@@ -53,12 +54,12 @@ def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def micro_batches(dataset: Dataset[Any], sampler: MicroBatchSampler, *, num_workers: int) -> Iterator[dict[str, torch.Tensor]]:
-    """An endless iterator of collated micro-batches.
+    """Return an infinite iterator of collated micro-batches.
 
     Args:
-        dataset: of samples as EndPromptDataset yields them.
-        sampler: their order.
-        num_workers: loader processes; 0 loads in this one.
+        dataset: dataset with samples of the form of EndPromptDataset.
+        sampler: order of the samples.
+        num_workers: number of loader processes; 0 loads in this process.
     """
     if num_workers:
         kill_helpers_at_exit()
@@ -68,7 +69,7 @@ def micro_batches(dataset: Dataset[Any], sampler: MicroBatchSampler, *, num_work
             batch_sampler=sampler,
             collate_fn=collate,
             num_workers=num_workers,
-            worker_init_fn=outlast_stop_signals,
+            worker_init_fn=ignore_stop_signals,
             pin_memory=torch.cuda.is_available() and num_workers > 0,
         )
     )

@@ -1,6 +1,6 @@
-"""Text to tokens on disk: text_files (of a hub dataset, `datasets`) reads the text, a tokenizer makes ids of it, and Megatron's
-indexed format (`.bin`, `.idx`) holds them, with a manifest beside it that says what they were made from. A dataset that is truncated or was
-made with another tokenizer trains without complaint and to no purpose, so the manifest is checked before every use."""
+"""Tokenise text into Megatron's indexed format (`.bin`, `.idx`). text_files reads local files, `datasets` reads hub datasets. A manifest
+next to the dataset records its source and tokenizer. Training on a truncated dataset, or on one of another tokenizer, raises no error but
+is useless, so the manifest is checked before every use."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from endprompt_megatron.data.text_files import KINDS, files_named, kind_of, read
 from endprompt_megatron.errors import DataError
 from endprompt_megatron.log import Progress, get_logger
 
-BATCH_DOCUMENTS = 64  # documents tokenised at once: enough to keep the tokenizer's threads busy, little memory for books
+BATCH_DOCUMENTS = 64  # documents per tokenizer call: enough for the tokenizer's threads, yet little memory even for books
 MANIFEST_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an indexed dataset was made from and what it holds.
+    """Source and contents of an indexed dataset.
 
     Attributes:
-        source: what was asked for: paths as given, or the hub dataset's name.
+        source: source as configured: paths, or the name of the hub dataset.
         source_files: SHA-256 of each local file, in reading order; empty for a hub dataset.
-        config_name, split, text_key: which part of the source was read.
-        tokenizer_hash: as `checkpoint.hf_tokenizer.hash_tokenizer` gives it.
-        vocab_size: tokens the tokenizer knows.
-        eos_token_id: the end-of-text id, None where the tokenizer has none.
+        config_name, split, text_key: the part of the source that was read.
+        tokenizer_hash: from `checkpoint.hf.tokenizer.hash_tokenizer`.
+        vocab_size: size of the tokenizer's vocabulary.
+        eos_token_id: the end-of-text id; None if the tokenizer has none.
         append_eod: whether each document ends with `eos_token_id`.
-        num_documents, num_tokens: in the .bin file; the end-of-text tokens are counted.
-        num_empty_documents: documents without text, left out.
-        num_replaced_characters: halves of surrogate pairs that stood alone, for which U+FFFD stands in the text.
-        dtype: numpy name of the ids on disk.
+        num_documents, num_tokens: counts of the .bin file, end-of-text tokens included.
+        num_empty_documents: documents without text, which were skipped.
+        num_replaced_characters: lone surrogates that were replaced by U+FFFD.
+        dtype: numpy dtype of the ids on disk.
         bin_bytes, idx_bytes: sizes of the two files.
-        versions: libraries that made it.
-        manifest_version: layout of this record.
+        versions: versions of the libraries that wrote the dataset.
+        manifest_version: version of the manifest format.
     """
 
     source: list[str]
@@ -68,7 +68,7 @@ class Manifest:
     num_replaced_characters: int = 0
 
     def identity(self) -> str:
-        """SHA-256 (hex) of the manifest: equal for datasets made of the same text with the same tokenizer and settings."""
+        """SHA-256 (hex) of the manifest: equal for datasets made from the same text with the same tokenizer and settings."""
         described = {key: value for key, value in asdict(self).items() if key not in ("versions", "source", "num_replaced_characters")}
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
@@ -84,30 +84,30 @@ def prepare_dataset(
     split: str = "train",
     config_name: str | None = None,
 ) -> Manifest:
-    """Tokenise `source` into `<output_prefix>.bin`, `.idx` and `.manifest.json`, or reuse them if they are there already.
+    """Tokenise `source` into `<output_prefix>.bin`, `.idx` and `.manifest.json`, or reuse them if they exist.
 
-    A row is a document; of a .txt file, the whole file. No special tokens are added but the end of text.
+    Each row is a document; a .txt file is one document. No special tokens are added except the end of text.
 
     Args:
-        source: a .jsonl, .json, .parquet or .txt file (plain, .gz or .zst), a folder or glob of them, a list of any of these; or a hub
-            dataset's name.
+        source: a .jsonl, .json, .parquet or .txt file (plain, .gz or .zst), a folder or glob of them, or a list of any of these; or the
+            name of a hub dataset.
         tokenizer: a transformers tokenizer.
-        tokenizer_hash: identifies it; see `checkpoint.hf_tokenizer.hash_tokenizer`.
+        tokenizer_hash: hash of the tokenizer, from `checkpoint.hf.tokenizer.hash_tokenizer`.
         output_prefix: path without suffix.
-        text_key: the column that holds the text.
-        append_eod: end each document with the tokenizer's eos token.
-        split: of a hub dataset.
-        config_name: of a hub dataset that has several.
+        text_key: name of the text column.
+        append_eod: append the tokenizer's eos token to each document.
+        split: split of a hub dataset.
+        config_name: configuration of a hub dataset that has several.
     Returns:
-        the manifest, also on disk.
+        The manifest, also written to disk.
     Raises:
-        DataError: source missing or unreadable, no such column, no text at all, no eos token to append, or the output exists and
-            was made from something else or is damaged.
+        DataError: the source is missing, unreadable or without text, the column or the eos token is missing, or the output exists and is
+            damaged or was made from another source.
     """
     files = local_files(source)
     if append_eod and tokenizer.eos_token_id is None:
         raise DataError("append_eod=True, but the tokenizer has no eos token. Set its eos_token in tokenizer_config.json.")
-    inputs = {
+    inputs: dict[str, Any] = {
         "source": [str(item) for item in _as_list(source)],
         "source_files": [_sha256(path) for path in files],
         "config_name": config_name,
@@ -124,15 +124,15 @@ def prepare_dataset(
 
     dtype = DType.optimal_dtype(len(tokenizer))
     eod = [tokenizer.eos_token_id] if append_eod else []
-    counts = {"num_documents": 0, "num_tokens": 0, "num_empty_documents": 0, "num_replaced_characters": 0}
+    counts: dict[str, Any] = {"num_documents": 0, "num_tokens": 0, "num_empty_documents": 0, "num_replaced_characters": 0}
     with _replacing(output_prefix) as paths, Progress(f"tokenising {Path(output_prefix).name}", None) as progress:
         builder = IndexedDatasetBuilder(str(paths["bin"]), dtype=dtype)
         with builder.data_file:
             for texts in _text_batches(source, files, text_key=text_key, split=split, config_name=config_name):
-                mended = [_encodable(text) for text in texts if text is not None and text.strip()]
-                kept = [text for text, _ in mended]
-                counts["num_replaced_characters"] += sum(replaced for _, replaced in mended)
-                # verbose=False: documents longer than the model's maximum are what we are here for
+                cleaned = [_encodable(text) for text in texts if text is not None and text.strip()]
+                kept = [text for text, _ in cleaned]
+                counts["num_replaced_characters"] += sum(replaced for _, replaced in cleaned)
+                # verbose=False: no warnings about documents longer than the model's maximum, which are expected here
                 encoded = tokenizer(kept, add_special_tokens=False, verbose=False)["input_ids"] if kept else []
                 for ids in filter(None, encoded):
                     builder.add_document(np.asarray(ids + eod), [len(ids) + len(eod)])
@@ -159,24 +159,24 @@ def prepare_dataset(
 
 
 def read_texts(source: str | Path | Sequence[str | Path], *, text_key: str = "text", split: str = "train") -> Iterator[str]:
-    """The documents of a source (as `prepare_dataset` takes it), in order, empty ones left out.
+    """Yield the documents of a source (same form as for `prepare_dataset`) in order, without empty ones.
 
     Raises:
-        DataError: as prepare_dataset.
+        DataError: as for prepare_dataset.
     """
     for batch in _text_batches(source, local_files(source), text_key=text_key, split=split, config_name=None):
         yield from (_encodable(text)[0] for text in batch if text is not None and text.strip())
 
 
 def load_manifest(prefix: Path) -> Manifest:
-    """The manifest of an indexed dataset.
+    """Read the manifest of an indexed dataset.
 
     Raises:
-        DataError: missing, not JSON, or of another layout.
+        DataError: it is missing, is not JSON, or has another format version.
     """
     path = _paths(prefix)["manifest"]
     if not path.is_file():
-        raise DataError(f"{path} does not exist: there is no prepared dataset under this prefix. Run recipes/prepare_data.py.")
+        raise DataError(f"{path} does not exist: no dataset was prepared under this prefix. Run recipes/prepare_data.py.")
     try:
         manifest = Manifest(**json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
@@ -187,17 +187,17 @@ def load_manifest(prefix: Path) -> Manifest:
 
 
 def has_manifest(prefix: Path) -> bool:
-    """Whether an indexed dataset was made under this prefix, to its end."""
+    """Whether a complete indexed dataset exists under this prefix; the manifest is written last."""
     return _paths(prefix)["manifest"].is_file()
 
 
 def check_manifest(prefix: Path, *, tokenizer_hash: str) -> Manifest:
-    """Check that the indexed dataset is there, whole, and made with this tokenizer.
+    """Check that the indexed dataset exists, is complete and was made with this tokenizer.
 
     Returns:
-        its manifest.
+        The manifest.
     Raises:
-        DataError: a file is missing or has another size than when it was written; another tokenizer made it.
+        DataError: a file is missing or its size has changed, or the dataset was made with another tokenizer.
     """
     manifest = load_manifest(prefix)
     for suffix, expected in (("bin", manifest.bin_bytes), ("idx", manifest.idx_bytes)):
@@ -215,11 +215,11 @@ def check_manifest(prefix: Path, *, tokenizer_hash: str) -> Manifest:
 
 
 def _reuse(prefix: Path, inputs: dict[str, Any], existing: list[Path]) -> Manifest:
-    """The manifest of an output that is there already, if it is whole and was made from `inputs`."""
+    """Return the manifest of an existing output; raise if the output is incomplete or was not made from `inputs`."""
     if not _paths(prefix)["manifest"].exists():
-        raise DataError(f"{existing[0]} exists without a manifest: it was not made here, or not to the end. {_delete(prefix)}")
+        raise DataError(f"{existing[0]} exists without a manifest: it was written by another program, or not completely. {_delete(prefix)}")
     manifest = load_manifest(prefix)
-    # a local file is known by its content, wherever it lies
+    # local files are compared by content, not by path
     compared = [name for name in inputs if not (name == "source" and inputs["source_files"])]
     differing = [name for name in compared if getattr(manifest, name) != inputs[name]]
     if differing:
@@ -231,10 +231,10 @@ def _reuse(prefix: Path, inputs: dict[str, Any], existing: list[Path]) -> Manife
 
 
 def local_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The files that `source` names, in a fixed order; empty if it is a hub dataset's name.
+    """Return the files of `source` in a fixed order; empty if it is the name of a hub dataset.
 
     Raises:
-        DataError: nothing there, files that cannot be read, or kinds that cannot be read together.
+        DataError: no file exists, a file has an unsupported kind, or the kinds cannot be combined.
     """
     items = _as_list(source)
     if not items:
@@ -250,29 +250,29 @@ def local_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
     unreadable = [path for path in files if kind_of(path) is None]
     if unreadable:
         raise DataError(f"source {unreadable[0]}: cannot be read; the files must end in {', '.join(KINDS)}.")
-    plain = {kind_of(path).split(".")[1] for path in files}
+    plain = {kind.split(".")[1] for kind in map(kind_of, files) if kind is not None}
     if "txt" in plain and len(plain) > 1:
         raise DataError(
-            f"{_named(source)} mixes {', '.join(sorted(f'.{kind}' for kind in plain))}: of .txt files each is one document, of the others "
-            f"each row. Prepare them one kind at a time."
+            f"{_named(source)} mixes {', '.join(sorted(f'.{kind}' for kind in plain))}: a .txt file is one document, a file of another "
+            f"kind has one document per row. Prepare each kind separately."
         )
     return files
 
 
 def _is_hub_name(source: str) -> bool:
-    """Whether `source` is a hub dataset ("name" or "owner/name") rather than a path that may be mistyped."""
+    """Whether `source` has the form of a hub dataset ("name" or "owner/name") and not of a path, which may be misspelt."""
     looks_like_path = kind_of(Path(source)) is not None or source.startswith((".", "/", "~")) or Path(source).exists()
     return not looks_like_path and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) is not None
 
 
 def _text_batches(source: Any, files: list[Path], *, text_key: str, split: str, config_name: str | None) -> Iterator[list[str | None]]:
-    """Batches of texts, streamed: neither a copy on disk nor the whole text in memory."""
+    """Yield batches of texts as a stream: neither copied to disk nor held in memory as a whole."""
     if files:
         rows = chain.from_iterable(read_rows(path, text_key=text_key) for path in files)
         while batch := list(islice(rows, BATCH_DOCUMENTS)):
             yield batch
         return
-    import datasets  # two seconds to import: for the hub alone
+    import datasets  # the import takes two seconds, and only hub datasets need it
 
     try:
         hub = datasets.load_dataset(str(_as_list(source)[0]), config_name, split=split, streaming=True)
@@ -283,9 +283,9 @@ def _text_batches(source: Any, files: list[Path], *, text_key: str, split: str, 
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         home = ""
         if isinstance(error, OSError):
-            home = " Where the cache of Hugging Face cannot be written, set HF_HOME to a writable directory."
+            home = " If the Hugging Face cache is not writable, set HF_HOME to a writable directory."
         raise DataError(
-            f"{_named(source)}: datasets cannot read it ({cause}). If it was meant as a path, it does not exist here.{home}"
+            f"{_named(source)}: datasets cannot read it ({cause}). If it was meant as a path, that path does not exist.{home}"
         ) from error
 
 
@@ -299,18 +299,18 @@ def _column(batch: dict[str, list[Any]], text_key: str, source: Any) -> list[str
 
 
 def _encodable(text: str) -> tuple[str, int]:
-    """(the text with U+FFFD for each half of a surrogate pair that stands alone, how many there were): no tokenizer takes these."""
+    """Replace lone surrogates by U+FFFD, because tokenizers reject them; return (text, number of replacements)."""
     try:
         text.encode("utf-8")
         return text, 0
     except UnicodeEncodeError:
-        mended = re.sub("[\ud800-\udfff]", "\ufffd", text)
-        return mended, sum(one != other for one, other in zip(text, mended, strict=True))
+        cleaned = re.sub("[\ud800-\udfff]", "\ufffd", text)
+        return cleaned, sum(one != other for one, other in zip(text, cleaned, strict=True))
 
 
 @contextmanager
 def _replacing(prefix: Path) -> Iterator[dict[str, Path]]:
-    """Temporary paths that take their final names when the block ends well, the manifest last, and vanish when it does not."""
+    """Yield temporary paths. They are renamed to their final names if the block succeeds, the manifest last, and deleted if it fails."""
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     temporary = _paths(Path(prefix).with_name(f".{Path(prefix).name}.{os.getpid()}.tmp"))
     try:
@@ -323,7 +323,7 @@ def _replacing(prefix: Path) -> Iterator[dict[str, Path]]:
 
 
 def _paths(prefix: Path) -> dict[str, Path]:
-    # not with_suffix: a prefix may hold dots
+    # not with_suffix: a prefix may contain dots
     return {kind: Path(f"{prefix}.{ending}") for kind, ending in (("bin", "bin"), ("idx", "idx"), ("manifest", "manifest.json"))}
 
 
@@ -336,7 +336,7 @@ def _named(source: str | Path | Sequence[str | Path]) -> str:
 
 
 def _delete(prefix: Path) -> str:
-    return f"Delete {prefix}.bin, .idx and .manifest.json; the same command makes them again."
+    return f"Delete {prefix}.bin, .idx and .manifest.json; the same command creates them again."
 
 
 def _short(value: Any) -> str:

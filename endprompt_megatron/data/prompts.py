@@ -1,5 +1,5 @@
-"""End prompts: the brief texts appended to a sample. One of the cue set is drawn for each sample, as a pure function of seed and sample
-index; b is the length the tokenizer gives it, or a fixed length by request."""
+"""End prompts: short texts appended to a sample. One prompt of the cue set is drawn for each sample, as a pure function of seed and sample
+index. b is the number of its tokens, or a fixed length if the config sets one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from endprompt_megatron.errors import ConfigError
 
-# Source: EndPrompt (arXiv 2605.14589), the cue set of its ablations; EP_2 is a special token of Llama-3's tokenizer.
+# Source: EndPrompt (arXiv 2605.14589), cue set of the ablations. EP_2 is a special token of Llama 3's tokenizer.
 PAPER_END_PROMPTS = {
     "EP_1": "This is the end of text, please pay attention here",
     "EP_2": "<|eot_id|>",
@@ -21,7 +21,7 @@ PAPER_END_PROMPTS = {
 _CUE_LIKE = re.compile(r"ep[\s_-]*\d+", flags=re.IGNORECASE)
 _ESCAPES = {"\\n": "\n", "\\t": "\t", "\\r": "\r", "\\\\": "\\"}
 
-_DRAW_STREAM = 1  # keeps these draws apart from other draws of the same (seed, sample index)
+_DRAW_STREAM = 1  # separates these draws from other draws with the same (seed, sample index)
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class EndPromptSet:
     """A tokenised cue set.
 
     Attributes:
-        texts: the prompts as text.
-        token_ids: their tokens, one tuple a prompt.
-        notes: what a fixed length changed, in words for the log; empty if nothing.
+        texts: texts of the prompts.
+        token_ids: token ids, one tuple per prompt.
+        notes: messages for the log, e.g. about prompts that a fixed length changed.
     """
 
     texts: tuple[str, ...]
@@ -44,11 +44,11 @@ class EndPromptSet:
         return [len(ids) for ids in self.token_ids]
 
     def describe(self) -> list[str]:
-        """Each prompt as it will be trained on: text, token ids and b, a line each."""
+        """One line per prompt: text, b and token ids as used in training."""
         return [f"end prompt {text!r}: b={len(ids)}, ids {list(ids)}" for text, ids in zip(self.texts, self.token_ids, strict=True)]
 
     def draw(self, seed: int, sample_index: int) -> np.ndarray:
-        """The prompt of one sample, int64 [b]: drawn uniformly, the same for the same seed and index."""
+        """Draw the prompt of one sample uniformly: int64 [b], a pure function of seed and index."""
         if len(self.token_ids) == 1:
             choice = 0
         else:
@@ -57,20 +57,20 @@ class EndPromptSet:
 
 
 def prompt_text(prompt: str) -> str:
-    """The text that an entry of method.end_prompts stands for.
+    """Return the text of an entry of method.end_prompts.
 
     Args:
-        prompt: a name of the paper's cue set, or a text, in which \\n, \\t, \\r and a doubled backslash mean what they mean in code: YAML
-            and shells hand them on as they are in single quotes.
+        prompt: a name of the paper's cue set, or a text. The escapes \\n, \\t, \\r and a doubled backslash are replaced, because YAML and
+            shells do not replace them in single quotes.
     Raises:
-        ConfigError: a name that looks like one of the cue set and is none.
+        ConfigError: the text looks like a name of the cue set but is not one.
     """
     if prompt in PAPER_END_PROMPTS:
         return PAPER_END_PROMPTS[prompt]
     if _CUE_LIKE.fullmatch(prompt.strip()):
         raise ConfigError(
-            f"method.end_prompts={prompt!r}: looks like a cue of the paper and is none; they are {', '.join(PAPER_END_PROMPTS)}. To train "
-            f"on this very text, add a full stop or other words."
+            f"method.end_prompts={prompt!r}: looks like a name of the paper's cue set, whose names are {', '.join(PAPER_END_PROMPTS)}. "
+            f"To train on this text, add a full stop or other words."
         )
     return re.sub(r"\\[ntr\\]", lambda found: _ESCAPES[found.group()], prompt)
 
@@ -80,10 +80,10 @@ def tokenize_end_prompts(prompts: list[str], encode: Callable[[str], list[int]],
 
     Args:
         prompts: EP_1, EP_2, EP_3 or texts.
-        encode: text -> token ids without special tokens added.
-        fixed_length: b for every prompt; longer ones are cut, shorter ones repeated.
+        encode: (text) -> token ids, without added special tokens.
+        fixed_length: b of every prompt; longer prompts are cut, shorter ones repeated.
     Raises:
-        ConfigError: a prompt without a single token, or as prompt_text.
+        ConfigError: a prompt has no tokens, or prompt_text raises.
     """
     texts, token_ids, notes = [], [], []
     for prompt in prompts:
@@ -92,7 +92,7 @@ def tokenize_end_prompts(prompts: list[str], encode: Callable[[str], list[int]],
         if not ids:
             raise ConfigError(f"method.end_prompts: {prompt!r} has no tokens with this tokenizer. Choose another text.")
         if prompt == "EP_2" and len(ids) > 1:
-            notes.append(f"EP_2 {text!r} is no special token of this tokenizer: it becomes {len(ids)} ordinary tokens")
+            notes.append(f"EP_2 {text!r} is not a special token of this tokenizer: it becomes {len(ids)} ordinary tokens")
         if fixed_length is not None and fixed_length != len(ids):
             verb = "cut" if fixed_length < len(ids) else "repeated"
             notes.append(f"end prompt {text!r}: {len(ids)} tokens {verb} to method.end_prompt_length={fixed_length}")

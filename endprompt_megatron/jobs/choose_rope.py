@@ -13,7 +13,8 @@ import torch
 
 from endprompt_megatron.checkpoint.hf.importer import load_hf_weights
 from endprompt_megatron.checkpoint.hf.sources import ensure_base_model
-from endprompt_megatron.config.schema import RunConfig
+from endprompt_megatron.config.resolved import ResolvedRun
+from endprompt_megatron.config.schema import ProbesConfig, RunConfig
 from endprompt_megatron.data.corpora import check_corpora
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.evaluation.probes.results import probe_system
@@ -45,29 +46,29 @@ def compare_ropes(config: RunConfig, *, command: str) -> list[str]:
         ConfigError, DataError, CheckpointError: what is wrong with the configuration, the base or the text.
     """
     world_size = launcher.planned_world_size(config)
-    preflight.validate(config, world_size=world_size)
-    accelerator = mcore_runtime.resolve_accelerator(config.accelerator)
-    config.precision.name = mcore_runtime.resolve_precision(config.precision.name, accelerator)
+    run = preflight.resolve(config, world_size=world_size)
     if config.parallel.context_parallel_size > 1:
         raise ConfigError(
             f"parallel.context_parallel_size={config.parallel.context_parallel_size}: probes need whole contexts on a rank. Set it to 1."
         )
     ensure_base_model(config.model.source, Path(config.model.hf_path))
-    base = preflight.check_base(config, world_size=world_size)
+    base = preflight.check_base(run)
     native = base.rope.unscaled_window(base.architecture.max_position_embeddings)
-    _ask_beyond_the_window(config, native)
-    check_probe_memory(config, base.architecture, accelerator=accelerator)
+    run = replace(run, config=replace(run.config, probes=_probes_beyond_the_window(run.config, native)))
+    config = run.config
+    check_probe_memory(run)
     check_corpora(config.probes.text, directory=Path(config.data.directory))
-    if accelerator == "cpu" and config.cpu_threads:
+    if run.accelerator == "cpu" and config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
     output_dir = Path(config.output_dir).with_name(Path(config.output_dir).name + "_ropes")
     with claimed(output_dir, doing="compares RoPE scalings there"):
-        return _compare(config, base, native, accelerator, output_dir, command)
+        return _compare(run, base, native, output_dir, command)
 
 
-def _compare(config: RunConfig, base: preflight.Base, native: int, accelerator: str, output_dir: Path, command: str) -> list[str]:
-    backend = backends.resolve(config.backend, accelerator=accelerator, precision=config.precision.name)
-    runtime = mcore_runtime.initialize(config.parallel, accelerator=accelerator, seed=config.seed)
+def _compare(run: ResolvedRun, base: preflight.Base, native: int, output_dir: Path, command: str) -> list[str]:
+    config = run.config
+    backend = backends.resolve(config.backend, accelerator=run.accelerator, precision=config.precision.name)
+    runtime = mcore_runtime.initialize(config.parallel, accelerator=run.accelerator, seed=config.seed)
     try:
         probes = make_probes(config, base)
         chunks = build_model_chunks(
@@ -127,12 +128,14 @@ def candidates(config: RunConfig, base: RopeScaling, native: int) -> dict[str, t
     return {**found, "abf": (f"ABF, theta {theta:.3g}, untrained", raised)}
 
 
-def _ask_beyond_the_window(config: RunConfig, native: int) -> None:
-    """Where the run's own probes stay inside the native window, choose lengths and tasks that do not."""
+def _probes_beyond_the_window(config: RunConfig, native: int) -> ProbesConfig:
+    """The run's own probes; where they stay inside the native window, with lengths and tasks that do not."""
     probes, target = config.probes, config.rope.target_context_length
     if "word" not in probes.tasks:
-        probes.tasks = ["word", "number"]
+        probes = replace(probes, tasks=["word", "number"])
     if max(probes.lengths) <= native:
-        probes.lengths = [length for length in (native // 4, native // 2, native, (native + target) // 2, target) if length >= 128]
+        lengths = (native // 4, native // 2, native, (native + target) // 2, target)
+        probes = replace(probes, lengths=[length for length in lengths if length >= 128])
     if not probes.perplexity_tail:
-        probes.perplexity_tail = min(_TAIL, min(probes.lengths) // 2)
+        probes = replace(probes, perplexity_tail=min(_TAIL, min(probes.lengths) // 2))
+    return probes

@@ -21,7 +21,7 @@ _STUDY_FILE = "study.json"
 
 
 def compare(
-    study: StudyConfig, *, command: list[str], known_methods: tuple[str, ...], told: list[str], check: Callable[[RunRequest], None]
+    study: StudyConfig, *, command: list[str], known_methods: tuple[str, ...], commands: list[str], check: Callable[[RunRequest], None]
 ) -> bool:
     """Carry a study out, or on; the page is written anew after every run, its pictures at the end.
 
@@ -29,21 +29,21 @@ def compare(
         study: what to compare.
         command: of recipes/extend.py.
         known_methods: names in conf/method.
-        told: commands that the page names as its own.
-        check: raises ConfigError where a run cannot be; asked before anything starts.
+        commands: that made the page, for the page.
+        check: raises ConfigError for a run that cannot work; called before anything starts.
     Returns:
-        Whether every run that was asked for is finished.
+        Whether every run of the study is finished.
     Raises:
         ConfigError: the study, or what is in its output directory, cannot be; or another process carries it out.
         DataError: a directory of `collect` holds no finished run.
-        RunInterrupted: a signal asked to stop.
+        RunInterrupted: the study was stopped by a signal.
     """
     study.validate(known_methods)
     for note in study.unused():
         get_logger().info(note)
     output_dir = Path(study.output_dir)
     if study.evaluations:
-        return _compare_evaluations(study, output_dir, told)
+        return _compare_evaluations(study, output_dir, commands)
     collected = [result for entry in study.collect for result in _collected(entry)]
     if study.reference not in {*study.methods, *(result.label for result in collected)}:
         labels = ", ".join(dict.fromkeys(result.label for result in collected))
@@ -57,10 +57,10 @@ def compare(
     _refuse_other_files(output_dir)
     with claimed(output_dir, doing="carries this study out"):
         (output_dir / _STUDY_FILE).write_text(json.dumps(asdict(study), indent=2) + "\n")
-        return _Comparison(study, runner, collected, requests, told).carry_out()
+        return _Comparison(study, runner, collected, requests, commands).carry_out()
 
 
-def _compare_evaluations(study: StudyConfig, output_dir: Path, told: list[str]) -> bool:
+def _compare_evaluations(study: StudyConfig, output_dir: Path, commands: list[str]) -> bool:
     models = {
         label: {seed: read_evaluation(Path(directory)) for seed, directory in enumerate(directories, 1)}
         for label, directories in study.evaluated().items()
@@ -73,7 +73,7 @@ def _compare_evaluations(study: StudyConfig, output_dir: Path, told: list[str]) 
     _refuse_other_files(output_dir)
     with claimed(output_dir, doing="carries this study out"):
         (output_dir / _STUDY_FILE).write_text(json.dumps(asdict(study), indent=2) + "\n")
-        page = write_suite_comparison(output_dir, study.name, models, reference=study.reference, commands=told)
+        page = write_suite_comparison(output_dir, study.name, models, reference=study.reference, commands=commands)
     get_logger().info(f"page {page}")
     return True
 
@@ -105,7 +105,7 @@ class _Comparison:
     runner: Runner
     collected: list[RunResult]
     requests: list[RunRequest]
-    told: list[str]
+    commands: list[str]
     stand_ins: list[RunRequest] = field(default_factory=list)
 
     def carry_out(self) -> bool:
@@ -140,7 +140,7 @@ class _Comparison:
             failed += also_failed
             sections.append(_same_time(self.study, results, self.stand_ins, replaced))
         output_dir = Path(self.study.output_dir)
-        page = write_comparison(output_dir, self.study, sections, failed, pending=pending, commands=self.told, draw=draw)
+        page = write_comparison(output_dir, self.study, sections, failed, pending=pending, commands=self.commands, draw=draw)
         if draw:
             get_logger().info(f"page {page}")
 
@@ -149,7 +149,7 @@ def _same_tokens(results: list[RunResult]) -> Section:
     trained = sorted({result.summary["tokens"] for result in results if result.summary["steps"]})
     if len(trained) < 2:
         return Section("The same number of tokens", "tokens", results)
-    note = f"Not the same number of tokens: {trained[0]:,} to {trained[-1]:,}; the table of costs says who trained on how many."
+    note = f"Not the same number of tokens: {trained[0]:,} to {trained[-1]:,}; the table of costs lists the tokens of each."
     return Section("As configured", "tokens", results, note)
 
 
@@ -159,9 +159,11 @@ def _requests_of_same_time(study: StudyConfig, results: list[RunResult], request
     groups = by_label(results)
     reference = groups.get(study.reference)
     found = []
-    for label in study.methods if reference else []:
+    if reference is None:
+        return []
+    for label in study.methods:
         mine = [replace(request, budget="seconds") for request in requests if request.label == label]
-        steps = next((told for told in map(runner.steps_of, mine) if told is not None), None)
+        steps = next((found for found in map(runner.steps_of, mine) if found is not None), None)
         if steps is None and label in groups:
             steps = equal_time_steps(groups[label], reference, within=study.same_time_within)
         if steps is not None:

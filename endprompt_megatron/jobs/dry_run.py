@@ -4,32 +4,34 @@ The process groups are Megatron's own on torch's `fake` backend, the model is th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from endprompt_megatron.config.precision import FP8_MULTIPLES
+from endprompt_megatron.config.resolved import ResolvedRun
+from endprompt_megatron.config.rule import Facts
 from endprompt_megatron.config.schema import ParallelConfig, RunConfig
+from endprompt_megatron.config.validation import find_problems
 from endprompt_megatron.data.corpora import inspect_corpora
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.jobs import preflight
 from endprompt_megatron.jobs.memory_fit import smallest_change
 from endprompt_megatron.launch.launcher import local_processes
 from endprompt_megatron.log import global_rank
-from endprompt_megatron.mcore import runtime
 from endprompt_megatron.mcore.fake import RankGroups, groups_of_rank
-from endprompt_megatron.model.pipeline_stages import ModelStages, Stage, build_stages
+from endprompt_megatron.model.pipeline_stages import PipelineStage, PipelineStages, build_pipeline_stages
 from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.planning.memory import reserve_gib
 from endprompt_megatron.planning.run_plan import PlanRequest, describe_plan, fullest, plan_memory
 from endprompt_megatron.planning.throughput import HARDWARE, has_speed
 from endprompt_megatron.positions.scheme import SCHEMES, get_scheme
-from endprompt_megatron.rope.scaling import RopeScaling
 
 
 def dry_run(config: RunConfig, *, world_size: int) -> Iterator[str]:
     """Check a job and say what it would do.
 
     Args:
-        config: of the run; what follows from other values is filled in.
+        config: of the run.
         world_size: its ranks.
     Yields:
         Lines without line ends, as they become known.
@@ -38,38 +40,40 @@ def dry_run(config: RunConfig, *, world_size: int) -> Iterator[str]:
             does.
     """
     if global_rank() > 0:
-        return  # one rank of a launcher's speaks for all
-    architecture, base_rope = preflight.validate(config, world_size=world_size)
-    _resolve_machine(config)
-    base = preflight.check_base(config, world_size=world_size) if Path(config.model.hf_path).exists() else None
-    if config.accelerator == "cpu":  # this machine is the one that will run it
+        return  # rank 0 prints the plan
+    run = preflight.resolve(config, world_size=world_size, runs_here=False)
+    config = run.config
+    _check_gpu(config)
+    base = preflight.check_base(run) if Path(config.model.hf_path).exists() else None
+    if run.accelerator == "cpu":  # this machine is the one that will run it
         from endprompt_megatron.jobs.run_probes import check_probe_memory
 
-        check_probe_memory(config, architecture, accelerator="cpu")
+        check_probe_memory(run)
     preflight.check_output_dir(config)
     num_prompt_tokens = config.method.end_prompt_length
     if not SCHEMES[config.method.position_scheme].uses_end_prompt:
         num_prompt_tokens = 0
-    elif base is not None:
+    elif base is not None and base.end_prompts is not None:
         num_prompt_tokens = max(base.end_prompts.lengths)
-    request = preflight.plan_request(config, architecture, world_size=world_size, num_prompt_tokens=num_prompt_tokens)
+    request = preflight.plan_request(run, num_prompt_tokens=num_prompt_tokens)
     yield from describe_plan(request)
     yield from _group_lines(config, world_size)
-    yield from _stage_lines(stages_of(config, architecture, base_rope, world_size=world_size), architecture, config.parallel)
+    yield from _stage_lines(stages_of(run), run.architecture, config.parallel)
     yield from _base_lines(config, base)
     yield from _data_lines(config, base)
-    refuse_what_does_not_fit(config, architecture, base_rope, request)
+    refuse_what_does_not_fit(run, request)
 
 
-def stages_of(config: RunConfig, architecture: ModelArchitecture, base_rope: RopeScaling, *, world_size: int) -> ModelStages:
+def stages_of(run: ResolvedRun) -> PipelineStages:
     """Every pipeline stage of the run's model, on `meta`."""
-    return build_stages(
-        architecture,
-        rope=preflight.run_rope(config, architecture, base_rope),
+    config = run.config
+    return build_pipeline_stages(
+        run.architecture,
+        rope=run.rope,
         max_sequence_length=config.rope.target_context_length,
         parallel=config.parallel,
         precision=config.precision.name,
-        world_size=world_size,
+        world_size=run.world_size,
         adapter=config.adapter,
         attention_groups=config.method.attention_groups if config.method.attention == "s2" else None,
     )
@@ -83,10 +87,13 @@ def needed_gib(request: PlanRequest) -> float:
 
 def available_gib(request: PlanRequest) -> float:
     """Memory of one rank."""
-    return HARDWARE[request.hardware].memory_gib if request.hardware else request.device_memory_gib
+    if request.hardware:
+        return HARDWARE[request.hardware].memory_gib
+    assert request.device_memory_gib is not None  # plan_request measures the host where no GPU is named
+    return request.device_memory_gib
 
 
-def refuse_what_does_not_fit(config: RunConfig, architecture: ModelArchitecture, base_rope: RopeScaling, request: PlanRequest) -> None:
+def refuse_what_does_not_fit(run: ResolvedRun, request: PlanRequest) -> None:
     """Compare the estimate with the memory of a rank.
 
     Raises:
@@ -97,18 +104,16 @@ def refuse_what_does_not_fit(config: RunConfig, architecture: ModelArchitecture,
         return
 
     def works(changed: RunConfig, ranks: int) -> bool:
-        try:
-            changed.validate(world_size=ranks, architecture=architecture, schemes=tuple(SCHEMES), base_rope=base_rope)
-        except ConfigError:
+        if find_problems(Facts(changed, ranks, run.architecture, tuple(SCHEMES), base_rope=run.base_rope)):
             return False
-        planned = preflight.plan_request(changed, architecture, world_size=ranks, num_prompt_tokens=request.num_prompt_tokens)
+        planned = preflight.plan_request(replace(run, config=changed, world_size=ranks), num_prompt_tokens=request.num_prompt_tokens)
         return needed_gib(planned) <= available_gib(planned)
 
-    change = smallest_change(config, world_size=request.world_size, works=works)
+    change = smallest_change(run.config, world_size=request.world_size, works=works)
     device, of_it = (
         (f"launch.gpu={request.hardware}", "reserve for CUDA, NCCL and fragmentation included")
         if request.hardware
-        else (f"accelerator={config.accelerator}", "without what the system needs itself")
+        else (f"accelerator={run.accelerator}", "without what the system needs itself")
     )
     way_out = (
         f"The smallest change that fits: {' '.join(change)}"
@@ -117,15 +122,12 @@ def refuse_what_does_not_fit(config: RunConfig, architecture: ModelArchitecture,
     )
     raise ConfigError(
         f"{device}: a rank has {available:.1f} GiB, and this run needs about {needed:.1f} GiB of it ({of_it}) in samples of "
-        f"data.seq_length={config.data.seq_length}. {way_out}."
+        f"data.seq_length={run.config.data.seq_length}. {way_out}."
     )
 
 
-def _resolve_machine(config: RunConfig) -> None:
-    """Fill in, in place, what a run finds out about its machine; a GPU that is asked for need not be here."""
-    if config.accelerator == "auto":
-        config.accelerator = runtime.resolve_accelerator("auto")
-    config.precision.name = runtime.resolve_precision(config.precision.name, config.accelerator)
+def _check_gpu(config: RunConfig) -> None:
+    """Refuse a GPU that is not in the table, or that cannot compute in the run's precision."""
     gpu, precision = config.launch.gpu, config.precision.name
     if gpu not in HARDWARE:
         raise ConfigError(f"launch.gpu={gpu}: not in the table of GPUs. Choose one of {', '.join(sorted(HARDWARE))}.")
@@ -185,7 +187,7 @@ def _nodes(members: tuple[int, ...], others: tuple[int, ...], node_size: int) ->
     return "inside a node" if most == 1 else f"over {most} nodes"
 
 
-def _stage_lines(model: ModelStages, architecture: ModelArchitecture, parallel: ParallelConfig) -> Iterator[str]:
+def _stage_lines(model: PipelineStages, architecture: ModelArchitecture, parallel: ParallelConfig) -> Iterator[str]:
     rows = architecture.padded_vocab_size(parallel.tensor_model_parallel_size)
     padding = f", and {model.num_padding:,} that pad the vocabulary from {architecture.vocab_size:,} to {rows:,}"
     yield (
@@ -197,7 +199,7 @@ def _stage_lines(model: ModelStages, architecture: ModelArchitecture, parallel: 
         yield f"               stage {stage.index}: {stage.num_parameters:,}{trained}; {_layers(stage)}"
 
 
-def _layers(stage: Stage) -> str:
+def _layers(stage: PipelineStage) -> str:
     """Numbers of a stage's layers, runs of them joined."""
     runs: list[list[int]] = []
     for layer in stage.layers:
@@ -229,6 +231,6 @@ def _data_lines(config: RunConfig, base: preflight.Base | None) -> Iterator[str]
         epochs = ""
         if state.num_tokens:
             epochs = f"; {drawn * state.weight / total_weight / (state.num_tokens * shares[0] / sum(shares)):.2f} epochs"
-        yield f"  data         {state.path}: {state.words}{epochs}"
+        yield f"  data         {state.path}: {state.description}{epochs}"
     for state in inspect_corpora(data.validation, directory=Path(data.directory), tokenizer_hash=tokenizer_hash):
-        yield f"  held out     {state.path}: {state.words}"
+        yield f"  held out     {state.path}: {state.description}"

@@ -1,5 +1,5 @@
-"""An evaluation: task after task and length after length, each finished one a file, so that the same command goes on where it stopped;
-results.json and a page are written anew after every one."""
+"""Runs an evaluation, one task and length after another. Each finished one is kept in a file, so that the same command resumes where it
+stopped. results.json and the page are rewritten after each."""
 
 from __future__ import annotations
 
@@ -16,36 +16,40 @@ import numpy as np
 
 from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config
 from endprompt_megatron.comparison.bootstrap import bootstrap_interval
-from endprompt_megatron.config.validation import cut_problems
+from endprompt_megatron.config.layout_rules import cut_problems
 from endprompt_megatron.data.corpora import check_corpora, corpus_texts
 from endprompt_megatron.data.preprocess import local_files
 from endprompt_megatron.errors import ConfigError, DataError
-from endprompt_megatron.evaluation.built_in import BuiltInTasks
-from endprompt_megatron.evaluation.conditions import LM_EVAL, Conditions, conditions_of, provenance_of
-from endprompt_megatron.evaluation.lm_eval_harness.harness import ANSWER_ROOM, Harness, Sample, check_backend, has_punkt
-from endprompt_megatron.evaluation.probes.offline import NO_SEGMENTS, TrainedSegments, graded_details, trained_segments
-from endprompt_megatron.evaluation.ruler.offline import load_model
-from endprompt_megatron.evaluation.suite import MEGATRON, EvaluateConfig
+from endprompt_megatron.evaluation.conditions import Conditions, conditions_of, provenance_of
+from endprompt_megatron.evaluation.earlier_results import with_identity
+from endprompt_megatron.evaluation.lm_eval_harness.harness import ANSWER_ROOM, Harness, check_backend, has_punkt
+from endprompt_megatron.evaluation.megatron_tasks import MegatronTasks
+from endprompt_megatron.evaluation.probes.log_probability_tasks import (
+    NO_SEGMENTS,
+    TrainedSegments,
+    log_probability_details,
+    trained_segments,
+)
+from endprompt_megatron.evaluation.sample import Sample
+from endprompt_megatron.evaluation.suite import EvaluateConfig
+from endprompt_megatron.evaluation.task_sources import fingerprint, haystack_of, is_offline, missing_offline, sources_of, way_out
 from endprompt_megatron.evaluation.tasks import (
+    BENCHMARK_HAYSTACK,
     GAP_TASK,
+    LM_EVAL,
+    MEGATRON,
     PERPLEXITY,
     TASKS,
-    HarnessTask,
-    fingerprint,
-    is_offline,
-    missing_offline,
-    prose_of,
-    sources_of,
-    uses_stand_in,
-    way_out,
+    Task,
+    name_in_results,
 )
+from endprompt_megatron.inference.load import load_model
 from endprompt_megatron.launch import launcher
 from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore import runtime as mcore_runtime
 from endprompt_megatron.model import backends
 from endprompt_megatron.output_files import claimed, replace_text
 from endprompt_megatron.report.evaluation import write_evaluation
-from endprompt_megatron.report.figures.by_length import ESSAYS_MARK, STAND_IN_MARK
 
 RESULTS = "results.json"
 _RECORDS = "records"
@@ -53,35 +57,28 @@ _RECORDS = "records"
 
 @dataclass(frozen=True)
 class Pair:
-    """A task at a length.
+    """A task and a length.
 
     Attributes:
-        task: which.
-        length: of its prompts in tokens; None where the task has no lengths.
-        stand_in: whether its haystack is not the benchmark's.
-        essays: whether a built-in task has the benchmark's in place of noise sentences.
+        task: row of the table of tasks.
+        length: of its prompts or windows in tokens; None where the task has no lengths.
+        haystack: one of evaluation.tasks.HAYSTACK_MARKS.
     """
 
-    task: HarnessTask
+    task: Task
     length: int | None
-    stand_in: bool
-    essays: bool = False
+    haystack: str
 
     @property
     def name(self) -> str:
-        """Of the task in results."""
-        return self.task.name + (STAND_IN_MARK if self.stand_in else ESSAYS_MARK if self.essays else "")
-
-    @property
-    def unit(self) -> str:
-        """Of its score."""
-        return "nats a token" if self.task.suite == PERPLEXITY else "of 100"
+        """Display name of its scores."""
+        return name_in_results(self.task, self.haystack)
 
     @property
     def stem(self) -> str:
-        """Of its files."""
-        haystack = "stand_in" if self.stand_in else "essays" if self.essays else ""
-        parts = (self.task.name, haystack, "" if self.length is None else str(self.length))
+        """File name of its records, without suffix."""
+        haystack = "" if self.haystack == BENCHMARK_HAYSTACK else self.haystack
+        parts = (self.task.id, haystack, "" if self.length is None else str(self.length))
         return "_".join(part for part in parts if part)
 
     def __str__(self) -> str:
@@ -89,18 +86,18 @@ class Pair:
 
 
 def prepare(config: EvaluateConfig) -> None:
-    """Everything that can be checked before a process is started.
+    """Checks everything that can be checked before worker processes start.
 
     Raises:
-        ConfigError: settings that cannot be, or another evaluation's output directory.
-        BackendUnavailableError: lm-eval or the backend is not installed, or a GPU is asked for and there is none.
+        ConfigError: the settings are invalid, or the output directory holds scores under other conditions.
+        BackendUnavailableError: lm-eval or the backend is not installed, or the device is a GPU and there is none.
         DataError: the model's tokenizer cannot be read.
     """
     config.validate()
     world_size = launcher.planned_world_size(config)
     if config.runs_lm_eval and config.backend != MEGATRON and world_size > 1:
         raise ConfigError(
-            f"backend={config.backend} with {world_size} processes: lm-eval's models of transformers and vLLM run in one. Set "
+            f"backend={config.backend} with {world_size} processes: lm-eval's transformers and vLLM models run in one process. Set "
             f"launch.nproc_per_node=1, or backend=megatron."
         )
     if config.runs_megatron:
@@ -116,36 +113,37 @@ def prepare(config: EvaluateConfig) -> None:
     for pair in pairs:
         evaluation.is_finished(pair)
     if any(pair.task.suite == PERPLEXITY for pair in pairs) and not launcher.is_worker():
-        evaluation.text_problem  # noqa: B018  fetched once, before several processes would
+        evaluation.text_problem  # noqa: B018  downloads the text once, before several processes would
 
 
 def evaluate(config: EvaluateConfig, *, command: str, lm: Any = None) -> bool:
-    """Carry an evaluation out, or on. Writes results.json, records/ and evaluation.md. Every process of a job calls it; rank 0 writes.
+    """Runs or resumes an evaluation, and writes results.json, records/ and evaluation.md. Every process of a job calls it; rank 0 writes.
 
     Args:
-        config: what to ask which model.
-        command: that reproduces it, for the conditions.
-        lm: an lm-eval LM in the model's place, for tests.
+        config: of the evaluation.
+        command: command line that reproduces the evaluation, for the conditions.
+        lm: an lm-eval LM that replaces the model, for tests.
     Returns:
-        Whether no task failed; one that cannot run here and was named as such beforehand is no failure.
+        Whether no task failed. A task that is skipped because it cannot run on this machine does not count as failed.
     Raises:
-        as prepare; ConfigError also for a directory that another process writes, DataError for a tokenizer that gives other than the BOS
-        tokens asked for.
+        ConfigError: see prepare; or another process writes to the output directory.
+        BackendUnavailableError: see prepare.
+        DataError: see prepare; or the tokenizer does not return the configured number of BOS tokens.
     """
     prepare(config)
     for note in config.ignored():
         get_logger().info(note)
     conditions = conditions_of(config, command=command)
     if global_rank() > 0:
-        return _Evaluation(config, config.directory(), conditions, lm, writes=False).carry_out()
-    with claimed(config.directory(), doing="carries this evaluation out") as directory:
+        return _Evaluation(config, config.directory(), conditions, lm, writes=False).run()
+    with claimed(config.directory(), doing="runs this evaluation") as directory:
         (directory / _RECORDS).mkdir(exist_ok=True)
-        return _Evaluation(config, directory, conditions, lm).carry_out()
+        return _Evaluation(config, directory, conditions, lm).run()
 
 
 @dataclass
 class _Evaluation:
-    """One evaluation under way, in one of its processes."""
+    """A running evaluation, in one of its processes."""
 
     config: EvaluateConfig
     directory: Path
@@ -155,33 +153,33 @@ class _Evaluation:
     not_run: list[dict[str, Any]] = field(default_factory=list)
     failures: int = 0
 
-    def carry_out(self) -> bool:
-        """As evaluate."""
+    def run(self) -> bool:
+        """Runs the pairs that are not finished; see evaluate."""
         pairs = [pair for pair in self.pairs() if self._can_run(pair)]
         waiting = [pair for pair in pairs if not self.is_finished(pair)]
         if len(waiting) < len(pairs):
             get_logger().info(f"{len(pairs) - len(waiting)} of {len(pairs)} tasks and lengths are finished already")
         self.write(pending=len(waiting))
         number = 0
-        # one engine after the other: a model is in memory once
-        for engine in (LM_EVAL, MEGATRON):
-            its_pairs = [pair for pair in waiting if self.conditions.engine_of(pair.task) == engine]
-            if not its_pairs:
+        # one runner after the other, so that the model is in memory only once
+        for runner in (LM_EVAL, MEGATRON):
+            own_pairs = [pair for pair in waiting if pair.task.runner == runner]
+            if not own_pairs:
                 continue
-            with self._asker(engine, its_pairs) as asker:
-                for pair in its_pairs:
+            with self._loaded(runner, own_pairs) as tasks:
+                for pair in own_pairs:
                     number += 1
-                    self._run(asker, pair, f"[{number}/{len(waiting)}] {pair}")
+                    self._run_pair(tasks, pair, f"[{number}/{len(waiting)}] {pair}")
                     self.write(pending=len(waiting) - number)
         get_logger().info(f"page {self.directory / 'evaluation.md'}")
         return not self.failures
 
     @contextmanager
-    def _asker(self, engine: str, waiting: list[Pair]) -> Iterator[Harness | BuiltInTasks]:
-        """What asks the tasks, with the model loaded."""
+    def _loaded(self, runner: str, waiting: list[Pair]) -> Iterator[Harness | MegatronTasks]:
+        """The tasks of a runner, with the model loaded."""
         config = self.config
         longest = max([self.conditions.window, *(pair.length + ANSWER_ROOM for pair in waiting if pair.length)])
-        if engine == LM_EVAL and config.backend != MEGATRON:
+        if runner == LM_EVAL and config.backend != MEGATRON:
             yield Harness(config, max_length=longest, lm=self.lm)
             return
         runtime = mcore_runtime.initialize(
@@ -191,25 +189,26 @@ class _Evaluation:
             timeout_minutes=config.launch.hang_timeout_minutes or None,
         )
         try:
-            precision = {"float32": "fp32", "bfloat16": "bf16"}[self.conditions.engines[engine]["dtype"]]
+            precision = {"float32": "fp32", "bfloat16": "bf16"}[self.conditions.runners[runner]["dtype"]]
             chunks = load_model(
                 Path(config.model),
                 precision=precision,
-                backend=backends.resolve("torch"),  # as the conditions say
+                backend=backends.resolve("torch"),  # the conditions name SDPA
                 device=runtime.device,
                 parallel=config.parallel,
             )
-            if engine == LM_EVAL:
+            if runner == LM_EVAL:
                 yield Harness(config, max_length=longest, model=chunks, device=runtime.device, lm=self.lm)
             else:
-                options = dict(lengths=self._lengths(), texts=self._texts, trained=self._trained())
-                yield BuiltInTasks(config, chunks, **options, device=runtime.device)
+                yield MegatronTasks(
+                    config, chunks, lengths=self._lengths(), texts=self._texts, trained=self._trained(), device=runtime.device
+                )
         finally:
             mcore_runtime.shut_down()
 
     @cached_property
     def text_problem(self) -> str | None:
-        """What is wrong with the held-out text, which is fetched where it is a package; None where nothing is."""
+        """Why the held-out text cannot be used; None where it can. Downloads a text that is a package."""
         perplexity = self.config.suite.perplexity
         try:
             check_corpora(perplexity.text, directory=Path(perplexity.directory))
@@ -228,55 +227,52 @@ class _Evaluation:
         return self.config.suite.lengths_for(self.conditions.window)
 
     def pairs(self) -> list[Pair]:
-        """What is asked for.
+        """All tasks and lengths of the evaluation.
 
         Raises:
-            ConfigError: no lengths are named, and the model's window is shorter than any that would be.
+            ConfigError: suite.lengths is null, and the model's window is shorter than the shortest default length.
         """
         lengths = self._lengths()
         chosen = self.config.suite.chosen()
         if not lengths and any(task.has_lengths for task in chosen):
             raise ConfigError(
-                f"suite.lengths=null: the model's window of {self.conditions.window} tokens is below the shortest length that is asked "
-                f"unless you name others, 4096. Name the lengths, e.g. suite.lengths=[1024]."
+                f"suite.lengths=null: the model's window of {self.conditions.window} tokens is below the shortest default length, "
+                f"4096. Name the lengths, e.g. suite.lengths=[1024]."
             )
         paths = vars(self.config.suite.sources)
-        return [
-            Pair(task, length, uses_stand_in(task, paths), prose_of(task, paths) == "essays")
-            for task in chosen
-            for length in (lengths if task.has_lengths else [None])
-        ]
+        return [Pair(task, length, haystack_of(task, paths)) for task in chosen for length in (lengths if task.has_lengths else [None])]
 
     def _can_run(self, pair: Pair) -> bool:
-        """Whether anything known before speaks against it; what does is kept."""
+        """Whether the pair can run, as far as that is known beforehand. Records the reason where it cannot."""
         reason = None
         if pair.task.runs_code and not self.config.suite.allow_code_execution:
-            reason = "it executes code that the model wrote: set suite.allow_code_execution=true where that may be"
-        elif pair.task.name == GAP_TASK and self._trained() is None:
+            reason = "it executes code that the model wrote: set suite.allow_code_execution=true where that is acceptable"
+        elif pair.task.id == GAP_TASK and self._trained() is None:
             reason = NO_SEGMENTS
         elif pair.task.suite == PERPLEXITY and self.text_problem:
             reason = self.text_problem
-        elif is_offline() or pair.task.built_in:  # which fetch nothing
+        elif is_offline() or pair.task.runner == MEGATRON:  # Megatron-Core's tasks download nothing
             reason = missing_offline(pair.task, vars(self.config.suite.sources), has_punkt=has_punkt())
         if reason is not None:
-            self._cannot(pair, reason)
+            self._skip(pair, reason)
         return reason is None
 
-    def _cannot(self, pair: Pair, reason: str) -> None:
-        self.not_run.append({"task": pair.name, "length": pair.length, "reason": reason})
+    def _skip(self, pair: Pair, reason: str) -> None:
+        identity = {"task_id": pair.task.id, "haystack": pair.haystack}
+        self.not_run.append({"task": pair.name, **identity, "length": pair.length, "reason": reason})
         get_logger().info(f"{pair} does not run: {reason}")
 
     def _conditions_of(self, pair: Pair) -> dict[str, Any]:
         sources = sources_of(pair.task, vars(self.config.suite.sources))
-        told = {name: path and fingerprint(Path(path)) for name, path in sources.items()}
-        return self.conditions.decisive(pair.task) | {
-            "num_fewshot": self.config.suite.num_fewshot.get(pair.task.name),
-            "sources": told | (self._held_out if pair.task.suite == PERPLEXITY else {}),
+        fingerprints: dict[str, Any] = {name: path and fingerprint(Path(path)) for name, path in sources.items()}
+        return self.conditions.of_task(pair.task) | {
+            "num_fewshot": self.config.suite.num_fewshot.get(pair.task.id),
+            "sources": fingerprints | (self._held_out if pair.task.suite == PERPLEXITY else {}),
         }
 
     @cached_property
     def _held_out(self) -> dict[str, list[str] | None]:
-        """Column and contents of local held-out texts; None for one that is not there. What a package holds does not change."""
+        """Columns and fingerprints of local held-out texts; None for a missing one. The content of packages is fixed."""
         found: dict[str, list[str] | None] = {}
         for source in self.config.suite.perplexity.text:
             if not source.path.startswith("package:"):
@@ -287,62 +283,65 @@ class _Evaluation:
         return found
 
     def is_finished(self, pair: Pair) -> bool:
-        """Whether the pair was asked under the same conditions.
+        """Whether the pair has a kept score under the same conditions.
 
         Raises:
-            ConfigError: it was asked under others, and config.overwrite does not say to ask again.
+            ConfigError: it has one under other conditions, and config.overwrite is false.
         """
         kept = self._kept(self.directory / _RECORDS / f"{pair.stem}.json")
         if kept is None:
             return False
-        asked = self._conditions_of(pair)
+        now = self._conditions_of(pair)
         before = kept["conditions"]
-        differing = [f"{name} was {before.get(name)!r}, is {value!r}" for name, value in asked.items() if before.get(name) != value]
+        differing = [f"{name} was {before.get(name)!r}, is {value!r}" for name, value in now.items() if before.get(name) != value]
         if not differing:
             return True
         if not self.config.overwrite:
             raise ConfigError(
-                f"output_dir={self.directory}: {pair} was asked under other conditions ({'; '.join(differing)}). "
-                f"Set another output_dir, or overwrite=true to ask again."
+                f"output_dir={self.directory}: {pair} was evaluated under other conditions ({'; '.join(differing)}). "
+                f"Set another output_dir, or overwrite=true to repeat it."
             )
-        get_logger().info(f"{pair} is asked again: {'; '.join(differing)}")
+        get_logger().info(f"{pair} is evaluated again: {'; '.join(differing)}")
         return False
 
     @staticmethod
     def _kept(path: Path) -> dict[str, Any] | None:
         if not path.is_file() or not path.with_suffix(".jsonl").is_file():
             return None
-        return json.loads(path.read_text())
+        kept = json.loads(path.read_text())
+        return {**kept, "score": with_identity(kept["score"])}
 
-    def _run(self, asker: Harness | BuiltInTasks, pair: Pair, label: str) -> None:
+    def _run_pair(self, tasks: Harness | MegatronTasks, pair: Pair, label: str) -> None:
         started = time.monotonic()
         try:
-            samples = asker.run(
+            samples = tasks.run(
                 pair.task,
                 length=pair.length,
                 window=self.conditions.window,
                 label=label,
                 log_file=self.directory / "harness.log",
             )
-        except Exception as error:  # the others go on
+        except Exception as error:  # the other tasks still run
             self.failures += 1
-            fetched = [name for name, path in sources_of(pair.task, vars(self.config.suite.sources)).items() if path is None]
+            downloaded = [name for name, path in sources_of(pair.task, vars(self.config.suite.sources)).items() if path is None]
             words = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-            self._cannot(pair, words if not fetched else f"{words} (if it could not be fetched: {way_out(fetched)})")
+            self._skip(pair, words if not downloaded else f"{words} (if a download failed: {way_out(downloaded)})")
             return
         score = self._score(pair, samples, time.monotonic() - started)
         self._keep(pair, score, samples)
-        get_logger().info(f"{label}: {score['score']:.4g} {pair.unit}, {len(samples)} samples, {score['seconds']:.0f} s")
+        get_logger().info(f"{label}: {score['score']:.4g} {pair.task.unit}, {len(samples)} samples, {score['seconds']:.0f} s")
 
     def _score(self, pair: Pair, samples: list[Sample], seconds: float) -> dict[str, Any]:
-        together: dict[int, list[float]] = {}  # questions about one haystack are not independent of each other
+        by_text: dict[int, list[float]] = {}  # questions about one text are not independent of each other
         for sample in samples:
-            together.setdefault(getattr(sample, "haystack", sample.index), []).append(sample.score)
-        values = [float(np.mean(scores)) for scores in together.values()]
-        graded = graded_details(samples, self._trained())
+            by_text.setdefault(getattr(sample, "haystack", sample.index), []).append(sample.score)
+        values = [float(np.mean(scores)) for scores in by_text.values()]
+        details = log_probability_details(samples, self._trained())
         return {
             "suite": pair.task.suite,
             "task": pair.name,
+            "task_id": pair.task.id,
+            "haystack": pair.haystack,
             "group": pair.task.group,
             "length": pair.length,
             "metric": pair.task.metric if pair.task.filter == "none" else f"{pair.task.metric}, {pair.task.filter}",
@@ -351,11 +350,11 @@ class _Evaluation:
             "interval": list(bootstrap_interval(values)) if len(values) > 1 else None,
             "seconds": round(seconds, 1),
             "records": f"{_RECORDS}/{pair.stem}.jsonl",
-            **({} if graded is None else {"graded": graded}),
+            **({} if details is None else {"graded": details}),
         }
 
     def _keep(self, pair: Pair, score: dict[str, Any], samples: list[Sample]) -> None:
-        """The samples, then the score, whose file says that the pair is finished."""
+        """Writes the samples, then the score. The file of the score marks the pair as finished."""
         if not self.writes:
             return
         lines = "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
@@ -366,33 +365,37 @@ class _Evaluation:
         replace_text(records / f"{pair.stem}.json", json.dumps(finished, indent=1, ensure_ascii=False) + "\n")
 
     def write(self, *, pending: int) -> None:
-        """results.json and the page, from every finished pair that was asked under these conditions, in this sitting or before."""
+        """Writes results.json and the page, from all finished pairs under these conditions, also of earlier starts.
+
+        Args:
+            pending: number of pairs that are not finished.
+        """
         if not self.writes:
             return
-        of_this = self._of_this_evaluation()
-        scores = [found["score"] for found in of_this]
+        finished = self._finished_under_these_conditions()
+        scores = [kept["score"] for kept in finished]
         sources = {name: str(path) for name, path in vars(self.config.suite.sources).items() if path}
-        told = self.conditions.told_with([found["conditions"] for found in of_this])
-        conditions = told | {"num_fewshot": self.config.suite.num_fewshot, "local_sources": sources}
+        recorded = self.conditions.recorded_with([kept["conditions"] for kept in finished])
+        conditions = recorded | {"num_fewshot": self.config.suite.num_fewshot, "local_sources": sources}
         results = {"model": str(self.config.model), "conditions": conditions, "scores": scores, "not_run": self.not_run}
         replace_text(self.directory / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         write_evaluation(self.directory, results, pending=pending)
 
-    def _of_this_evaluation(self) -> list[dict[str, Any]]:
-        """What was asked under these conditions, in this sitting or before. A suite that this sitting leaves out may have settings of its
-        own (depths, held-out text), which are those of its newest score."""
+    def _finished_under_these_conditions(self) -> list[dict[str, Any]]:
+        """Kept scores under these conditions, also of earlier starts. The settings of a suite that this start leaves out (depths, held-out
+        text) are those of its newest score."""
         paths = sorted((self.directory / _RECORDS).glob("*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-        settings = {suite: self.conditions.of_suites.get(suite, {}) for suite in self.config.suite.suites()}
+        settings = {suite: self.conditions.suite_settings.get(suite, {}) for suite in self.config.suite.suites()}
         found = {}
         for path in paths:
             kept = self._kept(path)
-            task = kept and TASKS.get(kept["score"]["task"].partition(" (")[0])
-            if not task:
+            task = TASKS.get(kept["score"]["task_id"]) if kept else None
+            if not kept or not task:
                 continue
             before = kept["conditions"]
-            own = {name: before.get(name) for name in self.conditions.of_suites.get(task.suite, {})}
-            wanted = self.conditions.decisive(task, settings=settings.get(task.suite, own))
-            if all(before.get(name) == value for name, value in wanted.items()):
+            own = {name: before.get(name) for name in self.conditions.suite_settings.get(task.suite, {})}
+            required = self.conditions.of_task(task, settings=settings.get(task.suite, own))
+            if all(before.get(name) == value for name, value in required.items()):
                 settings.setdefault(task.suite, own)
                 found[path.name] = kept
         return [found[name] for name in sorted(found)]

@@ -3,10 +3,10 @@ after and a report. One call runs it on one process or as one rank of many."""
 
 from __future__ import annotations
 
-import copy
 import datetime
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from endprompt_megatron.checkpoint.hf.peft_adapter import export_peft_adapter
 from endprompt_megatron.checkpoint.hf.sources import ensure_base_model
 from endprompt_megatron.checkpoint.hf.verify import format_findings, verify_export
 from endprompt_megatron.checkpoint.training import RunState
+from endprompt_megatron.config.resolved import ResolvedRun
 from endprompt_megatron.config.schema import RunConfig
 from endprompt_megatron.data.corpora import check_corpora, prepare_corpora
 from endprompt_megatron.data.dataset import TokenizerFacts, build_datasets
@@ -47,17 +48,17 @@ from endprompt_megatron.training.trainer import Trainer, TrainingResult
 
 
 def extend(config: RunConfig) -> dict[str, Any]:
-    """Run the main job, or resume it where its output directory says it stood.
+    """Run the main job, or resume it from its output directory.
 
     Args:
-        config: of the run; `precision.name` auto is resolved in place, so that config.yaml tells what was used.
+        config: of the run.
     Returns:
         the summary, as in summary.json.
     Raises:
         ConfigError, DataError, CheckpointError, BackendUnavailableError: before anything is launched or written wherever it can be
             known by then.
-        TrainingError: a bad step, where trainer.bad_step says stop.
-        RunInterrupted: SIGTERM or SIGUSR1 asked to stop.
+        TrainingError: a bad step, with trainer.bad_step=stop.
+        RunInterrupted: the run was stopped by SIGTERM or SIGUSR1.
     """
     try:
         with StopRequests() as stop:
@@ -69,8 +70,8 @@ def extend(config: RunConfig) -> dict[str, Any]:
 def _run(config: RunConfig, stop: StopRequests) -> dict[str, Any]:
     started, times = time.monotonic(), StageTimes()
     with times.stage("prepare"):
-        base = prepare(config)
-    accelerator = mcore_runtime.resolve_accelerator(config.accelerator)
+        resolved, base = prepare(config)
+    config, accelerator = resolved.config, resolved.accelerator
     backend = backends.resolve(config.backend, accelerator=accelerator, precision=config.precision.name)
     output_dir = Path(config.output_dir)
     for line in [*base.end_prompts.notes, *base.end_prompts.describe()] if base.end_prompts else ():
@@ -81,46 +82,47 @@ def _run(config: RunConfig, stop: StopRequests) -> dict[str, Any]:
         config.parallel,
         accelerator=accelerator,
         seed=config.seed,
-        # longer than the watchdog's: it tells more than a collective that gives up
+        # longer than the watchdog's, whose report has more detail than a collective's time-out
         timeout_minutes=2 * config.launch.hang_timeout_minutes or None,
     )
     try:
         backends.assert_same_everywhere(backend)
         # ranks time their own CPUs, and could differ
-        config.precision.name = mcore_runtime.from_rank_zero(config.precision.name)
-        rope = preflight.run_rope(config, base.architecture, base.rope)
+        resolved = resolved.with_precision(mcore_runtime.from_rank_zero(config.precision.name))
+        config = resolved.config
         fusions = choose_fusions(
             has_te_kernels=backend.has_te_kernels,
             positions_shared=_shares_positions(config, base),
-            attention_factor=rope.attention_factor,
+            attention_factor=resolved.rope.attention_factor,
             tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         )
         precision = describe_precision(config.precision.name, _bf16_layers(config))
         get_logger().info(f"backend {backend.name}: {backend.description}; precision {precision}; {fusions.describe()}")
-        return _extend(Run(config, base, rope, output_dir, runtime, backend, fusions, stop, times), started)
+        return _extend(Run(resolved, base, output_dir, runtime, backend, fusions, stop, times), started)
     finally:
         mcore_runtime.shut_down()
 
 
-def prepare(config: RunConfig) -> preflight.Base:
-    """Everything that can be checked before a process group exists; then makes the base model where the config says how, prepares the
+def prepare(config: RunConfig) -> tuple[ResolvedRun, preflight.Base]:
+    """Check everything that can be checked before a process group exists. Then make the base model if model.source names one, prepare the
     text (unless other ranks of a launcher are waiting: they meet first) and takes the output directory.
 
     Args:
-        config: of the run; `precision.name` auto is resolved in place.
+        config: of the run.
+    Returns:
+        (the resolved run, its base model)
     Raises:
         ConfigError, DataError, CheckpointError, BackendUnavailableError: what is wrong.
     """
     world_size = launcher.planned_world_size(config)
-    preflight.validate(config, world_size=world_size)
-    accelerator = mcore_runtime.resolve_accelerator(config.accelerator)
-    config.precision.name = mcore_runtime.resolve_precision(config.precision.name, accelerator)
+    run = preflight.resolve(config, world_size=world_size)
+    config, accelerator = run.config, run.accelerator
     if not launcher.starts_workers(config):  # they look at their own GPUs
         mcore_runtime.select_device(accelerator)
         backends.resolve(config.backend, accelerator=accelerator, precision=config.precision.name)
     ensure_base_model(config.model.source, Path(config.model.hf_path))
-    base = preflight.check_base(config, world_size=world_size)
-    check_probe_memory(config, base.architecture, accelerator=accelerator)
+    base = preflight.check_base(run)
+    check_probe_memory(run)
     if global_rank() == 0:
         preflight.check_output_dir(config)
         if not launcher.is_worker():
@@ -128,7 +130,7 @@ def prepare(config: RunConfig) -> preflight.Base:
             if config.probes.enabled:
                 check_corpora(config.probes.text, directory=Path(config.data.directory))
         preflight.claim_output_dir(config, take_lock=not launcher.launched_by_plain_start())
-    return base
+    return run, base
 
 
 def _extend(run: Run, started: float) -> dict[str, Any]:
@@ -139,17 +141,17 @@ def _extend(run: Run, started: float) -> dict[str, Any]:
     if config.rope.existing_scaling:
         get_logger().info(f"the base's own RoPE scaling ({_words(run.base.rope)}): {config.rope.existing_scaling}; now {_words(run.rope)}")
     systems: dict[str, Any] = {}
-    wanted = config.probes.systems if probes else []
-    if "base" in wanted:
+    probed = config.probes.systems if probes else []
+    if probes and "base" in probed:
         systems["base"] = _probe(run, probes, chunks, "base", "base model, untouched", rope=run.base.rope)
-    if "untrained" in wanted or (wanted and not config.method.trained):
+    if probes and ("untrained" in probed or (probed and not config.method.trained)):
         systems["untrained"] = _probe(run, probes, chunks, "untrained", f"base with {_words(run.rope)}, no training", rope=run.rope)
     provenance = provenance_of_run(run, data_hashes)
     with run.times.stage("train"):
         result = _train(run, chunks, blends, run.output_dir, config, provenance)
     with run.times.stage("export"):
         export = _export(run, chunks, result, provenance)
-    if "trained" in wanted and config.method.trained:
+    if probes and "trained" in probed and config.method.trained:
         label = f"after {config.method.name}, {result.state.step} steps"
         systems["trained"] = _probe(run, probes, chunks, "trained", label, rope=run.rope, step=result.state.step)
     if config.control and config.method.trained:
@@ -302,8 +304,8 @@ def _train(
 def _train_control(run: Run, blends: tuple[Any, Any], probes: Probes | None) -> dict[str, Any] | None:
     """The same training from the same base with contiguous positions and no anchor."""
     get_logger().info("control: the same training with contiguous positions and no end prompt")
-    config = copy.deepcopy(run.config)
-    config.method.name, config.method.position_scheme = "control_short_pi", "contiguous"
+    method = replace(run.config.method, name="control_short_pi", position_scheme="contiguous")
+    config = replace(run.config, method=method)
     directory = run.output_dir / "control"
     directory.mkdir(exist_ok=True)
     with run.times.stage("train control"):
@@ -349,7 +351,7 @@ def _export(run: Run, chunks: list[EndPromptGPTModel], result: TrainingResult, p
             architecture=run.base.architecture,
             adapter=config.adapter,
         )
-        get_logger().info(f"adapter {adapter} (peft; it wants the base with the RoPE scaling of {export / 'config.json'})")
+        get_logger().info(f"adapter {adapter} (for peft; load it on the base with the RoPE scaling of {export / 'config.json'})")
     return export
 
 

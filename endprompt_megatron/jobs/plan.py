@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from endprompt_megatron.config.schema import ParallelConfig, RunConfig
 from endprompt_megatron.errors import ConfigError
@@ -25,20 +26,20 @@ def plan_cluster(config: RunConfig, options: ClusterConfig, *, command: str, ove
         config: of the experiment, not yet validated; its own layout does not count.
         options: the cluster.
         command: as it was typed, for the page.
-        overrides: of the experiment among it, quoted for a shell: with them the page says how to start the run in the first layout.
+        overrides: the experiment's overrides in `command`, quoted for a shell. The page uses them in the command that starts the run in
+            the fastest layout.
     Returns:
         The page's lines, without the picture.
     Raises:
         ConfigError: the experiment, or the cluster, is not what can be planned; the output directory cannot be written.
     """
-    short_length, accelerator = config.data.seq_length, config.accelerator
     request = cluster_request(config, options)
     ranking = rank_layouts(request)
-    short = request if not config.method.full_length else replace(request, seq_length=short_length)
+    short = request if not config.method.full_length else replace(request, seq_length=config.data.seq_length)
     lengths = [length for length in options.lengths if length > preflight.known_base(config)[0].max_position_embeddings]
     comparisons = compare_lengths(short, lengths) if lengths else []
-    job = " ".join([*overrides, *_cluster_overrides(config, request, accelerator=accelerator)])
-    described = {"experiment": config.name, "job": job, "tokens": options.tokens, "rows": options.rows, "command": command}
+    job = " ".join([*overrides, *_cluster_overrides(config, request, accelerator=config.accelerator)])
+    described: dict[str, Any] = {"experiment": config.name, "job": job, "tokens": options.tokens, "rows": options.rows, "command": command}
     lines = describe_cluster(request, ranking, comparisons, **described)
     with claimed(Path(options.output_dir), doing="writes a plan there") as directory:
         picture = None
@@ -55,7 +56,7 @@ def cluster_request(config: RunConfig, options: ClusterConfig) -> ClusterRequest
     """What planning needs of an experiment and a cluster.
 
     Args:
-        config: as plan_cluster; its missing values are filled in, in place.
+        config: as plan_cluster.
         options: the cluster.
     Raises:
         ConfigError: of the experiment with its rules, or of the cluster.
@@ -69,14 +70,13 @@ def cluster_request(config: RunConfig, options: ClusterConfig) -> ClusterRequest
         problems.append(f"plan.lengths={options.lengths}: windows have at least 2 tokens.")
     if problems:
         raise ConfigError(*problems)
-    config.accelerator = "gpu"  # a cluster of GPUs is planned, wherever this runs
-    config.precision.name = config.precision.name.replace("auto", "bf16")
-    # any layout: the experiment's own need not suit this cluster
-    architecture, _ = preflight.validate(replace(config, parallel=ParallelConfig()), world_size=1)
-    planned = preflight.plan_request(config, architecture, world_size=config.parallel.model_parallel_size, num_prompt_tokens=0)
+    # a cluster of GPUs is planned, wherever this runs, in any layout: the experiment's own need not suit this cluster
+    run = preflight.resolve(replace(config, accelerator="gpu", parallel=ParallelConfig()), world_size=1, runs_here=False)
+    in_its_layout = replace(run, config=replace(run.config, parallel=config.parallel), world_size=config.parallel.model_parallel_size)
+    planned = preflight.plan_request(in_its_layout, num_prompt_tokens=0)
     num_gpus = launcher.planned_world_size(config) if options.num_gpus is None else options.num_gpus
     return ClusterRequest(
-        shape=planned.shape,
+        architecture=planned.architecture,
         num_gpus=num_gpus,
         gpus_per_node=options.gpus_per_node,
         hardware=options.hardware or config.launch.gpu,

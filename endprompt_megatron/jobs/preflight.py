@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,16 @@ import yaml
 from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config, rope_from_hf
 from endprompt_megatron.checkpoint.hf.fingerprint import weights_fingerprint
 from endprompt_megatron.checkpoint.hf.tokenizer import check_token_ids, hash_tokenizer, load_tokenizer
+from endprompt_megatron.config.resolved import ResolvedRun, fill_in, with_precision
+from endprompt_megatron.config.resume import resume_differences
+from endprompt_megatron.config.rule import Facts
 from endprompt_megatron.config.schema import RunConfig
-from endprompt_megatron.config.validation import resume_differences, window_to_stretch
+from endprompt_megatron.config.validation import PROMPT_RULES, find_problems
 from endprompt_megatron.data.prompts import EndPromptSet, tokenize_end_prompts
 from endprompt_megatron.errors import CheckpointError, ConfigError
 from endprompt_megatron.log import get_logger
 from endprompt_megatron.output_files import hold, is_lock, replace_text
 from endprompt_megatron.planning.architecture import ModelArchitecture
-from endprompt_megatron.planning.flops import ModelShape
 from endprompt_megatron.planning.memory import TrainedParts
 from endprompt_megatron.planning.run_plan import PlanRequest
 from endprompt_megatron.planning.throughput import GPUS_PER_NODE
@@ -58,7 +60,7 @@ def known_base(config: RunConfig) -> tuple[ModelArchitecture, RopeScaling]:
     before the download, or a model that is fetched on first use).
 
     Raises:
-        CheckpointError: neither says enough, or the two contradict each other.
+        CheckpointError: neither is complete, or the two contradict each other.
     """
     hf_path = Path(config.model.hf_path)
     if not hf_path.exists() and config.model.hf_config:
@@ -77,22 +79,41 @@ def known_base(config: RunConfig) -> tuple[ModelArchitecture, RopeScaling]:
     return architecture_from_hf(stored), rope_from_hf(stored)
 
 
-def validate(config: RunConfig, *, world_size: int, prompt_lengths: list[int] | None = None) -> tuple[ModelArchitecture, RopeScaling]:
-    """Fill in what follows from other values (RunConfig.resolve), then every rule of the config against the base model's numbers.
+def resolve(config: RunConfig, *, world_size: int, runs_here: bool = True) -> ResolvedRun:
+    """Check every rule of a run's configuration and fill in what follows from it.
 
-    Returns:
-        as known_base.
+    Args:
+        config: of the run; is left as it is.
+        world_size: ranks of the job.
+        runs_here: whether this machine runs the job; False for a plan, whose GPUs may be elsewhere.
     Raises:
         ConfigError: with all problems at once.
+        CheckpointError: neither the base model's directory nor model.hf_config describes it, or they contradict each other.
+        BackendUnavailableError: accelerator=gpu, and this machine has none.
     """
-    architecture, rope = known_base(config)
-    for note in config.resolve(window=window_to_stretch(config, architecture, rope)):
+    from endprompt_megatron.mcore import runtime  # torch, which recipes/compare.py has no other use for
+
+    architecture, base_rope = known_base(config)
+    facts = Facts(config, world_size, architecture, tuple(SCHEMES), base_rope=base_rope)
+    filled, notes = fill_in(config, window=facts.window)
+    problems = find_problems(replace(facts, config=filled))
+    if problems:
+        raise ConfigError(*problems)
+    for note in notes:
         get_logger().info(note)
-    config.validate(world_size=world_size, architecture=architecture, schemes=tuple(SCHEMES), prompt_lengths=prompt_lengths, base_rope=rope)
-    return architecture, rope
+    accelerator = filled.accelerator
+    if runs_here or accelerator == "auto":
+        accelerator = runtime.resolve_accelerator(accelerator)
+    filled = with_precision(filled, runtime.resolve_precision(filled.precision.name, accelerator))
+    return ResolvedRun(filled, world_size, accelerator, architecture, base_rope, _rope_of(filled, architecture, base_rope))
 
 
-def check_base(config: RunConfig, *, world_size: int) -> Base:
+def _rope_of(config: RunConfig, architecture: ModelArchitecture, base_rope: RopeScaling) -> RopeScaling:
+    """The frequencies that the run trains with, from those of the base."""
+    return base_rope.extended(asdict(config.rope), max_position_embeddings=architecture.max_position_embeddings)
+
+
+def check_base(run: ResolvedRun) -> Base:
     """The base model's files: config, tokenizer, end prompts, and the header of every safetensors file.
 
     Raises:
@@ -100,8 +121,9 @@ def check_base(config: RunConfig, *, world_size: int) -> Base:
     """
     from endprompt_megatron.checkpoint.hf.weights import check_hf_weights
 
-    hf_path = Path(config.model.hf_path)
+    config, hf_path = run.config, Path(run.config.model.hf_path)
     tokenizer = load_tokenizer(hf_path)
+    architecture, rope = known_base(config)  # of a base that was made since
     end_prompts = None
     if SCHEMES[config.method.position_scheme].uses_end_prompt:
         end_prompts = tokenize_end_prompts(
@@ -109,15 +131,13 @@ def check_base(config: RunConfig, *, world_size: int) -> Base:
             lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
             fixed_length=config.method.end_prompt_length,
         )
-    architecture, rope = validate(config, world_size=world_size, prompt_lengths=end_prompts.lengths if end_prompts else None)
+        facts = Facts(config, run.world_size, architecture, tuple(SCHEMES), end_prompts.lengths, rope)
+        problems = [problem for rule in PROMPT_RULES for problem in rule.problems(facts)]
+        if problems:
+            raise ConfigError(*problems)
     check_hf_weights(hf_path, architecture)
     check_token_ids(hf_path, tokenizer, num_rows=architecture.vocab_size)
     return Base(hf_path, architecture, rope, tokenizer, hash_tokenizer(hf_path), end_prompts)
-
-
-def run_rope(config: RunConfig, architecture: ModelArchitecture, base_rope: RopeScaling) -> RopeScaling:
-    """The frequencies that the run trains with, from those of the base."""
-    return base_rope.extended(asdict(config.rope), max_position_embeddings=architecture.max_position_embeddings)
 
 
 def check_output_dir(config: RunConfig) -> None:
@@ -189,20 +209,19 @@ def claim_output_dir(config: RunConfig, *, take_lock: bool = True) -> None:
         raise ConfigError(f"output_dir={output_dir} cannot be written ({error}). Set output_dir to a writable directory.") from error
 
 
-def plan_request(config: RunConfig, architecture: ModelArchitecture, *, world_size: int, num_prompt_tokens: int | None) -> PlanRequest:
+def plan_request(run: ResolvedRun, *, num_prompt_tokens: int | None) -> PlanRequest:
     """What planning makes a run's plan of.
 
     Args:
-        config: validated, precision.name resolved.
-        architecture: of the base model.
-        world_size: ranks planned for.
+        run: to plan.
         num_prompt_tokens: b; None while the tokenizer is not at hand.
     """
-    on_gpu = config.accelerator == "gpu"
+    config, world_size, architecture = run.config, run.world_size, run.architecture
+    on_gpu = run.accelerator == "gpu"
     parallel = config.parallel
     return PlanRequest(
         experiment=config.name,
-        shape=model_shape(architecture),
+        architecture=architecture,
         world_size=world_size,
         micro_batch_size=config.trainer.micro_batch_size,
         global_batch_size=config.trainer.global_batch_size,
@@ -210,7 +229,7 @@ def plan_request(config: RunConfig, architecture: ModelArchitecture, *, world_si
         seq_length=config.data.seq_length,
         num_prompt_tokens=num_prompt_tokens,
         target_context_length=config.rope.target_context_length,
-        original_context_length=round(config.rope.target_context_length / config.rope.factor),
+        original_context_length=round(config.rope.target_context_length / run.factor),
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
@@ -222,39 +241,28 @@ def plan_request(config: RunConfig, architecture: ModelArchitecture, *, world_si
         backend="te" if on_gpu and config.backend != "torch" and config.precision.name != "fp32" else "torch",
         position_scheme=config.method.position_scheme,
         rope_type=config.rope.type,
-        rope_factor=config.rope.factor,
+        rope_factor=run.factor,
         hardware=config.launch.gpu if on_gpu else None,
         device_memory_gib=None if on_gpu else _host_memory_gib() * config.launch.num_nodes / world_size,
         gpus_per_node=config.launch.nproc_per_node or GPUS_PER_NODE,
-        trained=trained_parts(config, model_shape(architecture)),
+        trained=trained_parts(config, architecture),
     )
 
 
-def trained_parts(config: RunConfig, shape: ModelShape) -> TrainedParts | None:
+def trained_parts(config: RunConfig, architecture: ModelArchitecture) -> TrainedParts | None:
     """What trains, as planning counts it; None where that is everything."""
     adapter = config.adapter
     if adapter.type == "none":
         return None
-    key_size = shape.key_value_size // 2
-    sizes = {"q_proj": shape.query_size, "k_proj": key_size, "v_proj": key_size, "o_proj": shape.query_size}  # beside hidden_size
-    per_layer = sum(adapter.rank * (shape.hidden_size + sizes[target]) for target in adapter.target_modules)
+    key_size = architecture.key_value_size // 2
+    sizes = {
+        "q_proj": architecture.query_size,
+        "k_proj": key_size,
+        "v_proj": key_size,
+        "o_proj": architecture.query_size,
+    }  # beside hidden_size
+    per_layer = sum(adapter.rank * (architecture.hidden_size + sizes[target]) for target in adapter.target_modules)
     return TrainedParts(per_layer, adapter.train_embeddings, adapter.train_norms)
-
-
-def model_shape(architecture: ModelArchitecture) -> ModelShape:
-    """The planner's view of an architecture."""
-    return ModelShape(
-        num_layers=architecture.num_layers,
-        hidden_size=architecture.hidden_size,
-        ffn_hidden_size=architecture.ffn_hidden_size,
-        num_attention_heads=architecture.num_attention_heads,
-        num_query_groups=architecture.num_query_groups,
-        head_dim=architecture.head_dim,
-        vocab_size=architecture.vocab_size,
-        tied_embeddings=architecture.tied_embeddings,
-        qkv_bias=architecture.qkv_bias,
-        qk_norm=architecture.qk_norm,
-    )
 
 
 def _host_memory_gib() -> float:

@@ -1,4 +1,4 @@
-"""What a run tells of itself: the provenance that its export and checkpoints carry, the conditions on its page, its summary."""
+"""Metadata of a run: the provenance in its export and checkpoints, the conditions on its page, and summary.json."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from endprompt_megatron.checkpoint.hf.model_card import source_version
+from endprompt_megatron.config.resolved import ResolvedRun
 from endprompt_megatron.config.schema import RunConfig
 from endprompt_megatron.jobs import preflight
 from endprompt_megatron.jobs.stage_times import StageTimes
@@ -25,9 +26,8 @@ from endprompt_megatron.training.trainer import TrainingResult
 class Run:
     """What the steps of one run share."""
 
-    config: RunConfig
+    resolved: ResolvedRun
     base: preflight.Base
-    rope: RopeScaling
     output_dir: Path
     runtime: mcore_runtime.Runtime
     backend: backends.Backend
@@ -35,9 +35,19 @@ class Run:
     stop: StopRequests
     times: StageTimes
 
+    @property
+    def config(self) -> RunConfig:
+        """Every value of the run."""
+        return self.resolved.config
+
+    @property
+    def rope(self) -> RopeScaling:
+        """Frequencies that the run trains with."""
+        return self.resolved.rope
+
 
 def provenance_of_run(run: Run, data_hashes: dict[str, str]) -> dict[str, Any]:
-    """How the model is made: what endprompt.json and the checkpoints tell of it."""
+    """How the model is made, as endprompt.json and the checkpoints record it."""
     config, prompts = run.config, run.base.end_prompts
     return {
         "method": config.method.name,
@@ -49,7 +59,7 @@ def provenance_of_run(run: Run, data_hashes: dict[str, str]) -> dict[str, Any]:
         **_adapter_provenance(config),
         "base": config.model.name,
         # the window that is stretched: the unscaled one where existing scaling is replaced
-        "original_context_length": round(config.rope.target_context_length / config.rope.factor),
+        "original_context_length": round(config.rope.target_context_length / run.resolved.factor),
         "target_context_length": config.rope.target_context_length,
         "rope_type": run.rope.type,
         "rope_factor": run.rope.factor,
@@ -66,16 +76,16 @@ def provenance_of_run(run: Run, data_hashes: dict[str, str]) -> dict[str, Any]:
 
 
 def _adapter_provenance(config: RunConfig) -> dict[str, Any]:
-    told: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     if config.method.attention == "s2":
-        told["attention"] = f"S2 in training, {config.method.attention_groups} groups"
+        found["attention"] = f"S2 in training, {config.method.attention_groups} groups"
     if config.adapter.type == "lora":
         adapter = config.adapter
         in_full = [name for name, trains in (("embedding", adapter.train_embeddings), ("norms", adapter.train_norms)) if trains]
-        told["adapter"] = f"LoRA r {adapter.rank}, alpha {adapter.alpha:g}: {', '.join(adapter.target_modules)}" + (
+        found["adapter"] = f"LoRA r {adapter.rank}, alpha {adapter.alpha:g}: {', '.join(adapter.target_modules)}" + (
             f"; in full: {', '.join(in_full)}" if in_full else ""
         )
-    return told
+    return found
 
 
 def conditions_of_run(run: Run) -> dict[str, Any]:
@@ -100,7 +110,7 @@ def _precision_in_words(run: Run) -> str:
 
 
 def headline_task(system: dict[str, Any]) -> str:
-    """The retrieval task that summary.json reports as `needle_*`: the pass key where it was asked for, else planted numbers, else words."""
+    """The retrieval task that summary.json reports as `needle_*`: the pass key if it was probed, else planted numbers, else words."""
     return next((task for task in ("needle", "number", "word") if task in system), "needle")
 
 

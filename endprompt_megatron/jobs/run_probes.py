@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 
+from endprompt_megatron.config.resolved import ResolvedRun
 from endprompt_megatron.config.schema import RunConfig
 from endprompt_megatron.data.corpora import corpus_texts
 from endprompt_megatron.errors import ConfigError
@@ -16,7 +18,6 @@ from endprompt_megatron.evaluation.probes.needle import make_haystacks
 from endprompt_megatron.evaluation.probes.perplexity import held_out_blocks
 from endprompt_megatron.evaluation.probes.results import Probes
 from endprompt_megatron.jobs.preflight import Base
-from endprompt_megatron.planning.architecture import ModelArchitecture
 
 _GIB = 2**30
 
@@ -32,7 +33,7 @@ def make_probes(config: RunConfig, base: Base) -> Probes:
     def encode(text: str) -> list[int]:
         return base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def texts():
+    def texts() -> Iterable[str]:
         return corpus_texts(probes.text, directory=Path(config.data.directory))
 
     planted = {WORD: probes.planted_words, NUMBER: probes.planted_numbers}
@@ -70,15 +71,16 @@ def make_probes(config: RunConfig, base: Base) -> Probes:
     return Probes(haystacks, blocks, probes, config.seed, long_texts)
 
 
-def prefill_gib(config: RunConfig, architecture: ModelArchitecture) -> float:
+def prefill_gib(run: ResolvedRun) -> float:
     """Memory of one rank beside the weights while it reads the longest context: keys and values, the widest activations of the tokens that
     are read at once, and the logits that are scored. Rounded up: float32 throughout on a CPU, where bf16 products are held in float32 too.
     """
+    config, architecture = run.config, run.architecture
     probes, parallel = config.probes, config.parallel
     longest = max([*probes.lengths, *probes.perplexity_lengths])
     at_once = min(probes.prefill_chunk or longest, longest)
     ranks = parallel.tensor_model_parallel_size
-    number = 4 if config.precision.name == "fp32" or config.accelerator == "cpu" else 2
+    number = 4 if config.precision.name == "fp32" or run.accelerator == "cpu" else 2
     layers = -(-architecture.num_layers // parallel.pipeline_model_parallel_size)
     cache = 2 * layers * architecture.num_query_groups * architecture.head_dim * longest * number / ranks
     heads = architecture.num_attention_heads * architecture.head_dim
@@ -88,21 +90,18 @@ def prefill_gib(config: RunConfig, architecture: ModelArchitecture) -> float:
     return (cache + at_once * widest * number + logits) / _GIB
 
 
-def check_probe_memory(config: RunConfig, architecture: ModelArchitecture, *, accelerator: str) -> None:
+def check_probe_memory(run: ResolvedRun) -> None:
     """Refuse contexts that the machine cannot read, before anything runs.
 
-    Args:
-        config: validated.
-        architecture: of the base.
-        accelerator: gpu | cpu, resolved.
     Raises:
         ConfigError: with the numbers.
     """
+    config = run.config
     if not config.probes.enabled:
         return
-    on_gpu = accelerator == "gpu"
+    on_gpu = run.accelerator == "gpu"
     available = torch.cuda.mem_get_info()[1] / _GIB if on_gpu else psutil.virtual_memory().available / _GIB
-    needed = prefill_gib(config, architecture) * (1 if on_gpu else max(1, config.launch.nproc_per_node or 1))
+    needed = prefill_gib(run) * (1 if on_gpu else max(1, config.launch.nproc_per_node or 1))
     if needed > available:
         longest = max([*config.probes.lengths, *config.probes.perplexity_lengths])
         raise ConfigError(

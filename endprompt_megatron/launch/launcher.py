@@ -1,5 +1,6 @@
-"""The three ways a run starts: under torchrun, under srun with one task a GPU, or plainly, when it starts its own local workers through
-torch's elastic launcher. Each ends with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in the environment."""
+"""Process launch. A run starts under torchrun, under srun with one task per GPU, or without a launcher (a plain start), where it starts its
+own local workers through torch's elastic launcher. In all cases the workers have RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT
+in their environment."""
 
 from __future__ import annotations
 
@@ -17,15 +18,15 @@ from endprompt_megatron.errors import EXIT_RESUME, ConfigError
 from endprompt_megatron.launch.processes import STOP_SIGNALS, end_with_parent
 from endprompt_megatron.log import get_logger
 
-# Ports of job steps: [20000, 32007), below those that Linux lends to clients (32768 and up). Their number is a prime: steps of one job, and
-# jobs that were submitted near each other, land apart.
+# Ports of job steps: [20000, 32007), below the ephemeral ports of Linux (32768 and up). Their number is prime, so that steps of one job and
+# jobs with neighbouring ids get different ports.
 _FIRST_PORT, _PORTS, _PORTS_A_JOB = 20_000, 12_007, 101
-_FIRST_UNNUMBERED_STEP = 0xFFFFFFF0  # slurm.h: from here on batch scripts, interactive shells and the like
-_LAUNCHER = "ENDPROMPT_LAUNCHER"  # process id of the plain start, for its workers
+_FIRST_UNNUMBERED_STEP = 0xFFFFFFF0  # slurm.h: ids from here on are batch scripts, interactive shells and similar steps
+_LAUNCHER = "ENDPROMPT_LAUNCHER"  # environment variable with the process id of a plain start, set for its workers
 
 
 class Launched(Protocol):
-    """What a job's configuration has to have to be launched: RunConfig has it, and EvaluateConfig."""
+    """The part of a job's config that the launcher needs. RunConfig and EvaluateConfig have it."""
 
     launch: LaunchConfig
     output_dir: Any
@@ -36,10 +37,10 @@ class Launched(Protocol):
 
 
 def adopt_srun_environment() -> None:
-    """Under srun (and no other launcher) translate Slurm's variables into torch's.
+    """Under srun without another launcher, set torch's environment variables from Slurm's.
 
     Raises:
-        ConfigError: the job's hosts cannot be told.
+        ConfigError: the first host of the job cannot be determined.
     """
     if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) < 2:
         return
@@ -54,14 +55,14 @@ def adopt_srun_environment() -> None:
 
 
 def _step_port(job: int, step: int) -> int:
-    """The port of a job step, which all its tasks know without asking: two jobs, or two steps of one, must not meet on a node."""
+    """Port of a job step, computed from its ids so that all tasks agree. Two jobs or steps on one node must not share a port."""
     return _FIRST_PORT + (_PORTS_A_JOB * job + step) % _PORTS
 
 
 def _first_slurm_host() -> str:
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
     if not nodes:
-        raise ConfigError("SLURM_PROCID is set but neither SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST: export MASTER_ADDR yourself.")
+        raise ConfigError("SLURM_PROCID is set but neither SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST is: export MASTER_ADDR yourself.")
     if "[" not in nodes:
         return nodes.split(",")[0]
     try:
@@ -70,19 +71,19 @@ def _first_slurm_host() -> str:
     except (OSError, subprocess.CalledProcessError, IndexError):
         match = re.match(r"([^\[,]+)\[(\d+)", nodes)  # node[03-07,12] -> node03; containers often lack scontrol
         if match is None:
-            raise ConfigError(f"the first host of SLURM_STEP_NODELIST={nodes} cannot be told: export MASTER_ADDR yourself.") from None
+            raise ConfigError(f"the first host of SLURM_STEP_NODELIST={nodes} cannot be determined: export MASTER_ADDR yourself.") from None
         return match.group(1) + match.group(2)
 
 
 def planned_world_size(config: Launched) -> int:
-    """Ranks of the run: what a launcher announced, else what the config will start."""
+    """Ranks of the run: WORLD_SIZE of the launcher if there is one, else the number of processes that the config starts."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     return config.launch.num_nodes * local_processes(config)
 
 
 def local_processes(config: Launched) -> int:
-    """Processes of one host: `launch.nproc_per_node`, else one a GPU, else one."""
+    """Processes on one host: `launch.nproc_per_node` if set, else one per GPU, or one without GPUs."""
     if config.launch.nproc_per_node is not None:
         return config.launch.nproc_per_node
     if config.accelerator == "cpu":
@@ -98,12 +99,12 @@ def is_worker() -> bool:
 
 
 def launched_by_plain_start() -> bool:
-    """Whether `run_workers` of another process started this one, which waits for it and has taken the output directory."""
+    """Whether `run_workers` of another process started this one. That process waits for it and holds the lock of the output directory."""
     return is_worker() and _LAUNCHER in os.environ
 
 
 def starts_workers(config: Launched) -> bool:
-    """Whether this process is a plain start that has to launch several workers.
+    """Whether this process is a plain start that must launch several workers.
 
     Raises:
         ConfigError: more than one node without a launcher.
@@ -112,21 +113,21 @@ def starts_workers(config: Launched) -> bool:
         return False
     if config.launch.num_nodes > 1:
         raise ConfigError(
-            f"launch.num_nodes={config.launch.num_nodes}: a plain start reaches this host only. Start the same command with srun (one "
-            f"task a GPU) or torchrun on every node."
+            f"launch.num_nodes={config.launch.num_nodes}: without a launcher a run uses this host only. Start the same command with srun "
+            f"(one task per GPU) or torchrun on every node."
         )
     return local_processes(config) > 1
 
 
 def run_workers(config: Launched, arguments: list[str]) -> int:
-    """Run this very command in `local_processes` workers; rank 0 writes to the terminal, the others to `<output_dir>/logs/`.
+    """Run the current command in `local_processes` workers. Rank 0 writes to the terminal, the others to `<output_dir>/logs/`.
 
     Args:
-        config: of the run.
+        config: config of the run.
         arguments: script and its arguments, as in sys.argv.
     Returns:
-        Exit status: 0; EXIT_RESUME if the workers were asked to stop and did; else the first failed worker's, whose last lines are
-        shown once.
+        Exit status: 0; EXIT_RESUME if the workers stopped after a stop signal; otherwise that of the first failed worker, whose last lines
+        of output are logged.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -135,7 +136,7 @@ def run_workers(config: Launched, arguments: list[str]) -> int:
     count = local_processes(config)
     logs = Path(config.output_dir) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    quiet = {rank: Std.ALL for rank in range(1, count)}
+    quiet = dict.fromkeys(range(1, count), Std.ALL)
     os.environ[_LAUNCHER] = str(os.getpid())
     launch = LaunchConfig(
         min_nodes=1,
@@ -147,56 +148,56 @@ def run_workers(config: Launched, arguments: list[str]) -> int:
         max_restarts=0,
         start_method="spawn",
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=quiet),
-        shutdown_timeout=10,  # seconds that the others have after one failed; they cannot save without it
-        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # these end the workers; the others are passed on to them
+        shutdown_timeout=10,  # seconds until the other workers are killed after one has failed; they cannot save without it
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # these end the workers; stop signals are forwarded to them
     )
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     get_logger().info(f"starting {count} local workers; logs of ranks 1 to {count - 1} in {logs}")
-    asked = _pass_on_stop_signals()
+    received = _forward_stop_signals()
     try:
         elastic_launch(config=launch, entrypoint=sys.executable)("-u", "-W", "ignore", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode == EXIT_RESUME or (asked and failure.exitcode in (-number for number in asked)):
-            return EXIT_RESUME  # rank 0 has said so
+        if failure.exitcode == EXIT_RESUME or (received and failure.exitcode in (-number for number in received)):
+            return EXIT_RESUME  # rank 0 has logged the reason
         get_logger().error(f"rank {rank} failed with exit status {failure.exitcode}{_last_lines(logs, rank)}")
         return failure.exitcode if failure.exitcode > 0 else 1
     except SignalException as error:
-        get_logger().error(f"stopped by {error.sigval.name}; every worker was ended")
+        get_logger().error(f"stopped by {error.sigval.name}; all workers were ended")
         return 128 + error.sigval.value
     return 0
 
 
-def _pass_on_stop_signals() -> list[int]:
-    """Hand SIGTERM and SIGUSR1 to every worker, which saves and ends by itself; the list fills with what came."""
-    asked: list[int] = []
+def _forward_stop_signals() -> list[int]:
+    """Forward SIGTERM and SIGUSR1 to every worker, which saves and exits. The returned list collects the received signals."""
+    received: list[int] = []
 
-    def pass_on(number: int, frame: object) -> None:
+    def forward(number: int, frame: object) -> None:
         """Signal handler of the launcher."""
         import psutil
 
-        asked.append(number)
+        received.append(number)
         for worker in psutil.Process().children():
             with contextlib.suppress(psutil.NoSuchProcess):
                 worker.send_signal(number)
 
     for number in STOP_SIGNALS:
-        signal.signal(number, pass_on)
-    return asked
+        signal.signal(number, forward)
+    return received
 
 
 def end_with_launcher() -> None:
-    """In a worker that `run_workers` started: end when the launcher ends, however it ends."""
+    """In a worker started by `run_workers`: end when the launcher ends for any reason."""
     launcher = os.environ.get(_LAUNCHER)
     if launcher is None or not is_worker():
         return
     end_with_parent()
-    if os.getppid() != int(launcher):  # it ended before the call
+    if os.getppid() != int(launcher):  # the launcher ended before the call above
         sys.exit(f"the launcher, process {launcher}, has ended")
 
 
 def _last_lines(logs: Path, rank: int, lines: int = 30) -> str:
-    """The end of a quiet worker's error output; rank 0's is on the terminal already."""
+    """The last lines of a worker's standard error; "" for rank 0, whose output is on the terminal."""
     if rank == 0:
         return ""
     files = sorted(logs.glob(f"*/attempt_0/{rank}/stderr.log"), key=lambda path: path.stat().st_mtime)

@@ -1,5 +1,5 @@
-"""A process's part in the end of a run: whom it follows, and what it does about signals, before training has handlers of its own and in the
-processes that a run starts beside itself."""
+"""Lifetime and stop signals of processes: of a run before training installs its own handlers, and of the helper processes that a run
+starts."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from types import FrameType
 
 from endprompt_megatron.errors import EXIT_RESUME
 
-# What asks a run to stop. Slurm sends it to every process of a job step, helpers included.
+# Signals that stop a run. Slurm sends them to every process of a job step, including helpers.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def obey_stop_signals() -> None:
-    """From the first import on: a request to stop ends this process with the status that says "start me again". Python's own answer would
-    be a death by that signal, which nobody can tell from a crash. training.signals takes over once there is something to save."""
+def exit_on_stop_signals() -> None:
+    """Exit with the status EXIT_RESUME on a stop signal. Call it before other imports. By default the signal would kill the process, which
+    looks like a crash to the scheduler. training.signals replaces the handlers once there is something to save."""
     for number in STOP_SIGNALS:
         signal.signal(number, _stop)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """Signal handler. It may come within any import, so it neither raises nor touches a stream that may be in use."""
+    """Signal handler. It may run in the middle of an import, so it neither raises nor uses a stream that may be locked."""
     name = signal.Signals(number).name
     with contextlib.suppress(OSError):
         os.write(2, f"stopped by {name} with nothing to save; start the same command again\n".encode())
@@ -37,34 +37,35 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def end_with_parent() -> None:
-    """Let the kernel kill this process when the one that started it ends (Linux; no effect elsewhere)."""
+    """Let the kernel kill this process when its parent ends (Linux; no effect on other systems)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
-def outlast_stop_signals(worker: int = 0) -> None:
-    """In a helper process: leave it to the parent to stop, which still needs its helpers to finish a step and to save.
+def ignore_stop_signals(worker: int = 0) -> None:
+    """Ignore stop signals in a helper process. Its parent handles them and needs its helpers to finish a step and to save.
 
     Args:
-        worker: its number, where a loader passes one.
+        worker: number of the worker; unused, for worker_init_fn of torch's DataLoader.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def serve_parent() -> None:
-    """In a helper process that serves its parent and nobody else: live exactly as long."""
+    """In a helper process: end together with the parent and ignore stop signals."""
     end_with_parent()
-    outlast_stop_signals()
+    ignore_stop_signals()
 
 
 @contextlib.contextmanager
-def starting_helpers() -> Iterator[None]:
-    """Inside the block this process holds stop signals back, and so do the processes that it starts there, for good: one that is told to
-    stop while it still imports would die before it can `serve_parent`. What comes for this process is heard at the block's end."""
+def block_stop_signals() -> Iterator[None]:
+    """Block stop signals inside the block, for starting helper processes. Helpers inherit the blocked signals and keep them blocked;
+    otherwise a signal during their imports would kill them before they call `serve_parent`. This process receives pending signals at the
+    end of the block."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        resource_tracker.ensure_running()  # multiprocessing's own helper; to start it lets SIGTERM through again
+        resource_tracker.ensure_running()  # multiprocessing's own helper; starting it unblocks SIGTERM
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         yield
     finally:
@@ -73,9 +74,9 @@ def starting_helpers() -> Iterator[None]:
 
 @functools.cache
 def kill_helpers_at_exit() -> None:
-    """In a process with helpers that outlast stop signals: kill those that are left when it exits. Python's own exit asks them to end
-    with SIGTERM, which they ignore, and then waits for them for good."""
-    atexit.register(_kill_helpers)  # after multiprocessing's own, which therefore runs later
+    """Kill helper processes that ignore stop signals when this process exits. Python's exit would send them SIGTERM, which they ignore, and
+    then wait for them forever."""
+    atexit.register(_kill_helpers)  # registered after multiprocessing's own handler, so it runs before that one
 
 
 def _kill_helpers() -> None:

@@ -1,4 +1,4 @@
-"""The save of megatron.core.dist_checkpointing, the same in every supported version."""
+"""megatron.core.dist_checkpointing.save behind one signature for every supported version."""
 
 from __future__ import annotations
 
@@ -10,32 +10,35 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from endprompt_megatron.launch.processes import serve_parent, starting_helpers
+from endprompt_megatron.launch.processes import block_stop_signals, serve_parent
 
 
 def begin_save(sharded_state: dict[str, Any], directory: str, *, asynchronous: bool) -> Any:
-    """Write a sharded state; every rank takes part.
+    """Write a sharded state; collective over all ranks.
 
     Args:
-        sharded_state: of Megatron's sharded tensors and objects.
-        directory: empty.
-        asynchronous: return the work as a request for AsyncCallsQueue instead of doing it.
+        sharded_state: Megatron's sharded tensors and objects.
+        directory: empty directory to write to.
+        asynchronous: return a request for AsyncCallsQueue instead of writing now.
     Returns:
-        Megatron's AsyncRequest, or None.
+        Megatron's AsyncRequest if asynchronous, else None.
     """
     _prepare_queue()
     options = {}
-    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:  # 0.19 asks for nvidia-resiliency-ext otherwise
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:  # 0.19 defaults to nvidia-resiliency-ext
         options["async_strategy"] = "mcore"
     return dist_checkpointing.save(sharded_state, directory, async_sharded_save=asynchronous, **options)
 
 
 def _prepare_queue() -> None:
-    """The queue through which Megatron's writers report, served by a process that lives as long as this one. Stands in for what
-    dist_checkpointing/strategies/filesystem_async.py (megatron-core 0.16-0.19) makes on first use: a manager that outlives a killed
-    rank, and dies of the signal that only asks the rank to stop. Can go when upstream's does not."""
+    """Create the queue through which Megatron's writer processes report, with a manager process that ends when this process ends.
+
+    Replaces the manager that dist_checkpointing/strategies/filesystem_async.py (megatron-core 0.16-0.19) starts on first use: it keeps
+    running after its rank was killed, and a stop signal (SIGTERM, SIGUSR1) kills it while its rank still needs it to save. Can be removed
+    when upstream's manager does neither.
+    """
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        with starting_helpers():
+        with block_stop_signals():
             manager.start(initializer=serve_parent)
         filesystem_async._results_queue = manager.Queue()

@@ -1,8 +1,7 @@
-"""The one owner of context parallelism's slicing: which tokens of a sequence a rank holds, and how key and value of the whole sequence
-come together again.
+"""Context-parallel slicing: which tokens of a sequence a rank holds, and the all-gather of the whole sequence in physical order.
 
-A sequence of S tokens is cut into 2c chunks for c ranks; rank r holds chunks r and 2c-1-r, so that every rank has the same share of
-causal attention's work (Megatron's and Transformer Engine's layout).
+A sequence of S tokens is cut into 2c chunks for c ranks. Rank r holds chunks r and 2c-1-r, which gives every rank the same share of the
+causal attention FLOPs (the layout of Megatron and Transformer Engine).
 
 Shapes: S whole sequence, s = S / c on this rank, b micro-batch; Megatron order [s, b, ...].
 """
@@ -16,26 +15,26 @@ from torch import Tensor
 
 
 def chunks_of_rank(rank: int, size: int) -> tuple[int, int]:
-    """Numbers of the two chunks, of 2 * size, that a rank holds."""
+    """Indices of the two chunks (of 2 * size) that a rank holds."""
     return rank, 2 * size - 1 - rank
 
 
 def token_indices(seq_length: int, rank: int, size: int) -> Tensor:
-    """Physical indices of a rank's tokens, int64 [S / size], in the order in which it holds them.
+    """Physical indices of a rank's tokens, int64 [S / size], in the rank's local order.
 
     Args:
         seq_length: S, a multiple of 2 * size.
-        rank, size: in the context-parallel group.
+        rank, size: rank in, and size of, the context-parallel group.
     """
     chunk = seq_length // (2 * size)
     return torch.cat([torch.arange(number * chunk, (number + 1) * chunk) for number in chunks_of_rank(rank, size)])
 
 
 def gather_sequence(local: Tensor, group: Any) -> Tensor:
-    """Every rank's tokens in physical order; differentiable.
+    """All-gather the tokens of all ranks into physical order; differentiable.
 
     Args:
-        local: [s, b, ...] of this rank.
+        local: [s, b, ...], tokens of this rank.
         group: the context-parallel process group.
     Returns:
         [S, b, ...].

@@ -1,6 +1,6 @@
-"""Megatron-Core on a host without a GPU. Its schedules, optimizer and random-number code name the device "cuda" outright; the shims
-below let the very same code run on the CPU over gloo. They are installed only when the run uses the CPU, and each says what it stands
-in for. megatron-core 0.16-0.19; they can go when upstream takes its device from the configuration.
+"""Shims that run Megatron-Core on a host without a GPU. Its schedules, optimizer and random-number code hard-code the device "cuda"; with
+the shims the same code runs on the CPU over gloo. They are installed only when the run uses the CPU. Each docstring names the upstream code
+that the shim replaces (megatron-core 0.16-0.19). They can be removed when upstream reads the device from its configuration.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -18,7 +18,7 @@ _installed: _CudaNamesMeanCpu | None = None
 
 
 def install_cpu_shims() -> None:
-    """Install every shim of this module, once. Only for processes that use no GPU."""
+    """Install all shims of this module; further calls do nothing. Only for processes that use no GPU."""
     global _installed
     if _installed is not None:
         return
@@ -37,22 +37,22 @@ def cpu_shims_installed() -> bool:
 
 
 @contextlib.contextmanager
-def no_device_names() -> Iterator[None]:
-    """Inside the block torch's functions are called without the shim that reads "cuda" as the CPU: a forward pass names no device, and
-    looking at each of its calls costs a small model a fifth of the time of a token."""
-    looked_at = _installed is not None and torch.overrides._get_current_function_mode() is _installed
-    if looked_at:
-        _installed.__exit__(None, None, None)
+def without_device_shim() -> Iterator[None]:
+    """Disable the shim that maps "cuda" to the CPU inside the block. A forward pass names no device, and the shim's check of every torch
+    call costs a small model a fifth of the time of a token."""
+    shim = _installed if torch.overrides._get_current_function_mode() is _installed else None
+    if shim is not None:
+        shim.__exit__(None, None, None)
     try:
         yield
     finally:
-        if looked_at:
-            _installed.__enter__()
+        if shim is not None:
+            shim.__enter__()
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks instead of handing them back to the kernel, as CUDA's caching allocator does on a GPU: touching
-    fresh pages for every activation costs a virtual machine more than the arithmetic. No effect on other C libraries."""
+    """Make glibc keep freed blocks instead of returning them to the kernel, as CUDA's caching allocator does on a GPU. On a virtual
+    machine, page faults on fresh memory for every activation cost more than the arithmetic. No effect with other C libraries."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
@@ -61,11 +61,11 @@ def keep_freed_memory() -> None:
 
 
 class _CudaNamesMeanCpu(TorchFunctionMode):
-    """Stands in for a CUDA device where tensors are made with device="cuda" (pipeline_parallel/schedules.py,
-    optimizer/optimizer.py, optimizer/clip_grads.py), moved with .cuda() or pinned, and where optimizer/distrib_optimizer.py and
-    optimizer/optimizer.py compare `tensor.type()` with 'torch.cuda.FloatTensor' and its siblings."""
+    """Maps the device "cuda" to the CPU: for tensors created with device="cuda" (pipeline_parallel/schedules.py, optimizer/optimizer.py,
+    optimizer/clip_grads.py), for .cuda() and pin_memory, and for `tensor.type()`, which optimizer/distrib_optimizer.py and
+    optimizer/optimizer.py compare with 'torch.cuda.FloatTensor' and the other CUDA tensor types."""
 
-    _TYPE_NAMES = {
+    _TYPE_NAMES: ClassVar = {
         "torch.FloatTensor": "torch.cuda.FloatTensor",
         "torch.HalfTensor": "torch.cuda.HalfTensor",
         "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
@@ -94,15 +94,15 @@ def _names_cuda(device: Any) -> bool:
 
 
 def _replace_device_queries() -> None:
-    """Stands in for torch.cuda's device bookkeeping (tensor_parallel/layers.py, tensor_parallel/mappings.py,
-    pipeline_parallel/p2p_communication.py and distributed/param_and_grad_buffer.py allocate on `current_device()`)."""
+    """Replace torch.cuda's device queries: tensor_parallel/layers.py, tensor_parallel/mappings.py,
+    pipeline_parallel/p2p_communication.py and distributed/param_and_grad_buffer.py allocate on `current_device()`."""
     torch.cuda.current_device = lambda: _CPU
     torch.cuda.set_device = lambda device: None
     torch.cuda.empty_cache = lambda: None
 
 
 def _replace_random_state() -> None:
-    """Stands in for the CUDA generator: Megatron's RNG tracker (tensor_parallel/random.py) saves, seeds and restores it."""
+    """Replace the CUDA generator by the CPU's: Megatron's RNG tracker (tensor_parallel/random.py) saves, seeds and restores it."""
     from megatron.core.tensor_parallel import random as megatron_random
 
     def get_state(device: Any = "cuda", *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -119,7 +119,7 @@ def _replace_random_state() -> None:
 
 
 class _NoStream:
-    """Stands in for torch.cuda.Stream and torch.cuda.Event: work on the CPU is done when the call returns."""
+    """No-op replacement of torch.cuda.Stream and torch.cuda.Event: CPU operations are complete when the call returns."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         pass
@@ -130,11 +130,11 @@ class _NoStream:
     synchronize = wait_stream = wait_event = record_event = record = wait = _nothing
 
     def query(self) -> bool:
-        """Whether the work is done: always."""
+        """Return True: CPU work is always done."""
         return True
 
     def elapsed_time(self, other: _NoStream) -> float:
-        """Milliseconds between two events: CPU events carry no clock."""
+        """Return 0 milliseconds: these events record no time."""
         return 0.0
 
 
@@ -144,7 +144,7 @@ def _no_stream_context(stream: Any) -> Iterator[None]:
 
 
 def _replace_streams_and_synchronization() -> None:
-    """Stands in for streams, events and synchronize (timers.py, pipeline_parallel, distributed/distributed_data_parallel.py,
+    """Replace streams, events and synchronize (used by timers.py, pipeline_parallel, distributed/distributed_data_parallel.py and
     dist_checkpointing)."""
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.Stream = torch.cuda.Event = _NoStream
@@ -156,8 +156,8 @@ def _replace_streams_and_synchronization() -> None:
 
 
 class _WeightGradientGemm:
-    """Stands in for Apex's fused_weight_gradient_mlp_cuda: the matrix product that ends in a weight's gradient adds to `main_grad`
-    itself, instead of filling a tensor of its own that is then added."""
+    """Replaces Apex's fused_weight_gradient_mlp_cuda: the weight-gradient GEMM accumulates into `main_grad` directly, without a temporary
+    tensor for the gradient."""
 
     @staticmethod
     def wgrad_gemm_accum_fp32(total_input: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
@@ -171,8 +171,8 @@ class _WeightGradientGemm:
 
 
 def _replace_gradient_accumulation_kernel() -> None:
-    """Stands in for the CUDA extension that tensor_parallel/layers.py imports for gradient_accumulation_fusion, and for Transformer
-    Engine's buffer on the GPU that goes with it where that is installed."""
+    """Replace the CUDA extension that tensor_parallel/layers.py imports for gradient_accumulation_fusion. If Transformer Engine is
+    installed, HAVE_TE = False also keeps that code from using Transformer Engine's GPU buffer."""
     from megatron.core.tensor_parallel import layers
 
     layers.fused_weight_gradient_mlp_cuda = _WeightGradientGemm
@@ -181,9 +181,9 @@ def _replace_gradient_accumulation_kernel() -> None:
 
 
 def _replace_fused_optimizers() -> None:
-    """Stands in for the CUDA kernels of Transformer Engine or Apex that optimizer/__init__.py, optimizer/optimizer.py,
-    optimizer/clip_grads.py and optimizer/distrib_optimizer.py take wherever these import, whatever the run computes on: what they fall back
-    to on a machine without."""
+    """Replace the CUDA kernels of Transformer Engine or Apex by the fallbacks that megatron.core uses without these packages.
+    optimizer/__init__.py, optimizer/optimizer.py, optimizer/clip_grads.py and optimizer/distrib_optimizer.py select the CUDA kernels
+    whenever the packages import, even for a run on the CPU."""
     import megatron.core.optimizer as optimizers
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer

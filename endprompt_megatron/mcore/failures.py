@@ -1,5 +1,6 @@
-"""One rank's failure, published to all ranks: an operation that fails on one rank leaves the others waiting for it in a collective,
-without a reason. The rank writes its error into the store through which the process group met, and the others' watchdogs read it there."""
+"""Publish the error of one rank to all ranks. When an operation fails on one rank only, the other ranks hang in a collective without an
+error message. The failed rank writes its error into the store of the default process group, where the watchdogs of the other ranks read
+it."""
 
 from __future__ import annotations
 
@@ -9,12 +10,12 @@ import time
 
 import torch
 
-_BOARDS = itertools.count()  # ranks make their boards in step: a run in the same process after this one has a board of its own
+_BOARDS = itertools.count()  # number of the next board, equal on all ranks; separates the boards of several runs in one process
 _MESSAGE, _READ = "message", "read"
 
 
 class FailureBoard:
-    """The error of the first rank that failed. Every rank makes one, in step with the others."""
+    """Holds the error of the first rank that failed. All ranks must create their boards in the same order."""
 
     def __init__(self) -> None:
         number = next(_BOARDS)
@@ -25,18 +26,20 @@ class FailureBoard:
             self._store = torch.distributed.PrefixStore(f"endprompt_failure_{number}", store)
 
     def publish(self, message: str, *, seconds: float = 10.0) -> str:
-        """Write the message, unless another rank was first, and wait until the others have read it: with rank 0 the store ends.
+        """Write the message unless another rank already did, then wait until the other ranks have read it.
+
+        The wait matters on rank 0: it serves the store, so the message is lost when rank 0 exits.
 
         Args:
-            message: of this rank's error.
-            seconds: longest wait.
+            message: this rank's error.
+            seconds: maximum wait.
         Returns:
-            the message of the rank that was first, with its number where there are several ranks.
+            The message of the first rank that failed, prefixed with its rank if there are several ranks.
         """
         if self._store is None:
             return message
         published = f"rank {self._rank}: {message}"
-        with contextlib.suppress(RuntimeError):  # the store is gone: its rank has ended
+        with contextlib.suppress(RuntimeError):  # the store is gone: rank 0 has exited
             published = self._store.compare_set(_MESSAGE, "", published).decode()
             deadline = time.monotonic() + seconds
             self._store.add(_READ, 1)
@@ -45,7 +48,7 @@ class FailureBoard:
         return published
 
     def read(self) -> str | None:
-        """The message, or None while no rank has failed. Never waits."""
+        """Return the message, or None if no rank has failed. Does not block."""
         if self._store is None:
             return None
         with contextlib.suppress(RuntimeError):
@@ -54,16 +57,16 @@ class FailureBoard:
         return None
 
     def wait(self, seconds: float = 10.0) -> str | None:
-        """The message, or None where none comes in time."""
+        """Return the message; None if none arrives within `seconds`."""
         deadline = time.monotonic() + seconds
         while (message := self.read()) is None and self._store is not None and time.monotonic() < deadline:
             time.sleep(0.1)
         if message is not None:
-            self.count_as_read()
+            self.acknowledge()
         return message
 
-    def count_as_read(self) -> None:
-        """Let the rank that failed know that this one has read it."""
+    def acknowledge(self) -> None:
+        """Signal the failed rank that this rank has read the message."""
         if self._store is not None:
             with contextlib.suppress(RuntimeError):
                 self._store.add(_READ, 1)

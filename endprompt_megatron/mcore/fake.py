@@ -1,6 +1,6 @@
-"""A job of any size on one process and without a device: torch.distributed's `fake` backend, whose collectives do nothing, Megatron's
-process groups on top of it, and weights on `meta`, which have a shape and no memory. What a cluster would be told can so be checked on a
-laptop."""
+"""Simulate one rank of a job of any size in one process without a GPU, so that a cluster's layout can be checked on a laptop. Uses
+torch.distributed's `fake` backend (collectives do nothing), Megatron's process groups on top of it, and weights on the `meta` device
+(shapes without memory)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ _META = torch.device("meta")
 
 @dataclass(frozen=True)
 class RankGroups:
-    """The process groups that one rank is in, each as the global ranks of its members.
+    """The process groups of one rank, each as the global ranks of its members.
 
     Attributes:
-        rank: whose groups they are.
-        tensor, pipeline, context, data: one dimension of the layout each.
-        optimizer: data and context parallel ranks together, over which gradients are summed and the distributed optimizer is cut.
-        model: ranks that hold one copy of the model, each a part of it (context parallel ranks repeat them).
+        rank: global rank that belongs to these groups.
+        tensor, pipeline, context, data: the group of each parallel dimension.
+        optimizer: data- and context-parallel ranks together: gradients are reduced and the distributed optimizer is sharded over them.
+        model: the tensor- and pipeline-parallel ranks that together hold one copy of the model; other context-parallel ranks hold further
+            copies.
     """
 
     rank: int
@@ -42,19 +43,19 @@ class RankGroups:
 
 @contextlib.contextmanager
 def fake_job(parallel: ParallelConfig, *, world_size: int, rank: int) -> Iterator[None]:
-    """Inside the block this process is one rank of a job of `world_size`, with every process group of Megatron. Afterwards there is no
-    group left, and a real run may start.
+    """Inside the block this process is one rank of a fake job of `world_size` ranks, with all process groups of Megatron. All groups are
+    destroyed at the end, so that a real run can start.
 
     Args:
         parallel: sizes of the groups.
         world_size: ranks of the job.
-        rank: which of them this process plays.
+        rank: the rank that this process simulates.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it registers the backend
 
     version.assert_supported()
     if torch.distributed.is_initialized():
-        raise AssertionError("a process group is up: a job is planned before it starts, not in its midst")
+        raise AssertionError("a process group is already initialized: a fake job must run before the real one starts")
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         parallel_state.initialize_model_parallel(
@@ -71,7 +72,7 @@ def fake_job(parallel: ParallelConfig, *, world_size: int, rank: int) -> Iterato
 
 
 def groups_of_rank(parallel: ParallelConfig, *, world_size: int, rank: int) -> RankGroups:
-    """The groups of one rank of a job, as Megatron makes them."""
+    """The process groups that Megatron creates for one rank of a job."""
     with fake_job(parallel, world_size=world_size, rank=rank):
         groups = {
             "tensor": parallel_state.get_tensor_model_parallel_group(),
@@ -86,12 +87,13 @@ def groups_of_rank(parallel: ParallelConfig, *, world_size: int, rank: int) -> R
 
 @contextlib.contextmanager
 def on_meta() -> Iterator[None]:
-    """Inside the block every tensor that would be made on a GPU, or on no device in particular, is made on `meta`, and Megatron's
-    initialisation draws nothing. Stands in for a CUDA device in tensor_parallel/layers.py (megatron-core 0.16-0.19), which asks for the
-    current one and for its generator; can go when the `init_model_with_meta_device` of its configuration reaches these layers."""
+    """Inside the block, tensors with device "cuda" or without a device are created on `meta`, and Megatron's weight initialisation draws no
+    random numbers. Replaces the CUDA device in tensor_parallel/layers.py (megatron-core 0.16-0.19), which calls
+    torch.cuda.current_device() and get_cuda_rng_tracker(). Can be removed when `init_model_with_meta_device` of TransformerConfig covers
+    these layers."""
     with (
         _replaced(torch.cuda, "current_device", lambda: _META),
-        _replaced(layers, "get_cuda_rng_tracker", _DrawsNothing),
+        _replaced(layers, "get_cuda_rng_tracker", _NoRngTracker),
         _META,
         _CudaMeansMeta(),
     ):
@@ -108,17 +110,17 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, original)
 
 
-class _DrawsNothing:
-    """Stands in for the tracker of CUDA's generators."""
+class _NoRngTracker:
+    """Replaces Megatron's CUDA RNG tracker."""
 
     @contextlib.contextmanager
     def fork(self, name: str = "") -> Iterator[None]:
-        """As the tracker's, without a state to save."""
+        """Yield without saving or restoring a random state."""
         yield
 
 
 class _CudaMeansMeta(TorchFunctionMode):
-    """Stands in for a GPU where tensors are moved with .cuda(), made with device="cuda" or drawn from a CPU's generator."""
+    """Maps the device "cuda" to `meta` (.cuda() and device="cuda"), and makes uniform_() a no-op, because it draws from a CPU generator."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

@@ -1,6 +1,6 @@
-"""An optimizer step that can still be refused when the gradient norm is known. Megatron's optimizers compute the norm and update the
-weights in one call (optimizer/optimizer.py of megatron-core 0.16-0.19: ChainedOptimizer.step). Can go when upstream takes a predicate;
-0.19 has a fixed threshold (OptimizerConfig.grad_norm_skip_threshold), which lets NaN through.
+"""An optimizer step that is skipped if the gradient norm is rejected. Megatron's optimizers compute the norm and update the weights in one
+call (optimizer/optimizer.py of megatron-core 0.16-0.19: ChainedOptimizer.step). Can be removed when upstream accepts a predicate; 0.19 has
+only a fixed threshold (OptimizerConfig.grad_norm_skip_threshold), which does not skip NaN.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 
-def checked_step(optimizer: Any, accept: Callable[[float], bool]) -> float:
-    """One optimizer step, if `accept` says so.
+def guarded_step(optimizer: Any, accept: Callable[[float], bool]) -> float:
+    """Run one optimizer step, and update the weights only if `accept` returns True.
 
     Args:
         optimizer: from get_megatron_optimizer.
-        accept: gradient norm before clipping -> whether to update the weights; asked once, with the same norm on every rank.
+        accept: (gradient norm before clipping) -> whether to update the weights; called once, with the same norm on every rank.
     Returns:
-        The gradient norm.
+        The gradient norm before clipping.
     """
     norm_of, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
     norms: list[float] = []
@@ -33,5 +33,5 @@ def checked_step(optimizer: Any, accept: Callable[[float], bool]) -> float:
     try:
         optimizer.step()
     finally:
-        del optimizer.get_grad_norm, optimizer.step_with_ready_grads  # the class's own show again
+        del optimizer.get_grad_norm, optimizer.step_with_ready_grads  # restores the class's methods
     return norms[-1]

@@ -1,6 +1,6 @@
-"""What Megatron's attention multiplies cosine and sine with (YaRN's attention factor). 0.16 derives it from the config at every call,
-later versions once for each attention layer; here it can be set, and set again. Stands in for a setter that megatron/core/transformer/
-attention.py (0.16-0.19) lacks."""
+"""Setter and getter of the factor by which Megatron's attention multiplies cosine and sine (YaRN's attention factor). megatron-core 0.16
+derives the factor from the config at every call, later versions once per attention layer. megatron/core/transformer/attention.py
+(0.16-0.19) has no setter; this module can be removed when it has one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron.core.transformer.attention import Attention
 
 
 def set_rope_concentration(model: torch.nn.Module, factor: float) -> None:
-    """Let every attention layer of `model` multiply cosine and sine with `factor` from the next forward pass on."""
+    """Make every attention layer of `model` multiply cosine and sine by `factor` from the next forward pass on."""
     if factor != 1.0 or hasattr(model.config, "yarn_rotary_scaling_factor"):
         model.config.yarn_rotary_scaling_factor = math.exp((factor - 1.0) * 10.0)  # upstream: 0.1 ln(scaling factor) + 1
     for module in model.modules():
@@ -21,7 +21,7 @@ def set_rope_concentration(model: torch.nn.Module, factor: float) -> None:
 
 
 def rope_concentrations(model: torch.nn.Module) -> set[float]:
-    """The factors in force, one for each way in which the layers of `model` differ; empty without attention layers."""
+    """The distinct factors that the attention layers of `model` use; empty without attention layers."""
     return {
         getattr(module, "_yarn_concentration_factor", None) or _yarn_get_concentration_factor_from_config(module.config)
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""Process groups, devices and seeds: from what the launcher put into the environment to an initialised Megatron-Core."""
+"""Initialise Megatron-Core (process groups, device and seeds) from the environment variables that the launcher set."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from endprompt_megatron.mcore import cpu, version
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process stands.
+    """Device and ranks of this process.
 
     Attributes:
         device: torch device of the model and its batches.
-        rank, world_size: of this process among all.
-        local_rank: of this process on its host.
+        rank, world_size: global rank, and number of ranks.
+        local_rank: rank on this host.
     """
 
     device: torch.device
@@ -41,8 +41,8 @@ def resolve_accelerator(accelerator: str) -> str:
     """ "gpu" or "cpu" for `accelerator` = auto | gpu | cpu.
 
     Raises:
-        ConfigError: another word.
-        BackendUnavailableError: gpu is asked for and there is none.
+        ConfigError: `accelerator` is none of these.
+        BackendUnavailableError: `accelerator` is gpu and no GPU is available.
     """
     if accelerator not in ("auto", "gpu", "cpu"):
         raise ConfigError(f"accelerator={accelerator}: choose auto, gpu or cpu.")
@@ -50,14 +50,14 @@ def resolve_accelerator(accelerator: str) -> str:
     if accelerator == "gpu" and not found:
         raise BackendUnavailableError(
             "accelerator=gpu: this experiment needs an NVIDIA GPU with a CUDA build of PyTorch, and "
-            f"torch {torch.__version__} sees none here. Start it on a GPU node, check it with dry_run=true, or try the method on "
+            f"torch {torch.__version__} finds none here. Start it on a GPU node, check it with dry_run=true, or try the method on "
             "this machine with the default experiment (no +experiment)."
         )
     return "gpu" if found and accelerator != "cpu" else "cpu"
 
 
 def select_device(accelerator: str) -> torch.device:
-    """The device of this process, made the current one where it is a GPU: the rank's own, before anything touches the first.
+    """Return the device of this process. A GPU also becomes the current device, so that nothing allocates on GPU 0 by accident.
 
     Args:
         accelerator: gpu | cpu, resolved.
@@ -70,26 +70,26 @@ def select_device(accelerator: str) -> torch.device:
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:
-    """What `precision` = auto means on a resolved accelerator, bf16 or fp32: on a CPU the faster of the two (cpu_bf16_speedup). Others
-    stay."""
+    """Resolve `precision` = auto on a resolved accelerator: bf16 on a GPU, the faster of bf16 and fp32 on a CPU (cpu_bf16_speedup). Other
+    values are returned unchanged."""
     if precision != "auto":
         return precision
-    return "bf16" if accelerator == "gpu" or cpu_bf16_speedup() > _BF16_PAYS else "fp32"
+    return "bf16" if accelerator == "gpu" or cpu_bf16_speedup() > _MIN_BF16_SPEEDUP else "fp32"
 
 
-# Seen: 0.15 with AVX2 alone, 1.7 with avx512_bf16, 3 with AMX.
-_BF16_PAYS = 1.2
+# Measured speedups: 0.15 with AVX2 alone, 1.7 with avx512_bf16, 3 with AMX.
+_MIN_BF16_SPEEDUP = 1.2
 
 
 @cache
 def cpu_bf16_speedup() -> float:
-    """How many times as fast this CPU multiplies bf16 matrices as float32 ones: medians of seven products each, taken in turn. A tenth of a
-    second at most, once a process: instruction sets do not say it, because libraries differ in what they use of them."""
-    sizes = [(512, 576), (576, 1536)]  # of a small model's layer
+    """Speedup of bf16 over float32 matrix products on this CPU: the ratio of the medians of seven alternating products each. Takes at most
+    a tenth of a second, once per process. The CPU's instruction set does not determine it, because libraries use different parts of it."""
+    sizes = [(512, 576), (576, 1536)]  # matrices of a small model's layer
     seconds: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
     factors = {dtype: [torch.ones(size, dtype=dtype) for size in sizes] for dtype in seconds}
     for left, right in factors.values():
-        left @ right  # the first product of a kind sets its kernel up
+        left @ right  # warm-up: the first product initialises its kernel
     for _ in range(7):
         for dtype, (left, right) in factors.items():
             started = time.perf_counter()
@@ -99,13 +99,13 @@ def cpu_bf16_speedup() -> float:
 
 
 def initialize(parallel: ParallelConfig, *, accelerator: str, seed: int, timeout_minutes: float | None = 60.0) -> Runtime:
-    """Start torch.distributed and Megatron's process groups, and seed every generator.
+    """Start torch.distributed and Megatron's process groups, and seed all random generators.
 
     Args:
         parallel: sizes of the groups.
         accelerator: auto | gpu | cpu; without a GPU the shims of mcore.cpu are installed and the backend is gloo.
-        seed: of the run; Megatron derives the tensor-parallel streams from it.
-        timeout_minutes: after which a collective that some rank never joins fails; None waits a year.
+        seed: seed of the run; Megatron derives the tensor-parallel streams from it.
+        timeout_minutes: timeout of collectives; None means a year.
     """
     version.assert_supported()
     kind = resolve_accelerator(accelerator)
@@ -120,9 +120,9 @@ def initialize(parallel: ParallelConfig, *, accelerator: str, seed: int, timeout
         backend = "gloo"
     timeout = timedelta(minutes=timeout_minutes) if timeout_minutes else timedelta(days=365)
     if torch.distributed.is_initialized():
-        get_logger().debug("the process group of an earlier run in this process is used again")
+        get_logger().debug("reusing the process group of an earlier run in this process")
     elif world_size == 1 and "MASTER_ADDR" not in os.environ:
-        store = torch.distributed.HashStore()  # no port to collide on for a run of one process
+        store = torch.distributed.HashStore()  # a run of one process needs no port, and so cannot collide with another run
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         torch.distributed.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
@@ -141,22 +141,22 @@ def initialize(parallel: ParallelConfig, *, accelerator: str, seed: int, timeout
 
 
 def fuses_gradient_accumulation() -> bool:
-    """Whether weight gradients can be added to Megatron's gradient buffer by the matrix product itself: with Apex's kernel on a GPU,
-    with torch's on a CPU."""
+    """Whether the weight-gradient GEMM can accumulate directly into Megatron's gradient buffer: with Apex's kernel on a GPU, with the shim
+    of mcore.cpu on a CPU."""
     from megatron.core.tensor_parallel import layers
 
     return layers._grad_accum_fusion_available
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or "CPU" with its number of torch threads."""
+    """The GPU's name, or "CPU" with the number of torch threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({torch.get_num_threads()} threads)"
 
 
 def agree_on_any(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is true on some rank; every rank takes part and gets the same answer."""
+    """Whether `flag` is true on any rank. Collective; all ranks return the same value."""
     if torch.distributed.get_world_size() == 1:
         return flag
     found = torch.tensor([int(flag)], device=device)
@@ -165,7 +165,7 @@ def agree_on_any(flag: bool, device: torch.device) -> bool:
 
 
 def from_rank_zero(value: Any) -> Any:
-    """Rank 0's value on every rank: what machines and file systems show to each may differ, and all must choose alike."""
+    """Broadcast rank 0's value to all ranks: hosts and file systems may give each rank another value, and all ranks must decide alike."""
     if torch.distributed.get_world_size() == 1:
         return value
     shared = [value]
@@ -174,7 +174,7 @@ def from_rank_zero(value: Any) -> Any:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, numpy, torch and Megatron's tensor-parallel generators (which add the rank where streams must differ)."""
+    """Seed Python, numpy, torch and Megatron's tensor-parallel generators (Megatron adds the rank if streams must differ)."""
     pipeline_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(pipeline_seed)
     np.random.seed(pipeline_seed)
@@ -183,10 +183,10 @@ def seed_everything(seed: int) -> None:
 
 
 def shut_down(*, keep_process_group: bool = False) -> None:
-    """Destroy Megatron's groups, so that another run can start in this process.
+    """Destroy Megatron's process groups, so that another run can start in this process.
 
     Args:
-        keep_process_group: leave torch.distributed itself up, for a next run with another layout over the same ranks.
+        keep_process_group: keep torch.distributed initialised, for a following run with another layout over the same ranks.
     """
     if torch.distributed.is_initialized():
         parallel_state.destroy_model_parallel()

@@ -1,6 +1,6 @@
-"""Megatron's DistributedOptimizer over torch's AdamW, which it falls back to without Transformer Engine and Apex: loading a checkpoint
-forgets that torch keeps a step count beside the moments (megatron-core 0.16-0.19, optimizer/distrib_optimizer.py). The mends act on
-the optimizer at hand and patch no class; they can go when upstream loads what it saved.
+"""Fixes for loading checkpoints into Megatron's DistributedOptimizer over torch's AdamW, which Megatron uses without Transformer Engine and
+Apex. Upstream ignores that torch's AdamW stores a step count next to the moments (megatron-core 0.16-0.19, optimizer/distrib_optimizer.py).
+The fixes change optimizer instances and patch no class. They can be removed when upstream loads the state that it saved.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import torch
 
 
 def make_loadable(optimizer: Any) -> None:
-    """Make a Megatron optimizer ready to load a checkpoint, if torch's AdamW is inside.
+    """Prepare a Megatron optimizer that wraps torch's AdamW for loading a checkpoint.
 
-    `state_dict()` asserts one step count over a state that a fresh optimizer does not have yet, and
-    `_set_main_param_and_optimizer_states()` looks the step up among the loaded moments.
+    Without it, `state_dict()` asserts that all parameters have the same step count, but a fresh optimizer has no state yet; and
+    `_set_main_param_and_optimizer_states()` looks for the step among the loaded moments.
 
     Args:
         optimizer: from get_megatron_optimizer.
@@ -36,18 +36,18 @@ def make_loadable(optimizer: Any) -> None:
 
 
 def separate_steps(optimizer: Any) -> None:
-    """After `load_state_dict`: give every parameter a step count of its own. Megatron hands one tensor to all, and AdamW, which adds 1
-    for each parameter, would count a step as many times as there are parameters. A fused optimizer gets the count in its own form, if
-    AdamW wrote the checkpoint.
+    """Give every parameter its own step count; call it after `load_state_dict`. Megatron assigns one shared tensor to all parameters, and
+    AdamW, which adds 1 per parameter, would count one step many times. For a fused optimizer, convert the count if AdamW wrote the
+    checkpoint.
 
     Args:
-        optimizer: from get_megatron_optimizer, just loaded.
+        optimizer: from get_megatron_optimizer, after load_state_dict.
     """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part.optimizer, torch.optim.AdamW):
             for state in part.optimizer.state.values():
                 state["step"] = state["step"].clone()
-        else:  # FusedAdam of Transformer Engine or Apex counts in its groups, in whole numbers; torch's AdamW saved a tensor there
+        else:  # FusedAdam of Transformer Engine and Apex keeps an int per group; torch's AdamW saved a tensor there
             for group in part.optimizer.param_groups:
                 if "step" in group:
                     group["step"] = int(group["step"])
@@ -56,5 +56,5 @@ def separate_steps(optimizer: Any) -> None:
 def _set_with_own_step(part: Any, original: Any, model_param: Any, tensors: dict[str, Any]) -> None:
     group_index, group_order = part.model_param_group_index_map[model_param]
     main_param = part.optimizer.param_groups[group_index]["params"][group_order]
-    step = part.optimizer.state[main_param]["step"]  # load_state_dict has set it already, from the parameter group
+    step = part.optimizer.state[main_param]["step"]  # load_state_dict has already set it from the parameter group
     original(part, model_param, {"step": step, **tensors})

@@ -1,4 +1,4 @@
-"""Which megatron-core is installed, and whether it is one that this project supports."""
+"""Version of the installed megatron-core, and the check that this project supports it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def megatron_core_version() -> str:
 
 
 def assert_supported() -> None:
-    """Refuse a megatron-core outside the tested range.
+    """Raise if the installed megatron-core is outside the tested range.
 
     Raises:
         BackendUnavailableError: it is older than 0.16 or newer than 0.19.

@@ -1,5 +1,5 @@
-"""What the parameters of low-rank adapters are called, in a model and in its checkpoints, and how they merge with the weight that they
-adapt. No Megatron here: the converter reads them without it."""
+"""Names of the parameters of low-rank adapters, in a model and in its checkpoints, and the merge of an adapter into its weight. Does not
+import Megatron, so that the converter can use it without Megatron."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _SUFFIXES = ("_lora_A", "_lora_B")
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter's name (in a module, a model or a checkpoint) is that of an adapter's."""
+    """Whether a parameter name (of a module, a model or a checkpoint) belongs to an adapter."""
     return name.endswith(_SUFFIXES)
 
 
 def adapter_name(target: str, matrix: str) -> str:
-    """Name of an adapter's parameter in its linear layer.
+    """Name of an adapter parameter in its linear layer.
 
     Args:
         target: q_proj | k_proj | v_proj | o_proj.
@@ -27,19 +27,19 @@ def adapter_name(target: str, matrix: str) -> str:
 
 
 def merge(weight: Tensor, update: Tensor, scale: float) -> Tensor:
-    """W + alpha / r B A in float32, rounded to the weight's type.
+    """W + alpha / r B A, computed in float32 and rounded to the weight's dtype.
 
     Args:
         weight: rows of W.
-        update: float32, the same rows of B A (low_rank_product).
+        update: float32, the same rows of B A (from low_rank_product).
         scale: alpha / r.
     """
     return (weight.float() + update * scale).to(weight.dtype)
 
 
 def low_rank_product(b: Tensor, a: Tensor) -> Tensor:
-    """B A in float32, summed over the rank from the first to the last by plain products and sums: unlike a matrix product's, its bits
-    depend neither on which rows are computed together nor on the device, so that every layout merges to the same weight.
+    """B A in float32, accumulated over the rank dimension in a fixed order by elementwise products and sums. Unlike a matrix product, the
+    result depends bit for bit neither on which rows are computed together nor on the device, so every layout merges to the same weight.
 
     Args:
         b: [rows, r]; a: [r, columns].

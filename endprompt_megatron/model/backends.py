@@ -1,5 +1,5 @@
-"""The kernels that carry attention, norms and linear layers. One door: `resolve` turns the config's word into a backend that this
-machine has, and says which and why."""
+"""Backends: the kernels for attention, norms and linear layers. `resolve` turns the config's `backend` into one that is available on this
+machine and describes the choice."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Backend:
     """A family of kernels.
 
     Attributes:
-        name: as written in `backend`.
-        description: for the status line.
-        block_spec: (TransformerConfig, vp_stage=..., norms_apart=...) -> what GPTModel takes as its layer spec; with norms_apart no linear
-            layer has a norm inside.
+        name: value of `backend` in the config.
+        description: text for the status line.
+        block_spec: (TransformerConfig, vp_stage=..., unfused_norms=...) -> layer spec for GPTModel; with unfused_norms the norm before
+            attention is not fused into a linear layer.
         has_te_kernels: whether it is Transformer Engine.
     """
 
@@ -40,7 +40,7 @@ BACKENDS = {
 
 
 def resolve(name: str, *, accelerator: str = "cpu", precision: str = "bf16") -> Backend:
-    """The backend for `backend=NAME`; `auto` takes the best one this machine has.
+    """Return the backend for `backend=NAME`; `auto` selects the best available one.
 
     Args:
         name: auto | te | torch.
@@ -48,17 +48,19 @@ def resolve(name: str, *, accelerator: str = "cpu", precision: str = "bf16") -> 
         precision: resolved.
     Raises:
         ConfigError: no such backend.
-        BackendUnavailableError: this machine lacks what the backend, or the precision, needs.
+        BackendUnavailableError: this machine does not meet the requirements of the backend or of the precision.
     """
     if name not in ("auto", *BACKENDS):
         raise ConfigError(f"backend={name}: choose one of auto, {', '.join(BACKENDS)}.")
     needs_te = name == "te" or precision in FP8_MULTIPLES
     if name == "torch" and not needs_te:
         return BACKENDS["torch"]
-    asked = f"precision.name={precision}" if precision in FP8_MULTIPLES else f"backend={name}"
+    setting = f"precision.name={precision}" if precision in FP8_MULTIPLES else f"backend={name}"
     if accelerator == "cpu" or precision == "fp32":
         if needs_te:
-            raise BackendUnavailableError(f"{asked}: Transformer Engine needs an NVIDIA GPU and 16 bits. Set backend=auto precision=auto.")
+            raise BackendUnavailableError(
+                f"{setting}: Transformer Engine needs an NVIDIA GPU and 16 bits. Set backend=auto precision=auto."
+            )
         return BACKENDS["torch"]
     machine = te_support.this_machine()
     fault = te_support.fault_of(machine, precision) or te_support.trial_fault()
@@ -66,15 +68,15 @@ def resolve(name: str, *, accelerator: str = "cpu", precision: str = "bf16") -> 
         version = ".".join(map(str, machine.te_version))
         return replace(BACKENDS["te"], description=f"Transformer Engine {version} attention, norms and linear layers")
     if needs_te:
-        raise BackendUnavailableError(f"{asked}: {fault}")
+        raise BackendUnavailableError(f"{setting}: {fault}")
     return replace(BACKENDS["torch"], description=f"{BACKENDS['torch'].description} (not te: {fault})")
 
 
 def assert_same_everywhere(backend: Backend) -> None:
-    """Refuse a job whose ranks found different backends; every rank takes part.
+    """Raise if the ranks of a job resolved different backends. Collective over all ranks.
 
     Raises:
-        BackendUnavailableError: which ranks have which.
+        BackendUnavailableError: names the ranks that differ.
     """
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, (backend.name, backend.description))

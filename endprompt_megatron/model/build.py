@@ -1,4 +1,4 @@
-"""From the numbers of an architecture to Megatron model chunks on this rank."""
+"""Build this rank's Megatron model chunks from a model architecture."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.rope.scaling import RopeScaling
 
 
-def _leave_as_it_is(weight: torch.Tensor) -> torch.Tensor:
+def _skip_init(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
@@ -32,14 +32,14 @@ def transformer_config(
     bf16_layers: tuple[int, int] = (0, 0),
     fusions: Fusions | None = None,
 ) -> TransformerConfig:
-    """Megatron's configuration of an architecture.
+    """TransformerConfig of an architecture.
 
     Args:
-        architecture: numbers of the model.
+        architecture: sizes of the model.
         parallel: layout and recomputation.
         precision: bf16 | fp32, or an FP8 precision.
-        bf16_layers: of an FP8 precision: layers at the start and at the end that stay in bf16.
-        fusions: None takes what any backend has.
+        bf16_layers: for an FP8 precision, the number of layers at the start and at the end that stay in bf16.
+        fusions: None uses the fusions that every backend has.
     """
     fusions = fusions or choose_fusions(has_te_kernels=False)
     recompute = {}
@@ -63,17 +63,17 @@ def transformer_config(
         qk_layernorm=architecture.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # every weight is loaded; Megatron's initialisation still runs, because it marks which parameters are tensor-parallel, and the
-        # gradient norm counts by those marks
-        init_method=_leave_as_it_is,
-        output_layer_init_method=_leave_as_it_is,
-        embedding_init_method=_leave_as_it_is,
+        # Weights are loaded, so these functions initialise nothing. Megatron's initialisation still runs, because it also marks the
+        # tensor-parallel parameters, and the gradient norm needs these marks.
+        init_method=_skip_init,
+        output_layer_init_method=_skip_init,
+        embedding_init_method=_skip_init,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
-        # with two stages both neighbours are the same rank, and batched sends of the interleaved schedule would reach the wrong receive
+        # with two pipeline stages both neighbours are the same rank: batched sends of the interleaved schedule would match wrong receives
         overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
         batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
         gradient_accumulation_fusion=fusions.gradient_accumulation,
@@ -82,7 +82,7 @@ def transformer_config(
         apply_rope_fusion=fusions.rope,
         cross_entropy_loss_fusion=fusions.cross_entropy,
         cross_entropy_fusion_impl="te" if fusions.cross_entropy else "native",
-        # of layers that no backend here has
+        # fusions of layers that no backend here uses
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         **precision_fields(precision, bf16_layers),
@@ -105,30 +105,30 @@ def build_model_chunks(
     attention_groups: int | None = None,
     seed: int = 0,
 ) -> list[EndPromptGPTModel]:
-    """This rank's model chunks (one, or one a virtual pipeline stage), weights not yet loaded.
+    """Build this rank's model chunks (one, or one per virtual pipeline stage), without loading weights.
 
     Args:
-        architecture: numbers of the model.
-        rope: frequencies.
-        max_sequence_length: L, for Megatron's bookkeeping.
-        parallel, precision, backend: how it is cut, in which numbers and with which kernels.
-        device: where the weights go.
-        bf16_layers, fusions: as transformer_config.
-        adapter: adapters, and what trains beside them; None, or one of type none, trains everything.
-        attention_groups: groups of S2-attention; None is full attention.
-        seed: of the run; adapters are drawn from it.
+        architecture: sizes of the model.
+        rope: rotary frequencies.
+        max_sequence_length: L; Megatron only stores it.
+        parallel, precision, backend: parallel layout, number format and kernels.
+        device: device of the weights.
+        bf16_layers, fusions: as for transformer_config.
+        adapter: adapters, and which other parameters train; None or type none trains all parameters.
+        attention_groups: number of groups of S2-attention; None for full attention.
+        seed: seed of the run, used to initialise adapters.
     """
     config = transformer_config(architecture, parallel=parallel, precision=precision, bf16_layers=bf16_layers, fusions=fusions)
     virtual = parallel.virtual_pipeline_model_parallel_size
+    lora = adapter if adapter is not None and adapter.type == "lora" else None
     chunks = []
     for stage in range(virtual or 1):
         vp_stage = stage if virtual else None
-        has_adapters = adapter is not None and adapter.type == "lora"
-        block = backend.block_spec(config, vp_stage=vp_stage, norms_apart=has_adapters)
+        block = backend.block_spec(config, vp_stage=vp_stage, unfused_norms=lora is not None)
         if attention_groups is not None:
             block = with_shifted_sparse_attention(block, num_groups=attention_groups)
-        if has_adapters:
-            block = with_adapters(block, adapter)
+        if lora is not None:
+            block = with_adapters(block, lora)
         chunk = EndPromptGPTModel(
             config,
             block,
@@ -141,14 +141,14 @@ def build_model_chunks(
             share_embeddings_and_output_weights=architecture.tied_embeddings,
             vp_stage=vp_stage,
         )
-        if has_adapters:
-            prepare_adapters(chunk, adapter, seed=seed)
+        if lora is not None:
+            prepare_adapters(chunk, lora, seed=seed)
         chunks.append(chunk.to(device))
     return chunks
 
 
 def wrap_for_training(chunks: list[EndPromptGPTModel], parallel: ParallelConfig) -> list[DistributedDataParallel]:
-    """Megatron's mixed-precision and data-parallel wrappers around loaded chunks (gradients accumulate in float32)."""
+    """Wrap loaded chunks in Megatron's mixed-precision and data-parallel modules; gradients accumulate in float32."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
@@ -163,7 +163,7 @@ def wrap_for_training(chunks: list[EndPromptGPTModel], parallel: ParallelConfig)
 
 
 def unwrap(model: torch.nn.Module) -> EndPromptGPTModel:
-    """The model inside Megatron's wrappers."""
+    """Return the model inside Megatron's wrappers."""
     while not isinstance(model, EndPromptGPTModel):
         model = model.module
     return model

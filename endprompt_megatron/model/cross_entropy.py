@@ -1,5 +1,5 @@
-"""Cross-entropy over a vocabulary that is whole on this rank, in slices of rows: neither a float32 copy of the logits nor a dense
-one-hot gradient ever exists, and the gradient takes the place of the logits.
+"""Cross-entropy in slices of rows, for a vocabulary that is not split over tensor-parallel ranks. It allocates neither a float32 copy of
+all logits nor a dense one-hot gradient: the backward pass writes the gradient into the memory of the logits.
 
 Shapes: r rows (tokens), v vocabulary with padding.
 """
@@ -29,7 +29,7 @@ class _SlicedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None]:
         if ctx.consumed:
-            raise RuntimeError("the logits' memory already holds their gradient: this loss can be differentiated once")
+            raise RuntimeError("the backward pass has overwritten the logits with their gradient: this loss can be differentiated once")
         ctx.consumed = True
         logits, labels, log_normalizer = ctx.saved_tensors
         logits = logits.detach()
@@ -44,12 +44,12 @@ class _SlicedCrossEntropy(torch.autograd.Function):
 
 
 def sliced_cross_entropy(logits: Tensor, labels: Tensor, *, num_real_tokens: int) -> Tensor:
-    """Cross-entropy of each row; the backward pass overwrites `logits`.
+    """Return the cross-entropy of each row; the backward pass overwrites `logits`.
 
     Args:
-        logits: [r, v], of any floating dtype; not used by anything else afterwards.
+        logits: [r, v], any floating-point dtype; must not be used elsewhere afterwards.
         labels: int64 [r], each < num_real_tokens.
-        num_real_tokens: columns from here on are padding and get no probability.
+        num_real_tokens: columns from this index on are padding and get no probability.
     Returns:
         float32 [r].
     """

@@ -1,5 +1,4 @@
-"""Which kernels that do several steps at once a run uses, decided from the backend, the layout and the positions, with the reason where one
-stays out."""
+"""Select the fused kernels of a run from its backend, layout and positions, and give a reason for each one that is not used."""
 
 from __future__ import annotations
 
@@ -12,14 +11,14 @@ from endprompt_megatron.mcore.runtime import fuses_gradient_accumulation
 
 @dataclass(frozen=True)
 class Fusions:
-    """What is computed by fused kernels.
+    """The fused kernels of a run.
 
     Attributes:
-        rope: rotation of query and key. Transformer Engine's kernel takes one row of positions for a whole micro-batch.
-        cross_entropy: the loss over a vocabulary that is cut over tensor-parallel ranks; where it is whole, model/cross_entropy.py does it.
-        activation: SwiGLU, and the addition to the residual stream.
-        gradient_accumulation: the product that ends in a weight's gradient adds to Megatron's buffer.
-        left_out: name and reason of each that is not used.
+        rope: rotation of query and key. Transformer Engine's kernel takes one row of positions for the whole micro-batch.
+        cross_entropy: loss over a vocabulary that is split over tensor-parallel ranks; without a split, model/cross_entropy.py is used.
+        activation: SwiGLU, and the residual addition.
+        gradient_accumulation: the weight-gradient GEMM accumulates directly into Megatron's gradient buffer.
+        left_out: name of each fusion that is not used, with the reason.
     """
 
     rope: bool = False
@@ -29,7 +28,7 @@ class Fusions:
     left_out: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """For the status line."""
+        """Text for the status line."""
         names = {
             "RoPE": self.rope,
             "cross-entropy": self.cross_entropy,
@@ -43,13 +42,13 @@ class Fusions:
 def choose_fusions(
     *, has_te_kernels: bool, positions_shared: bool = False, attention_factor: float = 1.0, tensor_model_parallel_size: int = 1
 ) -> Fusions:
-    """The fusions of a run.
+    """Select the fusions of a run.
 
     Args:
         has_te_kernels: whether the backend is Transformer Engine.
         positions_shared: whether all samples of every micro-batch have the same positions (PositionScheme.shares_positions).
-        attention_factor: what cosine and sine are multiplied with (YaRN); the fused kernel knows none.
-        tensor_model_parallel_size: over how many ranks the vocabulary is cut.
+        attention_factor: factor of cosine and sine (YaRN); the fused kernel supports only 1.
+        tensor_model_parallel_size: number of ranks that the vocabulary is split over.
     """
     left_out = []
     accumulation = fuses_gradient_accumulation()
@@ -59,9 +58,9 @@ def choose_fusions(
         return Fusions(gradient_accumulation=accumulation, left_out=tuple(left_out))
     rope = positions_shared and attention_factor == 1.0
     if not positions_shared:
-        left_out.append("RoPE (samples of a micro-batch have positions of their own; trainer.micro_batch_size=1 would fuse it)")
+        left_out.append("RoPE (the samples of a micro-batch have different positions; set trainer.micro_batch_size=1 to fuse it)")
     elif not rope:
-        left_out.append(f"RoPE (its kernel has no attention factor, and this scaling's is {attention_factor:g})")
+        left_out.append(f"RoPE (its kernel supports no attention factor; this scaling has {attention_factor:g})")
     compiles = importlib.util.find_spec("triton") is not None and any(map(shutil.which, ("cc", "gcc", "clang")))
     if not compiles:
         left_out.append("SwiGLU and residuals (torch.compile needs Triton and a C compiler)")

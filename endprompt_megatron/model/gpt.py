@@ -1,4 +1,4 @@
-"""Megatron's GPTModel with rotary positions that are read from position_ids.
+"""Megatron's GPTModel with rotary positions taken from position_ids.
 
 Shapes: b micro-batch, s physical sequence, v vocabulary share of this rank; Megatron order [s, b, h].
 """
@@ -16,7 +16,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from endprompt_megatron.mcore.cpu import no_device_names
+from endprompt_megatron.mcore.cpu import without_device_shim
 from endprompt_megatron.mcore.rope_concentration import rope_concentrations, set_rope_concentration
 from endprompt_megatron.model.cross_entropy import sliced_cross_entropy
 from endprompt_megatron.model.sdpa import KeyValueCache, TorchSDPA
@@ -25,13 +25,13 @@ from endprompt_megatron.rope.scaling import RopeScaling
 
 
 class EndPromptGPTModel(GPTModel):
-    """A GPTModel whose rotary embedding obeys position_ids.
+    """A GPTModel whose rotary embedding uses position_ids.
 
     Args:
-        config, transformer_layer_spec: as GPTModel.
+        config, transformer_layer_spec: as for GPTModel.
         vocab_size: rows of the embedding, padding included.
-        num_real_tokens: tokens of the vocabulary; the padding rows after them never get probability.
-        rope: frequencies.
+        num_real_tokens: tokens of the vocabulary; the padding rows after them get no probability.
+        rope: rotary frequencies.
         kwargs: further arguments of GPTModel.
     """
 
@@ -57,13 +57,14 @@ class EndPromptGPTModel(GPTModel):
         set_rope_concentration(self, rope.attention_factor)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """As GPTModel.forward, with every token rotated to its entry of position_ids.
+        """Same as GPTModel.forward, but rotates every token to its position in position_ids.
 
         Args:
             input_ids: [b, s] (None on pipeline stages without the embedding).
-            position_ids: [s], shared by the micro-batch, or [b, s]; needed on every pipeline stage.
+            position_ids: [s], shared by the micro-batch, or [b, s]; required on every pipeline stage.
         Returns:
-            Loss of each token [b, s] where labels are given, else logits [b, s, v], else hidden states [s, b, h].
+            On the last pipeline stage the loss of each token [b, s] if labels are given, else logits [b, s, v]; on other stages hidden
+            states [s, b, h].
         """
         if self.config.apply_rope_fusion and position_ids.dim() == 2:
             if position_ids.shape[0] > 1:
@@ -72,16 +73,16 @@ class EndPromptGPTModel(GPTModel):
                     f"rotate every sample to the first one's positions"
                 )
             position_ids = position_ids[0]
-        # a token at a time, the shim's share would show; training keeps it: its recomputation names devices
-        unwatched = nullcontext() if torch.is_grad_enabled() else no_device_names()
-        with unwatched, self.rotary_pos_emb.at(position_ids):
+        # the shim's overhead matters when decoding token by token; training needs the shim: recomputation names devices
+        device_shim = nullcontext() if torch.is_grad_enabled() else without_device_shim()
+        with device_shim, self.rotary_pos_emb.at(position_ids):
             return super().forward(input_ids, position_ids, attention_mask, **kwargs)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross-entropy of each token, float32.
 
-        Rows that pad the vocabulary get no probability, so that the loss is the same for every tensor-parallel size. Where the whole
-        vocabulary is on this rank, the loss is taken in slices of rows and never copies the logits.
+        Padding rows of the vocabulary get no probability, so that the loss is the same for every tensor-parallel size. If the whole
+        vocabulary is on this rank, the loss is computed in slices of rows without copying the logits.
 
         Args:
             labels: [b, s]; logits: [s, b, v].
@@ -102,8 +103,8 @@ class EndPromptGPTModel(GPTModel):
 
     @contextmanager
     def logits_of(self, rows: slice | Sequence[int]) -> Iterator[None]:
-        """Inside the block the output layer sees only these tokens of the sequence: a probe of a long context needs a few logits, not a
-        table of s x v. Not for sequence parallelism, where a rank holds a part of the sequence."""
+        """Inside the block the output layer computes logits only for these tokens of the sequence: a probe of a long context needs a few
+        logits, not all s x v. Does not support sequence parallelism, where a rank holds only a part of the sequence."""
         hook = self.output_layer.register_forward_pre_hook(lambda module, inputs: (inputs[0][rows], *inputs[1:]))
         try:
             yield
@@ -112,8 +113,9 @@ class EndPromptGPTModel(GPTModel):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside the block the model computes for probes and generation, whatever it trains with: attention is torch's, which keeps keys
-        and values and branches, and nothing is rounded to FP8, whose matrix products take only round numbers of tokens."""
+        """Inside the block the model is set up for probes and generation. Attention is torch SDPA, which supports a key/value cache and
+        branches. FP8 is off, because its matrix products only support certain multiples as the number of tokens
+        (config.precision.FP8_MULTIPLES)."""
         fp8 = self.config.fp8
         replaced = []
         for layer in self.decoder.layers:
@@ -131,19 +133,20 @@ class EndPromptGPTModel(GPTModel):
 
     @contextmanager
     def branches_after(self, trunk: int, lengths: list[int]) -> Iterator[None]:
-        """Inside the block the sequence is a trunk and branches: each branch sees the trunk and itself, as if it alone followed. Several
-        questions about one long context thus share its prefill. For whole sequences on this rank, inside `evaluating`.
+        """Inside the block the sequence consists of a trunk and branches: each branch attends to the trunk and to itself, but not to other
+        branches. This lets several questions about one long context share its prefill. Requires `evaluating` and the whole sequence on this
+        rank.
 
-        Inside `cached`, what earlier calls read belongs to the trunk, the branches may follow without anything before them, and they are
-        not kept: another call may ask anew.
+        Inside `cached`, the tokens of earlier calls belong to the trunk, and a call may consist of branches alone. Branches are not added
+        to the cache, so the next call can pass new branches.
 
         Args:
-            trunk: tokens before the first branch, those of earlier calls included, >= 1.
-            lengths: tokens of each branch; with the trunk they fill the sequence. Empty: no branches.
+            trunk: tokens before the first branch, including those of earlier calls, >= 1.
+            lengths: tokens of each branch; trunk and branches together are the sequence. Empty: no branches.
         """
         attentions = self._caching_attentions() if lengths else []
         if lengths and trunk < 1:
-            raise AssertionError(f"{len(lengths)} branches after {trunk} tokens: nothing to share")
+            raise AssertionError(f"{len(lengths)} branches after {trunk} tokens: branches need a trunk of at least one token")
         for attention in attentions:
             attention.branches = list(lengths)
         try:
@@ -154,12 +157,11 @@ class EndPromptGPTModel(GPTModel):
 
     @contextmanager
     def cached(self, max_length: int) -> Iterator[None]:
-        """Inside the block a forward pass goes on where the last one ended: every layer keeps keys and values, and new tokens see the old
-        ones. A long context can so be read in chunks, and a text written token by token. For torch.no_grad and whole sequences on this
-        rank, inside `evaluating`.
+        """Inside the block every layer has a key/value cache, and a forward pass continues the sequence of the previous ones. This allows
+        prefill in chunks and token-by-token decoding. Requires torch.no_grad, `evaluating` and the whole sequence on this rank.
 
         Args:
-            max_length: tokens of all passes together, >= 1; the memory for them is taken with the first.
+            max_length: maximum number of tokens of all passes together, >= 1; the first pass allocates the memory for them.
         """
         attentions = self._caching_attentions()
         for attention in attentions:
@@ -171,21 +173,25 @@ class EndPromptGPTModel(GPTModel):
                 attention.cache = None
 
     def rewind(self, length: int) -> None:
-        """Inside `cached`, forget all but the first `length` tokens."""
+        """Inside `cached`, drop all but the first `length` tokens from the cache."""
         for attention in self._caching_attentions():
+            assert attention.cache is not None  # inside `cached` every layer has one
             attention.cache.rewind(length)
 
     def _caching_attentions(self) -> list[TorchSDPA]:
         attentions = [module for module in self.modules() if isinstance(module, TorchSDPA)]
         if len(attentions) != len(self.decoder.layers) or self.config.context_parallel_size > 1:
-            raise AssertionError(f"{len(attentions)} of {len(self.decoder.layers)} layers can keep keys and values, or branch")
+            raise AssertionError(
+                f"{len(attentions)} of {len(self.decoder.layers)} layers support a key/value cache and branches; all layers must, and "
+                f"context_parallel_size={self.config.context_parallel_size} must be 1"
+            )
         return attentions
 
     def assert_rope(self, rope: RopeScaling) -> None:
-        """Refuse to train with frequencies other than the configured ones.
+        """Check that the model uses the configured rotary frequencies.
 
         Raises:
-            AssertionError: another module has taken the rotary slot, or its frequencies differ (a bug, never a user's mistake).
+            AssertionError: another module is in the rotary slot, or its frequencies differ (always a bug, never a user error).
         """
         live = self.rotary_pos_emb
         if not isinstance(live, PositionRotaryEmbedding):
@@ -200,4 +206,4 @@ class EndPromptGPTModel(GPTModel):
             )
         wrong = [value for value in rope_concentrations(self) if abs(value - rope.attention_factor) > 1e-12]
         if wrong:
-            raise AssertionError(f"attention multiplies cosine and sine with {wrong[0]}, the configuration says {rope.attention_factor}")
+            raise AssertionError(f"attention multiplies cosine and sine by {wrong[0]}, the configuration says {rope.attention_factor}")

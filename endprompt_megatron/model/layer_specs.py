@@ -1,4 +1,4 @@
-"""Layer specs by backend: which class fills which slot of a Megatron transformer layer."""
+"""Layer specs of each backend: which class fills which slot of a Megatron transformer layer."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from endprompt_megatron.model.norm import RMSNorm
 from endprompt_megatron.model.sdpa import TorchSDPA
 
 
-def torch_block_spec(config: TransformerConfig, *, vp_stage: int | None = None, norms_apart: bool = True) -> TransformerBlockSubmodules:
-    """Megatron's local layers with torch SDPA attention and our RMSNorm, for this pipeline stage's layers.
+def torch_block_spec(config: TransformerConfig, *, vp_stage: int | None = None, unfused_norms: bool = True) -> TransformerBlockSubmodules:
+    """Block spec for the layers of this pipeline stage: Megatron's local layers with torch SDPA attention and our RMSNorm.
 
     Args:
-        config: of the whole model.
+        config: config of the whole model.
         vp_stage: virtual pipeline stage, or None.
-        norms_apart: these layers' norms always are.
+        unfused_norms: ignored; norms of these layers are never fused into linear layers.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Apex is not installed")
@@ -33,22 +33,22 @@ def torch_block_spec(config: TransformerConfig, *, vp_stage: int | None = None, 
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=RMSNorm)
 
 
-def te_block_spec(config: TransformerConfig, *, vp_stage: int | None = None, norms_apart: bool = False) -> TransformerBlockSubmodules:
-    """Megatron's Transformer Engine layers, for this pipeline stage's layers. The norm before attention and the one before the MLP are
-    parts of the linear layer that follows.
+def te_block_spec(config: TransformerConfig, *, vp_stage: int | None = None, unfused_norms: bool = False) -> TransformerBlockSubmodules:
+    """Block spec for the layers of this pipeline stage: Megatron's Transformer Engine layers. The norms before attention and before the MLP
+    are fused into the linear layers that follow.
 
     Args:
-        config: of the whole model.
+        config: config of the whole model.
         vp_stage: virtual pipeline stage, or None.
-        norms_apart: keep the norm before attention apart, so that adapters see its output.
+        unfused_norms: do not fuse the norm before attention, so that adapters can read its output.
     """
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
     layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    if norms_apart:
+    if unfused_norms:
         layer.submodules.input_layernorm = TENorm
         layer.submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
-        # checkpoints know it by the name that it has inside
+        # checkpoints use the name of the fused norm
         layer.submodules.sharded_state_dict_keys_map["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=TENorm)

@@ -1,8 +1,8 @@
-"""LoRA on the attention's projections: adapters of q, k, v and o beside Megatron's fused linear layers, whose own parameters keep their
-names, and the rule of what trains. They are mixed into whatever linear classes a backend uses.
+"""LoRA on the attention projections q, k, v and o. The adapters are mixins for the linear classes of any backend; the base parameters keep
+their names. Also decides which parameters train.
 
 Shapes: s sequence, b micro-batch, h hidden, r rank, n query heads and g key/value groups of the whole model, d head dim, t tensor-parallel
-size; o of a projection: n d (q), g d (k and v), h (o).
+size. Output size of each projection: n d (q), g d (k and v), h (o).
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from endprompt_megatron.model.adapters import OUTPUT_TARGET, QKV_TARGETS, adapte
 
 
 def with_adapters(block: TransformerBlockSubmodules, adapter: AdapterConfig) -> TransformerBlockSubmodules:
-    """The layers of `block` with adapters on their attention projections.
+    """Add adapters to the attention projections of the layers of `block`.
 
     Args:
-        block: a backend's layer specs; changed in place.
-        adapter: of type lora.
+        block: layer specs of a backend; changed in place.
+        adapter: settings, type lora.
     """
     for layer in {id(layer): layer for layer in block.layer_specs}.values():  # layers may share one spec
         attention = layer.submodules.self_attention.submodules
@@ -52,15 +52,15 @@ def with_adapters(block: TransformerBlockSubmodules, adapter: AdapterConfig) -> 
 def _adapted(linear: Any, mixin: type, adapter: AdapterConfig) -> ModuleSpec:
     base, params = (linear.module, linear.params) if isinstance(linear, ModuleSpec) else (linear, {})
     if "LayerNorm" in base.__name__:
-        raise AssertionError(f"{base.__name__} keeps its normalised input to itself: adapters need an unfused linear layer")
+        raise AssertionError(f"{base.__name__} computes its norm internally: adapters need an unfused linear layer")
     return ModuleSpec(module=type(f"LoRA{base.__name__}", (mixin, base), {}), params={**params, "adapter": adapter})
 
 
 class AdaptedLinear(torch.nn.Module):
-    """Mixed into a linear layer of Megatron: y = W x + alpha / r B A x.
+    """Mixin for a linear layer of Megatron: y = W x + alpha / r B A x.
 
     Args:
-        args, options: of the linear layer.
+        args, options: arguments of the linear layer.
         adapter: rank, alpha and targets.
     """
 
@@ -84,9 +84,9 @@ class AdaptedLinear(torch.nn.Module):
         """Register a parameter.
 
         Args:
-            shape: of this rank's share.
-            dim: that is cut over tensor-parallel ranks; None where all hold the whole.
-            sequence_parallel: whether a rank's gradient is of its part of the sequence alone.
+            shape: shape of this rank's shard.
+            dim: dimension that is split over tensor-parallel ranks; None if it is replicated.
+            sequence_parallel: whether this rank computes the gradient from its part of the sequence only.
         """
         like = self.weight
         parameter = torch.nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device))
@@ -98,23 +98,23 @@ class AdaptedLinear(torch.nn.Module):
         self.register_parameter(adapter_name(target, matrix), parameter)
 
     def matrix(self, target: str, matrix: str) -> torch.nn.Parameter:
-        """A or B of a target, this rank's share."""
+        """This rank's shard of A or B of a target."""
         return getattr(self, adapter_name(target, matrix))
 
     def adapters(self) -> Iterator[tuple[str, str, torch.nn.Parameter]]:
-        """(target, matrix, parameter) of each parameter."""
+        """Yield (target, matrix, parameter) for each adapter parameter."""
         for target in self.targets:
             for matrix in "AB":
                 yield target, matrix, self.matrix(target, matrix)
 
     @torch.no_grad()
     def initialize(self, seed: int, layer_number: int) -> None:
-        """A as peft draws it, uniform in +-1 / sqrt(inputs), B zero: the layer begins as its base. Each rank draws the whole of A and takes
-        its share, so that every layout begins alike.
+        """Initialise A as peft does, uniform in +-1 / sqrt(inputs), and B with zeros, so that the layer starts equal to its base. Each rank
+        draws the whole of A and keeps its shard, so that every layout starts with the same weights.
 
         Args:
-            seed: of the run.
-            layer_number: in the whole model.
+            seed: seed of the run.
+            layer_number: number of the layer in the whole model.
         """
         for target, matrix, parameter in self.adapters():
             if matrix == "B":
@@ -132,14 +132,14 @@ class AdaptedLinear(torch.nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """W + alpha / r B A, summed in float32, of this rank's share and in the weight's type."""
+        """W + alpha / r B A of this rank's shard, computed in float32 and rounded to the weight's dtype."""
         return merge(self.weight, self._update(), self.scale)
 
     def _update(self) -> Tensor:
         raise NotImplementedError
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: dict | None = None) -> dict[str, Any]:
-        """As of the linear layer, the adapters cut as they are over tensor-parallel ranks."""
+        """Same as the linear layer's, plus the adapters with their tensor-parallel sharding."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         adapters = {adapter_name(target, matrix): parameter for target, matrix, parameter in self.adapters()}
         cut = {name: parameter.partition_dim for name, parameter in adapters.items() if getattr(parameter, "tensor_model_parallel", False)}
@@ -147,7 +147,7 @@ class AdaptedLinear(torch.nn.Module):
 
 
 class _QKVAdapters(AdaptedLinear):
-    """Adapters of q, k and v beside a column-parallel fused projection. A is whole on every rank, B cut by its rows."""
+    """Adapters of q, k and v on a column-parallel fused projection. A is replicated on every rank; B is split by rows."""
 
     def __init__(self, input_size: int, *args: Any, config: TransformerConfig, adapter: AdapterConfig, **options: Any):
         super().__init__(input_size, *args, config=config, adapter=adapter, **options)
@@ -160,11 +160,11 @@ class _QKVAdapters(AdaptedLinear):
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """As of AdaptedLinear."""
+        """Same as AdaptedLinear."""
         return tuple(target for target in QKV_TARGETS if target in self.adapter.target_modules)
 
     def forward(self, input_: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
-        """As of the linear layer.
+        """Same as the linear layer's, plus the adapters.
 
         Args:
             input_: [s, b, h]; [s / t, b, h] with sequence parallelism.
@@ -176,14 +176,14 @@ class _QKVAdapters(AdaptedLinear):
         if self._sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden)
         elif self._tensor_parallel_size > 1:
-            hidden = copy_to_tensor_model_parallel_region(hidden)  # backward: sums what every rank's heads ask of A
+            hidden = copy_to_tensor_model_parallel_region(hidden)  # backward: sums the gradient of A over the ranks' heads
         parts = zip(self.targets, hidden.split(self.adapter.rank, dim=-1), strict=True)
         deltas = {target: F.linear(part, self.matrix(target, "B")) for target, part in parts}
         return output + self.scale * self._interleave(deltas, -1), bias
 
     def _interleave(self, parts: dict[str, Tensor], dim: int) -> Tensor:
-        """q, k and v in the order of Megatron's fused projection along `dim`: for each key/value group its query heads, its key, its value;
-        zero where a projection has no adapter."""
+        """Concatenate q, k and v along `dim` in the order of Megatron's fused projection: for each key/value group its query heads, its
+        key, its value. Projections without an adapter become zeros."""
         one = next(iter(parts.values()))
         rows = []
         for target, width in self._widths.items():
@@ -202,7 +202,7 @@ class _QKVAdapters(AdaptedLinear):
 
 
 class _OutputAdapter(AdaptedLinear):
-    """Adapter of o beside a row-parallel projection. A is cut by its columns, B whole on every rank."""
+    """Adapter of o on a row-parallel projection. A is split by columns; B is replicated on every rank."""
 
     def __init__(self, input_size: int, output_size: int, *args: Any, config: TransformerConfig, adapter: AdapterConfig, **options: Any):
         super().__init__(input_size, output_size, *args, config=config, adapter=adapter, **options)
@@ -211,11 +211,11 @@ class _OutputAdapter(AdaptedLinear):
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """As of AdaptedLinear."""
+        """Same as AdaptedLinear."""
         return (OUTPUT_TARGET,)
 
     def forward(self, input_: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
-        """As of the linear layer.
+        """Same as the linear layer's, plus the adapters.
 
         Args:
             input_: [s, b, n d / t].
@@ -235,18 +235,18 @@ class _OutputAdapter(AdaptedLinear):
 
 
 def adapted_layers(model: torch.nn.Module) -> dict[str, AdaptedLinear]:
-    """{name in the model: layer} of the linear layers that have adapters."""
+    """{name in the model: layer} of all linear layers with adapters."""
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
 def prepare_adapters(model: torch.nn.Module, adapter: AdapterConfig, *, seed: int) -> None:
-    """Initialise the adapters of a model chunk and freeze what does not train: everything but adapters, the norms and the embedding as
-    configured. With tied embeddings the output layer is the embedding, and trains or rests with it; an output layer of its own rests.
+    """Initialise the adapters of a model chunk and freeze all other parameters, except norms and embedding if the config trains them. A
+    tied output layer trains if the embedding does; an untied output layer is always frozen.
 
     Args:
-        model: a chunk with adapters.
-        adapter: what trains.
-        seed: of the run.
+        model: chunk with adapters.
+        adapter: adapter settings, including which other parameters train.
+        seed: seed of the run.
     """
     for layer in model.decoder.layers:
         for module in adapted_layers(layer).values():
@@ -254,12 +254,12 @@ def prepare_adapters(model: torch.nn.Module, adapter: AdapterConfig, *, seed: in
     tied = model.share_embeddings_and_output_weights
     for name, parameter in model.named_parameters():
         is_embedding = name.startswith("embedding.") or (tied and name.startswith("output_layer."))
-        # input_layernorm, pre_mlp_layernorm, q_layernorm, k_layernorm, final_layernorm; fused into a linear layer, its layer_norm_weight
+        # input_layernorm, pre_mlp_layernorm, q_layernorm, k_layernorm, final_layernorm, or layer_norm_weight of a fused linear layer
         is_norm = any("norm" in part for part in name.split(".")[-2:])
         trains = is_adapter(name) or (adapter.train_embeddings and is_embedding) or (adapter.train_norms and is_norm)
         parameter.requires_grad_(trains)
     if model.pre_process and not adapter.train_embeddings:
-        # recomputation differentiates a layer by its input: one that needs no gradient would cut off the adapters behind it
+        # recomputation backpropagates through a layer only if its input requires a gradient; otherwise adapters would get none
         model.embedding.register_forward_hook(_require_grad)
 
 
@@ -268,7 +268,7 @@ def _require_grad(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tenso
 
 
 def count_parameters(chunks: list[torch.nn.Module]) -> tuple[int, int]:
-    """(numbers that train, all numbers) of the whole model, the vocabulary's padding included; every rank takes part."""
+    """(trainable, total) parameter counts of the whole model, vocabulary padding included. Collective over all ranks."""
     counts = [0, 0]
     for chunk in chunks:
         for parameter in chunk.parameters():

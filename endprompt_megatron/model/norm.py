@@ -1,7 +1,7 @@
-"""RMSNorm of the `torch` backend: torch's forward pass bit for bit, with a backward pass of its own. Autograd's keeps and revisits every
-intermediate of the formula; this one keeps the input and one number a row.
+"""RMSNorm of the `torch` backend. The forward pass equals torch's bit for bit. The backward pass is hand-written: autograd would save every
+intermediate tensor of the formula; this one saves the input and one number per row.
 
-Shapes: ... any leading dimensions, h the normalised one.
+Shapes: ... any leading dimensions, h the normalised dimension.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm whose weight takes part in sequence parallelism (Megatron's torch fallback refuses it).
+    """Root-mean-square norm that supports sequence parallelism (Megatron's torch fallback does not).
 
     Args:
         config: its `sequence_parallel` decides whether the weight's gradient is summed over the tensor-parallel group.
@@ -34,7 +34,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class _RMSNormFunction(torch.autograd.Function):
-    """y = x r w with r = (mean(x^2) + eps)^-1/2 of each row; with n = x r and g the gradient of y: dw = sum g n and
+    """Forward: y = x r w with r = (mean(x^2) + eps)^-1/2 of each row. Backward, with n = x r and g the gradient of y: dw = sum(g n) and
     dx = r (g w - n mean(g w n))."""
 
     @staticmethod

@@ -1,4 +1,5 @@
-"""Every pipeline stage of the real model, built on `meta` for a layout of any size: exact parameters of every rank before there is one."""
+"""Build every pipeline stage of the real model on the `meta` device, for a layout of any size: gives the exact parameters of every rank
+without starting the ranks."""
 
 from __future__ import annotations
 
@@ -19,17 +20,17 @@ _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 @dataclass(frozen=True)
-class StageParameter:
-    """A parameter of one rank.
+class PipelineStageParameter:
+    """One parameter of one rank.
 
     Attributes:
-        name: in its model chunk.
-        shape: of this rank's share.
-        dtype: as torch names it, e.g. "bfloat16".
-        chunk: which chunk of its stage; 0 where the schedule is not interleaved.
-        is_split: whether every tensor parallel rank holds another share.
-        is_repeated: whether another stage holds it too and counts it (the output layer of tied embeddings).
-        trains: whether it has a gradient.
+        name: name in its model chunk.
+        shape: shape of this rank's shard.
+        dtype: torch's name, e.g. "bfloat16".
+        chunk: index of the model chunk on its pipeline stage; 0 unless the schedule is interleaved.
+        is_split: whether it is split over the tensor-parallel ranks.
+        is_repeated: whether it is a copy of a parameter of another pipeline stage, which counts it (the output layer of tied embeddings).
+        trains: whether it requires a gradient.
     """
 
     name: str
@@ -42,51 +43,51 @@ class StageParameter:
 
     @property
     def size(self) -> int:
-        """Numbers in this rank's share."""
+        """Number of elements of this rank's shard."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What each tensor parallel rank of a pipeline stage holds.
+class PipelineStage:
+    """The parameters that each tensor-parallel rank of a pipeline stage holds.
 
     Attributes:
-        index: of the stage, from 0.
-        layers: numbers of its layers in the whole model, from 0.
-        parameters: in the model's order.
+        index: index of the pipeline stage, from 0.
+        layers: indices of its layers in the whole model, from 0.
+        parameters: parameters in the order of the model.
     """
 
     index: int
     layers: tuple[int, ...]
-    parameters: tuple[StageParameter, ...]
+    parameters: tuple[PipelineStageParameter, ...]
 
     @property
     def num_parameters(self) -> int:
-        """Numbers that one rank holds."""
+        """Parameter count of one rank."""
         return sum(parameter.size for parameter in self.parameters)
 
     @property
     def num_trained(self) -> int:
-        """Numbers of one rank that have gradients and optimizer state."""
+        """Count of one rank's parameters that have gradients and optimizer state."""
         return sum(parameter.size for parameter in self.parameters if parameter.trains)
 
 
 @dataclass(frozen=True)
-class ModelStages:
-    """The whole model, stage by stage.
+class PipelineStages:
+    """All pipeline stages of a model.
 
     Attributes:
-        stages: in the pipeline's order.
-        num_parameters: of the model without the rows that pad its vocabulary: what is published.
-        num_padding: numbers in those rows.
+        stages: stages in pipeline order.
+        num_parameters: parameter count of the model without vocabulary padding, as published for the model.
+        num_padding: parameter count of the vocabulary padding.
     """
 
-    stages: tuple[Stage, ...]
+    stages: tuple[PipelineStage, ...]
     num_parameters: int
     num_padding: int
 
 
-def build_stages(
+def build_pipeline_stages(
     architecture: ModelArchitecture,
     *,
     rope: RopeScaling,
@@ -96,13 +97,13 @@ def build_stages(
     world_size: int,
     adapter: AdapterConfig | None = None,
     attention_groups: int | None = None,
-) -> ModelStages:
-    """Build the model as the first tensor parallel rank of each pipeline stage does, with the `torch` backend's layers: other backends name
-    some parameters otherwise and have the same numbers. Takes no memory for weights and leaves no process group behind.
+) -> PipelineStages:
+    """Build the model of the first tensor-parallel rank of each pipeline stage, with the layers of the `torch` backend. Other backends use
+    other names for some parameters, but have the same sizes. Allocates no memory for weights and leaves no process group.
 
     Args:
-        architecture, rope, max_sequence_length, parallel, adapter, attention_groups: as build_model_chunks.
-        precision: of the run; FP8 keeps its weights in bf16.
+        architecture, rope, max_sequence_length, parallel, adapter, attention_groups: as for build_model_chunks.
+        precision: precision of the run; FP8 keeps its weights in bf16.
         world_size: ranks of the job, a multiple of the model-parallel size.
     """
     stages, total, padding = [], 0, 0
@@ -122,7 +123,7 @@ def build_stages(
                 attention_groups=attention_groups,
             )
         parameters = [
-            StageParameter(
+            PipelineStageParameter(
                 name,
                 tuple(parameter.shape),
                 str(parameter.dtype).removeprefix("torch."),
@@ -135,9 +136,9 @@ def build_stages(
             for name, parameter in chunk.named_parameters()
         ]
         layers = tuple(layer.layer_number - 1 for chunk in chunks for layer in chunk.decoder.layers)
-        stages.append(Stage(index, layers, tuple(parameters)))
+        stages.append(PipelineStage(index, layers, tuple(parameters)))
         for parameter in parameters:
             if not parameter.is_repeated:
                 total += parameter.size * (parallel.tensor_model_parallel_size if parameter.is_split else 1)
                 padding += extra_rows * architecture.hidden_size * (parameter.name in _VOCABULARY)
-    return ModelStages(tuple(stages), total - padding, padding)
+    return PipelineStages(tuple(stages), total - padding, padding)

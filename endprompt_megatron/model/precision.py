@@ -1,5 +1,5 @@
-"""What a precision is to Megatron: fields of TransformerConfig. The FP8 context itself is entered by Megatron's TransformerBlock, around
-all layers with delayed scaling and around each layer otherwise."""
+"""TransformerConfig fields of each precision. Megatron's TransformerBlock enters the FP8 context: around all layers with delayed scaling,
+around each layer otherwise."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-# The names of conf/precision -> Megatron's. Formats, history and choice of the largest value are Transformer Engine's own defaults
-# (common/recipe); e4m3 carries forward values, and with hybrid e5m2 the gradients.
+# Names of conf/precision -> Megatron's fields. Formats, amax history and amax algorithm are Transformer Engine's defaults
+# (common/recipe). e4m3 is used for forward values; hybrid uses e5m2 for gradients.
 _FP8_FIELDS: dict[str, dict[str, Any]] = {
     "fp8": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
     "fp8_attention": {
@@ -24,7 +24,7 @@ _FP8_FIELDS: dict[str, dict[str, Any]] = {
     "fp8_blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
     "mxfp8": {"fp8": "e4m3", "fp8_recipe": "mxfp8"},
 }
-_WORDS = {
+_DESCRIPTIONS = {
     "fp8": "FP8 with a current scale for each tensor, attention in bf16",
     "fp8_attention": "FP8 with delayed scales, attention in FP8",
     "fp8_blockwise": "FP8 with scales for blocks of 128, attention in bf16",
@@ -33,16 +33,16 @@ _WORDS = {
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """Type of weights and activations; an FP8 precision keeps bf16 weights."""
+    """Dtype of weights and activations; FP8 precisions keep weights in bf16."""
     return _DTYPES.get(precision, torch.bfloat16)
 
 
 def precision_fields(precision: str, bf16_layers: tuple[int, int] = (0, 0)) -> dict[str, Any]:
-    """Arguments of TransformerConfig.
+    """TransformerConfig arguments of a precision.
 
     Args:
         precision: fp32 | bf16 | fp8 | fp8_attention | fp8_blockwise | mxfp8.
-        bf16_layers: of an FP8 precision: layers at the start and at the end that stay in bf16.
+        bf16_layers: for an FP8 precision, the number of layers at the start and at the end that stay in bf16.
     """
     dtype = dtype_of(precision)
     fields = {"bf16": dtype == torch.bfloat16, "params_dtype": dtype, "pipeline_dtype": dtype, "autocast_dtype": dtype}
@@ -54,8 +54,8 @@ def precision_fields(precision: str, bf16_layers: tuple[int, int] = (0, 0)) -> d
 
 
 def describe_precision(precision: str, bf16_layers: tuple[int, int] = (0, 0)) -> str:
-    """A precision in words."""
-    if precision not in _WORDS:
+    """Describe a precision for the log."""
+    if precision not in _DESCRIPTIONS:
         return precision
     kept = f", {bf16_layers[0]} layer(s) at the start and {bf16_layers[1]} at the end in bf16" if any(bf16_layers) else ""
-    return f"{precision}: {_WORDS[precision]}{kept}"
+    return f"{precision}: {_DESCRIPTIONS[precision]}{kept}"

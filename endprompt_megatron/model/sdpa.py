@@ -1,11 +1,11 @@
-"""Core attention through torch.nn.functional.scaled_dot_product_attention: the `torch` backend's, which runs on a CPU and on a GPU
-without Transformer Engine and never materialises the s x s scores.
+"""Core attention of the `torch` backend, on torch.nn.functional.scaled_dot_product_attention. It runs on a CPU and on a GPU without
+Transformer Engine and never materialises the s x s scores.
 
-Under context parallelism key and value are gathered over the group and each rank attends from its own two chunks: simple, and right
-on any device; Transformer Engine's ring saves the memory.
+With context parallelism, key and value are all-gathered over the group, and each rank computes attention for the queries of its two chunks.
+This is simple and works on any device, but needs more memory than Transformer Engine's ring attention.
 
-Shapes: b micro-batch, s sequence on this rank, t keys that a query may see, n query heads and g key/value heads on this rank, d head dim;
-Megatron order [s, b, n, d].
+Shapes: b micro-batch, s sequence on this rank, t keys that a query can attend to, n query heads and g key/value heads on this rank, d head
+dim; Megatron order [s, b, n, d].
 """
 
 from __future__ import annotations
@@ -23,28 +23,29 @@ from torch.nn.attention.bias import causal_lower_right
 
 from endprompt_megatron.mcore.context_parallel import chunks_of_rank, gather_sequence
 
-# torch's kernel for CPUs that returns the logarithm of each row's softmax sum too; public functions keep it back (torch 2.2 to 2.15)
-_FLASH_ON_CPU = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-# Largest rows x keys of a mask that a CPU has to write out (torch makes it the scores' dtype: 64 MiB in float32)
+# torch's CPU kernel, which also returns the log-sum-exp of each row; the public functions do not return it (torch 2.2 to 2.15)
+_FLASH_ON_CPU: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+# Maximum rows x keys of a mask that is materialised on a CPU (torch converts it to the scores' dtype: 64 MiB in float32)
 _MASK_ELEMENTS = 2**24
 
 
 def _merges(query: Tensor) -> bool:
-    """Whether attention over a cache is taken in two parts: in evaluation on a CPU, whose public kernel would need a mask."""
+    """Whether to compute attention over a cache in two parts and merge them: in evaluation on a CPU, where the public kernel needs a
+    mask."""
     return _FLASH_ON_CPU is not None and query.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def _flash_on_cpu(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False, **options: Any) -> tuple[Tensor, Tensor]:
-    """(attention [b, n, s, d], logarithm of each row's softmax sum, float32 [b, n, s])"""
+    """Return (attention [b, n, s, d], log-sum-exp of each row, float32 [b, n, s])."""
     return _FLASH_ON_CPU(query, key, value, 0.0, is_causal, **options)
 
 
 class KeyValueCache:
-    """Keys and values that one layer has seen in earlier calls, in a buffer that is as large from the start as it will ever be and holds
-    the tokens of a head together, as attention reads them.
+    """Key/value cache of one layer. The buffer is allocated once at its maximum size; the tokens of a head are contiguous, as attention
+    reads them.
 
     Args:
-        max_length: tokens that it holds.
+        max_length: capacity in tokens.
     """
 
     def __init__(self, max_length: int):
@@ -53,42 +54,44 @@ class KeyValueCache:
         self._buffers: tuple[Tensor, Tensor] | None = None
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep the tokens of a call.
+        """Append tokens to the cache.
 
         Args:
-            key, value: [s, b, g, d], rotated to their positions already.
+            key, value: [s, b, g, d], already rotated.
         Returns:
-            Key and value of all tokens kept, [t, b, g, d]: views, to be read before the next call.
+            Key and value of all cached tokens, [t, b, g, d]: views, valid until the next call.
         """
-        seen = self.try_out(key, value)
+        seen = self.peek(key, value)
         self.length += key.shape[0]
         return seen
 
     def kept(self) -> tuple[Tensor, Tensor]:
-        """Key and value of all tokens kept, as `extend` returns them."""
+        """Key and value of all cached tokens, as returned by `extend`."""
+        assert self._buffers is not None  # nothing was kept yet
         return self._buffers[0][: self.length], self._buffers[1][: self.length]
 
     def rewind(self, length: int) -> None:
-        """Forget all but the first `length` tokens; the next ones take the place of the others."""
+        """Drop all but the first `length` tokens; later tokens overwrite the dropped ones."""
         if length > self.length:
             raise AssertionError(f"a key/value cache of {self.length} tokens cannot be cut at {length}")
         self.length = length
 
-    def try_out(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """As `extend`, but the tokens are not kept: the next ones take their place."""
+    def peek(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Same as `extend`, but does not keep the tokens: the next call overwrites them."""
         past = self.length + key.shape[0]
         if past > self.max_length:
             raise AssertionError(f"{past} tokens do not fit into a key/value cache of {self.max_length}")
         if self._buffers is None:
             batch, heads, dim = key.shape[1:]
-            self._buffers = tuple(new.new_empty(batch, heads, self.max_length, dim).permute(2, 0, 1, 3) for new in (key, value))
+            room = [new.new_empty(batch, heads, self.max_length, dim).permute(2, 0, 1, 3) for new in (key, value)]
+            self._buffers = room[0], room[1]
         for buffer, new in zip(self._buffers, (key, value), strict=True):
             buffer[self.length : past] = new
         return self._buffers[0][:past], self._buffers[1][:past]
 
 
 class TorchSDPA(MegatronModule):
-    """Causal grouped-query attention for Megatron's `core_attention` slot. The arguments are those of Megatron's own."""
+    """Causal grouped-query attention for Megatron's `core_attention` slot, with the arguments of Megatron's core attention."""
 
     def __init__(
         self,
@@ -115,12 +118,12 @@ class TorchSDPA(MegatronModule):
         attn_mask_type: AttnMaskType | None = None,
         **unused: Any,
     ) -> Tensor:
-        """Attention over the physical order of the tokens: each sees those before it, whatever their positions are; with a `cache` those of
-        earlier calls too.
+        """Causal attention in the physical order of the tokens, independent of their positions; with a `cache` also over the tokens of
+        earlier calls.
 
         Args:
             query: [s, b, n, d]; key, value: [s, b, g, d].
-            attention_mask: unused: the mask is causal.
+            attention_mask: unused; the mask is always causal.
         Returns:
             [s, b, n * d].
         """
@@ -143,7 +146,8 @@ class TorchSDPA(MegatronModule):
         return torch.cat(outputs)
 
     def _over_branches(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The last tokens are branches of `branches` tokens each: a branch sees what stands before the first, and itself. None is kept."""
+        """Attention over a trunk followed by branches, whose lengths are `self.branches`. A branch attends to the trunk and to itself.
+        Branches are not added to the cache."""
         trunk = query.shape[0] - sum(self.branches)
         if _merges(query):
             return self._over_merged_branches(query, key, value, trunk)
@@ -152,14 +156,14 @@ class TorchSDPA(MegatronModule):
         outputs = []
         for index, (its_query, its_key, its_value) in enumerate(parts):
             if not its_query.shape[0]:
-                continue  # the whole trunk was read by earlier calls
+                continue  # the whole trunk is already in the cache
             first_row = cache.length
-            seen = (cache.try_out if index else cache.extend)(its_key, its_value)
+            seen = (cache.peek if index else cache.extend)(its_key, its_value)
             outputs.append(self._attend(its_query, *seen, first_row=first_row))
         return torch.cat(outputs)
 
     def _over_merged_branches(self, query: Tensor, key: Tensor, value: Tensor, trunk: int) -> Tensor:
-        """As _over_branches, with one reading of the trunk for all branches."""
+        """Same as _over_branches, but reads the trunk once for all branches."""
         outputs, seen = [], (key[:trunk], value[:trunk])
         if self.cache is not None:
             first_row = self.cache.length
@@ -168,24 +172,24 @@ class TorchSDPA(MegatronModule):
                 outputs.append(self._attend(query[:trunk], *seen, first_row=first_row))
         else:
             outputs.append(self._attend(query[:trunk], *seen, first_row=0))
-        own = torch.block_diag(*(torch.ones(length, length).tril() for length in self.branches)) == 0
-        mask = torch.zeros(own.shape, dtype=query.dtype).masked_fill_(own, -torch.inf)
+        blocked = torch.block_diag(*(torch.ones(length, length).tril() for length in self.branches)) == 0
+        mask = torch.zeros(blocked.shape, dtype=query.dtype).masked_fill_(blocked, -torch.inf)
         outputs.append(self._merge(query[trunk:], *seen, key[trunk:], value[trunk:], attn_mask=mask))
         return torch.cat(outputs)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, first_row: int) -> Tensor:
-        """Causal attention of query rows first_row, first_row + 1, ... over keys 0, 1, ..., as many keys as rows: [s, b, n * d]."""
+        """Causal attention of query rows first_row .. first_row + s - 1 over keys 0 .. first_row + s - 1: [s, b, n * d]."""
         sequence, batch, heads, dim = query.shape
         if not first_row:
             context = self._fused(query, key, value, is_causal=True)
-        elif sequence == 1:  # the heads of a group as rows: their keys and values are read once
+        elif sequence == 1:  # treat the heads of a group as rows, so that their keys and values are read once
             groups = key.shape[2]
             rows = query.view(batch, groups, heads // groups, dim).permute(2, 0, 1, 3)
             context = self._fused(rows, key, value).reshape(batch, heads, 1, dim)
         elif _merges(query):
             past, own = (key[:first_row], value[:first_row]), (key[first_row:], value[first_row:])
             return self._merge(query, *past, *own, is_causal=True)
-        else:  # torch's kernels for a CPU take only a mask here, so rows go in blocks that bound it
+        else:  # torch's CPU kernels need a mask here; blocks of rows bound its size
             step = max(1, _MASK_ELEMENTS // key.shape[0])
             blocks = []
             for start in range(0, sequence, step):
@@ -197,11 +201,11 @@ class TorchSDPA(MegatronModule):
         return context.permute(2, 0, 1, 3).reshape(sequence, batch, heads * dim)
 
     def _merge(self, query: Tensor, past_key: Tensor, past_value: Tensor, key: Tensor, value: Tensor, **masking: Any) -> Tensor:
-        """Attention over keys that every row sees and over the rows' own keys under a mask: two kernels without a mask of rows x past,
-        merged by the logarithms of their softmax sums. [s, b, n * d]"""
+        """Attention over past keys, visible to every row, and over the rows' own keys with a mask: [s, b, n * d]. Two kernel calls, merged
+        by their log-sum-exp values, avoid a mask of rows x past keys."""
         sequence, batch, heads, dim = query.shape
         groups = key.shape[2]
-        # the heads of a group as rows: the past is read once a group
+        # treat the heads of a group as rows, so that the past is read once per group
         rows = query.view(sequence, batch, groups, heads // groups, dim).permute(1, 2, 3, 0, 4).reshape(batch, groups, -1, dim)
         far, far_sum = _flash_on_cpu(rows, past_key.permute(1, 2, 0, 3), past_value.permute(1, 2, 0, 3), scale=self.softmax_scale)
         near, near_sum = _flash_on_cpu(
@@ -216,7 +220,7 @@ class TorchSDPA(MegatronModule):
         return context.permute(2, 0, 1, 3).reshape(sequence, batch, heads * dim)
 
     def _fused(self, query: Tensor, key: Tensor, value: Tensor, **masking: Any) -> Tensor:
-        """[b, n, s, d]"""
+        """scaled_dot_product_attention of [s, b, n, d] tensors; returns [b, n, s, d]."""
         return F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),

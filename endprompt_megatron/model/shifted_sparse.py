@@ -1,8 +1,8 @@
-"""S2-attention of LongLoRA for Megatron's `core_attention` slot: while training, tokens attend within groups, and half of the heads within
-groups that are shifted by half a group, so that neighbouring groups exchange what they know. Evaluation attends to everything.
+"""S2-attention of LongLoRA for Megatron's `core_attention` slot. In training, tokens attend within groups; half of the heads use groups
+that are shifted by half a group, so that information flows between neighbouring groups. Evaluation uses full attention.
 
-It wraps the core attention of any backend and calls it once a layer, on the groups laid out as samples of a batch: m groups, and one more
-where heads are shifted, so that time and memory grow with S (m + 1) / m times the group instead of with S squared.
+The module wraps the core attention of any backend and calls it once per layer, with the groups as samples of a batch: m groups, plus one if
+heads are shifted. Time and memory are therefore proportional to S (m + 1) / m times the group size instead of to S squared.
 
 Shapes: b micro-batch, S physical sequence, m groups, G = S / m tokens of a group, n query heads and g key/value heads on this rank, d head
 dim; Megatron order [S, b, n, d].
@@ -26,10 +26,10 @@ from endprompt_megatron.errors import ConfigError
 
 
 def with_shifted_sparse_attention(block: TransformerBlockSubmodules, *, num_groups: int) -> TransformerBlockSubmodules:
-    """The layers of `block` with S2-attention around their core attention.
+    """Wrap the core attention of the layers of `block` in S2-attention.
 
     Args:
-        block: a backend's layer specs; changed in place.
+        block: layer specs of a backend; changed in place.
         num_groups: m.
     """
     for layer in {id(layer): layer for layer in block.layer_specs}.values():  # layers may share one spec
@@ -41,21 +41,21 @@ def with_shifted_sparse_attention(block: TransformerBlockSubmodules, *, num_grou
 
 
 class ShiftedSparseAttention(MegatronModule):
-    """Causal attention within groups of S / m tokens while training, full causal attention otherwise.
+    """Causal attention within groups of S / m tokens in training, full causal attention otherwise.
 
-    The query heads from n // 2 on, counted over all tensor-parallel ranks, see groups that begin half a group later: the first and the last
-    of them are half as long, because nothing wraps around. With m = 1 no head is shifted and attention is full.
+    The query heads from n // 2 on, counted over all tensor-parallel ranks, use groups that start half a group later. Groups do not wrap
+    around the sequence, so the first and the last shifted group have half the length. With m = 1 no head is shifted and attention is full.
 
-    Where the first shifted head stands inside a key/value group, key and value are repeated for every query head, and the inner attention
-    is built for as many key/value heads as query heads.
+    If the first shifted head lies inside a key/value group, key and value are repeated for every query head, and the inner attention is
+    built with as many key/value heads as query heads.
 
     Args:
-        config, layer_number, attn_mask_type, attention_type: as of Megatron's own core attention.
-        inner: class or spec of the attention that does the work.
+        config, layer_number, attn_mask_type, attention_type: as for Megatron's core attention.
+        inner: class or spec of the wrapped attention.
         num_groups: m.
         options: further arguments of the inner attention.
     Raises:
-        ConfigError: context parallelism, which holds no whole group on a rank.
+        ConfigError: context parallelism, which splits groups over ranks.
     Source: LongLoRA (arXiv 2309.12307), section 3.2.
     """
 
@@ -73,17 +73,17 @@ class ShiftedSparseAttention(MegatronModule):
         super().__init__(config=config)
         if config.context_parallel_size > 1:
             raise ConfigError(
-                f"method.attention=s2 with parallel.context_parallel_size={config.context_parallel_size}: a group has to stand whole on a "
-                f"rank. Set parallel.context_parallel_size=1."
+                f"method.attention=s2 with parallel.context_parallel_size={config.context_parallel_size}: S2-attention needs "
+                f"whole groups on a rank. Set parallel.context_parallel_size=1."
             )
         self.num_groups = num_groups
         heads = config.num_attention_heads // config.tensor_model_parallel_size
         first = config.num_attention_heads // 2 - parallel_state.get_tensor_model_parallel_rank() * heads
         self.first_shifted = min(max(first, 0), heads)
         self.repeats = config.num_attention_heads // config.num_query_groups
-        # the same choice on every rank, so that all build the same module
-        self.one_key_a_head = num_groups > 1 and config.num_attention_heads // 2 % self.repeats != 0
-        if self.one_key_a_head:
+        # depends on global head counts only, so that all ranks build the same module
+        self.repeats_keys = num_groups > 1 and config.num_attention_heads // 2 % self.repeats != 0
+        if self.repeats_keys:
             config = copy.copy(config)
             config.num_query_groups = config.num_attention_heads
         self.inner = build_module(
@@ -91,21 +91,21 @@ class ShiftedSparseAttention(MegatronModule):
         )
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **options: Any) -> Tensor:
-        """Attention of one micro-batch; its arguments are those of Megatron's own core attention.
+        """Attention of one micro-batch, with the arguments of Megatron's core attention.
 
         Args:
-            query: [S, b, n, d]; key, value: [S, b, g, d], all rotated to their positions already.
-            attention_mask: handed on outside training; groups are causal without one.
+            query: [S, b, n, d]; key, value: [S, b, g, d], already rotated.
+            attention_mask: passed on outside training; grouped attention is causal without a mask.
         Returns:
             [S, b, n * d].
         """
-        if self.one_key_a_head:
+        if self.repeats_keys:
             key, value = (tensor.repeat_interleave(self.repeats, dim=2) for tensor in (key, value))
         if not self.training or self.num_groups == 1:
             return self.inner(query, key, value, attention_mask, *args, **options)
         sequence, batch, heads, _ = query.shape
         if sequence % (2 * self.num_groups):
-            raise AssertionError(f"{sequence} tokens make no {self.num_groups} groups of even length")
+            raise AssertionError(f"{sequence} tokens cannot be split into {self.num_groups} groups of even length")
         first_key = self.first_shifted // (heads // key.shape[2])
         folded = [_fold(tensor, self.num_groups, at) for tensor, at in ((query, self.first_shifted), (key, first_key), (value, first_key))]
         context = self.inner(*folded, None, *args, **options)
@@ -113,9 +113,9 @@ class ShiftedSparseAttention(MegatronModule):
 
 
 def _fold(tensor: Tensor, groups: int, first_shifted: int) -> Tensor:
-    """Groups as samples.
+    """Reshape groups into samples of a batch.
 
-    Padding stands behind a group's own tokens, and causal attention never looks behind: nothing sees it.
+    Padding follows the tokens of a group, so causal attention never attends to it.
 
     Args:
         tensor: [S, b, n, d].
@@ -124,7 +124,7 @@ def _fold(tensor: Tensor, groups: int, first_shifted: int) -> Tensor:
     Returns:
         [G, (m + 1) b, n, d]; without shifted heads [G, m b, n, d].
     """
-    sequence, batch, heads, dim = tensor.shape
+    sequence, _, heads, dim = tensor.shape
     size = sequence // groups
     half = size // 2
     if first_shifted < heads:
@@ -137,7 +137,7 @@ def _fold(tensor: Tensor, groups: int, first_shifted: int) -> Tensor:
 
 
 def _unfold(tensor: Tensor, groups: int, first_shifted: int, batch: int) -> Tensor:
-    """The way back: [S, b, n, d] from what attention made of `_fold`'s."""
+    """Inverse of `_fold`, applied to the attention output: returns [S, b, n, d]."""
     size, _, heads, _ = tensor.shape
     sequence, half = groups * size, size // 2
     rows = tensor.unflatten(1, (-1, batch)).transpose(0, 1).flatten(0, 1)

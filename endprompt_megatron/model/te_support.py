@@ -1,5 +1,5 @@
-"""What Transformer Engine can do on this machine, and why not where it cannot: whether it imports, which GPU, which versions. The only
-module that imports it itself."""
+"""Whether Transformer Engine supports a precision on this machine (import, GPU, versions), with a reason if not. The only module that
+imports Transformer Engine directly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Version = tuple[int, ...]
 # Oldest Transformer Engine of each precision (megatron-core 0.16-0.19, core/fp8_utils.py: get_fp8_recipe)
 _OLDEST_TE: dict[str, Version] = {"bf16": (2, 0), "fp8": (2, 2), "fp8_attention": (2, 0), "fp8_blockwise": (2, 3), "mxfp8": (2, 1)}
 _HOPPER, _BLACKWELL, _CONSUMER_BLACKWELL = (9, 0), (10, 0), (12, 0)
-# FP8 attention trains from this cuDNN on, and not with the one below it
+# FP8 attention training needs at least the first cuDNN version and does not work with the second
 _OLDEST_CUDNN_FOR_FP8_ATTENTION, _BROKEN_CUDNN_FOR_FP8_ATTENTION = (9, 2, 1), (9, 10, 0)
 _OLDEST_CUDA_FOR_BLOCKS = (12, 9)
 _OTHER = "Set precision=bf16, or run on another GPU or image."
@@ -26,14 +26,14 @@ _OTHER = "Set precision=bf16, or run on another GPU or image."
 
 @dataclass(frozen=True)
 class Machine:
-    """What decides about Transformer Engine's kernels.
+    """The GPU and the versions that decide which kernels of Transformer Engine work.
 
     Attributes:
-        te_fault: why it cannot be imported; None if it can.
-        te_version: empty where it cannot.
-        gpu: name of this process's GPU; None without one.
+        te_fault: why Transformer Engine cannot be imported; None if it can.
+        te_version: its version; empty if it cannot be imported.
+        gpu: name of this process's GPU; None if there is no GPU.
         capability: compute capability of the GPU.
-        cuda, cudnn: versions that torch runs with.
+        cuda, cudnn: versions that torch uses.
     """
 
     te_fault: str | None
@@ -54,13 +54,13 @@ def import_transformer_engine() -> tuple[Any, str | None]:
     except ModuleNotFoundError as error:
         if error.name == "transformer_engine" and error.__cause__ is None:
             return None, "transformer_engine is not installed"
-        return None, str(error)  # one of its parts, or mcore.optional_packages says why
-    except Exception as error:  # an empty meta package raises RuntimeError, mixed versions AssertionError, a missing library OSError
+        return None, str(error)  # a missing dependency, or the reason given by mcore.optional_packages
+    except Exception as error:  # RuntimeError: empty meta package; AssertionError: mixed versions; OSError: missing library
         return None, f"transformer_engine cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})"
 
 
 def this_machine() -> Machine:
-    """What is found here. Asks the CUDA driver where a GPU is visible."""
+    """Inspect this machine. Initialises CUDA if a GPU is visible."""
     _, fault = import_transformer_engine()
     version = ()
     if fault is None:
@@ -81,16 +81,16 @@ def this_machine() -> Machine:
 
 
 def fault_of(machine: Machine, precision: str) -> str | None:
-    """Why a precision cannot run through Transformer Engine on a machine, and the way out; None if it can.
+    """Return why Transformer Engine cannot run a precision on a machine, and how to fix it; None if it can.
 
     Args:
-        machine: what was found.
+        machine: from this_machine.
         precision: bf16 or an FP8 precision.
     """
     if machine.te_fault is not None:
-        return f"{machine.te_fault}. Use NVIDIA's PyTorch image, or pip install 'transformer-engine[pytorch]' that fits torch and CUDA."
+        return f"{machine.te_fault}. Use NVIDIA's PyTorch image, or pip install 'transformer-engine[pytorch]' to match torch and CUDA."
     if machine.gpu is None:
-        return "no GPU is visible, and Transformer Engine has kernels for nothing else. Check nvidia-smi."
+        return "no GPU is visible, and Transformer Engine has only GPU kernels. Check nvidia-smi."
     if machine.te_version < _OLDEST_TE[precision]:
         return f"Transformer Engine {_dotted(machine.te_version)} is older than {_dotted(_OLDEST_TE[precision])}. Upgrade it."
     found = f"{machine.gpu} has compute capability {_dotted(machine.capability)}"
@@ -102,18 +102,18 @@ def fault_of(machine: Machine, precision: str) -> str | None:
         return f"torch was built for CUDA {_dotted(machine.cuda)}; block scaling needs 12.9 or later. Set precision=fp8, or upgrade."
     if precision == "fp8_attention":
         if machine.capability >= _CONSUMER_BLACKWELL:
-            return f"{found}; FP8 attention is not made for it. Set precision=fp8."
+            return f"{found}; FP8 attention does not support it. Set precision=fp8."
         if machine.cudnn < _OLDEST_CUDNN_FOR_FP8_ATTENTION or machine.cudnn == _BROKEN_CUDNN_FOR_FP8_ATTENTION:
             return (
-                f"cuDNN {_dotted(machine.cudnn)}; FP8 attention needs {_dotted(_OLDEST_CUDNN_FOR_FP8_ATTENTION)} or later, and not "
+                f"cuDNN {_dotted(machine.cudnn)}; FP8 attention needs {_dotted(_OLDEST_CUDNN_FOR_FP8_ATTENTION)} or later, except "
                 f"{_dotted(_BROKEN_CUDNN_FOR_FP8_ATTENTION)}. Set precision=fp8, or use another cuDNN."
             )
     return None
 
 
 def trial_fault() -> str | None:
-    """Why a first product of matrices through Transformer Engine fails on this process's GPU; None if it works. A build for another GPU
-    imports without complaint."""
+    """Run one matrix product through Transformer Engine on this process's GPU. Return why it fails; None if it works. A build for another
+    GPU imports without an error, so the import alone does not prove that it works."""
     te, fault = import_transformer_engine()
     if fault is not None:
         return fault

@@ -1,5 +1,5 @@
-"""What a transformer layer keeps between its forward and its backward pass, tensor by tensor: the widths that the memory plan adds up,
-and that a measured run is compared with."""
+"""The tensors that a transformer layer keeps from its forward to its backward pass. The memory plan adds up their sizes; a test compares
+the sum with a measured run."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.planning.flops import ModelShape
+from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.planning.layout import Layout
 
-# How a tensor is split besides context parallelism, which splits every one of them.
+# How a tensor is split. Context parallelism splits all of them in addition.
 INSIDE = "inside"  # by tensor parallelism
-RESIDUAL = "residual"  # by tensor parallelism where sequence_parallel is on
-POSITION = "position"  # not at all, and there is one for all samples of a micro-batch
+RESIDUAL = "residual"  # by tensor parallelism if sequence_parallel is on
+POSITION = "position"  # not split; all samples of a micro-batch share one
 
 BACKENDS = ("te", "torch")
 
@@ -23,8 +23,8 @@ class SavedTensor:
     """One tensor that autograd keeps.
 
     Attributes:
-        name: what it is.
-        bytes_per_token: before any split.
+        name: description of the tensor.
+        bytes_per_token: size before any split.
         split: INSIDE, RESIDUAL or POSITION.
     """
 
@@ -33,7 +33,7 @@ class SavedTensor:
     split: str
 
     def bytes_on_rank(self, layout: Layout, *, seq_length: int) -> float:
-        """Bytes of one micro-batch on one rank."""
+        """Bytes of this tensor for one micro-batch on one rank."""
         positions = seq_length / layout.context_parallel_size
         if self.split == POSITION:
             return self.bytes_per_token * positions
@@ -43,12 +43,12 @@ class SavedTensor:
 
 @dataclass(frozen=True)
 class ElementBytes:
-    """Bytes of a number, by its use.
+    """Bytes per element, by use.
 
     Attributes:
         activation: residuals, norms' inputs, the MLP's first product.
         attention: query, key, value and output of attention.
-        linear_input: what a linear layer keeps of its input for the gradient of its weight.
+        linear_input: the copy of its input that a linear layer keeps for the weight gradient.
     """
 
     activation: float
@@ -56,34 +56,43 @@ class ElementBytes:
     linear_input: float
 
 
-@lru_cache(maxsize=256)  # a search asks the same for thousands of layouts
-def layer_tensors(shape: ModelShape, element: ElementBytes, backend: str, *, context_parallel_size: int = 1) -> tuple[SavedTensor, ...]:
-    """Everything one layer keeps without recomputation.
+@lru_cache(maxsize=256)  # a layout search calls this with the same arguments thousands of times
+def layer_tensors(
+    architecture: ModelArchitecture, element: ElementBytes, backend: str, *, context_parallel_size: int = 1
+) -> tuple[SavedTensor, ...]:
+    """All tensors that one layer keeps without recomputation.
 
-    "te": Transformer Engine's fused norm and linear layer, fused rotary embedding and SwiGLU, flash attention (read in its sources, not
-    yet measured here). "torch": this project's RMSNorm, Megatron's linear layers, unfused rotary embedding and SwiGLU, SDPA (measured:
-    tests/distributed/test_memory_plan.py). The differences: the value that attention keeps is a part of the qkv product, so that all of
-    it stays; SwiGLU in plain torch keeps two halves more; each call of the rotary embedding keeps its cosine and sine. With context
-    parallelism plain torch gathers key and value of all tokens, and attends in two pieces whose outputs it joins.
+    "te": Transformer Engine's fused norm and linear layer, fused rotary embedding and SwiGLU, flash attention (derived from its source
+    code, not yet measured here). "torch": this project's RMSNorm, Megatron's linear layers, unfused rotary embedding and SwiGLU, SDPA
+    (measured: tests/distributed/test_memory_plan.py).
+
+    Plain torch keeps more than Transformer Engine. The value that attention keeps is a view of the qkv product, so the whole product stays
+    in memory. SwiGLU keeps two more tensors of width ffn_hidden_size. Each call of the rotary embedding keeps its cosine and sine. With
+    context parallelism, attention gathers key and value of all tokens, runs in two pieces and concatenates their outputs.
 
     Args:
-        shape: of the model.
-        element: bytes a number.
+        architecture: sizes of the model.
+        element: bytes per element.
         backend: "te" or "torch".
         context_parallel_size: ranks that share a sequence.
     Raises:
-        ConfigError: no such backend.
+        ConfigError: unknown backend.
     """
     if backend not in BACKENDS:
-        raise ConfigError(f"backend={backend}: the memory of {' and '.join(BACKENDS)} is known. Choose one of them.")
-    hidden, query, key_value, ffn = shape.hidden_size, shape.query_size, shape.key_value_size, shape.ffn_hidden_size
-    first_product = (2 if shape.gated else 1) * ffn
+        raise ConfigError(f"backend={backend}: no memory estimate for it. Choose {' or '.join(BACKENDS)}.")
+    hidden, query, key_value, ffn = (
+        architecture.hidden_size,
+        architecture.query_size,
+        architecture.key_value_size,
+        architecture.ffn_hidden_size,
+    )
+    first_product = 2 * ffn
     tensors = [
         SavedTensor("input of the first norm", element.activation * hidden, RESIDUAL),
         SavedTensor("scale of the first norm", 4, RESIDUAL),
         SavedTensor("input of the query, key and value projection", element.linear_input * hidden, RESIDUAL),
         SavedTensor("query", element.attention * query, INSIDE),
-        SavedTensor("row statistics of attention", 4 * shape.num_attention_heads, INSIDE),
+        SavedTensor("row statistics of attention", 4 * architecture.num_attention_heads, INSIDE),
         SavedTensor("output of attention", element.attention * query, INSIDE),
         SavedTensor("input of the second norm", element.activation * hidden, RESIDUAL),
         SavedTensor("scale of the second norm", 4, RESIDUAL),
@@ -91,13 +100,13 @@ def layer_tensors(shape: ModelShape, element: ElementBytes, backend: str, *, con
         SavedTensor("first product of the MLP", element.activation * first_product, INSIDE),
         SavedTensor("input of the MLP's second product", element.linear_input * ffn, INSIDE),
     ]
-    if element.linear_input != element.activation:  # FP8: a copy of attention's output; else the very same tensor
+    if element.linear_input != element.activation:  # FP8 keeps its own copy of the attention output; otherwise both are one tensor
         tensors.append(SavedTensor("input of the output projection", element.linear_input * query, INSIDE))
-    if shape.qk_norm:
-        heads = shape.num_attention_heads + shape.num_query_groups
+    if architecture.qk_norm:
+        heads = architecture.num_attention_heads + architecture.num_query_groups
         tensors.append(SavedTensor("scales of the norms of query and key", 4 * heads, INSIDE))
     if backend == "te":
-        if shape.qk_norm:
+        if architecture.qk_norm:
             tensors.append(SavedTensor("product of query, key and value", element.activation * (query + key_value), INSIDE))
         return (*tensors, SavedTensor("key and value", element.attention * key_value, INSIDE))
     if context_parallel_size > 1:
@@ -106,38 +115,42 @@ def layer_tensors(shape: ModelShape, element: ElementBytes, backend: str, *, con
     else:
         tensors.append(SavedTensor("key", element.attention * key_value / 2, INSIDE))
         tensors.append(SavedTensor("product of query, key and value", element.activation * (query + key_value), INSIDE))
-    factors = 2 * ffn if shape.gated else ffn
     return (
         *tensors,
-        SavedTensor("what the activation keeps besides", element.activation * factors, INSIDE),
-        SavedTensor("cosine and sine, for query and for key", 4 * element.activation * shape.head_dim, POSITION),
+        SavedTensor("other inputs of SwiGLU", element.activation * 2 * ffn, INSIDE),
+        SavedTensor("cosine and sine, for query and for key", 4 * element.activation * architecture.head_dim, POSITION),
     )
 
 
-# what recompute_granularity=selective makes anew: core attention's own
+# tensors of core attention, which recompute_granularity=selective recomputes
 SELECTIVE_DROPS = ("row statistics of attention", "output of attention")
 
 
 @lru_cache(maxsize=256)
 def kept_by_layer(
-    shape: ModelShape, element: ElementBytes, backend: str, recompute_granularity: str | None, *, context_parallel_size: int = 1
+    architecture: ModelArchitecture,
+    element: ElementBytes,
+    backend: str,
+    recompute_granularity: str | None,
+    *,
+    context_parallel_size: int = 1,
 ) -> tuple[SavedTensor, ...]:
-    """What of `layer_tensors` a layer keeps until its backward pass.
+    """The tensors of `layer_tensors` that stay until the backward pass.
 
-    Full recomputation keeps the layer's input; selective recomputation drops what core attention keeps for itself. Its output stays,
-    because the output projection keeps its input, in FP8 that projection's own copy.
+    Full recomputation keeps only the layer's input. Selective recomputation drops the tensors of core attention. The attention output stays
+    nevertheless, as the input of the output projection (in FP8, as that projection's own copy).
 
     Raises:
-        ConfigError: no such backend or granularity.
+        ConfigError: unknown backend or granularity.
     """
     if recompute_granularity not in (None, "selective", "full"):
         raise ConfigError(f"parallel.recompute_granularity={recompute_granularity}: choose null, selective or full.")
-    tensors = layer_tensors(shape, element, backend, context_parallel_size=context_parallel_size)
+    tensors = layer_tensors(architecture, element, backend, context_parallel_size=context_parallel_size)
     if recompute_granularity == "full":
         return tensors[:1]
     if recompute_granularity is None:
         return tensors
     kept = [tensor for tensor in tensors if tensor.name not in SELECTIVE_DROPS]
     if not any(tensor.name == "input of the output projection" for tensor in kept):
-        kept.append(SavedTensor("input of the output projection", element.linear_input * shape.query_size, INSIDE))
+        kept.append(SavedTensor("input of the output projection", element.linear_input * architecture.query_size, INSIDE))
     return tuple(kept)

@@ -1,4 +1,4 @@
-"""The numbers of a Llama-family decoder that the model, the planner and the rules of the config share. Standard library only."""
+"""The sizes of a Llama-family decoder, shared by model building, checkpoint conversion and planning. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ class ModelArchitecture:
     """A decoder with RMSNorm, rotary positions, grouped-query attention and a gated SiLU feed-forward network.
 
     Attributes:
-        num_layers, hidden_size, ffn_hidden_size, num_attention_heads, num_query_groups, head_dim: as Megatron names them.
+        num_layers: decoder layers.
+        hidden_size: width of the residual stream.
+        ffn_hidden_size: width inside the MLP.
+        num_attention_heads: query heads.
+        num_query_groups: key/value heads.
+        head_dim: width of one head.
         vocab_size: tokens of the checkpoint, without padding.
         max_position_embeddings: the native window, in positions.
         rope_theta: base of the rotary frequencies.
-        norm_epsilon: of RMSNorm.
-        tied_embeddings: whether the output layer is the embedding.
-        qkv_bias: whether query, key and value projections add a bias (Qwen2).
-        qk_norm: whether each head of query and key is normalised before it is rotated (Qwen3).
+        norm_epsilon: epsilon of RMSNorm.
+        tied_embeddings: whether the output layer shares the embedding's weight.
+        qkv_bias: whether the query, key and value projections add a bias (Qwen2).
+        qk_norm: whether each head of query and key is normalised before the rotation, with one weight per head dimension (Qwen3).
     """
 
     num_layers: int
@@ -37,6 +42,37 @@ class ModelArchitecture:
     qk_norm: bool = False
 
     def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
-        """Rows of the embedding: the vocabulary rounded up so that each rank's share is a multiple of 128."""
+        """Rows of the embedding in Megatron: vocab_size rounded up to a multiple of 128 * tensor_model_parallel_size."""
         multiple = VOCABULARY_MULTIPLE * tensor_model_parallel_size
         return -(-self.vocab_size // multiple) * multiple
+
+    @property
+    def query_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_size(self) -> int:
+        """Width of all keys and values of a token together."""
+        return 2 * self.num_query_groups * self.head_dim
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Parameters of one embedding matrix, without padding."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def matrix_parameters_per_layer(self) -> int:
+        """Parameters of one layer's matrices: attention, and the three matrices of the gated MLP. Norms are not included."""
+        attention = self.hidden_size * (2 * self.query_size + self.key_value_size)
+        return attention + 3 * self.hidden_size * self.ffn_hidden_size
+
+    @property
+    def norm_parameters_per_layer(self) -> int:
+        """Parameters of one layer's norms: two norms of the residual and, with qk_norm, one each for query and key."""
+        return 2 * self.hidden_size + self.qk_norm * 2 * self.head_dim
+
+    @property
+    def bias_parameters_per_layer(self) -> int:
+        """Parameters of one layer's biases; 0 without qkv_bias."""
+        return self.qkv_bias * (self.query_size + self.key_value_size)

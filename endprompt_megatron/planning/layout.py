@@ -1,26 +1,26 @@
-"""How a model and its batch are cut over GPUs, and which cuts Megatron-Core can run: plain arithmetic, shared by memory and time."""
+"""A parallel layout: how model and batch are split over GPUs. The memory and throughput estimates share this arithmetic."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.planning.flops import ModelShape
+from endprompt_megatron.planning.architecture import ModelArchitecture
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One parallel layout with its batch; names as in conf/parallel and conf/trainer.
+    """One parallel layout with its batch. Names are those of conf/parallel and conf/trainer.
 
     Attributes:
         tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size, data_parallel_size: their product is the number
             of GPUs.
-        virtual_pipeline_model_parallel_size: model chunks a stage of the interleaved schedule; None without it.
+        virtual_pipeline_model_parallel_size: model chunks per stage of the interleaved schedule; None without interleaving.
         sequence_parallel: whether norms and residuals are split over tensor parallel ranks.
         use_distributed_optimizer: whether optimizer state is split over data and context parallel ranks.
         recompute_granularity: None, "selective" or "full".
-        micro_batch_size: sequences a rank holds at once.
-        num_micro_batches: micro-batches a rank accumulates a step.
+        micro_batch_size: sequences per micro-batch.
+        num_micro_batches: micro-batches that a rank accumulates per step.
     """
 
     tensor_model_parallel_size: int = 1
@@ -36,29 +36,30 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        """GPUs."""
+        """Number of GPUs."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size * self.data_parallel_size
 
     @property
     def num_chunks(self) -> int:
-        """Model chunks a stage."""
+        """Model chunks per pipeline stage."""
         return self.virtual_pipeline_model_parallel_size or 1
 
     @property
     def global_batch_size(self) -> int:
-        """Sequences a step."""
+        """Sequences per step."""
         return self.micro_batch_size * self.num_micro_batches * self.data_parallel_size
 
     @property
     def residual_split(self) -> int:
-        """Over how many ranks the tokens of norms and residuals are split, besides context parallelism."""
+        """Number of ranks that share the tokens of norms and residuals, apart from context parallelism."""
         return self.tensor_model_parallel_size if self.sequence_parallel else 1
 
     def layers_per_chunk(self, num_layers: int) -> int:
         """Layers of one model chunk.
 
         Raises:
-            ConfigError: the layers do not divide: Megatron-Core refuses that without a split given by hand, and so does this project.
+            ConfigError: the number of layers is not divisible. Megatron-Core needs an explicit split then, which this project does not
+                support.
         """
         chunks = self.pipeline_model_parallel_size * self.num_chunks
         if num_layers % chunks:
@@ -69,45 +70,39 @@ class Layout:
         return num_layers // chunks
 
     def chunks_in_flight(self, stage: int) -> int:
-        """Forward passes of model chunks whose activations a stage holds at its fullest.
+        """Largest number of forward passes of model chunks whose activations a pipeline stage holds at once.
 
         Args:
-            stage: from 0.
-        Source: megatron-core 0.16, pipeline_parallel/schedules.py, get_pp_rank_microbatches: warm-up passes, and one more.
+            stage: index of the pipeline stage, from 0.
+        Source: megatron-core 0.16, pipeline_parallel/schedules.py, get_pp_rank_microbatches: the warm-up passes plus one.
         """
         behind = self.pipeline_model_parallel_size - 1 - stage
         if self.pipeline_model_parallel_size == 1:
             return 1
-        if self.virtual_pipeline_model_parallel_size is None:  # 1 is the interleaved schedule too
+        if self.virtual_pipeline_model_parallel_size is None:  # 1 also selects the interleaved schedule
             return min(behind + 1, self.num_micro_batches)
         warm_up = 2 * behind + (self.num_chunks - 1) * self.pipeline_model_parallel_size
         return min(warm_up + 1, self.num_micro_batches * self.num_chunks)
 
     def describe(self) -> str:
-        """The layout in short, as tables show it."""
+        """The layout as short text for tables."""
         sizes = f"TP {self.tensor_model_parallel_size}, PP {self.pipeline_model_parallel_size}"
         if self.virtual_pipeline_model_parallel_size:
             sizes += f" (VPP {self.virtual_pipeline_model_parallel_size})"
         return f"{sizes}, CP {self.context_parallel_size}, DP {self.data_parallel_size}"
 
 
-def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
-    """Rows of the embedding as Megatron holds it: a multiple of 128 * tensor_model_parallel_size."""
-    multiple = 128 * tensor_model_parallel_size
-    return -(-vocab_size // multiple) * multiple
-
-
 @dataclass(frozen=True)
 class StageParameters:
-    """Parameters of one rank of one pipeline stage, vocabulary padding included.
+    """Parameters of one rank of one pipeline stage, including vocabulary padding.
 
     Attributes:
-        matrices: of its layers' matrices, the ones that FP8 covers.
-        one_layer_matrices: of one layer alone.
+        matrices: matrices of its layers, which FP8 covers.
+        one_layer_matrices: matrices of one layer.
         vectors: norms and biases of its layers.
-        embedding: the embedding's share.
-        output: the output layer's share; 0 where it is the embedding of the same stage.
-        final_norm: of the norm before the output layer.
+        embedding: this rank's share of the embedding.
+        output: this rank's share of the output layer; 0 if it is tied to an embedding on the same stage.
+        final_norm: the norm before the output layer.
     """
 
     matrices: int
@@ -119,30 +114,32 @@ class StageParameters:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Sum of all parts."""
         return self.matrices + self.vectors + self.embedding + self.output + self.final_norm
 
 
-def stage_parameters(shape: ModelShape, layout: Layout, stage: int) -> StageParameters:
-    """What one rank of a stage holds: matrices and query/key/value biases split by tensor parallelism, norms whole, the embedding on
-    the first stage, the output layer on the last. A tied output layer is a second copy there, or the same one where both are one stage.
+def stage_parameters(architecture: ModelArchitecture, layout: Layout, stage: int) -> StageParameters:
+    """Parameters of one rank of a pipeline stage.
+
+    Tensor parallelism splits matrices and query/key/value biases; norms are replicated. The embedding is on the first stage and the output
+    layer on the last. A tied output layer is a second copy of the embedding, unless both are on the same stage.
 
     Args:
-        shape: of the model.
-        layout: how it is cut.
-        stage: from 0.
+        architecture: sizes of the model.
+        layout: how the model is split.
+        stage: index of the pipeline stage, from 0.
     Raises:
-        ConfigError: the layers do not divide.
+        ConfigError: the number of layers is not divisible by the number of model chunks.
     """
     tensor, last = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size - 1
-    layers = layout.layers_per_chunk(shape.num_layers) * layout.num_chunks
-    table = padded_vocab_size(shape.vocab_size, tensor) * shape.hidden_size // tensor
+    layers = layout.layers_per_chunk(architecture.num_layers) * layout.num_chunks
+    table = architecture.padded_vocab_size(tensor) * architecture.hidden_size // tensor
     has_output = stage == last
     return StageParameters(
-        matrices=layers * shape.matrix_parameters_per_layer // tensor,
-        one_layer_matrices=shape.matrix_parameters_per_layer // tensor,
-        vectors=layers * (shape.norm_parameters_per_layer + shape.bias_parameters_per_layer // tensor),
+        matrices=layers * architecture.matrix_parameters_per_layer // tensor,
+        one_layer_matrices=architecture.matrix_parameters_per_layer // tensor,
+        vectors=layers * (architecture.norm_parameters_per_layer + architecture.bias_parameters_per_layer // tensor),
         embedding=table * (stage == 0),
-        output=table * (has_output and not (stage == 0 and shape.tied_embeddings)),
-        final_norm=shape.hidden_size * has_output,
+        output=table * (has_output and not (stage == 0 and architecture.tied_embeddings)),
+        final_norm=architecture.hidden_size * has_output,
     )

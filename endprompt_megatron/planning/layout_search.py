@@ -1,5 +1,5 @@
-"""Which layouts of a model a cluster can run, ranked by the time that they should take, and why the others cannot; and EndPrompt's short
-samples against samples as long as the window, each in the best layout for it."""
+"""Search over the parallel layouts of a cluster: the valid ones ranked by estimated step time, the others with a reason. Also compares
+EndPrompt's short samples with full-length samples, each in its own best layout."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.planning.flops import ModelShape
+from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.planning.layout import Layout
 from endprompt_megatron.planning.memory import MemoryEstimate, TrainedParts, reserve_gib, stage_memory
 from endprompt_megatron.planning.throughput import GPUS_PER_NODE, Hardware, StepTime, get_hardware, has_speed, step_time
 
 MICRO_BATCH_SIZES = (1, 2, 4)
-# Tried in this order: the first that fits is the fastest.
+# In this order, because the first one that fits is the fastest.
 RECOMPUTE_GRANULARITIES = (None, "selective", "full")
-# FP8 products take multiples (tensor cores of 16, one scale covers 128 or 32 numbers), FP8 attention blocks of tokens.
+# FP8 products need dimensions that are multiples of these (tensor cores: 16; one scale covers 128 or 32 elements). FP8 attention needs
+# whole blocks of tokens.
 _FP8_MULTIPLES = {"fp8": 16, "fp8_attention": 16, "fp8_blockwise": 128, "mxfp8": 32}
 _FP8_ATTENTION_BLOCK = 128
 
@@ -25,13 +26,13 @@ class ClusterConfig:
     """The group `plan` of recipes/plan.py.
 
     Attributes:
-        num_gpus: of the cluster; null takes the experiment's (launch.nproc_per_node x launch.num_nodes).
-        gpus_per_node: that share NVLink.
-        hardware: a name of planning/throughput.py's table; null takes launch.gpu.
+        num_gpus: GPUs of the cluster; null uses the experiment's (launch.nproc_per_node x launch.num_nodes).
+        gpus_per_node: GPUs that share NVLink.
+        hardware: a name in the table of planning/throughput.py; null uses launch.gpu.
         tokens: physical tokens to train on.
-        lengths: windows at which EndPrompt is compared with full-length training; those up to the base's own window are left out.
-        rows: layouts that the table shows.
-        output_dir: where plan.md and plan.png go.
+        lengths: windows at which EndPrompt is compared with full-length training. Windows up to the native one are skipped.
+        rows: number of layouts in the table.
+        output_dir: directory of plan.md and plan.png.
     """
 
     num_gpus: int | None = None
@@ -45,22 +46,23 @@ class ClusterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterRequest:
-    """What is planned for which cluster.
+    """The model, batch and cluster to plan for.
 
     Attributes:
-        shape: of the model.
-        num_gpus, gpus_per_node: of the cluster.
-        hardware: of each GPU, a name of the table.
-        precision: as precision.name, resolved.
+        architecture: sizes of the model.
+        num_gpus, gpus_per_node: size of the cluster.
+        hardware: kind of GPU, a name in throughput.HARDWARE.
+        precision: value of precision.name, not "auto".
         seq_length: physical tokens of a sample.
-        global_batch_size: samples a step.
-        backend: te or torch: whose tensors are counted.
-        trained: what trains, where that is not every weight.
-        whole_samples: whether a rank needs samples whole (S2-attention), so that there is no context parallelism.
-        bf16_layers: of an FP8 precision: layers at the start and at the end that stay in bf16, each within one pipeline stage.
+        global_batch_size: samples per step.
+        backend: te or torch; determines the activations of a layer.
+        trained: the trainable parameters; None if every weight is trained.
+        whole_samples: whether a rank needs whole samples (S2-attention), which excludes context parallelism.
+        bf16_layers: with FP8, number of layers at the start and at the end that stay in bf16. Each group must lie within one pipeline
+            stage.
     """
 
-    shape: ModelShape
+    architecture: ModelArchitecture
     num_gpus: int
     gpus_per_node: int
     hardware: str
@@ -75,14 +77,14 @@ class ClusterRequest:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout that runs.
+    """A valid layout with its estimates.
 
     Attributes:
-        layout: with its batch.
-        memory: of the stage that needs most.
-        reserve_gib: kept free beside the tensors.
-        time: of a step.
-        tokens_per_second: a GPU.
+        layout: the layout and its batch.
+        memory: memory of the pipeline stage that needs most.
+        reserve_gib: memory to keep free beside the tensors.
+        time: time of a step.
+        tokens_per_second: physical tokens per second and GPU.
     """
 
     layout: Layout
@@ -92,18 +94,18 @@ class Candidate:
     tokens_per_second: float
 
     def hours(self, tokens: float) -> float:
-        """For so many physical tokens."""
+        """Hours to train on `tokens` physical tokens."""
         return tokens / (self.tokens_per_second * self.layout.world_size) / 3600
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """Layouts that fall to one reason.
+    """The layouts rejected for one reason.
 
     Attributes:
-        reason: in words.
-        count: layouts (TP, PP, CP, DP) that do.
-        example: the nearest one, with its figures.
+        reason: the rule that they break.
+        count: number of layouts (TP, PP, CP, DP).
+        example: one of them; for memory, the one that comes closest to fitting.
     """
 
     reason: str
@@ -113,13 +115,13 @@ class Rejection:
 
 @dataclass(frozen=True)
 class Ranking:
-    """What became of every layout.
+    """All layouts of a request: ranked or rejected.
 
     Attributes:
-        candidates: the best batch and recomputation of each layout that fits, fastest first.
-        leanest: the one that needs least memory, with micro-batches of one sample and full recomputation; None where none fits.
-        rejections: most layouts first.
-        closest: of those that do not fit: (GiB too much, layout); None where there are none.
+        candidates: each layout that fits, with its best batch and recomputation; fastest first.
+        leanest: the layout that needs least memory, with micro-batches of one sample and full recomputation; None if no layout fits.
+        rejections: by number of layouts, largest first.
+        closest: (GiB too much, layout) of the layout that comes closest to fitting; None if every valid layout fits.
     """
 
     candidates: tuple[Candidate, ...]
@@ -129,7 +131,7 @@ class Ranking:
 
     @property
     def num_layouts(self) -> int:
-        """Layouts that were looked at."""
+        """Number of layouts, ranked and rejected."""
         return len(self.candidates) + sum(rejection.count for rejection in self.rejections)
 
 
@@ -138,11 +140,11 @@ class LengthComparison:
     """EndPrompt and full-length training for one window.
 
     Attributes:
-        target_context_length: L, positions.
+        target_context_length: L, in positions.
         short_length: physical tokens of EndPrompt's samples.
-        endprompt: layouts for short samples; there are some.
-        full: layouts for samples of L tokens; there may be none.
-        same_layout: short samples in the fastest layout of the long ones; None where there is none, or where it does not divide them.
+        endprompt: ranking for short samples; it has candidates.
+        full: ranking for samples of L tokens; it may have no candidates.
+        same_layout: short samples in the fastest layout of the long ones; None if that layout does not exist or is not valid for them.
     """
 
     target_context_length: int
@@ -153,26 +155,26 @@ class LengthComparison:
 
 
 def rank_layouts(request: ClusterRequest) -> Ranking:
-    """Every TP x PP x CP x DP of the GPUs, with every chunking, micro-batch size and recomputation that Megatron-Core runs.
+    """Rank every TP x PP x CP x DP of the GPUs, over all model chunk counts, micro-batch sizes and recomputation modes of Megatron-Core.
 
-    A layout fits where its fullest stage and the reserve for what is no tensor fit into a GPU. Sequence parallelism comes with tensor
-    parallelism, and the optimizer is always distributed. Layouts of one speed are ranked by memory; the speed does not depend on the
-    size of a micro-batch but for the pipeline bubble.
+    A layout fits if the memory of its fullest stage plus the reserve is at most the memory of a GPU. Tensor parallelism always comes with
+    sequence parallelism, and the optimizer is always distributed. Layouts of equal speed are ranked by memory. The micro-batch size affects
+    the estimated speed only through the pipeline bubble.
 
     Args:
-        request: model and cluster.
+        request: model, batch and cluster.
     Raises:
-        ConfigError: the table has no such GPU, or no speed for it in this precision; the cluster has no GPUs.
+        ConfigError: unknown GPU, no speed for it in this precision, or a cluster without GPUs.
     """
     hardware = get_hardware(request.hardware)
     if request.num_gpus < 1 or request.gpus_per_node < 1:
         raise ConfigError(
-            f"plan.num_gpus={request.num_gpus}, plan.gpus_per_node={request.gpus_per_node}: both must be >= 1. A node has 8 as a rule."
+            f"plan.num_gpus={request.num_gpus}, plan.gpus_per_node={request.gpus_per_node}: both must be >= 1. A node usually has 8."
         )
     if not has_speed(hardware, request.precision):
         raise ConfigError(
-            f"precision.name={request.precision}: the table has no speed for it on plan.hardware={request.hardware}, so that layouts "
-            f"cannot be ranked. Set precision=bf16, or other hardware."
+            f"precision.name={request.precision}: the table has no speed for it on plan.hardware={request.hardware}, so layouts "
+            f"cannot be ranked. Set precision=bf16 or another plan.hardware."
         )
     candidates: list[Candidate] = []
     reasons: dict[str, list[str]] = {}
@@ -202,13 +204,13 @@ def rank_layouts(request: ClusterRequest) -> Ranking:
 
 
 def compare_lengths(request: ClusterRequest, lengths: list[int]) -> list[LengthComparison]:
-    """EndPrompt's samples of request.seq_length tokens against samples of L tokens, as many a step, on the same GPUs.
+    """Compare EndPrompt's samples of request.seq_length tokens with samples of L tokens, with the same batch size and GPUs.
 
     Args:
-        request: of EndPrompt.
-        lengths: L.
+        request: the request for EndPrompt.
+        lengths: values of L.
     Raises:
-        ConfigError: not even the short samples fit, or as rank_layouts.
+        ConfigError: no layout fits the short samples; see also rank_layouts.
     """
     short = rank_layouts(request)
     if not short.candidates:
@@ -227,7 +229,7 @@ def compare_lengths(request: ClusterRequest, lengths: list[int]) -> list[LengthC
     return found
 
 
-_NO_FIT = "does not fit into a GPU, however it recomputes"
+_NO_FIT = "does not fit into a GPU, even with full recomputation"
 
 
 def _recomputation(layout: Layout) -> str:
@@ -254,44 +256,44 @@ def _divisors(number: int) -> list[int]:
 
 
 def _problem(request: ClusterRequest, layout: Layout) -> tuple[str, str] | None:
-    """(reason, example) of why Megatron-Core cannot run a layout, whatever its batch; or why nobody should."""
-    shape, tensor, context = request.shape, layout.tensor_model_parallel_size, layout.context_parallel_size
+    """(reason, example) if Megatron-Core cannot run the layout with any micro-batch size, or should not; else None."""
+    architecture, tensor, context = request.architecture, layout.tensor_model_parallel_size, layout.context_parallel_size
     pipeline = layout.pipeline_model_parallel_size
-    if shape.num_query_groups % tensor or shape.num_attention_heads % tensor:
-        heads = f"{shape.num_attention_heads} heads and {shape.num_query_groups} KV heads"
-        return f"TP has to divide the model's {heads}", f"TP {tensor}"
+    if architecture.num_query_groups % tensor or architecture.num_attention_heads % tensor:
+        heads = f"{architecture.num_attention_heads} heads and {architecture.num_query_groups} KV heads"
+        return f"TP must divide the model's {heads}", f"TP {tensor}"
     if tensor > request.gpus_per_node:
-        return f"TP leaves the node of {request.gpus_per_node} GPUs, whose links between layers it needs", f"TP {tensor}"
-    if shape.num_layers % pipeline:
-        return f"PP has to divide the model's {shape.num_layers} layers", f"PP {pipeline}"
+        return f"TP must stay within a node of {request.gpus_per_node} GPUs, because it needs NVLink", f"TP {tensor}"
+    if architecture.num_layers % pipeline:
+        return f"PP must divide the model's {architecture.num_layers} layers", f"PP {pipeline}"
     if request.whole_samples and context > 1:
         return "S2-attention needs whole samples on a rank", f"CP {context}"
-    if context > 1 and request.seq_length % (2 * context) or request.seq_length % (tensor * context):
-        return f"2 x CP and TP x CP have to divide the {request.seq_length:,} tokens of a sample", f"CP {context}"
+    if (context > 1 and request.seq_length % (2 * context)) or request.seq_length % (tensor * context):
+        return f"2 x CP and TP x CP must divide the {request.seq_length:,} tokens of a sample", f"CP {context}"
     if request.global_batch_size % layout.data_parallel_size:
-        return f"DP has to divide the {request.global_batch_size} samples of a step", f"DP {layout.data_parallel_size}"
+        return f"DP must divide the {request.global_batch_size} samples of a step", f"DP {layout.data_parallel_size}"
     multiple = _FP8_MULTIPLES.get(request.precision)
     if multiple:
         start, end = request.bf16_layers
-        if max(start, end) > shape.num_layers // pipeline:
-            return f"the first {start} and the last {end} layers, which stay in bf16, each need one stage", f"PP {pipeline}"
+        if max(start, end) > architecture.num_layers // pipeline:
+            return f"the first {start} and the last {end} layers, which stay in bf16, must each lie in one pipeline stage", f"PP {pipeline}"
         tokens = request.seq_length // context // tensor
-        widths = (shape.query_size + shape.key_value_size, shape.query_size, shape.ffn_hidden_size)
+        widths = (architecture.query_size + architecture.key_value_size, architecture.query_size, architecture.ffn_hidden_size)
         if any(width % (tensor * multiple) for width in widths) or tokens % multiple:
-            return f"{request.precision} needs tokens and widths of a rank in multiples of {multiple}", f"TP {tensor}, CP {context}"
+            return f"{request.precision} needs tokens and widths per rank in multiples of {multiple}", f"TP {tensor}, CP {context}"
         if request.precision == "fp8_attention" and request.seq_length % (_FP8_ATTENTION_BLOCK * (2 * context if context > 1 else 1)):
-            return f"FP8 attention needs blocks of {_FP8_ATTENTION_BLOCK} tokens, two for each of CP ranks", f"CP {context}"
+            return f"FP8 attention needs blocks of {_FP8_ATTENTION_BLOCK} tokens, two per CP rank", f"CP {context}"
     return None
 
 
 def _best_of(request: ClusterRequest, layout: Layout, hardware: Hardware) -> tuple[Candidate | None, tuple[float, Layout]]:
-    """The fastest batch, chunking and recomputation of a layout that fits, and the one that fits or comes closest."""
+    """The fastest batch, chunk count and recomputation of a layout that fits (or None), and (excess GiB, layout) of the smallest one."""
     best: Candidate | None = None
     nearest = (float("inf"), layout)
     for variant in _variants(request, layout):
         for recompute in RECOMPUTE_GRANULARITIES:
             if recompute == "selective" and request.precision == "fp8_attention":
-                continue  # delayed scaling would count the repeated attention twice
+                continue  # delayed scaling would record the recomputed attention twice
             candidate = _tried(request, replace(variant, recompute_granularity=recompute), hardware)
             excess = candidate.memory.total_gib + candidate.reserve_gib - hardware.memory_gib
             nearest = min(nearest, (excess, candidate.layout), key=lambda one: one[0])
@@ -308,14 +310,14 @@ def _rank(candidate: Candidate) -> tuple[float, float]:
 
 
 def _lean(request: ClusterRequest, layout: Layout, hardware: Hardware) -> Candidate:
-    """The layout with what needs least memory: one sample, one chunk, everything recomputed."""
+    """The layout with the least memory: micro-batches of one sample, one model chunk per stage, full recomputation."""
     count = request.global_batch_size // layout.data_parallel_size
     return _tried(request, replace(layout, num_micro_batches=count, recompute_granularity="full"), hardware)
 
 
 def _variants(request: ClusterRequest, layout: Layout) -> Iterator[Layout]:
     pipeline = layout.pipeline_model_parallel_size
-    layers_per_stage = request.shape.num_layers // pipeline
+    layers_per_stage = request.architecture.num_layers // pipeline
     for micro_batch in MICRO_BATCH_SIZES:
         samples = micro_batch * layout.data_parallel_size
         if request.global_batch_size % samples:
@@ -328,7 +330,7 @@ def _variants(request: ClusterRequest, layout: Layout) -> Iterator[Layout]:
 
 def _tried(request: ClusterRequest, layout: Layout, hardware: Hardware) -> Candidate:
     stages = stage_memory(
-        request.shape,
+        request.architecture,
         layout,
         seq_length=request.seq_length,
         precision=request.precision,
@@ -336,7 +338,7 @@ def _tried(request: ClusterRequest, layout: Layout, hardware: Hardware) -> Candi
         trained=request.trained,
     )
     time = step_time(
-        request.shape,
+        request.architecture,
         layout,
         seq_length=request.seq_length,
         hardware=hardware,

@@ -1,4 +1,4 @@
-"""The plan of a cluster in words: the page that recipes/plan.py prints and writes, as Markdown."""
+"""The page that recipes/plan.py prints and writes: the plan of a cluster in Markdown."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def describe_cluster(
     command: str,
     picture: str | None = None,
 ) -> list[str]:
-    """The page, one line a list item.
+    """The page as a list of lines.
 
     Args:
-        request: what was planned.
-        ranking: of its layouts.
-        comparisons: with full-length training, by window; may be empty.
-        experiment: its name.
-        job: arguments of recipes/extend.py that start it on this cluster, in any layout.
-        tokens: physical tokens that hours are for.
-        rows: layouts that the table shows.
-        command: that made the page.
-        picture: file name of the drawing; None where there is none.
+        request: the planned model and cluster.
+        ranking: its ranked layouts.
+        comparisons: comparisons with full-length training, one per window; may be empty.
+        experiment: name of the experiment.
+        job: arguments of recipes/extend.py that start the experiment on this cluster, without the layout.
+        tokens: physical tokens of the training run, for the hours.
+        rows: number of layouts in the table.
+        command: the command that made the page.
+        picture: file name of the figure; None without one.
     """
     hardware = get_hardware(request.hardware)
     return [
@@ -39,8 +39,8 @@ def describe_cluster(
         "",
         f"    {command}",
         "",
-        f"{count_parameters(request.shape):,} parameters, {request.precision}; {request.global_batch_size} samples of "
-        f"{request.seq_length:,} tokens a step; hours are for {words_of_tokens(tokens)} tokens. {request.hardware}: "
+        f"{count_parameters(request.architecture):,} parameters, {request.precision}; {request.global_batch_size} samples of "
+        f"{request.seq_length:,} tokens per step; hours are for {words_of_tokens(tokens)} tokens. {request.hardware}: "
         f"{hardware.memory_gib:.1f} GiB.",
         "",
         *_ranking_lines(request, ranking, job, tokens, rows),
@@ -52,7 +52,7 @@ def describe_cluster(
 
 
 def comparison_lines(request: ClusterRequest, comparisons: list[LengthComparison], *, tokens: float) -> list[str]:
-    """The table of EndPrompt against full-length training; nothing where there is nothing to compare."""
+    """The table that compares EndPrompt with full-length training; empty without comparisons."""
     if not comparisons:
         return []
     short = comparisons[0].endprompt
@@ -62,21 +62,22 @@ def comparison_lines(request: ClusterRequest, comparisons: list[LengthComparison
         cells = _comparison_cells(found.full, fastest, found.same_layout, tokens)
         rows.append([f"{found.target_context_length:,}", "as long as the window", *cells])
     header = [
-        "window", "samples", "fastest layout that fits", "GiB a GPU", "EndPrompt there", "hours", "time", "least GiB a GPU", "its hours",
+        "window", "samples", "fastest layout that fits", "GiB per GPU", "EndPrompt there", "hours", "time", "least GiB per GPU",
+        "its hours",
     ]  # fmt: skip
     return [
         f"## EndPrompt against samples as long as the window, each in its own best layout of {request.num_gpus} x {request.hardware}",
         "",
         *_table(header, rows, left=3),
         "",
-        "GiB are those of tensors. `EndPrompt there`: its samples in the layout of the row. The fastest layout takes what memory there is; "
-        "`least` recomputes everything.",
+        "GiB count tensors only. `EndPrompt there` is the memory of EndPrompt's samples in the layout of that row. The fastest layout may "
+        "use all memory; `least` is the layout with the least memory, under full recomputation.",
         "",
     ]
 
 
 def words_of_tokens(tokens: float) -> str:
-    """1e9 as 1B."""
+    """A number of tokens as short text: 1e9 is 1B."""
     for size, letter in ((1e9, "B"), (1e6, "M")):
         if tokens >= size:
             return f"{tokens / size:g}{letter}"
@@ -103,8 +104,8 @@ def _ranking_lines(request: ClusterRequest, ranking: Ranking, job: str, tokens: 
     lines = [f"## Layouts that fit, fastest first ({min(rows, len(ranking.candidates))} of {len(ranking.candidates)})", ""]
     if not ranking.candidates:
         return [*lines, "None.", ""]
-    flops = training_flops_per_token(request.shape, request.seq_length)
-    header = ["layout", "micro-batches", "recomputation", "GiB a GPU", "reserve", "tokens/s/GPU", "TFLOP/s/GPU", "s a step", "hours"]
+    flops = training_flops_per_token(request.architecture, request.seq_length)
+    header = ["layout", "micro-batches", "recomputation", "GiB per GPU", "reserve", "tokens/s/GPU", "TFLOP/s/GPU", "s per step", "hours"]
     table = [
         [
             candidate.layout.describe(),
@@ -125,9 +126,9 @@ def _ranking_lines(request: ClusterRequest, ranking: Ranking, job: str, tokens: 
         *lines,
         *_table(header, table, left=1),
         "",
-        f"The first: weights {memory.weights_gib:.1f} GiB, gradients {memory.gradients_gib:.1f}, optimizer {memory.optimizer_gib:.1f}, "
-        f"activations {memory.activations_gib:.1f}, and the larger of logits {memory.logits_gib:.1f} and one layer going backward "
-        f"{memory.working_gib:.1f}. Its time: {shares_of_step(first.time)}.",
+        f"The first layout: weights {memory.weights_gib:.1f} GiB, gradients {memory.gradients_gib:.1f}, "
+        f"optimizer {memory.optimizer_gib:.1f}, activations {memory.activations_gib:.1f}, and the larger of logits {memory.logits_gib:.1f} "
+        f"and the backward pass of one layer {memory.working_gib:.1f}. Its step time: {shares_of_step(first.time)}.",
         "",
         f"    python recipes/extend.py {job} {_overrides(first)}",
         "",
@@ -135,7 +136,7 @@ def _ranking_lines(request: ClusterRequest, ranking: Ranking, job: str, tokens: 
 
 
 def _overrides(candidate: Candidate) -> str:
-    """The layout as overrides of an experiment."""
+    """The layout as command-line overrides."""
     layout = candidate.layout
     virtual = layout.virtual_pipeline_model_parallel_size
     values = {
@@ -178,24 +179,30 @@ def _assumption_lines(request: ClusterRequest) -> list[str]:
     products = f"{hardware.matmul_share[kind]:.0%} of {hardware.peak_tflops[kind]:,.0f} TFLOP/s"
     attention = f"{hardware.attention_share[attention_kind]:.0%} of the {attention_kind} peak"
     return [
-        "## What this assumes, and what it leaves out",
+        "## Assumptions and limits",
         "",
         f"- Matrix products of layers reach {products}, attention {attention}, links and memory "
-        f"{LINK_SHARE:.0%} of their bandwidth; every message costs {MESSAGE_SECONDS * 1e6:.0f} microseconds. One share a GPU is "
-        f"calibrated on a published speed, the others are assumptions (planning/throughput.py names them).",
-        f"- Memory is that of tensors: 4 bytes of gradient and 12 of optimizer state a parameter beside its weight, optimizer state split "
-        f"over DP x CP, {kernels}. A layout fits where a reserve is left for CUDA context, NCCL and fragmentation (1 GiB, 0.5 for each "
-        f"kind of group, 3 % of the GPU).",
-        *(["- Adapters train, in short and in long samples alike; the time is that of every weight trained."] if request.trained else []),
+        f"{LINK_SHARE:.0%} of their bandwidth; every message costs {MESSAGE_SECONDS * 1e6:.0f} microseconds. One share per GPU is "
+        f"calibrated on a published speed; the others are assumptions (see planning/throughput.py).",
+        f"- Memory counts tensors: per parameter 4 bytes of gradient and 12 of optimizer state beside the weight, optimizer state split "
+        f"over DP x CP, {kernels}. A layout fits if it leaves a reserve for CUDA context, NCCL and fragmentation (1 GiB, 0.5 GiB for each "
+        f"kind of process group, 3 % of the GPU).",
+        *(
+            ["- Only adapters are trained, with short and with long samples. The time is estimated as if every weight were trained."]
+            if request.trained
+            else []
+        ),
         *(["- S2-attention is timed as full attention."] if request.whole_samples else []),
-        "- Gradients and weights travel beside the last backward and the first forward pass; interleaved stages send beside their work.",
-        "- Left out: start-up, data loading, checkpoints, evaluation, the starts of small kernels, slow nodes, congestion, failures.",
-        "- A sample counts its physical tokens, so that both methods train on as many; full-length steps have as many samples.",
+        "- Gradient and weight communication overlaps with the last backward and the first forward pass. The interleaved schedule overlaps "
+        "its "
+        "sends.",
+        "- Not included: start-up, data loading, checkpoints, evaluation, launch times of small kernels, slow nodes, congestion, failures.",
+        "- Tokens are physical tokens, so both methods train on the same number of them; their steps have the same number of samples.",
         "",
     ]
 
 
 def _table(header: list[str], rows: list[list[str]], *, left: int) -> list[str]:
-    """A Markdown table whose first `left` columns are words."""
+    """A Markdown table whose first `left` columns are aligned to the left."""
     rule = ["---" if column < left else "---:" for column in range(len(header))]
     return [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)]

@@ -1,11 +1,12 @@
-"""The plan of a run in plain words: what `dry_run=true` prints before anything is launched. Numbers that are assumptions say so."""
+"""The plan of a run, which `dry_run=true` prints before anything is launched. Numbers that rest on assumptions are marked."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.planning.flops import ModelShape, count_parameters, training_flops_per_token
+from endprompt_megatron.planning.architecture import ModelArchitecture
+from endprompt_megatron.planning.flops import count_parameters, training_flops_per_token
 from endprompt_megatron.planning.layout import Layout
 from endprompt_megatron.planning.memory import MemoryEstimate, TrainedParts, reserve_gib, stage_memory
 from endprompt_megatron.planning.throughput import GPUS_PER_NODE, StepTime, get_hardware, has_speed, step_time
@@ -13,33 +14,34 @@ from endprompt_megatron.planning.throughput import GPUS_PER_NODE, StepTime, get_
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """Everything a plan is made from.
+    """The inputs of a plan.
 
     Attributes:
         experiment: name of the run.
-        shape: of the model.
-        world_size: ranks.
-        tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size: the layout; data parallelism is the rest.
-        virtual_pipeline_model_parallel_size: chunks a stage of the interleaved schedule, or None.
+        architecture: sizes of the model.
+        world_size: number of ranks.
+        tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size: the layout; data parallelism uses the remaining
+            ranks.
+        virtual_pipeline_model_parallel_size: model chunks per stage of the interleaved schedule, or None.
         sequence_parallel, use_distributed_optimizer, recompute_granularity: as in conf/parallel.
         precision: fp32, bf16, fp8, fp8_attention, fp8_blockwise or mxfp8.
-        backend: te or torch: whose tensors are counted.
-        micro_batch_size, global_batch_size: sequences.
-        max_steps: optimizer steps.
+        backend: te or torch; determines the activations of a layer.
+        micro_batch_size, global_batch_size: in sequences.
+        max_steps: number of optimizer steps.
         seq_length: S, physical tokens of a sample.
-        num_prompt_tokens: b, the end prompt among them; 0 for schemes without one, None while the tokenizer is not at hand.
-        target_context_length: L, positions.
-        original_context_length: native window, positions.
-        position_scheme: name of the scheme.
-        rope_type, rope_factor: name and factor of the scaling.
-        hardware: a name in throughput.HARDWARE, or None (a CPU, an unknown GPU): then no time is estimated.
-        device_memory_gib: memory of one rank; None takes the hardware's, and without hardware nothing is compared.
+        num_prompt_tokens: b, how many of them are the end prompt; 0 for schemes without one, None if the tokenizer is not available.
+        target_context_length: L, in positions.
+        original_context_length: native window, in positions.
+        position_scheme: name of the position scheme.
+        rope_type, rope_factor: type and factor of the RoPE scaling.
+        hardware: a name in throughput.HARDWARE; None (a CPU, an unknown GPU) leaves out the time estimate.
+        device_memory_gib: memory of one rank; None uses the memory of `hardware`. With neither, the memory estimate is not compared.
         gpus_per_node: ranks that share NVLink.
-        trained: what trains, where that is not every weight; the FLOPs and the time are those of training everything all the same.
+        trained: the trainable parameters; None if every weight is trained. FLOPs and time always assume that every weight is trained.
     """
 
     experiment: str
-    shape: ModelShape
+    architecture: ModelArchitecture
     world_size: int
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
@@ -67,17 +69,17 @@ class PlanRequest:
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model."""
+        """Ranks that hold one copy of the model: TP x PP x CP."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
     def data_parallel_size(self) -> int:
-        """Copies of the model."""
+        """Number of data parallel ranks."""
         return self.world_size // self.model_parallel_size
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches a rank accumulates a step."""
+        """Micro-batches that a rank accumulates per step."""
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
 
     @property
@@ -103,14 +105,14 @@ class PlanRequest:
 
 
 def describe_plan(request: PlanRequest) -> list[str]:
-    """The plan, one line a fact.
+    """The plan as a list of lines.
 
     Args:
-        request: what is planned.
+        request: the inputs of the plan.
     Returns:
-        Lines without line ends, ready to print.
+        Lines without line ends.
     Raises:
-        ConfigError: the layout does not divide the world size or the global batch, or the hardware is not in the table.
+        ConfigError: the layout does not divide the world size or the global batch, or the hardware is unknown.
     """
     if request.world_size % request.model_parallel_size:
         raise ConfigError(
@@ -136,14 +138,14 @@ def describe_plan(request: PlanRequest) -> list[str]:
 
 
 def plan_memory(request: PlanRequest, *, seq_length: int | None = None) -> tuple[MemoryEstimate, ...]:
-    """Memory of a rank of every pipeline stage, the first stage first.
+    """Memory of one rank of every pipeline stage, in order.
 
     Args:
-        request: what is planned.
-        seq_length: of samples of another length; None takes the request's.
+        request: the inputs of the plan.
+        seq_length: replaces the sample length of the request; None keeps it.
     """
     return stage_memory(
-        request.shape,
+        request.architecture,
         request.layout,
         seq_length=seq_length or request.seq_length,
         precision=request.precision,
@@ -153,14 +155,14 @@ def plan_memory(request: PlanRequest, *, seq_length: int | None = None) -> tuple
 
 
 def fullest(stages: tuple[MemoryEstimate, ...]) -> MemoryEstimate:
-    """The stage that needs most."""
+    """The pipeline stage that needs most memory."""
     return max(stages, key=lambda estimate: estimate.total_gib)
 
 
 def _layout_lines(request: PlanRequest) -> list[str]:
     chunks = request.virtual_pipeline_model_parallel_size
     extras = [
-        f"interleaved over {chunks} chunks a stage" if chunks else "",
+        f"interleaved over {chunks} chunks per stage" if chunks else "",
         "sequence parallel" if request.sequence_parallel else "",
         "distributed optimizer" if request.use_distributed_optimizer else "",
         f"{request.recompute_granularity} recomputation" if request.recompute_granularity else "no recomputation",
@@ -172,9 +174,9 @@ def _layout_lines(request: PlanRequest) -> list[str]:
         + ", ".join(extra for extra in extras if extra),
         f"  batch        {request.micro_batch_size} sequence{_s(request.micro_batch_size)} x {request.num_micro_batches} "
         f"micro-batch{'' if request.num_micro_batches == 1 else 'es'} x DP {request.data_parallel_size} = "
-        f"{request.global_batch_size} sequences a step",
-        f"  tokens       {request.global_batch_size} x {request.seq_length:,} = {request.tokens_per_step:,} a step; "
-        f"x {request.max_steps:,} step{_s(request.max_steps)} = {request.tokens_per_step * request.max_steps:,} in all",
+        f"{request.global_batch_size} sequences per step",
+        f"  tokens       {request.global_batch_size} x {request.seq_length:,} = {request.tokens_per_step:,} per step; "
+        f"x {request.max_steps:,} step{_s(request.max_steps)} = {request.tokens_per_step * request.max_steps:,} in total",
     ]
 
 
@@ -185,7 +187,7 @@ def _position_lines(request: PlanRequest) -> list[str]:
     elif request.position_scheme != "endprompt":
         where = f"{request.position_scheme}: {physical:,} tokens at positions drawn for each sample within 0..{target - 1:,}"
     elif prompt is None:
-        where = f"endprompt: context from 0, end prompt up to {target - 1:,}; its length b is known once the tokenizer is there"
+        where = f"endprompt: context from 0, end prompt up to {target - 1:,}; its length b needs the tokenizer"
     else:
         where = f"endprompt: context 0..{physical - prompt - 1:,}, end prompt {target - prompt:,}..{target - 1:,} (b = {prompt})"
     return [
@@ -196,11 +198,11 @@ def _position_lines(request: PlanRequest) -> list[str]:
 
 
 def _model_lines(request: PlanRequest) -> list[str]:
-    flops = training_flops_per_token(request.shape, request.seq_length)
+    flops = training_flops_per_token(request.architecture, request.seq_length)
     return [
-        f"  model        {count_parameters(request.shape):,} parameters",
-        f"  compute      {_flops(flops)} a token, {_flops(flops * request.tokens_per_step)} a step, "
-        f"{_flops(flops * request.tokens_per_step * request.max_steps)} in all",
+        f"  model        {count_parameters(request.architecture):,} parameters",
+        f"  compute      {_flops(flops)} per token, {_flops(flops * request.tokens_per_step)} per step, "
+        f"{_flops(flops * request.tokens_per_step * request.max_steps)} in total",
     ]
 
 
@@ -212,9 +214,10 @@ def _memory_lines(request: PlanRequest, stages: tuple[MemoryEstimate, ...]) -> l
         totals = ", ".join(f"{estimate.total_gib:.1f}" for estimate in stages)
         others = [f"               by pipeline stage, first to last: {totals} GiB"]
     return [
-        f"  memory       about {most.total_gib:.1f} GiB a rank{where}: weights {most.weights_gib:.1f}, gradients {most.gradients_gib:.1f}, "
+        f"  memory       about {most.total_gib:.1f} GiB per rank{where}: weights {most.weights_gib:.1f}, gradients "
+        f"{most.gradients_gib:.1f}, "
         f"optimizer {most.optimizer_gib:.1f}, activations {most.activations_gib:.1f}, and the larger of logits {most.logits_gib:.1f} "
-        f"and one layer going backward {most.working_gib:.1f}",
+        f"and the backward pass of one layer {most.working_gib:.1f}",
         *others,
         f"               {_fit(request, most)}",
     ]
@@ -229,34 +232,34 @@ def _available_gib(request: PlanRequest) -> float | None:
 def _fit(request: PlanRequest, estimate: MemoryEstimate) -> str:
     available = _available_gib(request)
     if available is None:
-        return "No device memory was named, so nothing is compared."
+        return "The device memory is unknown, so the estimate is not compared with it."
     owner = f"the {available:.1f} GiB of {f'one {request.hardware}' if request.hardware else 'one rank'}"
     if estimate.total_gib > available:
         return (
-            f"That does NOT fit into {owner}: {estimate.total_gib - available:.1f} GiB too much. Raise TP, PP or CP, set "
+            f"This does NOT fit into {owner}: {estimate.total_gib - available:.1f} GiB too much. Raise TP, PP or CP, set "
             f"recompute_granularity=full, or turn the distributed optimizer on."
         )
     reserve = reserve_gib(request.layout, device_memory_gib=available)
     headroom = available - estimate.total_gib
     if headroom < reserve:
         return (
-            f"That is tight in {owner}: {headroom:.1f} GiB are left, and CUDA context, communication buffers and fragmentation may take "
+            f"This is tight in {owner}: {headroom:.1f} GiB remain, and CUDA context, communication buffers and fragmentation may take "
             f"{reserve:.1f} (an assumption)."
         )
     return (
-        f"That fits into {owner}: {headroom:.1f} GiB are left, of which CUDA context, communication buffers and fragmentation may take "
+        f"This fits into {owner}: {headroom:.1f} GiB remain, of which CUDA context, communication buffers and fragmentation may take "
         f"{reserve:.1f} (an assumption)."
     )
 
 
 def _time_lines(request: PlanRequest) -> list[str]:
     if request.hardware is None:
-        return ["  time         no GPU of the table was named, so none is estimated"]
+        return ["  time         not estimated: no known GPU is configured"]
     hardware = get_hardware(request.hardware)
     if not has_speed(hardware, request.precision):
-        return [f"  time         the table has no {request.precision} peak for {hardware.name}, so none is estimated"]
+        return [f"  time         not estimated: the table has no {request.precision} peak for {hardware.name}"]
     time = step_time(
-        request.shape,
+        request.architecture,
         request.layout,
         seq_length=request.seq_length,
         hardware=hardware,
@@ -264,16 +267,16 @@ def _time_lines(request: PlanRequest) -> list[str]:
         gpus_per_node=request.gpus_per_node,
     )
     tokens_per_second = request.tokens_per_step / time.total / request.world_size
-    tflops = tokens_per_second * training_flops_per_token(request.shape, request.seq_length) / 1e12
+    tflops = tokens_per_second * training_flops_per_token(request.architecture, request.seq_length) / 1e12
     return [
-        f"  time         {_duration(time.total)} a step, {_duration(time.total * request.max_steps)} in all on {hardware.name}: "
-        f"{tokens_per_second:,.0f} tokens/s and {tflops:,.0f} TFLOP/s a GPU, predicted from rates that published runs reached",
+        f"  time         {_duration(time.total)} per step, {_duration(time.total * request.max_steps)} in total on {hardware.name}: "
+        f"{tokens_per_second:,.0f} tokens/s and {tflops:,.0f} TFLOP/s per GPU, predicted from rates that published runs reached",
         f"               {shares_of_step(time)}",
     ]
 
 
 def shares_of_step(time: StepTime) -> str:
-    """What a step goes into, largest first; parts under half a percent are left out."""
+    """Shares of the step time, largest first. Shares below half a percent are left out."""
     shares = sorted(((getattr(time, name) / time.total, words) for name, words in _PARTS.items()), reverse=True)
     return ", ".join(f"{words} {share:.0%}" for share, words in shares if share >= 0.005)
 
@@ -281,25 +284,25 @@ def shares_of_step(time: StepTime) -> str:
 _PARTS = {
     "matmul": "matrix products",
     "attention": "attention",
-    "elementwise": "norms, SwiGLU and the like",
+    "elementwise": "norms, SwiGLU and other elementwise kernels",
     "recompute": "recomputation",
     "bubble": "pipeline bubble",
     "tensor_parallel": "tensor parallel collectives",
-    "context_parallel": "the ring of context parallelism",
+    "context_parallel": "context parallel ring exchange",
     "pipeline": "pipeline sends",
-    "data_parallel": "gradients and weights over data parallel ranks",
+    "data_parallel": "data parallel gradients and weights",
     "optimizer": "optimizer",
 }
 
 
 def _comparison_lines(request: PlanRequest, short: MemoryEstimate, full: MemoryEstimate) -> list[str]:
-    short_flops = training_flops_per_token(request.shape, request.seq_length)
-    full_flops = training_flops_per_token(request.shape, request.target_context_length)
+    short_flops = training_flops_per_token(request.architecture, request.seq_length)
+    full_flops = training_flops_per_token(request.architecture, request.target_context_length)
     available = _available_gib(request)
     fits = "" if available is None else (", which fits" if full.total_gib <= available else ", which does not fit")
     return [
-        f"  instead of   training at all {request.target_context_length:,} tokens on this layout: {_flops(full_flops)} a token "
-        f"({full_flops / short_flops:.2f}x) and about {full.total_gib:.1f} GiB a rank against {short.total_gib:.1f}{fits}; "
+        f"  compared to  training on all {request.target_context_length:,} tokens with this layout: {_flops(full_flops)} per token "
+        f"({full_flops / short_flops:.2f}x) and about {full.total_gib:.1f} GiB per rank against {short.total_gib:.1f}{fits}; "
         f"recipes/plan.py compares the best layouts of both"
     ]
 

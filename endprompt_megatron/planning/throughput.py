@@ -1,13 +1,13 @@
-"""How long a step should take on a known GPU: matrix products and attention at rates that published runs reached, recomputation, the
-pipeline bubble, communication that nothing hides. An estimate; measured speeds live in benchmarks/."""
+"""Estimated time of an optimizer step on a known GPU: matrix products and attention at rates that published runs reached, recomputation,
+the pipeline bubble and exposed communication. Measured speeds are in benchmarks/."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
 from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.planning.flops import (
-    ModelShape,
     layer_attention_flops_per_token,
     layer_matrix_flops_per_token,
     output_flops_per_token,
@@ -15,12 +15,12 @@ from endprompt_megatron.planning.flops import (
 from endprompt_megatron.planning.layout import Layout, stage_parameters
 
 GPUS_PER_NODE = 8
-# Share of a link's data-sheet bandwidth that large collectives reach, and of the memory's that the optimizer reaches: an assumption.
+# Share of the data-sheet bandwidth that large collectives reach on a link and the optimizer reaches on device memory: an assumption.
 LINK_SHARE = 0.8
-# From the start of a message to that of the work that waits for it, an assumption: what makes many small pieces slow.
+# Latency of a message: an assumption. It dominates when a transfer is split into many small messages.
 MESSAGE_SECONDS = 20e-6
 BF16_BYTES, FLOAT32_BYTES = 2, 4
-# Bytes that AdamW moves a parameter: gradient, master and two moments read, the latter three and the bf16 weight written.
+# Bytes that AdamW moves per parameter: it reads gradient, master weight and two moments, and writes master weight, moments and bf16 weight.
 _OPTIMIZER_BYTES = 4 + 12 + 12 + 2
 _CLEAR_AND_NORM_BYTES = 8  # the gradient buffer is zeroed once and read once for its norm
 
@@ -30,15 +30,15 @@ class Hardware:
     """One kind of GPU in a node of eight.
 
     Attributes:
-        name: as used on the command line.
-        peak_tflops: kind of number -> dense peak, 10^12 FLOP/s.
+        name: value of launch.gpu and plan.hardware.
+        peak_tflops: {number format: dense peak in 10^12 FLOP/s}.
         memory_gib: memory that a program can allocate, as torch reports it (less than the round number in the name).
-        memory_gbytes_per_second: of the device memory, 10^9.
-        nvlink_gbytes_per_second: to the other GPUs of the node, one direction, 10^9.
-        network_gbytes_per_second: of a GPU's own network card, one direction, 10^9.
-        matmul_share: kind of number -> share of the peak that matrix products of layers reach.
-        output_share: share of the bf16 peak that the output layer with the loss reaches: one large product.
-        attention_share: kind of number -> share of the peak that flash attention reaches, forward and backward together.
+        memory_gbytes_per_second: bandwidth of the device memory, in 10^9 bytes per second.
+        nvlink_gbytes_per_second: bandwidth to the other GPUs of the node in one direction, in 10^9 bytes per second.
+        network_gbytes_per_second: bandwidth of the GPU's own network card in one direction, in 10^9 bytes per second.
+        matmul_share: {number format: share of the peak that the matrix products of layers reach}.
+        output_share: share of the bf16 peak that the output layer and the loss reach (one large product).
+        attention_share: {number format: share of the peak that flash attention reaches, forward and backward together}.
     """
 
     name: str
@@ -52,18 +52,20 @@ class Hardware:
     attention_share: dict[str, float]
 
 
-# Peaks, memory and NVLink: NVIDIA's data sheets, tensor cores; where a sheet prints the 2:4-sparse figure, half of it. fp32 is left out:
-# what it reaches depends on whether TF32 is allowed. Network: one ConnectX card a GPU as in DGX systems (A100: 200 Gb/s, others 400).
+# Peaks, memory and NVLink: NVIDIA's data sheets, tensor cores; half of the printed figure where a sheet prints the one for 2:4 sparsity.
+# fp32 has no entry, because its speed depends on whether TF32 is allowed. Network: one ConnectX card per GPU as in DGX systems (A100:
+# 200 Gb/s, others 400).
 #
-# matmul_share is calibrated, so that the whole model reproduces a published speed of Llama-3 8B at 8K tokens on that GPU:
+# matmul_share is calibrated so that the estimate reproduces a published speed of Llama-3 8B at 8K tokens on that GPU:
 #   H100 fp8: 14,451 tokens/s/GPU (NVIDIA, Megatron-Bridge performance summary, 25.11, DGX-H100, FP8-CS, 8 GPUs)
 #   B200 fp8: 30,624 (the same table, DGX-B200)
 #   A100 bf16: 2,973 (torchtitan, docs/performance.md, 64 A100, selective op recomputation)
-#   H100 bf16: no such figure was found for Megatron-Core; 0.46 makes a whole step reach 45 % of the peak, within the 41 to 48 % that
-#     Megatron-LM's README reports for bf16 on H100; B200 bf16 is taken as the H100's.
+#   H100 bf16: no such figure was found for Megatron-Core; with 0.46 a whole step reaches 45 % of the peak, within the 41 to 48 % that
+#     Megatron-LM's README reports for bf16 on H100. B200 bf16 uses the value of the H100.
 # attention_share: FlashAttention-3 (arXiv 2407.08608) reaches up to 648 TFLOP/s forward and less backward at head size 128, causal, on an
-# H100; 0.55 of the bf16 peak stands for both; FP8's 0.35 and all of B200's are assumptions. A100: FlashAttention-2 (arXiv 2307.08691).
-# output_share is an assumption. tests/unit/planning/test_throughput.py compares with what was published and not calibrated on.
+# H100; 0.55 of the bf16 peak is used for both together. 0.35 for FP8 and all values of B200 are assumptions. A100: FlashAttention-2
+# (arXiv 2307.08691). output_share is an assumption. tests/unit/planning/test_throughput.py compares the estimate with published speeds that
+# were not used for calibration.
 _AMPERE = ({"bf16": 0.50}, 0.65, {"bf16": 0.60})
 _HOPPER = ({"bf16": 0.46, "fp8": 0.59}, 0.60, {"bf16": 0.55, "fp8": 0.35})
 _BLACKWELL = ({"bf16": 0.46, "fp8": 0.51}, 0.60, {"bf16": 0.55, "fp8": 0.35})
@@ -71,16 +73,18 @@ HARDWARE: dict[str, Hardware] = {
     hardware.name: hardware
     for hardware in (
         Hardware("A100-80GB", {"bf16": 312.0}, 79.2, 2039, 300, 25, *_AMPERE),
-        Hardware("A800-80GB", {"bf16": 312.0}, 79.2, 2039, 200, 25, *_AMPERE),  # the A100 with NVLink cut to 400 GB/s both ways
+        Hardware(
+            "A800-80GB", {"bf16": 312.0}, 79.2, 2039, 200, 25, *_AMPERE
+        ),  # an A100 with NVLink limited to 400 GB/s in both directions together
         Hardware("H100-80GB", {"bf16": 989.5, "fp8": 1979.0}, 79.1, 3350, 450, 50, *_HOPPER),  # SXM5: 1,979 and 3,958 sparse
-        Hardware("H200", {"bf16": 989.5, "fp8": 1979.0}, 139.7, 4800, 450, 50, *_HOPPER),  # the H100's compute with 141 GB
+        Hardware("H200", {"bf16": 989.5, "fp8": 1979.0}, 139.7, 4800, 450, 50, *_HOPPER),  # compute of the H100 with 141 GB
         # HGX, per GPU at 1,000 W: BF16 4,500 and FP8 9,000 sparse. A GB200 is about 11 % faster.
         Hardware("B200", {"bf16": 2250.0, "fp8": 4500.0}, 178.3, 7700, 900, 50, *_BLACKWELL),
     )
 }
 
-# precision -> kind of number of matrix products, of attention, slowdown of the products, layers at each end that stay bf16.
-# MXFP8 is calibrated on 29,521 tokens/s (Llama-3 8B, DGX-B200, the same table); blockwise scaling is taken to be as slow.
+# precision -> number format of matrix products, number format of attention, slowdown of the products, layers at each end that stay bf16.
+# MXFP8 is calibrated on 29,521 tokens/s (Llama-3 8B, DGX-B200, the same table); blockwise scaling is assumed to have the same slowdown.
 _KINDS = {
     "bf16": ("bf16", "bf16", 1.0, 0),
     "fp8": ("fp8", "bf16", 1.0, 1),
@@ -92,19 +96,19 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step, by what they go into.
+    """Seconds of one optimizer step, by component.
 
     Attributes:
-        matmul: matrix products of the slowest stage.
-        attention: attention of a stage.
-        elementwise: norms, rotary embedding, residuals, SwiGLU and FP8 conversions, at the speed of the memory.
-        recompute: what full or selective recomputation does again.
-        bubble: idle while the pipeline fills and drains.
+        matmul: matrix products of the slowest pipeline stage.
+        attention: attention of a pipeline stage.
+        elementwise: norms, rotary embedding, residuals, SwiGLU and FP8 conversions, limited by memory bandwidth.
+        recompute: work repeated by full or selective recomputation.
+        bubble: idle time while the pipeline fills and drains.
         tensor_parallel: collectives inside layers.
-        context_parallel: keys and values round the ring, where attention does not hide them, and every start of a message.
-        pipeline: activations between stages; in the interleaved schedule only their starts.
-        data_parallel: gradients and weights, beyond what the last backward and the first forward pass hide.
-        optimizer: AdamW and the gradient norm, at the speed of the memory.
+        context_parallel: ring exchange of keys and values that attention does not hide, and the latency of every message.
+        pipeline: activations between stages; with the interleaved schedule only the latency.
+        data_parallel: communication of gradients and weights that the last backward and the first forward pass do not hide.
+        optimizer: AdamW and the gradient norm, limited by memory bandwidth.
     """
 
     matmul: float
@@ -120,15 +124,15 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Sum of all components."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
 def get_hardware(name: str) -> Hardware:
-    """The GPU called `name`.
+    """The entry of HARDWARE called `name`.
 
     Raises:
-        ConfigError: not in the table; the message lists those that are.
+        ConfigError: unknown name; the message lists the known ones.
     """
     if name not in HARDWARE:
         raise ConfigError(f"hardware={name}: not in the table. Choose one of {', '.join(sorted(HARDWARE))}.")
@@ -136,35 +140,35 @@ def get_hardware(name: str) -> Hardware:
 
 
 def has_speed(hardware: Hardware, precision: str) -> bool:
-    """Whether the table knows how fast this GPU is in this precision (MXFP8: Blackwell alone)."""
+    """Whether the table has a speed for this GPU in this precision (MXFP8 only on Blackwell)."""
     if precision == "mxfp8" and hardware.name != "B200":
         return False
     return precision in _KINDS and _KINDS[precision][0] in hardware.peak_tflops
 
 
 def kinds_of_numbers(precision: str) -> tuple[str, str]:
-    """What matrix products and what attention are computed in, as the tables of `Hardware` name it; precision as step_time."""
+    """(number format of matrix products, number format of attention), as keys of the tables in `Hardware`; precision as in step_time."""
     return _KINDS[precision][:2]
 
 
 def pipeline_bubble_factor(
     pipeline_model_parallel_size: int, num_micro_batches: int, virtual_pipeline_model_parallel_size: int | None = None
 ) -> float:
-    """Length of a 1F1B step over that of a step without idle stages: 1 + (PP - 1) / (micro-batches * chunks a stage)."""
+    """Ratio of the time of a 1F1B step to that of a step without idle stages: 1 + (PP - 1) / (micro-batches * chunks per stage)."""
     return 1 + (pipeline_model_parallel_size - 1) / (num_micro_batches * (virtual_pipeline_model_parallel_size or 1))
 
 
 def group_gbytes_per_second(hardware: Hardware, *, stride: int, size: int, gpus_per_node: int = GPUS_PER_NODE) -> float:
-    """Bandwidth of one GPU in a collective, 10^9 bytes a second in one direction.
+    """Bandwidth of one GPU in a collective, in 10^9 bytes per second in one direction.
 
-    A group within a node has NVLink. One that spans nodes has the network cards of its members in a node together, because rings go
-    through all of them, but never more than NVLink.
+    A group within a node uses NVLink. A group that spans nodes uses the network cards of all its members in a node together, because rings
+    run through all of them, but at most the bandwidth of NVLink.
 
     Args:
-        hardware: of each GPU.
-        stride: distance of neighbouring ranks of the group.
-        size: ranks of the group.
-        gpus_per_node: of the cluster.
+        hardware: the kind of GPU.
+        stride: distance between neighbouring ranks of the group.
+        size: number of ranks in the group.
+        gpus_per_node: GPUs of one node.
     """
     if stride * size <= gpus_per_node:
         return LINK_SHARE * hardware.nvlink_gbytes_per_second
@@ -173,7 +177,7 @@ def group_gbytes_per_second(hardware: Hardware, *, stride: int, size: int, gpus_
 
 
 def step_time(
-    shape: ModelShape,
+    architecture: ModelArchitecture,
     layout: Layout,
     *,
     seq_length: int,
@@ -183,31 +187,32 @@ def step_time(
 ) -> StepTime:
     """Time of one optimizer step.
 
-    Assumptions: backward costs twice forward; the slowest stage (the one with the output layer) sets the pace and the mean stage the
-    bubble; ranks are ordered TP, CP, DP, PP from the inside, as Megatron orders them. Tensor parallelism exposes four collectives a layer
-    forward, as many in full recomputation, and two backward, where the others run beside gradients of weights. Gradients travel in
-    float32 during the last backward pass, weights in bf16 during the first forward pass (both overlap flags on). Excluded: the first step's
-    compilation and allocation, data loading, checkpoints, the starts of small kernels, slow nodes and congestion.
+    Assumptions: the backward pass costs twice the forward pass. The slowest pipeline stage (the one with the output layer) determines the
+    time of a micro-batch, and the mean stage determines the bubble. Ranks are ordered TP, CP, DP, PP with TP innermost, as in Megatron.
+    Tensor parallelism exposes four collectives per layer in the forward pass, four in full recomputation and two in the backward pass,
+    where the others overlap with weight gradients. Gradients are reduced in float32 during the last backward pass and weights gathered in
+    bf16 during the first forward pass (both overlap flags on). Not included: compilation and allocation in the first step, data loading,
+    checkpoints, launch times of small kernels, slow nodes and congestion.
 
     Args:
-        shape: of the model.
-        layout: how it and its batch are cut.
+        architecture: sizes of the model.
+        layout: how the model and its batch are split.
         seq_length: physical tokens of a sequence.
-        hardware: of each GPU.
+        hardware: the kind of GPU.
         precision: bf16, fp8, fp8_attention, fp8_blockwise or mxfp8.
-        gpus_per_node: of the cluster.
+        gpus_per_node: GPUs of one node.
     Raises:
-        ConfigError: the table has no speed for this precision on this GPU, or the layers do not divide.
+        ConfigError: the table has no speed for this precision on this GPU, or the number of layers is not divisible.
     """
     if not has_speed(hardware, precision):
         known = ", ".join(name for name in _KINDS if has_speed(hardware, name))
-        raise ConfigError(f"precision.name={precision}: no speed is known for it on {hardware.name}. Choose one of {known}.")
+        raise ConfigError(f"precision.name={precision}: the table has no speed for it on {hardware.name}. Choose one of {known}.")
     tensor, pipeline, context = (
         layout.tensor_model_parallel_size,
         layout.pipeline_model_parallel_size,
         layout.context_parallel_size,
     )
-    layers, micro_batches = layout.layers_per_chunk(shape.num_layers) * layout.num_chunks, layout.num_micro_batches
+    layers, micro_batches = layout.layers_per_chunk(architecture.num_layers) * layout.num_chunks, layout.num_micro_batches
     tokens = layout.micro_batch_size * seq_length / context
     matmul_kind, attention_kind, slowdown, bf16_ends = _KINDS[precision]
 
@@ -216,13 +221,15 @@ def step_time(
         return hardware.peak_tflops[kind] * 1e12 * shares[kind]
 
     # forward passes of one micro-batch on one rank
-    products = tokens * layer_matrix_flops_per_token(shape) / tensor
+    products = tokens * layer_matrix_flops_per_token(architecture) / tensor
     in_bf16 = products / rate("bf16", hardware.matmul_share)
     in_kind = products * slowdown / rate(matmul_kind, hardware.matmul_share)
-    mean_layer = in_kind + 2 * bf16_ends / shape.num_layers * (in_bf16 - in_kind)
-    output = tokens * output_flops_per_token(shape) / tensor / (hardware.peak_tflops["bf16"] * 1e12 * hardware.output_share)
-    attention = tokens * layer_attention_flops_per_token(shape, seq_length) / tensor / rate(attention_kind, hardware.attention_share)
-    between = tokens * _elementwise_bytes_per_token(shape, layout, matmul_kind) / (LINK_SHARE * hardware.memory_gbytes_per_second * 1e9)
+    mean_layer = in_kind + 2 * bf16_ends / architecture.num_layers * (in_bf16 - in_kind)
+    output = tokens * output_flops_per_token(architecture) / tensor / (hardware.peak_tflops["bf16"] * 1e12 * hardware.output_share)
+    attention = tokens * layer_attention_flops_per_token(architecture, seq_length) / tensor / rate(attention_kind, hardware.attention_share)
+    between = (
+        tokens * _elementwise_bytes_per_token(architecture, layout, matmul_kind) / (LINK_SHARE * hardware.memory_gbytes_per_second * 1e9)
+    )
     again = {"full": mean_layer + attention + between, "selective": attention}.get(layout.recompute_granularity or "", 0.0)
 
     forward = layers * (mean_layer + attention + between)
@@ -230,7 +237,7 @@ def step_time(
     bubble_passes = pipeline_bubble_factor(pipeline, micro_batches, layout.virtual_pipeline_model_parallel_size) - 1
     bubble = micro_batches * bubble_passes * (forward + backward + 3 * output / pipeline)
 
-    residual_bytes = tokens * shape.hidden_size * BF16_BYTES
+    residual_bytes = tokens * architecture.hidden_size * BF16_BYTES
     tensor_seconds = 0.0
     if tensor > 1:
         collectives = 6 + 4 * (layout.recompute_granularity == "full")
@@ -243,40 +250,42 @@ def step_time(
         recompute=micro_batches * layers * again,
         bubble=bubble,
         tensor_parallel=micro_batches * (1 + bubble_passes) * tensor_seconds,
-        context_parallel=micro_batches * layers * _ring_seconds(shape, layout, tokens, attention, hardware, gpus_per_node),
+        context_parallel=micro_batches * layers * _ring_seconds(architecture, layout, tokens, attention, hardware, gpus_per_node),
         pipeline=micro_batches * _between_stages_seconds(layout, residual_bytes, hardware, gpus_per_node),
-        data_parallel=_data_parallel_seconds(shape, layout, forward, backward, hardware, gpus_per_node),
-        optimizer=_optimizer_seconds(shape, layout, hardware),
+        data_parallel=_data_parallel_seconds(architecture, layout, forward, backward, hardware, gpus_per_node),
+        optimizer=_optimizer_seconds(architecture, layout, hardware),
     )
 
 
-def _elementwise_bytes_per_token(shape: ModelShape, layout: Layout, matmul_kind: str) -> float:
-    """What one layer's kernels between the products read and write for a token, forward: two norms and two residual sums (5 passes over
-    the residual each), the rotary embedding (2 over query and key), SwiGLU (3 over ffn_hidden_size), in bf16. FP8 with current scales reads
-    every input of a product twice and writes two orders of it."""
-    hidden, ffn = shape.hidden_size / layout.residual_split, shape.ffn_hidden_size / layout.tensor_model_parallel_size
-    query = shape.query_size / layout.tensor_model_parallel_size
-    key = shape.key_value_size / 2 / layout.tensor_model_parallel_size
+def _elementwise_bytes_per_token(architecture: ModelArchitecture, layout: Layout, matmul_kind: str) -> float:
+    """Bytes that the elementwise kernels of one layer read and write per token in the forward pass: two norms and two residual sums (5
+    passes over the residual each), the rotary embedding (2 over query and key), SwiGLU (3 over ffn_hidden_size), in bf16. FP8 with current
+    scaling reads every input of a product twice and writes it in two layouts."""
+    hidden, ffn = architecture.hidden_size / layout.residual_split, architecture.ffn_hidden_size / layout.tensor_model_parallel_size
+    query = architecture.query_size / layout.tensor_model_parallel_size
+    key = architecture.key_value_size / 2 / layout.tensor_model_parallel_size
     moved = BF16_BYTES * (2 * 5 * hidden + 2 * (query + key) + 3 * ffn)
     if matmul_kind == "fp8":
         moved += (2 * BF16_BYTES + 2) * (2 * hidden + query + ffn)
     return moved
 
 
-def _ring_seconds(shape: ModelShape, layout: Layout, tokens: float, attention: float, hardware: Hardware, gpus_per_node: int) -> float:
-    """Of one layer and micro-batch: what attention does not hide. Backward moves keys and values and their gradients."""
+def _ring_seconds(
+    architecture: ModelArchitecture, layout: Layout, tokens: float, attention: float, hardware: Hardware, gpus_per_node: int
+) -> float:
+    """Exposed time of the ring exchange, for one layer and micro-batch. The backward pass sends keys and values and their gradients."""
     context, tensor = layout.context_parallel_size, layout.tensor_model_parallel_size
     if context == 1:
         return 0.0
     speed = group_gbytes_per_second(hardware, stride=tensor, size=context, gpus_per_node=gpus_per_node) * 1e9
-    around = (context - 1) * tokens * shape.key_value_size * BF16_BYTES / tensor / speed
+    around = (context - 1) * tokens * architecture.key_value_size * BF16_BYTES / tensor / speed
     messages = 3 * (context - 1) * MESSAGE_SECONDS
     return max(0.0, around - attention) + max(0.0, 2 * around - 2 * attention) + messages
 
 
 def _between_stages_seconds(layout: Layout, residual_bytes: float, hardware: Hardware, gpus_per_node: int) -> float:
-    """Of one micro-batch: an activation one way, its gradient the other; the interleaved schedule sends both beside its work, but more
-    often."""
+    """Time between stages for one micro-batch: an activation forward and its gradient back. The interleaved schedule hides both transfers,
+    but sends more messages."""
     if layout.pipeline_model_parallel_size == 1:
         return 0.0
     messages = 2 * layout.num_chunks * MESSAGE_SECONDS
@@ -289,21 +298,21 @@ def _between_stages_seconds(layout: Layout, residual_bytes: float, hardware: Har
 
 
 def _data_parallel_seconds(
-    shape: ModelShape, layout: Layout, forward: float, backward: float, hardware: Hardware, gpus_per_node: int
+    architecture: ModelArchitecture, layout: Layout, forward: float, backward: float, hardware: Hardware, gpus_per_node: int
 ) -> float:
     ranks = layout.data_parallel_size * layout.context_parallel_size
     if ranks == 1:
         return 0.0
     stride = layout.tensor_model_parallel_size
     speed = group_gbytes_per_second(hardware, stride=stride, size=ranks, gpus_per_node=gpus_per_node) * 1e9
-    passed_on = stage_parameters(shape, layout, 0).total * (ranks - 1) / ranks / speed
+    passed_on = stage_parameters(architecture, layout, 0).total * (ranks - 1) / ranks / speed
     gradients = passed_on * FLOAT32_BYTES * (1 if layout.use_distributed_optimizer else 2)
     weights = passed_on * BF16_BYTES * layout.use_distributed_optimizer
     return max(0.0, gradients - backward) + max(0.0, weights - forward)
 
 
-def _optimizer_seconds(shape: ModelShape, layout: Layout, hardware: Hardware) -> float:
-    parameters = stage_parameters(shape, layout, 0).total
+def _optimizer_seconds(architecture: ModelArchitecture, layout: Layout, hardware: Hardware) -> float:
+    parameters = stage_parameters(architecture, layout, 0).total
     ranks = layout.data_parallel_size * layout.context_parallel_size if layout.use_distributed_optimizer else 1
     moved = parameters / ranks * _OPTIMIZER_BYTES + parameters * _CLEAR_AND_NORM_BYTES
     return moved / (LINK_SHARE * hardware.memory_gbytes_per_second * 1e9)

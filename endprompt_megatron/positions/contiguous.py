@@ -1,4 +1,4 @@
-"""Ordinary positions 0, 1, 2, ...: what every pretrained model was trained on, and the control that EndPrompt is compared with."""
+"""Contiguous positions 0, 1, 2, ...: those of pretraining, and of the control that EndPrompt is compared with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 def contiguous_positions(num_tokens: int, *, target_context_length: int) -> IntArray:
-    """Positions of one ordinary sample.
+    """Positions of one contiguous sample.
 
     Args:
         num_tokens: physical tokens of the sample, >= 1.

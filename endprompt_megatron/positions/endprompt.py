@@ -1,5 +1,5 @@
-"""EndPrompt's two segments: the text keeps the positions it would have anyway, and the end prompt appended to it sits at the very
-end of the target window. Short training sequences thus show the model the longest distances of the window."""
+"""The two segments of EndPrompt: the text keeps its contiguous positions, and the end prompt after it takes the last positions of the
+target window. So a short training sequence contains the longest distances of the window."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def endprompt_positions(num_context_tokens: int, num_prompt_tokens: int, *, targ
     Returns:
         int64 [a + b], strictly increasing, last value L - 1.
     Raises:
-        ConfigError: a segment is empty, or a + b > L, so that the segments would overlap.
+        ConfigError: a segment is empty, or a + b > L and the segments would overlap.
     Source: EndPrompt (arXiv 2605.14589), eq. 5.
     """
     check_segments(num_context_tokens, num_prompt_tokens, target_context_length)
@@ -31,10 +31,10 @@ def endprompt_positions(num_context_tokens: int, num_prompt_tokens: int, *, targ
 
 
 def check_segments(num_context_tokens: int, num_prompt_tokens: int, target_context_length: int) -> None:
-    """Whether a context segment and an end prompt fit into the target window, one behind the other.
+    """Check that a context segment and an end prompt fit into the target window without overlap.
 
     Raises:
-        ConfigError: a segment is empty, or a + b > L, so that the segments would overlap.
+        ConfigError: a segment is empty, or a + b > L.
     """
     if num_context_tokens < 1 or num_prompt_tokens < 1:
         raise ConfigError(

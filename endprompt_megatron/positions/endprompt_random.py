@@ -1,4 +1,5 @@
-"""EndPrompt with a wandering anchor: the whole prompt starts anywhere behind the text, anew for each sample. What the authors released."""
+"""EndPrompt with a random anchor, as in the released code: each sample draws the start of its end prompt from all positions after the
+text."""
 
 from __future__ import annotations
 
@@ -13,18 +14,18 @@ IntArray = npt.NDArray[np.int64]
 def endprompt_random_positions(
     num_context_tokens: int, num_prompt_tokens: int, *, target_context_length: int, random: np.random.Generator
 ) -> IntArray:
-    """Positions of one sample: the context from 0, the end prompt in one piece from a uniformly drawn start.
+    """Positions of one sample: the context from 0, the end prompt as one segment with a uniformly drawn start.
 
     Args:
         num_context_tokens: a, physical tokens of the context segment, >= 1.
         num_prompt_tokens: b, physical tokens of the end prompt, >= 1.
         target_context_length: L, in positions.
-        random: draws the start.
+        random: generator that draws the start.
     Returns:
         int64 [a + b], strictly increasing; the prompt starts in [a, L - b].
     Raises:
         ConfigError: a segment is empty, or a + b > L.
-    Source: the rule of EndPrompt's released collator (arXiv 2605.14589): start uniform in [a, L - b].
+    Source: the released collator of EndPrompt (arXiv 2605.14589): start uniform in [a, L - b].
     """
     check_segments(num_context_tokens, num_prompt_tokens, target_context_length)
     start = random.integers(num_context_tokens, target_context_length - num_prompt_tokens, endpoint=True)

@@ -1,5 +1,5 @@
-"""Positions that skip (PoSE): a sample is cut into chunks, and every chunk but the first is moved up by what was skipped before it.
-Here cut over the text, as PoSE does, or over the end prompt alone, as EndPrompt's variant ET(PoSE) does."""
+"""Skip-wise positions (PoSE): a sample is cut into chunks, and the positions skip forward between chunks. The chunks are cut from the text,
+as in PoSE, or from the end prompt only, as in EndPrompt's variant ET(PoSE)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PoseSample:
 
     Attributes:
         positions: int64 [c], strictly increasing, within [0, L - 1].
-        text: int64 [c], which tokens of the running text the sample holds, strictly increasing.
+        text: int64 [c], indices of the sample's tokens in the running text, strictly increasing.
     """
 
     positions: IntArray
@@ -30,20 +30,20 @@ class PoseSample:
 def pose_sample(
     num_tokens: int, *, num_text_tokens: int, target_context_length: int, random: np.random.Generator, num_chunks: int = 2
 ) -> PoseSample:
-    """One PoSE sample: chunks of the running text, the first from its start at position 0, the others from later on and moved up.
+    """One PoSE sample. The first chunk starts at token 0 of the running text and at position 0; later chunks skip text and positions.
 
-    With two chunks the first has r tokens, r uniform in [1, (c + 1) // 2]; the second is the other c - r tokens from a uniformly drawn
-    later place of the text, its positions moved up by a skip uniform in [0, L - c]. With n chunks the first n - 1 draw their lengths so
-    one after the other, and skips in the text and in the positions are uniform and in order.
+    With two chunks, the first has r tokens, r uniform in [1, (c + 1) // 2]. The second has the other c - r tokens, from a uniformly drawn
+    later place of the text; its positions are shifted by a skip uniform in [0, L - c]. With n chunks, the first n - 1 draw their lengths
+    one after the other by the same rule. The skips in the text and in the positions are uniform draws in ascending order.
 
     Args:
         num_tokens: c, physical tokens of the sample, >= 1.
-        num_text_tokens: running text to choose from, >= c.
+        num_text_tokens: length of the running text, >= c.
         target_context_length: L, in positions.
-        random: draws lengths and skips.
-        num_chunks: n, >= 1; a sample of fewer tokens has as many chunks as tokens.
+        random: generator that draws lengths and skips.
+        num_chunks: n, >= 1; a sample of fewer tokens has one chunk per token.
     Raises:
-        ConfigError: no tokens, more than L, more than there is text, or no chunk.
+        ConfigError: num_tokens < 1, more tokens than L or than the text has, or num_chunks < 1.
     Source: PoSE (arXiv 2309.10400); the draws for two chunks are those of its training code.
     """
     if not 1 <= num_tokens <= min(target_context_length, num_text_tokens):
@@ -66,21 +66,21 @@ def pose_sample(
 def endprompt_pose_positions(
     num_context_tokens: int, num_prompt_tokens: int, *, target_context_length: int, random: np.random.Generator, num_chunks: int = 2
 ) -> IntArray:
-    """Positions of one ET(PoSE) sample: the context from 0, the end prompt, never the text, in pieces that skip.
+    """Positions of one ET(PoSE) sample: the context contiguous from 0, the end prompt in pieces with skips between them.
 
-    The prompt is cut into pieces of nearly equal length, the first ones longer; the starts of the pieces skip uniformly and in order, the
-    first included, so that all of them lie in [a, L - 1].
+    The prompt is cut into pieces whose lengths differ by at most one, longer ones first. Every piece, including the first, is shifted by a
+    skip; the skips are uniform draws in ascending order. All pieces lie in [a, L - 1].
 
     Args:
         num_context_tokens: a, physical tokens of the context segment, >= 1.
         num_prompt_tokens: b, physical tokens of the end prompt, >= 1.
         target_context_length: L, in positions.
-        random: draws the skips.
-        num_chunks: pieces of the prompt, >= 1; a prompt of fewer tokens has as many pieces as tokens.
+        random: generator that draws the skips.
+        num_chunks: pieces of the prompt, >= 1; a prompt of fewer tokens has one piece per token.
     Returns:
         int64 [a + b], strictly increasing.
     Raises:
-        ConfigError: a segment is empty, a + b > L, or no piece.
+        ConfigError: a segment is empty, a + b > L, or num_chunks < 1.
     Source: EndPrompt (arXiv 2605.14589), ET(PoSE).
     """
     check_segments(num_context_tokens, num_prompt_tokens, target_context_length)
@@ -96,7 +96,8 @@ def endprompt_pose_positions(
 
 
 def _chunk_lengths(num_tokens: int, num_chunks: int, random: np.random.Generator) -> list[int]:
-    """Every chunk but the last has at most its equal share of what is left, and leaves a token for each that follows."""
+    """Draw the chunk lengths. Every chunk but the last takes at most an equal share of the remaining tokens and leaves one for each later
+    chunk."""
     lengths, left = [], num_tokens
     for chunks_left in range(min(num_chunks, num_tokens), 1, -1):
         longest = max(1, (left + 1) // chunks_left)

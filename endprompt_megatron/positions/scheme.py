@@ -1,5 +1,5 @@
-"""The registry of position schemes: a name in the config becomes a pure function of (scheme, seed, sample index, lengths), so that
-every rank computes the positions that it needs and a resumed run draws the same ones."""
+"""The registry of position schemes. Positions are a pure function of (scheme, seed, sample index, lengths), so every rank computes the ones
+that it needs and a resumed run draws the same ones."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from endprompt_megatron.positions.endprompt import endprompt_positions
 from endprompt_megatron.positions.endprompt_random import endprompt_random_positions
 from endprompt_megatron.positions.pose import PoseSample, endprompt_pose_positions, pose_sample
 
-_POSITIONS = 2  # keeps these draws apart from those of the end prompts (data.prompts)
-_POSE_TEXT_SPAN = 5  # PoSE cuts documents off at five training lengths
+_POSITIONS = 2  # makes these draws independent of those of the end prompts (data.prompts)
+_POSE_TEXT_SPAN = 5  # PoSE truncates documents to five training lengths
 IntArray = npt.NDArray[np.int64]
 
 
@@ -28,7 +28,7 @@ class SampleLayout:
         num_context_tokens: a, physical tokens of text.
         num_prompt_tokens: b, physical tokens of end prompt; 0 for schemes without one.
         target_context_length: L, in positions.
-        num_chunks: pieces of the text (`pose`) or of the end prompt (`endprompt_pose`) between which positions skip.
+        num_chunks: number of chunks of the text (`pose`) or of the end prompt (`endprompt_pose`); positions skip between them.
     """
 
     num_context_tokens: int
@@ -39,16 +39,17 @@ class SampleLayout:
 
 @dataclass(frozen=True)
 class PositionScheme:
-    """How the tokens of a sample are placed.
+    """One way to assign positions to the tokens of a sample.
 
     Attributes:
         name: as written in `method.position_scheme`.
-        uses_end_prompt: whether an end prompt takes the last tokens of the sample.
-        varies_by_sample: whether two samples of the same lengths can differ (then fused RoPE kernels cannot be shared by a
-            micro-batch).
-        place: (layout, seed, sample_index) -> int64 [a + b].
-        text_span: how many times its own length of running text a sample is chosen from.
-        choose_text: (layout, seed, sample_index) -> int64 [a + b], which tokens of that text it holds; None where `text_span` is 1: all.
+        uses_end_prompt: whether the last tokens of the sample are an end prompt.
+        varies_by_sample: whether two samples of the same lengths can have different positions (fused RoPE kernels need one row of
+            positions per micro-batch).
+        place: (layout, seed, sample_index) -> positions, int64 [a + b].
+        text_span: length of the running text from which a sample is chosen, as a multiple of the sample length.
+        choose_text: (layout, seed, sample_index) -> indices of the chosen tokens in that text, int64 [a + b]; None if `text_span` is 1 and
+            all tokens are used.
     """
 
     name: str
@@ -59,11 +60,11 @@ class PositionScheme:
     choose_text: Callable[[SampleLayout, int, int], IntArray] | None = None
 
     def shares_positions(self, *, prompt_lengths: list[int], micro_batch_size: int) -> bool:
-        """Whether all samples of every micro-batch have the same positions, so that one row of them serves all.
+        """Whether all samples of a micro-batch have the same positions, so that one row of positions is enough.
 
         Args:
-            prompt_lengths: b of each end prompt that a sample may draw.
-            micro_batch_size: samples.
+            prompt_lengths: b of each end prompt in the set.
+            micro_batch_size: samples per micro-batch.
         """
         varies = self.varies_by_sample or (self.uses_end_prompt and len(set(prompt_lengths)) > 1)
         return micro_batch_size == 1 or not varies
@@ -134,7 +135,7 @@ def get_scheme(name: str) -> PositionScheme:
     """The scheme registered under `name`.
 
     Raises:
-        ConfigError: no such scheme; the message lists those there are.
+        ConfigError: unknown scheme; the message lists the known ones.
     """
     if name not in SCHEMES:
         raise ConfigError(f"method.position_scheme={name}: no such scheme. Choose one of {', '.join(sorted(SCHEMES))}.")

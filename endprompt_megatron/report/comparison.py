@@ -1,5 +1,5 @@
-"""The page of a study: every method's numbers as mean and standard deviation over seeds, paired tests against the reference, costs,
-pictures, and the runs that failed. It states numbers and leaves the verdict to the reader."""
+"""The page of a study: results of every method as mean and standard deviation over seeds, paired tests against the reference, cost, figures
+and failed runs. It reports numbers without a verdict."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Section:
     """The runs of one budget.
 
     Attributes:
-        title: e.g. "The same number of tokens".
-        stem: of the pictures' file names.
-        results: of its finished runs.
-        note: what the reader has to know of how it was made.
+        title: heading, such as "The same number of tokens".
+        stem: stem of the figures' file names.
+        results: results of its finished runs.
+        note: explanation of how the runs were made.
     """
 
     title: str
@@ -59,16 +59,16 @@ def write_comparison(
     commands: list[str],
     draw: bool = True,
 ) -> Path:
-    """Write comparison.md, comparison.json and the pictures.
+    """Write comparison.md, comparison.json and the figures.
 
     Args:
-        output_dir: where they go.
-        study: what was compared.
-        sections: by budget; those without results are left out.
-        failed: runs without a result.
-        pending: runs that have not been started.
-        commands: that reproduce the study.
-        draw: whether to draw the pictures anew; else the page shows those that are there.
+        output_dir: directory of these files.
+        study: config of the study.
+        sections: one per budget; sections without results are left out.
+        failed: runs that failed.
+        pending: number of runs that have not been started.
+        commands: commands that reproduce the study.
+        draw: whether to draw the figures again; if not, the page shows existing ones.
     Returns:
         Path of the page.
     """
@@ -80,15 +80,15 @@ def write_comparison(
     for section, compared in zip(sections, suites, strict=True):
         parts += [f"## {section.title}", section.note]
         if section is not sections[0] and section.results == sections[0].results:
-            parts.append(f'These are the runs of "{sections[0].title}", and so are the numbers.')
+            parts.append(f'The runs and numbers are those of "{sections[0].title}".')
             continue
         groups = _ordered(by_label(section.results), study)
         tests = paired_tests(groups, study.reference)
         parts += [*_tables(groups, study, tests), *suite_tables(compared, study.reference)]
-        parts += _pictures(output_dir, section, groups, reference=study.reference, draw=draw)
+        parts += _figures(output_dir, section, groups, reference=study.reference, draw=draw)
     if failed:
-        rows = [[outcome.request.label, str(outcome.request.seed), outcome.request.budget, outcome.failure] for outcome in failed]
-        parts += ["## Runs that failed", table(["method", "seed", "budget", "reason"], rows), "The same command tries them again."]
+        rows = [[outcome.request.label, str(outcome.request.seed), outcome.request.budget, outcome.failure or ""] for outcome in failed]
+        parts += ["## Runs that failed", table(["method", "seed", "budget", "reason"], rows), "The same command repeats them."]
     if sections:
         parts += ["## Conditions", _conditions(sections[0].results)]
     page = output_dir / PAGE
@@ -104,17 +104,17 @@ def _ordered(groups: dict[str, list[RunResult]], study: StudyConfig) -> dict[str
 
 def _opening(study: StudyConfig, sections: list[Section], pending: int, commands: list[str]) -> str:
     lines = [
-        "Mean ± standard deviation over seeds; one seed has no deviation. A seed sets sample order, positions and the questions, which are "
-        "put at ordinary positions: methods with the same seeds are asked the same, others compare through Δ alone."
+        "Mean ± standard deviation over seeds; one seed has no deviation. The seed determines sample order, positions and probe questions. "
+        "Probes use contiguous positions. Methods with the same seeds get the same questions; otherwise compare only by Δ."
     ]
     if sections:
         first = sections[0].results[0]
         window, factor = first.summary["target_length"], first.summary["rope_factor"]
         lines.append(f"Window {native_window(first):,} -> {window:,} positions (RoPE factor {factor:g}).")
     if pending:
-        lines.append(f"**{pending} of the study's runs are still to be made; the command below goes on with them.**")
+        lines.append(f"**{pending} runs of the study are missing; the command below continues with them.**")
     notes = dict.fromkeys(note for section in sections for note in check_comparable(section.results))
-    lines += [f"Not asked the same: {note}." for note in notes]
+    lines += [f"Not comparable: {note}." for note in notes]
     return " ".join(lines) + "\n\n" + "\n".join(f"    {command}" for command in commands)
 
 
@@ -126,7 +126,7 @@ def _tables(groups: dict[str, list[RunResult]], study: StudyConfig, tests: list[
     header = ["method", "seeds", *[length_label(window) for window in windows], "Δ log-perplexity to reference", "p (t, seeds)"]
     rows = []
     for label, group in groups.items():
-        values = [_cell(group, lambda run, window=window: run.perplexity().get(window, math.nan), ".1f") for window in windows]
+        values = [_cell([run.perplexity().get(window, math.nan) for run in group], ".1f") for window in windows]
         rows.append([label, str(len(group)), *values, *_test_cells(tests, label, "log_perplexity", with_haystacks=False)])
     tables.append(table(header, rows))
     for task in TASKS:
@@ -134,19 +134,19 @@ def _tables(groups: dict[str, list[RunResult]], study: StudyConfig, tests: list[
             continue
         unit = "keys exact" if task != "variable_tracking" else "chains exact"
         beyond = any(length > native for run in runs for length in run.scores(task))
-        # pieces of a name that is begun are copied: only whole chains tell of tracking
+        # a model can copy the rest of a name once it has started, so only whole chains show tracking
         shares = {"exact_match": unit} | ({} if task == "variable_tracking" else {"digit_accuracy": "digits right"})
         figures = [*((figure, ".0%") for figure in shares), ("key_log_probability", ".2f")]
         header = ["method", "seeds", *shares.values(), "log-probability (nats)"]
-        header += [f"the same beyond {length_label(native)}"] if beyond else []
+        header += [f"log-probability beyond {length_label(native)} (nats)"] if beyond else []
         header += ["Δ log-probability", "p (t, seeds)", "p (sign flips, haystacks)"]
         rows = []
         for label, group in groups.items():
             if not any(run.scores(task) for run in group):
                 continue
-            cells = [_cell(group, lambda run, figure=figure, task=task: task_mean(run, task, figure), form) for figure, form in figures]
+            cells = [_cell([task_mean(run, task, figure) for run in group], form) for figure, form in figures]
             if beyond:
-                cells.append(_cell(group, lambda run, task=task: task_mean(run, task, "key_log_probability", beyond=native), ".2f"))
+                cells.append(_cell([task_mean(run, task, "key_log_probability", beyond=native) for run in group], ".2f"))
             rows.append([label, str(len(group)), *cells, *_test_cells(tests, label, task, with_haystacks=True)])
         lengths = sorted({length for run in runs for length in run.scores(task)})
         tables += [f"### {TASK_NAMES[task]}: means over {', '.join(map(length_label, lengths))} tokens", table(header, rows)]
@@ -155,7 +155,7 @@ def _tables(groups: dict[str, list[RunResult]], study: StudyConfig, tests: list[
 
 
 def _cost_table(groups: dict[str, list[RunResult]]) -> str:
-    header = ["method", "tokens a sample", "steps", "tokens", "fastest step (s)", "training (s) at that pace", "peak memory (GiB)"]
+    header = ["method", "tokens per sample", "steps", "tokens", "fastest step (s)", "steps x fastest step (s)", "peak memory (GiB)"]
     header.append("last loss")
     rows = []
     for label, group in groups.items():
@@ -168,10 +168,10 @@ def _cost_table(groups: dict[str, list[RunResult]]) -> str:
                 f"{summary['physical_length']:,}",
                 f"{summary['steps']:,}",
                 f"{summary['tokens']:,}",
-                _cell(group, lambda run: run.step_seconds, ".2f"),
-                _cell(group, lambda run: run.train_seconds, ",.0f"),
-                _cell(group, lambda run: run.peak_memory_gib, ".1f"),
-                _cell(group, lambda run: run.summary["loss_last"], ".3f"),
+                _cell([run.step_seconds for run in group], ".2f"),
+                _cell([run.train_seconds for run in group], ",.0f"),
+                _cell([run.peak_memory_gib for run in group], ".1f"),
+                _cell([run.summary["loss_last"] for run in group], ".3f"),
             ]
         )
     return table(header, rows) if rows else ""
@@ -192,9 +192,10 @@ def _test_note(study: StudyConfig, tests: list[PairedTest]) -> str:
     seeds = sorted({test.seeds for test in tests})
     haystacks = sorted({test.haystacks for test in tests if test.haystacks})
     return (
-        f"Δ: minus `{study.reference}`, mean over the seeds that both have ({', '.join(map(str, seeds))}). p (t, seeds): two-sided paired "
-        f"t-test, a seed is a unit. p (sign flips, haystacks): two-sided permutation test of Δ, a haystack is a unit "
-        f"({_range(haystacks)} of them); it knows the noise of the haystacks, not that of training. No correction for many comparisons."
+        f"Δ: method minus `{study.reference}`, mean over common seeds (number of seeds: {', '.join(map(str, seeds))}). p (t, seeds): "
+        f"two-sided paired t-test with the seed as unit. p (sign flips, haystacks): two-sided permutation test of Δ with the haystack as "
+        f"unit ({_range(haystacks)} haystacks); it covers the variation between haystacks, not between training runs. No correction for "
+        f"multiple comparisons."
     )
 
 
@@ -209,17 +210,21 @@ def _range(values: list[int]) -> str:
     return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
 
 
-def _pictures(output_dir: Path, section: Section, groups: dict[str, list[RunResult]], *, reference: str, draw: bool) -> list[str]:
-    drawn = [
-        (plot_scores_by_length, f"{section.stem}_by_length.png", "By context length: mean over seeds, bars one standard deviation."),
+def _figures(output_dir: Path, section: Section, groups: dict[str, list[RunResult]], *, reference: str, draw: bool) -> list[str]:
+    drawn: list[tuple[Callable[..., Path | None], str, str]] = [
+        (
+            plot_scores_by_length,
+            f"{section.stem}_by_length.png",
+            "Scores by context length: mean over seeds; bars are one standard deviation.",
+        ),
         (
             partial(plot_scores_by_distance, reference=reference),
             f"{section.stem}_by_distance.png",
-            f"By the distance from the question back to the fact, in bins of an octave. Right: minus `{reference}` for the same questions, "
-            "bars one standard error; where methods are far apart the axis is logarithmic outside of ±0.5. "
-            "Shaded: distances that EndPrompt's samples never show (eq. 9).",
+            f"Scores by the distance from the question back to the fact, in bins of one octave. Right: difference to `{reference}` on the "
+            f"same questions; bars are one standard error. If methods differ strongly, the axis is logarithmic outside of ±0.5. "
+            "Shaded: distances that do not occur in EndPrompt's samples (eq. 9).",
         ),
-        (plot_cost, f"{section.stem}_cost.png", "What training cost and what came of it."),
+        (plot_cost, f"{section.stem}_cost.png", "Results against the cost of training."),
     ]
     parts = []
     for plot, name, caption in drawn:
@@ -264,5 +269,5 @@ def _numbers(
     }
 
 
-def _cell(group: list[RunResult], value: Callable[[RunResult], float], form: str) -> str:
-    return spread(summarize([value(run) for run in group]), form)
+def _cell(values: list[float], form: str) -> str:
+    return spread(summarize(values), form)

@@ -1,5 +1,5 @@
-"""The page of an evaluation: RULER by task and length, LongBench by group, short tasks, each beside the paper's numbers; planted facts and
-perplexity; what did not run and why; the conditions. It is made from results.json alone."""
+"""The page of an evaluation: RULER by task and length, LongBench by group and short tasks, each with the paper's numbers; planted facts and
+perplexity; tasks that did not run, with reasons; the conditions. Its only input is results.json."""
 
 from __future__ import annotations
 
@@ -7,9 +7,25 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from endprompt_megatron.evaluation.tasks import BUILT_IN, LONGBENCH, NEEDLE, PERPLEXITY, PROBES, RULER, SHORT, SUITES, TASKS
+from endprompt_megatron.evaluation.tasks import (
+    BENCHMARK_HAYSTACK,
+    HAYSTACK_MARKS,
+    LONGBENCH,
+    MEGATRON_SUITES,
+    NEEDLE,
+    PERPLEXITY,
+    RULER,
+    RULER_OFFLINE,
+    SHORT,
+    STAND_IN_HAYSTACK,
+    SUITES,
+    TASKS,
+    Task,
+    name_in_results,
+    tasks_of,
+)
 from endprompt_megatron.output_files import replace_text
-from endprompt_megatron.report.figures.by_length import ESSAYS_MARK, PAPER_LENGTHS, STAND_IN_MARK, length_picture
+from endprompt_megatron.report.figures.by_length import PAPER_LENGTHS, length_picture
 from endprompt_megatron.report.figures.run import length_label
 from endprompt_megatron.report.probes import (
     NEEDLE_NOTE,
@@ -35,29 +51,29 @@ _PAPER: dict[str, dict[str, float]] = {
     "full fine-tuning": {RULER: 69.23, LONGBENCH: 35.63, SHORT: 50.98},
 }
 _RULER_NOTE = (
-    "Made by lm-eval, whose tasks are not NVIDIA's in every point: question answering counts the share of the accepted answers found where "
-    "NVIDIA counts any, common words lacks its worked example, and the answer prefix comes on top of the length. The means are ours: over "
-    "tasks, then over lengths. A mean of fewer than 13 tasks is no RULER score."
+    "Samples and scores by lm-eval, whose tasks differ from NVIDIA's in some points: question answering scores the share of the accepted "
+    "answers that occur where NVIDIA accepts any one, common words has no worked example, and the answer prefix is not part of the length. "
+    "The means are ours: over tasks, then over lengths. A mean of fewer than 13 tasks is no RULER score."
 )
-_PROBES_NOTE = (
+_RULER_OFFLINE_NOTE = (
     "Synthetic tasks in RULER's form (arXiv 2404.06654) with names and sentences of our own, on Megatron-Core: no RULER scores. Needles "
-    "hide in repeated sentences where a row does not say otherwise; prompt and answer fit the length together; an answer counts when it "
-    "occurs in the output, and of a question's accepted answers any one is enough, as NVIDIA's program has it."
+    "are hidden in repeated sentences unless a row names another haystack; prompt and answer together fit the length; an answer counts "
+    "when it occurs in the output, and of a question's accepted answers any one is enough, as in NVIDIA's program."
 )
 _LONGBENCH_NOTE = (
-    "Made by lm-eval, which cuts prompts longer than the window at their start, where LongBench's own program cuts the middle out. "
-    "The mean is that of the groups."
+    "Samples and scores by lm-eval, which truncates prompts longer than the window at their start, where LongBench's own program removes "
+    "the middle. The mean is that of the groups."
 )
-_SHORT_NOTE = "The paper's values are after supervised fine-tuning, with a number of worked examples that it does not tell."
+_SHORT_NOTE = "The paper's values are after supervised fine-tuning, with a number of worked examples that the paper does not state."
 
 
 def write_evaluation(output_dir: Path, results: dict[str, Any], *, pending: int = 0) -> Path:
-    """Write evaluation.md.
+    """Writes evaluation.md.
 
     Args:
-        output_dir: where it goes.
-        results: as in results.json.
-        pending: tasks and lengths that are still to be asked.
+        output_dir: its directory.
+        results: content of results.json.
+        pending: number of tasks and lengths that are not finished.
     Returns:
         Path of the page.
     """
@@ -67,14 +83,15 @@ def write_evaluation(output_dir: Path, results: dict[str, Any], *, pending: int 
     if of_suite[RULER]:
         picture = length_picture(Path(output_dir), RULER, {"this model": of_suite[RULER]}, results["conditions"])
         parts += ["## RULER", _ruler(of_suite[RULER]), picture, _intervals(of_suite[RULER]), _RULER_NOTE]
-        if any(STAND_IN_MARK in score["task"] for score in of_suite[RULER]):
+        if any(score["haystack"] == STAND_IN_HAYSTACK for score in of_suite[RULER]):
             parts.append(
                 "**Stand-in haystack**: these rows hide their needles in other prose than the benchmark's essays (conditions, local "
-                "sources). They are no RULER scores and no part of the means."
+                "sources). They are no RULER scores, and the means leave them out."
             )
-    if of_suite[PROBES]:
-        picture = length_picture(Path(output_dir), PROBES, {"this model": of_suite[PROBES]}, results["conditions"])
-        parts += ["## In RULER's form", _probes(of_suite[PROBES]), picture, _intervals(of_suite[PROBES]), _PROBES_NOTE]
+    if of_suite[RULER_OFFLINE]:
+        picture = length_picture(Path(output_dir), RULER_OFFLINE, {"this model": of_suite[RULER_OFFLINE]}, results["conditions"])
+        parts += ["## In RULER's form", _ruler_offline(of_suite[RULER_OFFLINE]), picture]
+        parts += [_intervals(of_suite[RULER_OFFLINE]), _RULER_OFFLINE_NOTE]
     if of_suite[LONGBENCH]:
         parts += ["## LongBench", _longbench(of_suite[LONGBENCH]), _intervals(of_suite[LONGBENCH]), _LONGBENCH_NOTE]
     if of_suite[SHORT]:
@@ -104,12 +121,12 @@ def _opening(results: dict[str, Any], pending: int) -> str:
     ran, missing = len(results["scores"]), len(results["not_run"])
     in_nats = any(score["suite"] == PERPLEXITY for score in results["scores"])
     scale = "Scores from 0 to 100" + (" (log_perplexity: nats a token, lower is better)" if in_nats else "")
-    beside_paper = any(score["suite"] not in BUILT_IN for score in results["scores"])
+    beside_paper = any(score["suite"] not in MEGATRON_SUITES for score in results["scores"])
     return (
         f"{scale}, by {conditions['harness']} ({conditions['backend']}, {conditions['dtype']}, {prompts}, BOS: "
         f"{conditions['bos']}). {ran} tasks and lengths ran"
         + (f", {missing} did not (reasons below)." if missing else ".")
-        + (f" **{pending} are still to be asked; the same command goes on with them.**" if pending else "")
+        + (f" **{pending} are not finished; the same command resumes them.**" if pending else "")
         + (f" Rows marked *paper*: {_SOURCE}; another model, and the authors' own runs." if beside_paper else "")
         + f"\n\n    {conditions['command']}"
     )
@@ -117,69 +134,78 @@ def _opening(results: dict[str, Any], pending: int) -> str:
 
 def _ruler(scores: list[dict[str, Any]]) -> str:
     lengths = sorted({score["length"] for score in scores})
-    found = {(score["task"], score["length"]): score["score"] for score in scores}
-    names = [task for task in TASKS if TASKS[task].suite == RULER]
-    rows, ours = [], {length: [found[name, length] for name in names if (name, length) in found] for length in lengths}
-    for name in [*names, *(name + STAND_IN_MARK for name in names)]:
-        values = [found.get((name, length)) for length in lengths]
-        if any(value is not None for value in values):
-            rows.append([name, *map(_score, values), _score(_mean(values))])
-    if any(ours.values()):
-        means = {length: _mean(values) for length, values in ours.items()}
-        total = "all" if all(len(values) == len(names) for values in ours.values()) else "of those that ran"
-        cells = [_score(means[length]) + _of(len(ours[length]), len(names)) for length in lengths]
-        place = next((index for index, row in enumerate(rows) if STAND_IN_MARK in row[0]), len(rows))
-        rows.insert(place, [f"**mean over tasks, {total}**", *cells, _score(_mean(list(means.values())))])
-    for method, values in _PAPER.items():
+    tasks = tasks_of([RULER])
+    measured = _scores_by_length(scores, [(task, BENCHMARK_HAYSTACK) for task in tasks], lengths)
+    stand_in = _scores_by_length(scores, [(task, STAND_IN_HAYSTACK) for task in tasks], lengths)
+    rows = [_task_row(name, values) for name, values in measured.items()]
+    if rows:
+        columns = [list(column) for column in zip(*measured.values(), strict=True)]
+        means = [_mean(column) for column in columns]
+        counts = [sum(value is not None for value in column) for column in columns]
+        total = "all" if all(count == len(tasks) for count in counts) else "of those that ran"
+        cells = [_score(mean) + _of(count, len(tasks)) for mean, count in zip(means, counts, strict=True)]
+        rows.append([f"**mean over tasks, {total}**", *cells, _score(_mean(means))])
+    rows += [_task_row(name, values) for name, values in stand_in.items()]
+    for method, published in _PAPER.items():
         by_length = PAPER_LENGTHS.get(method, {})
         cells = [_paper(by_length.get(length)) for length in lengths]
-        rows.append([f"*paper*, {method}, 13 tasks", *cells, f"{values[RULER]:.2f} (4K to 64K)"])
+        rows.append([f"*paper*, {method}, 13 tasks", *cells, f"{published[RULER]:.2f} (4K to 64K)"])
     return table(["task", *map(length_label, lengths), "mean over lengths"], rows)
 
 
-def _probes(scores: list[dict[str, Any]]) -> str:
+def _ruler_offline(scores: list[dict[str, Any]]) -> str:
     lengths = sorted({score["length"] for score in scores})
-    found = {(score["task"], score["length"]): score["score"] for score in scores}
-    names = [name + mark for name in TASKS for mark in ("", ESSAYS_MARK, STAND_IN_MARK)]
-    names = [name for name in names if any((name, length) in found for length in lengths)]
-    values = [[found.get((name, length)) for length in lengths] for name in names]
-    rows = [[name, *map(_score, row), _score(_mean(row))] for name, row in zip(names, values, strict=True)]
-    means = [_mean(list(column)) for column in zip(*values, strict=True)]
-    asked = [_of(sum(value is not None for value in column), len(names)) for column in zip(*values, strict=True)]
-    cells = [_score(mean) + lacking for mean, lacking in zip(means, asked, strict=True)]
+    measured = _scores_by_length(scores, [(task, haystack) for task in tasks_of([RULER_OFFLINE]) for haystack in HAYSTACK_MARKS], lengths)
+    rows = [_task_row(name, values) for name, values in measured.items()]
+    columns = list(zip(*measured.values(), strict=True))
+    means = [_mean(list(column)) for column in columns]
+    counts = [_of(sum(value is not None for value in column), len(measured)) for column in columns]
+    cells = [_score(mean) + count for mean, count in zip(means, counts, strict=True)]
     rows.append(["**mean over tasks**", *cells, _score(_mean(means))])
     return table(["task", *map(length_label, lengths), "mean over lengths"], rows)
 
 
+def _scores_by_length(scores: list[dict[str, Any]], rows: list[tuple[Task, str]], lengths: list[int]) -> dict[str, list[float | None]]:
+    """{display name: score at each length} for those (task, haystack) in `rows` that have a score."""
+    found = {(score["task_id"], score["haystack"], score["length"]): score["score"] for score in scores}
+    values = {name_in_results(task, haystack): [found.get((task.id, haystack, length)) for length in lengths] for task, haystack in rows}
+    return {name: row for name, row in values.items() if any(value is not None for value in row)}
+
+
+def _task_row(name: str, values: list[float | None]) -> list[str]:
+    return [name, *map(_score, values), _score(_mean(values))]
+
+
 def _longbench(scores: list[dict[str, Any]]) -> str:
-    groups = list(dict.fromkeys(task.group for task in TASKS.values() if task.suite == LONGBENCH))
-    wanted = {group: [task.name for task in TASKS.values() if task.suite == LONGBENCH and task.group == group] for group in groups}
-    found = {score["task"]: score["score"] for score in scores}
+    tasks = tasks_of([LONGBENCH])
+    groups = list(dict.fromkeys(task.group for task in tasks))
+    found = {score["task_id"]: score["score"] for score in scores}
     cells, means = [], []
     for group in groups:
-        values = [found[name] for name in wanted[group] if name in found]
+        ids = [task.id for task in tasks if task.group == group]
+        values = [found[name] for name in ids if name in found]
         means.append(_mean(values))
-        cells.append(_score(means[-1]) + _of(len(values), len(wanted[group])))
+        cells.append(_score(means[-1]) + _of(len(values), len(ids)))
     rows = [["this model", *cells, _score(_mean(means)) + _of(sum(mean is not None for mean in means), len(groups))]]
     rows += [[f"*paper*, {method}", *[MISSING] * len(groups), f"{values[LONGBENCH]:.2f}"] for method, values in _PAPER.items()]
     return table(["", *groups, "mean"], rows)
 
 
 def _short(scores: list[dict[str, Any]]) -> str:
-    names = [task for task in TASKS if TASKS[task].suite == SHORT]
-    found = {score["task"]: score["score"] for score in scores}
-    ran = [found.get(name) for name in names]
-    total = _score(_mean(ran)) + _of(sum(value is not None for value in ran), len(names))
+    tasks = tasks_of([SHORT])
+    found = {score["task_id"]: score["score"] for score in scores}
+    ran = [found.get(task.id) for task in tasks]
+    total = _score(_mean(ran)) + _of(sum(value is not None for value in ran), len(tasks))
     rows = [["this model", *map(_score, ran), total]]
-    rows += [[f"*paper*, {method}", *[MISSING] * len(names), f"{values[SHORT]:.2f}"] for method, values in _PAPER.items()]
-    return table(["", *names, "mean"], rows)
+    rows += [[f"*paper*, {method}", *[MISSING] * len(tasks), f"{values[SHORT]:.2f}"] for method, values in _PAPER.items()]
+    return table(["", *(task.title for task in tasks), "mean"], rows)
 
 
 def _intervals(scores: list[dict[str, Any]]) -> str:
-    """Every score with its interval, folded away: it is what a comparison needs and a reader seldom does."""
+    """Table of every score with its interval, collapsed by default."""
     order = list(TASKS)
     rows = []
-    for score in sorted(scores, key=lambda score: (order.index(score["task"].partition(" (")[0]), score["length"] or 0)):
+    for score in sorted(scores, key=lambda score: (order.index(score["task_id"]), score["length"] or 0)):
         interval = MISSING if score["interval"] is None else f"{score['interval'][0]:.1f} to {score['interval'][1]:.1f}"
         cells = [score["task"], _length(score["length"]), score["metric"], _score(score["score"]), interval]
         rows.append([*cells, str(score["samples"]), f"{score['seconds']:,.0f}", f"[samples]({score['records']})"])
@@ -204,9 +230,9 @@ def _mean(values: list[float | None]) -> float | None:
     return fmean(known) if known else None
 
 
-def _of(count: int, wanted: int) -> str:
-    """What a mean lacks."""
-    return f" ({count} of {wanted})" if 0 < count < wanted else ""
+def _of(count: int, total: int) -> str:
+    """How many of the values of a mean exist; empty where all do."""
+    return f" ({count} of {total})" if 0 < count < total else ""
 
 
 def _score(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""The parts of an evaluation's page that tell of planted facts and of perplexity: tables, maps by depth and length, what distance does."""
+"""The sections of an evaluation's page on planted facts and perplexity: tables, maps by depth and length, and retrieval by distance."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from endprompt_megatron.evaluation.probes.gap import ANCHOR, GAP, NEAR
-from endprompt_megatron.evaluation.tasks import GAP_TASK, NEEDLE_PREFIX, TASKS
+from endprompt_megatron.evaluation.tasks import GAP_TASK, TASKS
 from endprompt_megatron.report.figures.evaluation import Cells, plot_depth_by_length
 from endprompt_megatron.report.figures.run import length_label, plot_perplexity
 from endprompt_megatron.report.tables import MISSING, table
@@ -16,52 +16,52 @@ from endprompt_megatron.report.tables import MISSING, table
 Scores = Sequence[Mapping[str, Any]]
 _REGIONS = {NEAR: "near: seen within a segment", GAP: "gap: never seen", ANCHOR: "anchor: seen between prompt and text"}
 NEEDLE_NOTE = (
-    "Keys of digits hide in repeated sentences (pass-key test), and the answer is graded under teacher forcing: an answer is right where "
-    "greedy decoding would write all of it. In brackets: share of its parts (digits, keys, names) that are the most likely ones, and its "
-    "log-probability in nats. Questions about one text are not independent: intervals take a text as a unit."
+    "Keys of digits are hidden in repeated sentences (pass-key test). The answer is scored under teacher forcing: it is right where greedy "
+    "decoding would produce all of it. In brackets: the share of its parts (digits, keys, names) that are the most likely ones, and its "
+    "log-probability in nats. Questions about one text are not independent, so intervals take a text as the unit."
 )
 PERPLEXITY_NOTE = (
-    "The same tokens of the same documents at every length, without a BOS; a longer window can only help through the context it adds. "
-    "Interval: bootstrap over documents, which differ far more from each other than windows do: compare models on the same documents."
+    "The same tokens of the same documents at every length, without a BOS; a longer window can only help through its additional context. "
+    "Interval: bootstrap over documents, which differ far more from each other than windows do. Compare models on the same documents."
 )
 
 
 def needle_table(scores: Scores) -> str:
-    """Retrieval by task and length, the gap probe apart."""
-    asked = [score for score in scores if score["task"] != GAP_TASK]
-    lengths = sorted({score["length"] for score in asked})
-    found = {(score["task"], score["length"]): score for score in asked}
-    names = [name for name in TASKS if any((name, length) in found for length in lengths)]
-    rows = [[name.removeprefix(NEEDLE_PREFIX), *(_retrieval(found.get((name, length))) for length in lengths)] for name in names]
+    """Table of retrieval by task and length, without the gap task."""
+    found = {(score["task_id"], score["length"]): score for score in scores if score["task_id"] != GAP_TASK}
+    lengths = sorted({length for _, length in found})
+    tasks = [task for task in TASKS.values() if any((task.id, length) in found for length in lengths)]
+    rows = [[task.title, *(_retrieval(found.get((task.id, length))) for length in lengths)] for task in tasks]
     return table(["task", *map(length_label, lengths)], rows) if rows else ""
 
 
 def _retrieval(score: Mapping[str, Any] | None) -> str:
     if score is None:
         return MISSING
-    graded = score["graded"]
-    return f"{score['score']:.0f} ({100 * graded['parts_right']:.0f}%, {_signed(graded['log_probability'])})"
+    details = score["graded"]
+    return f"{score['score']:.0f} ({100 * details['parts_right']:.0f}%, {_signed(details['log_probability'])})"
 
 
 def needle_maps(output_dir: Path, panels: Mapping[str, Scores], conditions: Mapping[str, Any]) -> list[str]:
-    """A map for each task whose questions have depths, where it was asked at two lengths or more; a panel for each system.
+    """Draws a map for each task whose questions have depths, with a panel for each system. Tasks with scores at fewer than two lengths are
+    skipped.
 
     Args:
-        output_dir: where the pictures go.
+        output_dir: directory of the figures.
         panels: {system: its scores}.
         conditions: with native_window and window.
     Returns:
-        Markdown of the pictures.
+        Markdown of the figures.
     """
     pictures = []
-    tasks = dict.fromkeys(score["task"] for scores in panels.values() for score in scores if score["length"] and score.get("graded"))
+    tasks = dict.fromkeys(score["task_id"] for scores in panels.values() for score in scores if score["length"] and score.get("graded"))
     for task in tasks:
-        cells = {label: _cells([score for score in scores if score["task"] == task]) for label, scores in panels.items()}
+        cells = {label: _cells([score for score in scores if score["task_id"] == task]) for label, scores in panels.items()}
         cells = {label: found for label, found in cells.items() if found}
         places = [set(axis) for axis in zip(*(cell for found in cells.values() for cell in found), strict=True)]
         if len(places) < 2 or min(map(len, places)) < 2:
             continue
-        name = task.removeprefix(NEEDLE_PREFIX).replace("_", " ")
+        name = TASKS[task].title.replace("_", " ")
         path = plot_depth_by_length(
             output_dir / f"{task}_depth_by_length.png",
             cells,
@@ -85,7 +85,7 @@ def _cells(scores: Scores) -> Cells:
 
 
 def region_table(panels: Mapping[str, Scores]) -> str:
-    """What distance does: questions by whether the training of EndPrompt showed their distances."""
+    """Table of retrieval by region: whether EndPrompt's training covered the distances of the questions."""
     rows = []
     for label, scores in panels.items():
         for score in scores:
@@ -93,17 +93,17 @@ def region_table(panels: Mapping[str, Scores]) -> str:
             for region in [name for name in _REGIONS if name in regions] if len(regions) > 1 else []:
                 figures = regions[region]
                 first, last = figures["distances"]
-                task = score["task"].removeprefix(NEEDLE_PREFIX) + (f" at {length_label(score['length'])}" if score["length"] else "")
+                task = TASKS[score["task_id"]].title + (f" at {length_label(score['length'])}" if score["length"] else "")
                 rows.append([
                     task, label, _REGIONS[region], f"{first:,} to {last:,}", f"{100 * figures['exact_match']:.0f}",
                     f"{100 * figures['digit_accuracy']:.0f}", _signed(figures["key_log_probability"]), str(figures["trials"]),
                 ])  # fmt: skip
-    header = ["task", "system", "distances", "asked, in tokens", "exact (%)", "digits (%)", "log-probability (nats)", "questions"]
+    header = ["task", "system", "distances", "measured, in tokens", "exact (%)", "digits (%)", "log-probability (nats)", "questions"]
     return table(header, rows, numbers_from=3) if rows else ""
 
 
 def perplexity_table(panels: Mapping[str, Scores]) -> str:
-    """Perplexity by window."""
+    """Table of perplexity by window."""
     lengths = sorted({score["length"] for scores in panels.values() for score in scores})
     rows = []
     for label, scores in panels.items():
@@ -121,15 +121,15 @@ def _perplexity(score: Mapping[str, Any] | None) -> str:
 
 
 def perplexity_windows(conditions: Mapping[str, Any]) -> str:
-    """How the windows lie, in a sentence."""
+    """One sentence on the placement of the windows."""
     stride = conditions["perplexity"]["stride"]
     if not stride:
         return "Windows do not overlap."
-    return f"Windows slide by {stride} tokens: a token is scored with at least window − {stride} tokens before it, or all that there are."
+    return f"Windows slide by {stride} tokens: a token is scored with at least window − {stride} tokens of context, or all there are."
 
 
 def perplexity_picture(output_dir: Path, panels: Mapping[str, Scores], conditions: Mapping[str, Any]) -> str:
-    """Perplexity by window, where two lengths or more were asked."""
+    """Draws perplexity by window and returns the Markdown of the figure; empty where there are fewer than two lengths."""
     systems = {
         label: {"label": label, "perplexity": {str(score["length"]): math.exp(score["score"]) for score in scores}}
         for label, scores in panels.items()

@@ -1,5 +1,5 @@
-"""How far each system of a run reads: planted facts and perplexity inside the native window and beyond it, in sentences for the terminal
-and the page, and what training changed over the new RoPE alone."""
+"""Sentences about the reach of each system of a run, for the terminal and the page: retrieval of planted facts and perplexity inside and
+beyond the native window, and the effect of training relative to the new RoPE alone."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from typing import Any
 from endprompt_megatron.comparison.training_effect import answer_change, loss_change
 
 SYSTEM_ORDER = ("base", "untrained", "control", "trained")
-# tasks of long texts, the one that leads pages and pictures first
+# tasks on long texts; the first one comes first in pages and figures
 PLANTED = {"number": "numbers", "word": "words"}
 
 
 def ordered_systems(systems: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The systems in the order in which every table and picture has them."""
+    """The systems in the order of all tables and figures."""
     names = [name for name in SYSTEM_ORDER if name in systems] + [name for name in systems if name not in SYSTEM_ORDER]
     return {name: systems[name] for name in names}
 
 
 def headline_task(system: Mapping[str, Any]) -> str:
-    """The task of long texts that leads pages and pictures: numbers where they were asked for, else words."""
+    """The main task on long texts for pages and figures: numbers if measured, else words."""
     return next((task for task in PLANTED if system.get(task)), "number")
 
 
 def right_answers(figures: Mapping[str, Any], *, native: int) -> dict[str, tuple[int, int]]:
-    """{"inside" | "beyond": (right, asked)} over the lengths up to the native window and over those beyond it; a side without a question is
-    missing."""
+    """{"inside" | "beyond": (right answers, questions)} over the lengths up to the native window and over longer ones. A side without
+    questions has no entry."""
     found: dict[str, tuple[int, int]] = {}
     for length, score in figures.items():
         side = "beyond" if int(length) > native else "inside"
-        right, asked = found.get(side, (0, 0))
+        right, questions = found.get(side, (0, 0))
         trials = int(score["trials"])
-        found[side] = (right + round(score["exact_match"] * trials), asked + trials)
+        found[side] = (right + round(score["exact_match"] * trials), questions + trials)
     return found
 
 
 def mean_perplexity(values: Mapping[str, float], *, native: int) -> dict[str, float]:
-    """{"inside" | "beyond": geometric mean over the lengths of that side}; a side without a length is missing."""
+    """{"inside" | "beyond": geometric mean over the lengths of that side}. A side without lengths has no entry."""
     logs: dict[str, list[float]] = {}
     for length, value in values.items():
         logs.setdefault("beyond" if int(length) > native else "inside", []).append(math.log(value))
@@ -46,24 +46,24 @@ def mean_perplexity(values: Mapping[str, float], *, native: int) -> dict[str, fl
 
 
 def reach_sentences(systems: Mapping[str, Any], *, native: int) -> list[str]:
-    """What was found inside and beyond the native window, a sentence a measure, and what training changed.
+    """One sentence per measure for the results inside and beyond the native window, and the effect of training.
 
     Args:
         systems: `systems` of evaluation.json.
         native: window of the base, in tokens.
     Returns:
-        sentences; none where no text longer than the native window was read.
+        The sentences; empty if no text was longer than the native window.
     """
     known = ordered_systems(systems)
     lengths = sorted({int(length) for system in known.values() for length in system.get("perplexity") or {}})
     beyond = [length for length in lengths if length > native]
     if not beyond:
         return []
-    told = f"{', '.join(f'{length:,}' for length in beyond)} tokens"
+    tokens = f"{', '.join(f'{length:,}' for length in beyond)} tokens"
     sentences = []
     for task, words in PLANTED.items():
         counts = {name: right_answers(system[task], native=native) for name, system in known.items() if system.get(task)}
-        for side, where in (("beyond", f"Beyond the native window of {native:,} ({told})"), ("inside", "Inside it")):
+        for side, where in (("beyond", f"Beyond the native window of {native:,} ({tokens})"), ("inside", "Inside it")):
             parts = [f"{_short(known, name)} {found[side][0]} of {found[side][1]}" for name, found in counts.items() if side in found]
             if parts:
                 sentences.append(f"{where}, planted {words} answered: {', '.join(parts)}.")
@@ -71,12 +71,12 @@ def reach_sentences(systems: Mapping[str, Any], *, native: int) -> list[str]:
     for side, where in (("beyond", "Beyond the native window"), ("inside", "Inside it")):
         parts = [f"{_short(known, name)} {found[side]:.1f}" for name, found in means.items() if side in found]
         if parts:
-            sentences.append(f"{where}, perplexity of text that was not trained on: {', '.join(parts)}.")
+            sentences.append(f"{where}, perplexity of held-out text: {', '.join(parts)}.")
     return sentences + training_sentences(known, native=native)
 
 
 def training_sentences(systems: Mapping[str, Any], *, native: int) -> list[str]:
-    """Whether training changed anything over the base with the new RoPE alone, said in words either way."""
+    """The effect of training relative to the base with the new RoPE alone, also if there is none."""
     before, after = systems.get("untrained"), systems.get("trained")
     if not before or not after:
         return []
@@ -89,14 +89,15 @@ def training_sentences(systems: Mapping[str, Any], *, native: int) -> list[str]:
             percent = [100 * math.expm1(value) for value in (change.change, change.low, change.high)]
             parts.append(f"perplexity {side} {percent[0]:+.1f}% (95% interval {percent[1]:+.1f} to {percent[2]:+.1f})")
     for task, words in PLANTED.items():
-        change = answer_change(before.get(task) or {}, after.get(task) or {}, [n for n in lengths if n > native])
-        if change:
-            shown |= change.p < 0.05
-            parts.append(f"planted {words} beyond {change.before} -> {change.after} of {change.questions} (sign test p = {change.p:.2g})")
+        answers = answer_change(before.get(task) or {}, after.get(task) or {}, [n for n in lengths if n > native])
+        if answers:
+            shown |= answers.p < 0.05
+            right = f"{answers.before} -> {answers.after} of {answers.questions}"
+            parts.append(f"planted {words} beyond {right} (sign test p = {answers.p:.2g})")
     if not parts:
         return []
-    added = "changed" if shown else "added nothing measurable at this budget"
-    return [f"Over the new RoPE alone, training {added}: " + "; ".join(parts) + "."]
+    effect = "has an effect" if shown else "has no measurable effect at this budget"
+    return [f"Relative to the new RoPE alone, training {effect}: " + "; ".join(parts) + "."]
 
 
 def _short(systems: Mapping[str, Mapping[str, Any]], name: str) -> str:

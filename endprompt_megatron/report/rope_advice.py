@@ -1,5 +1,4 @@
-"""The page that compares RoPE scalings of an untrained base: a table, a picture and a recommendation that follows from the figures by a
-rule that the page states."""
+"""The page that compares RoPE scalings of an untrained base: a table, a figure and a recommendation by a rule that the page states."""
 
 from __future__ import annotations
 
@@ -11,13 +10,13 @@ from endprompt_megatron.output_files import replace_text
 from endprompt_megatron.report.figures.reach import plot_reach
 from endprompt_megatron.report.reach import PLANTED, headline_task, mean_perplexity, right_answers
 
-# A scaling reads as it is where it keeps this much of what the base does inside its window.
+# A scaling is usable without training if it keeps these shares of the base's results inside its window.
 KEPT_INSIDE, KEPT_BEYOND, PERPLEXITY_INSIDE = 0.9, 0.8, 1.05
 RULE = (
-    f"Rule: a scaling is usable untrained where it keeps at least {KEPT_INSIDE:.0%} of the base's answers inside the native window, "
-    f"answers beyond it at least {KEPT_BEYOND:.0%} of the share that the base answers inside, and its perplexity inside is at most "
-    f"{PERPLEXITY_INSIDE} of the base's. Of several scalings the one with the most right answers beyond is recommended, then the one with "
-    f"the lower perplexity."
+    f"Rule: a scaling is usable without training if it keeps at least {KEPT_INSIDE:.0%} of the base's right answers inside the native "
+    f"window, if its share of right answers beyond the window is at least {KEPT_BEYOND:.0%} of the base's share inside, and if its "
+    f"perplexity inside is at most {PERPLEXITY_INSIDE} times the base's. The recommended scaling is the one with the most right answers "
+    f"beyond the window; if several have the same number, the one with the lowest perplexity beyond."
 )
 
 
@@ -31,15 +30,15 @@ def usable_untrained(system: Mapping[str, Any], base: Mapping[str, Any], *, nati
 
 
 def _share(found: Mapping[str, tuple[int, int]], side: str) -> float:
-    right, asked = found.get(side, (0, 0))
-    return right / asked if asked else 0.0
+    right, questions = found.get(side, (0, 0))
+    return right / questions if questions else 0.0
 
 
 def recommend(systems: Mapping[str, Mapping[str, Any]], *, native: int) -> tuple[str, list[str]]:
-    """The scaling to take, and the sentences that say why and whether to train.
+    """The recommended scaling, and sentences that explain it and whether training is needed.
 
     Args:
-        systems: {"base" and names of scalings: figures of the probes}.
+        systems: {"base" or name of a scaling: results of the probes}.
         native: window of the base, in tokens.
     """
     base = systems["base"]
@@ -54,26 +53,26 @@ def recommend(systems: Mapping[str, Mapping[str, Any]], *, native: int) -> tuple
     counts, of_base = ({"inside": (0, 0), "beyond": (0, 0)} | right_answers(one[task], native=native) for one in (scaled[best], base))
     perplexity, perplexity_of_base = (mean_perplexity(one["perplexity"], native=native) for one in (scaled[best], base))
     why = (
-        f"Recommended: rope={best}. Untrained it answers {counts['beyond'][0]} of {counts['beyond'][1]} questions beyond {native:,} "
+        f"Recommended: rope={best}. Without training it answers {counts['beyond'][0]} of {counts['beyond'][1]} questions beyond {native:,} "
         f"tokens (base {of_base['beyond'][0]}) and {counts['inside'][0]} of {counts['inside'][1]} inside (base {of_base['inside'][0]}), "
         f"with a perplexity of {perplexity['inside']:.1f} inside (base {perplexity_of_base['inside']:.1f}) and "
         f"{perplexity['beyond']:.1f} beyond (base {perplexity_of_base['beyond']:.1f})."
     )
     if usable_untrained(scaled[best], base, native=native):
-        train = "It reads the longer window as it is: train to gain on text of your own kind, not to make it read."
+        train = "It can use the longer window without training. Train to improve on your kind of text."
     else:
-        train = "It does not read the longer window well enough as it is: train it, and compare with this row."
+        train = "It does not use the longer window well enough without training. Train it, and compare the result with this row."
     return best, [why, train]
 
 
 def write_rope_page(path: Path, described: Mapping[str, Any]) -> list[str]:
-    """Write the page and its picture.
+    """Write the page and its figure.
 
     Args:
-        path: of the page; the picture lies beside it.
-        described: experiment, native, target, command, conditions, systems (figures by name, with "seconds").
+        path: path of the page; the figure is written to the same directory.
+        described: experiment, native, target, command, conditions, systems ({name: results of the probes, with "seconds"}).
     Returns:
-        the table and the recommendation, as lines.
+        The table and the recommendation, as lines.
     """
     systems, native = described["systems"], described["native"]
     tasks = [task for task in PLANTED if systems["base"].get(task)]
@@ -85,7 +84,7 @@ def write_rope_page(path: Path, described: Mapping[str, Any]) -> list[str]:
         perplexity = mean_perplexity(system["perplexity"], native=native)
         usable = "" if name == "base" else "yes" if usable_untrained(system, systems["base"], native=native) else "no"
         sides = [found.get(side, (0, 0)) for found in counts for side in ("inside", "beyond")]
-        shares = [f"{right} of {asked}" for right, asked in sides]
+        shares = [f"{right} of {questions}" for right, questions in sides]
         rows.append(
             [system["label"], *shares, f"{perplexity['inside']:.1f}", f"{perplexity['beyond']:.1f}", usable, f"{system['seconds']:.0f}"]
         )
@@ -101,7 +100,7 @@ def write_rope_page(path: Path, described: Mapping[str, Any]) -> list[str]:
         f"`{described['command']}`",
         "\n".join(table),
         f"Inside: contexts of {', '.join(f'{n:,}' for n in lengths if n <= native)} tokens; beyond: "
-        f"{', '.join(f'{n:,}' for n in lengths if n > native)}. Seconds: of this start; 0 where figures of an earlier one were read.",
+        f"{', '.join(f'{n:,}' for n in lengths if n > native)}. Seconds: of this start; 0 for results of an earlier start.",
         "\n".join(advice),
         RULE,
         f"![Retrieval and perplexity of every scaling]({picture.name})",

@@ -1,5 +1,5 @@
-"""The page that a run leaves behind: what was done, the numbers before and after, the conditions they hold under, pictures, and what
-to do next. It states numbers and leaves the verdict to the reader."""
+"""The report of a run: what was done, results before and after training, conditions, figures, and next steps. It reports numbers without a
+verdict."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from endprompt_megatron.report.figures.reach import plot_reach
 from endprompt_megatron.report.figures.run import length_label, plot_loss, plot_needle, plot_perplexity, plot_positions
 from endprompt_megatron.report.reach import PLANTED, ordered_systems, reach_sentences
 
-# Tables and sentences: key of evaluation.json -> what it is called
+# key of evaluation.json -> name in tables and sentences
 RETRIEVAL = {"needle": "key retrieval", **{task: f"planted {words}" for task, words in PLANTED.items()}}
 _MISSING = "–"
-# Only for the picture, where the run did not record b: too few to see beside a whole window, and the text says so.
+# Used in the figure of positions if the run did not record b; the caption says so. The exact value is not visible at the scale of a window.
 _DRAWN_PROMPT_TOKENS = 16
 
 
 def write_report(output_dir: Path) -> Path:
-    """Write `report.md` and its pictures from what a run left in its output directory.
+    """Write `report.md` and its figures from the files in a run's output directory.
 
     Args:
-        output_dir: holds summary.json, and metrics.jsonl and evaluation.json where there are any. A record `end_prompt_tokens` (b) in
-            summary.json or among the conditions of evaluation.json places the end prompt in the picture.
+        output_dir: directory with summary.json and, if they exist, metrics.jsonl and evaluation.json. The figure of positions reads
+            `end_prompt_tokens` (b) from summary.json or from the conditions in evaluation.json.
     Returns:
         Path of report.md.
     Raises:
@@ -37,21 +37,21 @@ def write_report(output_dir: Path) -> Path:
     output_dir = Path(output_dir)
     summary = _read_json(output_dir / "summary.json")
     if summary is None:
-        raise DataError(f"{output_dir}/summary.json: not there. A report is written from a finished run; run recipes/extend.py first.")
+        raise DataError(f"{output_dir}/summary.json: not found. A report needs a finished run; run recipes/extend.py first.")
     evaluation = _read_json(output_dir / "evaluation.json") or {}
     sections = [
         f"# {summary['experiment']}: {summary['target_length']:,} positions from samples of {summary['physical_length']:,} tokens",
         _what_was_done(summary, evaluation),
         _reach(output_dir, summary, evaluation),
         "## Before and after",
-        format_table(evaluation) if evaluation.get("systems") else "No evaluation was run (`evaluation.enabled=false`).",
+        format_table(evaluation) if evaluation.get("systems") else "No probes were run (`probes.enabled=false`).",
         _reading_note(evaluation),
         "## Conditions",
         _conditions(summary, evaluation),
-        _where_the_time_went(summary),
-        "## Pictures",
-        _pictures(output_dir, summary, evaluation),
-        "## What next",
+        _time_by_phase(summary),
+        "## Figures",
+        _figures(output_dir, summary, evaluation),
+        "## Next steps",
         _what_next(output_dir, summary),
     ]
     path = output_dir / "report.md"
@@ -60,55 +60,55 @@ def write_report(output_dir: Path) -> Path:
 
 
 def _reach(output_dir: Path, summary: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
-    """The picture and the sentences of long texts; empty where none was read."""
+    """Figure and sentences about long texts; empty if the run has none."""
     systems = ordered_systems(evaluation.get("systems") or {})
     if not any(system.get(task) for system in systems.values() for task in PLANTED):
         return ""
     native = native_window(summary)
     longest = max(int(length) for system in systems.values() for task in PLANTED for length in system.get(task) or {})
-    title = f"{summary['experiment']}: native window {native:,} tokens, read to {longest:,}"
+    title = f"{summary['experiment']}: native window {native:,} tokens, texts up to {longest:,} tokens"
     path = plot_reach(output_dir / "reach.png", systems, native=native, title=title)
     caption = (
-        "What is retrieved and how well text is predicted, by context length and by distance, inside the native window and beyond it "
-        "(shaded). One text is read once a system; intervals count every question, those about one fact at several lengths included."
+        "Retrieval and perplexity by context length and by distance, inside the native window and beyond it (shaded). Every system reads "
+        "each text once. The intervals count every question, also those about the same fact at several lengths."
     )
     sentences = "\n".join(f"- {sentence}" for sentence in reach_sentences(systems, native=native))
     advice = (
-        "Which RoPE scaling suits this model and window, and whether training is needed at all: "
-        f"`python recipes/choose_rope.py +experiment={summary['experiment']}` compares them untrained."
+        f"To compare RoPE scalings for this model and window without training: "
+        f"`python recipes/choose_rope.py +experiment={summary['experiment']}`."
     )
-    return "\n\n".join(["## How far it reads", _picture(path, caption), sentences, advice])
+    return "\n\n".join(["## Reach", _picture(path, caption), sentences, advice])
 
 
-def _where_the_time_went(summary: Mapping[str, Any]) -> str:
-    stages = summary.get("stage_seconds") or {}
-    if not stages:
+def _time_by_phase(summary: Mapping[str, Any]) -> str:
+    phases = summary.get("stage_seconds") or {}
+    if not phases:
         return ""
-    rows = "\n".join(f"| {stage} | {seconds:,.0f} |" for stage, seconds in stages.items())
-    return f"Where the time went:\n\n| stage | seconds |\n| --- | ---: |\n{rows}\n| all of it | {summary['wall_seconds']:,.0f} |"
+    rows = "\n".join(f"| {phase} | {seconds:,.0f} |" for phase, seconds in phases.items())
+    return f"Time by phase:\n\n| phase | seconds |\n| --- | ---: |\n{rows}\n| total | {summary['wall_seconds']:,.0f} |"
 
 
 def format_table(evaluation: Mapping[str, Any]) -> str:
-    """A markdown table: one row a system and measure, one column a length.
+    """A Markdown table with one row per measure and system, and one column per length.
 
     Args:
         evaluation: content of evaluation.json. Systems and lengths may be missing.
     Returns:
-        The table, without a line end. Retrieval reads `exact (digits right, log-probability of the key in nats)`.
+        The table, without a final line end. Retrieval cells are `exact (digits right, log-probability of the key in nats)`.
     """
     header, rows = _table_cells(evaluation)
     aligned = ["---", "---", *["---:"] * (len(header) - 2)]
-    # "|" in a label would end the cell.
+    # "|" would end the cell
     return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in (header, aligned, *rows))
 
 
 def format_terminal_table(evaluation: Mapping[str, Any]) -> str:
-    """The same table as plain text in aligned columns.
+    """The table of `format_table` as plain text with aligned columns.
 
     Args:
         evaluation: content of evaluation.json. Systems and lengths may be missing.
     Returns:
-        Lines joined by line ends, the last without one.
+        The table, without a final line end.
     """
     header, rows = _table_cells(evaluation)
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
@@ -127,7 +127,7 @@ def format_terminal_table(evaluation: Mapping[str, Any]) -> str:
         lines.append(line(row))
         previous = row[0]
     if any(row[0] in RETRIEVAL.values() for row in rows):
-        lines += ["", "retrieval: answers exact (parts of them right, mean log-probability of the answer in nats)"]
+        lines += ["", "retrieval: share of exact answers (share of right parts, mean log-probability of the answer in nats)"]
     return "\n".join(lines)
 
 
@@ -159,11 +159,11 @@ def _retrieval(score: Any) -> str:
     if not score or _number(score.get("exact_match")) is None:
         return _MISSING
     digits, log_probability = _number(score.get("digit_accuracy")), _number(score.get("key_log_probability"))
-    graded = [
+    partial_scores = [
         _MISSING if digits is None else f"{digits:.0%}",
         _MISSING if log_probability is None else f"{log_probability:.2f}".replace("-", "−"),
     ]
-    return f"{score['exact_match']:.0%} ({', '.join(graded)})"
+    return f"{score['exact_match']:.0%} ({', '.join(partial_scores)})"
 
 
 def _what_was_done(summary: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
@@ -172,8 +172,8 @@ def _what_was_done(summary: Mapping[str, Any], evaluation: Mapping[str, Any]) ->
         f"The base model's window of {native_window(summary):,} positions was stretched to {summary['target_length']:,} (RoPE factor "
         f"{factor:g}) with the method `{summary['method']}`, seed {summary['seed']}: {summary['steps']:,} optimizer steps, "
         f"{summary['tokens']:,} tokens, in samples of {summary['physical_length']:,} physical tokens.",
-        _optional(summary, "loss_first", "loss_last", text="The training loss went from {:.3f} to {:.3f} nats a token."),
-        _optional(summary, "tokens_per_second", text="Training ran at {:,.0f} tokens a second")
+        _optional(summary, "loss_first", "loss_last", text="The training loss went from {:.3f} to {:.3f} nats per token."),
+        _optional(summary, "tokens_per_second", text="Training ran at {:,.0f} tokens per second")
         + _optional(summary, "wall_seconds", text=", the whole run took {:,.0f} seconds")
         + _optional(summary, "peak_memory_gib", text=" and at most {:.2f} GiB on one rank")
         + f", on {summary['world_size']} process{'' if summary['world_size'] == 1 else 'es'} (backend {summary['backend']}).",
@@ -185,10 +185,10 @@ def _what_was_done(summary: Mapping[str, Any], evaluation: Mapping[str, Any]) ->
 def _measured_sentences(evaluation: Mapping[str, Any]) -> list[str]:
     systems = ordered_systems(evaluation.get("systems") or {})
     sentences = []
-    planted = "Planted {} retrieved at {{}}, exactly (parts right, log-probability): "
+    planted = "Planted {} retrieved at {{}}, exact (parts right, log-probability): "
     for key, cell, opening in (
         ("perplexity", _perplexity, "Perplexity at {}: "),
-        ("needle", _retrieval, "Keys retrieved at {}, exactly (digits right, log-probability): "),
+        ("needle", _retrieval, "Keys retrieved at {}, exact (digits right, log-probability): "),
         *((task, _retrieval, planted.format(words)) for task, words in PLANTED.items()),
     ):
         measured = {name: {int(length) for length in system.get(key) or {}} for name, system in systems.items() if system.get(key)}
@@ -213,12 +213,12 @@ def _reading_note(evaluation: Mapping[str, Any]) -> str:
             if score and score.get("trials")
         }
     )
-    counted = f" Trials a length: {', '.join(map(str, trials))}." if trials else ""
+    counted = f" Trials per length: {', '.join(map(str, trials))}." if trials else ""
     return (
         "Perplexity: lower is better. Retrieval: share of planted keys, words or numbers reproduced exactly; in brackets the share of "
-        "their parts (digits) right and the mean log-probability of the whole answer in nats (0 is certainty), which also move while no "
-        "whole answer comes out right."
-        f"{counted} {_MISSING} was not measured."
+        "right parts (digits) and the mean log-probability of the whole answer in nats (0 means certain). These two can change while no "
+        "whole answer is right."
+        f"{counted} {_MISSING} means not measured."
     )
 
 
@@ -229,7 +229,7 @@ def _conditions(summary: Mapping[str, Any], evaluation: Mapping[str, Any]) -> st
     return "\n".join(f"- {key}: {f'{value:,}' if isinstance(value, int) and key != 'seed' else value}" for key, value in rows.items())
 
 
-def _pictures(output_dir: Path, summary: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+def _figures(output_dir: Path, summary: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
     pictures = [_positions_picture(output_dir, summary, evaluation)]
     records = read_metrics(output_dir / "metrics.jsonl")
     if any(_number(record.get("loss")) is not None for record in records):
@@ -237,7 +237,7 @@ def _pictures(output_dir: Path, summary: Mapping[str, Any], evaluation: Mapping[
     systems = ordered_systems(evaluation.get("systems") or {})
     if any(system.get("needle") for system in systems.values()):
         path = plot_needle(output_dir / "needle.png", systems, original_context_length=native_window(summary))
-        pictures.append(_picture(path, "Key retrieval by context length. Points are moved sideways a little where they would coincide."))
+        pictures.append(_picture(path, "Key retrieval by context length. Points that would coincide are shifted sideways."))
     pictures += _maps(output_dir, systems, summary)
     if any(system.get("perplexity") for system in systems.values()):
         path = plot_perplexity(output_dir / "perplexity.png", systems, original_context_length=native_window(summary))
@@ -246,7 +246,7 @@ def _pictures(output_dir: Path, summary: Mapping[str, Any], evaluation: Mapping[
 
 
 def _maps(output_dir: Path, systems: Mapping[str, Mapping[str, Any]], summary: Mapping[str, Any]) -> list[str]:
-    """A map by depth and length for each kind of key that was asked for at several of both."""
+    """A map by depth and length for each kind of key that was tested at several depths and lengths."""
     pictures = []
     for key, kind in (("needle", "one key"), ("multi_key", "one of several keys")):
         panels = {}
@@ -271,14 +271,14 @@ def _maps(output_dir: Path, systems: Mapping[str, Mapping[str, Any]], summary: M
             target_context_length=summary["target_length"],
             title=f"Retrieval of {kind} by depth and length",
         )
-        pictures.append(_picture(path, f"Retrieval of {kind} by the depth of the fact and the length of the text: digits right."))
+        pictures.append(_picture(path, f"Retrieval of {kind} by the depth of the fact and the length of the text: share of right digits."))
     return pictures
 
 
 def _positions_picture(output_dir: Path, summary: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
     method = str(summary["method"])
     if "pose" in method or "random" in method:
-        return f"Positions: `{method}` draws them anew for each sample, so no single picture shows them."
+        return f"Positions: `{method}` draws different positions for each sample, so there is no figure of them."
     physical = summary["physical_length"]
     recorded = summary.get("end_prompt_tokens", (evaluation.get("conditions") or {}).get("end_prompt_tokens"))
     prompt = recorded if isinstance(recorded, int) else (_DRAWN_PROMPT_TOKENS if "endprompt" in method else 0)
@@ -290,7 +290,7 @@ def _positions_picture(output_dir: Path, summary: Mapping[str, Any], evaluation:
         target_context_length=summary["target_length"],
         original_context_length=native_window(summary),
     )
-    caption = "Where the tokens of a training sample sit, and which relative distances training shows the model."
+    caption = "Positions of the tokens of a training sample, and the relative distances that occur in training."
     if prompt and recorded is None:
         caption += f" The run did not record the end prompt's length; it is drawn with {prompt} tokens."
     return _picture(path, caption)
@@ -302,7 +302,7 @@ def _picture(path: Path, caption: str) -> str:
 
 def _what_next(output_dir: Path, summary: Mapping[str, Any]) -> str:
     longer = (
-        "Train longer; the run goes on from its last checkpoint (`trainer.max_steps` counts all steps, those of this run included):\n\n"
+        "Train longer from the last checkpoint (`trainer.max_steps` counts all steps, including those of this run):\n\n"
         "```bash\n"
         f"python recipes/extend.py +experiment={summary['experiment']} output_dir={output_dir} trainer.max_steps={2 * summary['steps']}\n"
         "```"
@@ -311,19 +311,19 @@ def _what_next(output_dir: Path, summary: Mapping[str, Any]) -> str:
     if not checkpoint:
         return f"{longer}\n\nNo Hugging Face checkpoint was exported."
     load = (
-        "Load the result with transformers (its config.json holds the new window and the RoPE scaling):\n\n"
+        "Load the result with transformers (its config.json contains the new window and the RoPE scaling):\n\n"
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{checkpoint}")\n'
         f'model = AutoModelForCausalLM.from_pretrained("{checkpoint}", dtype="auto")\n'
         "```\n\n"
-        f"vLLM multiplies the window by the RoPE factor on its own: give it `max_model_len={summary['target_length']}`."
+        f"vLLM multiplies the window by the RoPE factor, so set `max_model_len={summary['target_length']}`."
     )
     return f"{longer}\n\n{load}"
 
 
 def native_window(summary: Mapping[str, Any]) -> int:
-    """Positions before the stretch, from summary.json."""
+    """The native window of the base, in positions, from summary.json."""
     return round(summary["target_length"] / summary["rope_factor"])
 
 

@@ -1,5 +1,5 @@
-"""What recipes/evaluate.py found of several models, side by side: tables of paired differences, maps, and curves by length. The same tables
-stand on the page of a study whose runs were evaluated."""
+"""Page that compares results of recipes/evaluate.py for several models: tables of paired differences, maps, and curves by length. The page
+of a study has the same tables where its runs were evaluated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from endprompt_megatron.comparison.paired_evaluations import Evaluation
 from endprompt_megatron.comparison.paired_suites import TaskComparison, compare_evaluations
 from endprompt_megatron.comparison.statistics import Summary
-from endprompt_megatron.evaluation.tasks import LOG_PERPLEXITY, NEEDLE, PERPLEXITY, PROBES, RULER
+from endprompt_megatron.evaluation.tasks import LOG_PERPLEXITY, NEEDLE, PERPLEXITY, RULER, RULER_OFFLINE
 from endprompt_megatron.output_files import replace_text
 from endprompt_megatron.report.figures.by_length import length_picture
 from endprompt_megatron.report.figures.run import length_label
@@ -31,34 +31,34 @@ from endprompt_megatron.report.probes import (
 from endprompt_megatron.report.tables import MISSING, p_value, signed, spread, table, without_nan
 
 PAGE, NUMBERS = "comparison.md", "comparison.json"
-_TOLD = ("harness", "backend", "dtype", "bos", "samples", "seed", "window", "native_window", "hardware", "torch")
+_SHOWN_CONDITIONS = ("harness", "backend", "dtype", "bos", "samples", "seed", "window", "native_window", "hardware", "torch")
 
 
 def write_suite_comparison(
     output_dir: Path, name: str, models: Mapping[str, Mapping[int, Evaluation]], *, reference: str, commands: Sequence[str]
 ) -> Path:
-    """Write comparison.md, comparison.json and the pictures.
+    """Writes comparison.md, comparison.json and the figures.
 
     Args:
-        output_dir: where they go.
+        output_dir: their directory.
         name: of the comparison.
-        models: {label: {seed of the training: scores}}, each with at least one score.
-        reference: label that the others are compared with.
-        commands: that reproduce the page.
+        models: {label: {training seed: scores}}, each with at least one score.
+        reference: label of the model that the others are compared with.
+        commands: command lines that reproduce the page.
     Returns:
         Path of the page.
     """
     compared = compare_evaluations(models, reference)
-    told = {label: next(iter(next(iter(seeds.values())).values())).conditions for label, seeds in models.items()}
+    shown = {label: next(iter(next(iter(seeds.values())).values())).conditions for label, seeds in models.items()}
     windows = {
-        "native_window": min(conditions["native_window"] for conditions in told.values()),
-        "window": max(conditions["window"] for conditions in told.values()),
+        "native_window": min(conditions["native_window"] for conditions in shown.values()),
+        "window": max(conditions["window"] for conditions in shown.values()),
     }
     counts = {label: len(seeds) for label, seeds in models.items()}
     opening = (
         f"Scores of 0 to 100 by recipes/evaluate.py. Reference: `{reference}`. Trainings (seeds): "
         + ", ".join(f"{label} {count}" for label, count in counts.items())
-        + (". With fewer than three seeds nothing here knows the noise of training." if min(counts.values()) < 3 else ".")
+        + (". With fewer than three seeds, nothing here includes the noise of training." if min(counts.values()) < 3 else ".")
     )
     parts = [f"# {name}: evaluations compared", opening, "\n".join(f"    {command}" for command in commands)]
     for suite in dict.fromkeys(key.suite for seeds in models.values() for found in seeds.values() for key in sorted(found)):
@@ -67,8 +67,8 @@ def write_suite_comparison(
         parts += [f"## {suite}", *_section(Path(output_dir), suite, panels, {**_conditions_of(models, suite), **windows})]
         of_suite = {label: [found for found in tasks if found.key.suite == suite] for label, tasks in compared.items()}
         parts += suite_tables(of_suite, reference)
-    rows = [[label, *(str(conditions.get(key, MISSING)) for key in _TOLD)] for label, conditions in told.items()]
-    parts += ["## Conditions", table(["", *(key.replace("_", " ") for key in _TOLD)], rows, numbers_from=None)]
+    rows = [[label, *(str(conditions.get(key, MISSING)) for key in _SHOWN_CONDITIONS)] for label, conditions in shown.items()]
+    parts += ["## Conditions", table(["", *(key.replace("_", " ") for key in _SHOWN_CONDITIONS)], rows, numbers_from=None)]
     page = Path(output_dir) / PAGE
     replace_text(page, "\n\n".join(part for part in parts if part) + "\n")
     numbers = {"reference": reference, "models": {label: [asdict(found) for found in tasks] for label, tasks in compared.items()}}
@@ -83,17 +83,17 @@ def _section(output_dir: Path, suite: str, panels: Mapping[str, list[dict[str, A
     if suite == PERPLEXITY:
         windows = perplexity_windows(conditions)
         return [perplexity_table(panels), f"{windows} {PERPLEXITY_NOTE}", perplexity_picture(output_dir, panels, conditions)]
-    return [length_picture(output_dir, suite, panels, conditions)] if suite in (RULER, PROBES) else []
+    return [length_picture(output_dir, suite, panels, conditions)] if suite in (RULER, RULER_OFFLINE) else []
 
 
 def _conditions_of(models: Mapping[str, Mapping[int, Evaluation]], suite: str) -> dict[str, Any]:
-    """Of the first score of the suite: a model's suites may have been asked in evaluations of their own."""
+    """Conditions of the suite's first score. A model's suites may come from separate evaluations."""
     scores = (found for seeds in models.values() for scores in seeds.values() for key, found in scores.items() if key.suite == suite)
     return next(scores).conditions
 
 
 def _merged(seeds: Mapping[int, Evaluation], suite: str) -> list[dict[str, Any]]:
-    """Rows of results.json, averaged over the seeds that have them; intervals over samples are of a single seed alone."""
+    """Entries of results.json, averaged over seeds. Only a single seed has intervals over samples."""
     found = []
     for key in sorted({key for scores in seeds.values() for key in scores if key.suite == suite}):
         entries = [scores[key].entry for scores in seeds.values() if key in scores]
@@ -107,7 +107,7 @@ def _merged(seeds: Mapping[int, Evaluation], suite: str) -> list[dict[str, Any]]
 
 
 def _mean_of(values: Sequence[Any]) -> Any:
-    """Numbers averaged, of nested dicts of the same keys; what is no number as the first has it."""
+    """Averages the floats of nested dicts. Other values are those of the first dict."""
     first = values[0]
     if isinstance(first, dict):
         return {key: _mean_of([value[key] for value in values if key in value]) for key in first}
@@ -115,7 +115,7 @@ def _mean_of(values: Sequence[Any]) -> Any:
 
 
 def suite_tables(suites: Mapping[str, Sequence[TaskComparison]], reference: str) -> list[str]:
-    """Tasks by model, with differences to the reference; empty where nothing was evaluated.
+    """Table of tasks by model with differences to the reference; empty where nothing was evaluated.
 
     Args:
         suites: {label: its comparisons}.
@@ -126,13 +126,12 @@ def suite_tables(suites: Mapping[str, Sequence[TaskComparison]], reference: str)
         return []
     header = ["task", "method", "seeds", "score", "Δ", "95 % interval", "p (sign flips, samples)", "common samples"]
     note = (
-        f"Scores by recipes/evaluate.py. Δ: minus `{reference}` on the samples that both answered (questions about one text are one "
-        "sample), averaged over their common seeds; interval (bootstrap) and p take a sample as a unit and know nothing of the noise of "
-        "training."
+        f"Scores by recipes/evaluate.py. Δ: difference to `{reference}` on the samples of both (questions about one text are one sample), "
+        "averaged over their common seeds; interval (bootstrap) and p take a sample as the unit and do not include the noise of training."
     )
     differing = dict.fromkeys(f"{label} in {name}" for label, found in compared for name in found.differing)
     if differing:
-        note += f" **Not evaluated as the reference was: {', '.join(differing)}.**"
+        note += f" **Evaluated under other conditions than the reference: {', '.join(differing)}.**"
     better = ["higher is better"] if any(found.key.task != LOG_PERPLEXITY for _, found in compared) else []
     if any(found.key.task == LOG_PERPLEXITY for _, found in compared):
         better.append(f"{LOG_PERPLEXITY}: nats a token, lower is better")

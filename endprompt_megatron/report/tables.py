@@ -1,4 +1,4 @@
-"""Tables of pages in Markdown, and numbers as their cells have them."""
+"""Markdown tables, and the format of numbers in their cells."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers_from:
     """A table in Markdown.
 
     Args:
-        header, rows: cells; a bar in one becomes a slash.
-        numbers_from: first column that is aligned to the right; None: none is.
+        header, rows: cells. A "|" in a cell becomes "/".
+        numbers_from: first column that is aligned to the right; None aligns no column to the right.
     """
     first = len(header) if numbers_from is None else numbers_from
     aligned = ["---" if column < first else "---:" for column in range(len(header))]
@@ -23,7 +23,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers_from:
 
 
 def spread(summary: Summary, form: str) -> str:
-    """Mean ± deviation, each in the format `form`."""
+    """Mean ± deviation, both in the format `form`."""
     if math.isnan(summary.mean):
         return MISSING
     text = format(summary.mean, form)
@@ -33,17 +33,17 @@ def spread(summary: Summary, form: str) -> str:
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """A difference, with its sign."""
+    """A difference with its sign."""
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def p_value(value: float) -> str:
-    """A p-value; NaN is missing."""
+    """A p-value as text; NaN becomes MISSING."""
     return MISSING if math.isnan(value) else ("<0.001" if value < 0.001 else f"{value:.3f}")
 
 
 def without_nan(value: object) -> object:
-    """What is not a number as null: JSON has no NaN."""
+    """Replace NaN by None in nested values, because JSON has no NaN."""
     if isinstance(value, dict):
         return {key: without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,5 +1,5 @@
-"""A rotary embedding that reads explicit position_ids. Megatron-Core's own builds its table from the sequence length alone and
-caches it, so position_ids have no effect on it.
+"""A rotary embedding for explicit position_ids. Megatron-Core's own embedding builds its table from the sequence length alone and caches
+it, so position_ids have no effect on it.
 
 Shapes: b micro-batch, s sequence on this rank, d head dim; Megatron order [s, b, n, d].
 """
@@ -17,11 +17,11 @@ from endprompt_megatron.rope.scaling import RopeScaling
 
 
 class PositionRotaryEmbedding(RotaryEmbedding):
-    """Rotary angles of the positions that `at(position_ids)` announced, in float32.
+    """Rotary angles, in float32, of the positions set by `at(position_ids)`.
 
     Args:
-        scaling: makes the frequencies; can be replaced by `set_scaling`. Its attention factor is the business of the model
-            (EndPromptGPTModel.set_rope): angles cannot carry it.
+        scaling: computes the frequencies; `set_scaling` replaces it. The model applies its attention factor
+            (EndPromptGPTModel.set_rope), because angles cannot represent a factor.
     """
 
     def __init__(self, scaling: RopeScaling):
@@ -36,14 +36,14 @@ class PositionRotaryEmbedding(RotaryEmbedding):
 
     @contextmanager
     def at(self, position_ids: Tensor) -> Iterator[None]:
-        """Let forward passes inside the block use these positions.
+        """Use these positions for the forward passes inside the block.
 
         Args:
-            position_ids: int64 [s], shared by the micro-batch, or [b, s], for this rank's part of the sequence (sliced already where
-                context parallelism slices).
+            position_ids: int64 [s], shared by the micro-batch, or [b, s], for this rank's part of the sequence (already sliced for context
+                parallelism).
         """
         if position_ids.dim() not in (1, 2):
-            raise ValueError(f"position_ids of shape {tuple(position_ids.shape)}: [s] or [b, s] is needed")
+            raise ValueError(f"position_ids of shape {tuple(position_ids.shape)}: must be [s] or [b, s]")
         self._position_ids = position_ids
         try:
             yield
@@ -53,16 +53,16 @@ class PositionRotaryEmbedding(RotaryEmbedding):
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: object = None) -> Tensor:
         """Angles, float32: [s, 1, 1, d] for positions [s], [s, b, 1, d] for positions [b, s].
 
-        The arguments are Megatron's; the length is only compared with the positions (it counts the whole sequence, of which
-        context parallelism leaves a share here). There is no cache: the table of one micro-batch costs far less than one layer.
+        The arguments are those of Megatron. `max_seq_len` counts the whole sequence over all context parallel ranks and is only used to
+        check the number of positions. There is no cache: the table of one micro-batch costs far less than one layer.
         """
         if self._position_ids is None:
-            raise RuntimeError("the rotary embedding was called outside EndPromptGPTModel.forward: it has no positions")
+            raise RuntimeError("the rotary embedding was called outside EndPromptGPTModel.forward, so it has no positions")
         context_parallel_size = self.cp_group.size() if self.cp_group is not None else 1
         if self._position_ids.shape[-1] * context_parallel_size != max_seq_len:
             raise RuntimeError(
                 f"{self._position_ids.shape[-1]} position_ids for {max_seq_len} tokens over {context_parallel_size} context-parallel "
-                f"ranks: every token needs its position"
+                f"ranks: every token needs a position"
             )
         if self.inv_freq.device != self._position_ids.device:
             self.inv_freq = self.inv_freq.to(self._position_ids.device)

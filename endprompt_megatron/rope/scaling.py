@@ -1,5 +1,5 @@
-"""What a position means: one object makes the rotary frequencies for training, the RoPE fields of config.json for export and the
-numbers for theory, so that these cannot differ. Plain numbers in, numpy out."""
+"""RoPE scaling. One object computes the rotary frequencies for training, the RoPE fields of config.json for export and the numbers for
+theory, so these cannot differ. numpy only."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from endprompt_megatron.errors import CheckpointError, ConfigError
 
 FloatArray = npt.NDArray[np.float32]
 
-# ntk and abf are another base of the frequencies and nothing else, so config.json names that base
+# ntk and abf only change the base of the frequencies, so config.json holds that base
 _HF_TYPE = {"none": "default", "pi": "linear", "ntk": "default", "abf": "default", "yarn": "yarn", "llama3": "llama3"}
 SCALING_TYPES = tuple(_HF_TYPE)
 _NEEDS_ORIGINAL = ("yarn", "llama3")
-# keys of the config group rope that a type reads beside its factor
+# keys of the config group rope that a type reads in addition to its factor
 _OPTIONS = {
     "ntk": ("ntk_dynamic_factor",),
     "abf": ("theta",),
     "yarn": ("beta_fast", "beta_slow"),
     "llama3": ("low_freq_factor", "high_freq_factor"),
 }
-# keys of transformers' rope_scaling that from_hf understands, by type; another key would change the frequencies unseen
+# keys of transformers' rope_scaling that from_hf supports, by type; an ignored key could change the frequencies without notice
 _COMMON_KEYS = {"rope_type", "type", "rope_theta"}
 _HF_KEYS = {
     "default": set(),
@@ -38,26 +38,28 @@ _HF_KEYS = {
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Rotary frequencies and how they are stretched.
+    """Rotary frequencies with their scaling.
 
     Attributes:
-        type: `none` (the model's own), `pi` (position interpolation: every frequency is divided by `factor`), `ntk` (a larger base: the
-            lowest frequency is divided by `factor`, the highest kept), `abf` (a larger base that is given), `yarn` (low frequencies are
-            divided, high ones kept, and attention is sharpened), `llama3` (as Llama 3.1: low frequencies divided, high ones kept).
+        type: `none` (the model's own), `pi` (position interpolation: every frequency is divided by `factor`), `ntk` (a larger base:
+            the lowest frequency is divided by `factor`, the highest is kept), `abf` (a given larger base), `yarn` (low frequencies are
+            divided, high ones kept, and attention is sharpened), `llama3` (as in Llama 3.1: low frequencies are divided, high ones kept).
         rope_theta: the base of the frequencies.
-        head_dim: d, dimensions of one head that are rotated (all of them); even.
-        factor: s, how far positions are stretched; 1.0 for `none`.
-        original_context_length: window before the stretch, in positions; `yarn` and `llama3` cut their frequency bands by it.
-        theta: `abf`: the base in the place of `rope_theta`.
-        ntk_dynamic_factor: `ntk`: f of the dynamic rule, which makes s' = f s - (f - 1) of a window of s L_original and is pinned there;
-            None is the static rule, s' = s. The base becomes theta s'^(d / (d - 2)).
-        low_freq_factor, high_freq_factor: `llama3`: wavelengths above original / low are divided, below original / high kept.
-        beta_fast, beta_slow: `yarn`: rotations over the original window above which a frequency is kept, below which it is divided.
-        truncate: `yarn`: whether the ends of the band between are rounded outwards to whole dimensions.
-        explicit_attention_factor: `yarn`: instead of 0.1 ln(factor) + 1.
+        head_dim: d, dimensions of one head; even. All of them are rotated.
+        factor: s, the stretch of the window; 1.0 for `none`.
+        original_context_length: window before the stretch, in positions; `yarn` and `llama3` define their frequency bands with it.
+        theta: for `abf`, the base that replaces `rope_theta`.
+        ntk_dynamic_factor: for `ntk`, f of the dynamic rule, evaluated once at the target window of s L_original: s' = f s - (f - 1). None
+            selects the static rule, s' = s. The base becomes theta s'^(d / (d - 2)).
+        low_freq_factor, high_freq_factor: for `llama3`, frequencies with wavelengths above original / low are divided, and those with
+            wavelengths below original / high kept.
+        beta_fast, beta_slow: for `yarn`, a frequency with more than beta_fast rotations over the original window is kept, one with fewer
+            than beta_slow is divided.
+        truncate: for `yarn`, whether the ends of the band between the two are rounded outwards to whole dimensions.
+        explicit_attention_factor: for `yarn`, replaces 0.1 ln(factor) + 1.
     Source: position interpolation (arXiv 2306.15595), which EndPrompt uses (arXiv 2605.14589, eq. 6); a raised base
-    (arXiv 2309.16039); YaRN (arXiv 2309.00071), which tells NTK too; the dynamic rule as LCEG (arXiv 2409.12181) trains with it;
-    the frequencies of Llama 3.1 as transformers computes them.
+    (arXiv 2309.16039); YaRN (arXiv 2309.00071), which also describes NTK; the dynamic rule as in the training of LCEG
+    (arXiv 2409.12181); the frequencies of Llama 3.1 as computed by transformers.
     """
 
     type: str
@@ -80,34 +82,39 @@ class RopeScaling:
         if self.type == "none" and self.factor != 1.0:
             raise ConfigError(f"rope.factor={self.factor} with rope.type=none: it must be 1.0. Set rope.type=pi to stretch.")
         if not (self.factor >= 1.0 and math.isfinite(self.factor)):
-            raise ConfigError(f"rope.factor={self.factor}: a window is stretched by a finite factor >= 1.")
+            raise ConfigError(f"rope.factor={self.factor}: must be finite and >= 1.")
         if self.head_dim < 2 or self.head_dim % 2:
-            raise ConfigError(f"head_dim={self.head_dim}: rotary embedding needs an even, positive number of dimensions.")
+            raise ConfigError(f"head_dim={self.head_dim}: must be even and positive for rotary embedding.")
         if self.type in _NEEDS_ORIGINAL and not (self.original_context_length or 0) > 0:
             raise ConfigError(
                 f"rope.original_context_length={self.original_context_length} with rope.type={self.type}: must be the window before the "
                 f"stretch, in positions."
             )
         if self.ntk_dynamic_factor is not None and (self.type != "ntk" or not self.ntk_dynamic_factor >= 1):
-            raise ConfigError(f"rope.ntk_dynamic_factor={self.ntk_dynamic_factor} with rope.type={self.type}: for ntk alone, and >= 1.")
+            raise ConfigError(
+                f"rope.ntk_dynamic_factor={self.ntk_dynamic_factor} with rope.type={self.type}: must be >= 1, and null for "
+                f"types other than ntk."
+            )
         if self.type == "abf" and not (self.theta and self.rope_theta <= self.theta < math.inf):
             raise ConfigError(
                 f"rope.theta={self.theta} with rope.type=abf: must be the raised base, at least the model's own rope_theta="
-                f"{self.rope_theta:g}. A stretch by {self.factor:g} with the static NTK rule has {self._ntk_theta(self.factor):.4g}."
+                f"{self.rope_theta:g}. For a factor of {self.factor:g} the static NTK rule gives {self._ntk_theta(self.factor):.4g}."
             )
         if self.type != "abf" and self.theta is not None:
-            raise ConfigError(f"rope.theta={self.theta} with rope.type={self.type}: for abf alone. Set rope=abf, or rope.theta=null.")
+            raise ConfigError(
+                f"rope.theta={self.theta} with rope.type={self.type}: only rope.type=abf uses it. Set rope=abf, or rope.theta=null."
+            )
         if self.type == "ntk" and self.head_dim < 4:
-            raise ConfigError(f"head_dim={self.head_dim} with rope.type=ntk: at least 4 dimensions are needed.")
+            raise ConfigError(f"head_dim={self.head_dim} with rope.type=ntk: must be at least 4.")
         if self.type == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
             raise ConfigError(
-                f"low_freq_factor={self.low_freq_factor}, high_freq_factor={self.high_freq_factor}: 0 < low < high is needed "
+                f"low_freq_factor={self.low_freq_factor}, high_freq_factor={self.high_freq_factor}: 0 < low < high must hold "
                 f"(Llama 3.1: 1, 4)."
             )
 
     @property
     def attention_factor(self) -> float:
-        """What cosine and sine are multiplied with; 1.0 unless the scaling is `yarn`."""
+        """Factor of cosine and sine; 1.0 unless the type is `yarn`."""
         if self.type != "yarn":
             return 1.0
         if self.explicit_attention_factor is not None:
@@ -116,8 +123,8 @@ class RopeScaling:
 
     @property
     def effective_theta(self) -> float:
-        """The base that the frequencies are computed from; `rope_theta` unless the scaling is `ntk` or `abf`."""
-        if self.type == "abf":
+        """Base of the scaled frequencies; `rope_theta` unless the type is `ntk` or `abf`."""
+        if self.type == "abf" and self.theta is not None:
             return self.theta
         if self.type != "ntk":
             return self.rope_theta
@@ -128,13 +135,13 @@ class RopeScaling:
         return self.rope_theta * stretch ** (self.head_dim / max(1, self.head_dim - 2))
 
     def inv_freq(self) -> FloatArray:
-        """Angular frequencies in radians a position, float32 [head_dim / 2], highest first.
+        """Angular frequencies in radians per position, float32 [head_dim / 2], highest first.
 
-        Computed in float32 in the order of transformers' own code (power, reciprocal, division by the factor): at position 65,535 a
-        frequency that differs in its last bit turns a head by several milliradians.
+        They are computed in float32 in the order of operations of transformers (power, reciprocal, division by the factor). At position
+        65,535 a difference in the last bit of a frequency changes the angle by several milliradians.
         """
         exponent = np.arange(0, self.head_dim, 2, dtype=np.int64).astype(np.float32) / np.float32(self.head_dim)
-        # rounded once from float64: equals torch's float32 power but for a last bit in a few hundred (tests/unit/rope)
+        # rounded once from float64: equals torch's float32 power except for the last bit of one value in a few hundred (tests/unit/rope)
         power = np.power(np.float64(self.effective_theta), exponent.astype(np.float64)).astype(np.float32)
         own = np.float32(1.0) / power
         if self.type == "yarn":
@@ -146,17 +153,17 @@ class RopeScaling:
         return (own / np.float32(self.factor)).astype(np.float32) if self.type == "pi" else own
 
     def unscaled_window(self, max_position_embeddings: int) -> int:
-        """The window before this stretch, in positions, of a model whose config.json says `max_position_embeddings`."""
+        """The window before this stretch, in positions, of a model whose config.json has this `max_position_embeddings`."""
         return self.original_context_length or round(max_position_embeddings / self.factor)
 
     def extended(self, settings: Mapping[str, Any], *, max_position_embeddings: int) -> RopeScaling:
-        """What a model with these frequencies is extended with.
+        """The scaling that extends a model with these frequencies.
 
         Args:
             settings: the config group rope, as a mapping.
-            max_position_embeddings: of the model.
+            max_position_embeddings: max_position_embeddings of the model.
         Raises:
-            ConfigError: as stretched.
+            ConfigError: see `stretched`.
         """
         kind, factor = settings["type"], settings["factor"]
         if settings.get("existing_scaling") == "multiply":
@@ -173,20 +180,27 @@ class RopeScaling:
         """These frequencies, all divided by a further `factor`.
 
         Raises:
-            ConfigError: the result is none of the types that config.json can name.
+            ConfigError: config.json has no RoPE type for the result.
         """
         if self.type not in ("none", "pi"):
             raise ConfigError(
                 f"the base's RoPE scaling of type {self.type} (factor {self.factor:g}) cannot be multiplied by another factor: no "
-                f"rope_type of config.json means both. Set rope.existing_scaling=replace to start from the unscaled frequencies."
+                f"rope_type of config.json describes both. Set rope.existing_scaling=replace to start from the unscaled frequencies."
             )
         return RopeScaling("pi", self.rope_theta, self.head_dim, factor=self.factor * factor)
 
+    @property
+    def _native_window(self) -> int:
+        assert self.original_context_length is not None  # of these types: see __post_init__
+        return self.original_context_length
+
     def _yarn_ramp(self) -> FloatArray:
-        """0 where a frequency is kept, 1 where it is divided, [head_dim / 2]."""
+        """Weights of the divided frequencies, [head_dim / 2]: 0 keeps a frequency, 1 divides it."""
+
+        original = self._native_window
 
         def dimension_of(rotations: float) -> float:
-            per_rotation = self.original_context_length / (rotations * 2 * math.pi)
+            per_rotation = original / (rotations * 2 * math.pi)
             return self.head_dim * math.log(per_rotation) / (2 * math.log(self.rope_theta))
 
         low, high = dimension_of(self.beta_fast), dimension_of(self.beta_slow)
@@ -199,7 +213,7 @@ class RopeScaling:
         return np.clip(rising, 0, 1).astype(np.float32)
 
     def _llama3(self, own: FloatArray) -> FloatArray:
-        original, factor = self.original_context_length, np.float32(self.factor)
+        original, factor = self._native_window, np.float32(self.factor)
         low, high = self.low_freq_factor, self.high_freq_factor
         longest_kept, shortest_divided = np.float32(original / high), np.float32(original / low)
         wavelength = np.float32(2 * math.pi) / own
@@ -212,21 +226,21 @@ class RopeScaling:
     def to_hf(self) -> dict[str, Any]:
         """The RoPE fields of config.json: top-level `rope_theta`, and `rope_scaling` (None for `none`).
 
-        Top level and both spellings of the type, because a config that holds only `rope_parameters` is read by transformers 4.57 as
-        theta 10000 without scaling.
+        The result holds theta at the top level and the type under both keys, because transformers 4.57 reads a config that has only
+        `rope_parameters` as theta 10000 without scaling.
         """
-        scaling: dict[str, Any] | None = None
+        scaling: dict[str, Any] = {}
         hf_type = _HF_TYPE[self.type]
         if hf_type != "default":
             scaling = {"rope_type": hf_type, "type": hf_type, "factor": float(self.factor)}
         if self.type in _NEEDS_ORIGINAL:
-            scaling["original_max_position_embeddings"] = int(self.original_context_length)
+            scaling["original_max_position_embeddings"] = int(self._native_window)
         if self.type == "llama3":
             scaling |= {"low_freq_factor": float(self.low_freq_factor), "high_freq_factor": float(self.high_freq_factor)}
         if self.type == "yarn":
             scaling |= {"beta_fast": float(self.beta_fast), "beta_slow": float(self.beta_slow), "attention_factor": self.attention_factor}
             scaling |= {} if self.truncate else {"truncate": False}
-        return {"rope_theta": _as_int_if_whole(self.effective_theta), "rope_scaling": scaling}
+        return {"rope_theta": _as_int_if_whole(self.effective_theta), "rope_scaling": scaling or None}
 
     @staticmethod
     def from_hf(config: dict[str, Any], *, head_dim: int) -> RopeScaling:
@@ -236,35 +250,35 @@ class RopeScaling:
             config: the parsed config.json.
             head_dim: d of the model.
         Raises:
-            CheckpointError: a RoPE type or a key of it that is not supported, or two descriptions that contradict each other.
+            CheckpointError: an unsupported RoPE type or key, or two descriptions that contradict each other.
         """
         new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
         if not (isinstance(new, dict) and isinstance(old, dict)):
             raise CheckpointError(f"config.json has rope_scaling={old or new!r}: copy it again from the model.")
         if "rope_theta" in config and config["rope_theta"] is None and "rope_theta" not in new:
             raise CheckpointError("config.json has rope_theta=null: copy it again from the model.")
-        told = {**({"rope_theta": config["rope_theta"]} if config.get("rope_theta") is not None else {}), **old}
+        described = {**({"rope_theta": config["rope_theta"]} if config.get("rope_theta") is not None else {}), **old}
         kinds = {scaling.get("rope_type", scaling.get("type")) for scaling in (new, old) if scaling} - {None}
-        differing = [key for key, value in told.items() if key not in ("type", "rope_type") and new.get(key, value) != value]
+        differing = [key for key, value in described.items() if key not in ("type", "rope_type") and new.get(key, value) != value]
         if new and (len(kinds) > 1 or differing):
             raise CheckpointError(
-                f"config.json describes its RoPE twice and differently: {told}, rope_parameters={new}. Keep the right one."
+                f"config.json has two different RoPE descriptions: {described}, rope_parameters={new}. Keep the right one."
             )
         scaling = old or new
-        theta = float(told.get("rope_theta", new.get("rope_theta", 10000.0)))
+        theta = float({**new, **described}.get("rope_theta", 10000.0))
         hf_type = scaling.get("rope_type", scaling.get("type", "default"))
         if hf_type not in _HF_KEYS:
             raise CheckpointError(
                 f"config.json has RoPE scaling of type '{hf_type}': supported are {', '.join(_HF_KEYS)}. Start from the model's unscaled "
                 f"base, or remove rope_scaling from a copy of the config if you mean to drop it."
             )
-        strange = sorted(key for key in scaling.keys() - _HF_KEYS[hf_type] - _COMMON_KEYS if not _means_nothing(key, scaling[key]))
-        if strange and hf_type != "default":
+        unsupported = sorted(key for key in scaling.keys() - _HF_KEYS[hf_type] - _COMMON_KEYS if not _has_no_effect(key, scaling[key]))
+        if unsupported and hf_type != "default":
             raise CheckpointError(
-                f"config.json has {strange[0]}={scaling[strange[0]]!r} in its RoPE scaling of type '{hf_type}', which is not understood: "
-                f"supported are {', '.join(sorted(_HF_KEYS[hf_type]))}."
+                f"config.json has {unsupported[0]}={scaling[unsupported[0]]!r} in its RoPE scaling of type '{hf_type}'. "
+                f"Supported keys:  {', '.join(sorted(_HF_KEYS[hf_type]))}."
             )
-        if "partial_rotary_factor" in strange:
+        if "partial_rotary_factor" in unsupported:
             raise CheckpointError(f"config.json has partial_rotary_factor={scaling['partial_rotary_factor']!r}: only 1.0 is supported.")
         if hf_type == "default":
             return RopeScaling("none", theta, head_dim)
@@ -279,7 +293,7 @@ class RopeScaling:
             raise CheckpointError(f"config.json says original_max_position_embeddings={outer} and, in its RoPE scaling, {inner}. Keep one.")
         original = int(inner or outer or config["max_position_embeddings"])
         if hf_type == "llama3":
-            bands = {key: float(scaling[key]) for key in ("low_freq_factor", "high_freq_factor")}
+            bands: dict[str, Any] = {key: float(scaling[key]) for key in ("low_freq_factor", "high_freq_factor")}
             return RopeScaling("llama3", theta, head_dim, factor=factor, original_context_length=original, **bands)
         return RopeScaling(
             "yarn",
@@ -294,7 +308,7 @@ class RopeScaling:
         )
 
 
-def _means_nothing(key: str, value: Any) -> bool:
+def _has_no_effect(key: str, value: Any) -> bool:
     return value is None or (key == "partial_rotary_factor" and value == 1.0)
 
 

@@ -1,8 +1,8 @@
-"""Which relative distances a position scheme shows a model in training, and how often: exactly for `contiguous` and `endprompt`
-(eq. 8-9), over drawn samples for the schemes that draw.
+"""Counts how often each relative distance occurs in training under a position scheme: exactly for `contiguous` and `endprompt` (eq. 8-9),
+over random samples for the schemes that draw positions.
 
-A pair is a query token and a key token that it may attend to, itself included: a sample of n tokens has n (n + 1) / 2 of them under every
-scheme. What a scheme chooses is at which distances they stand. Distances are differences of position ids, before any division by s."""
+A pair is a query token and a key token that it may attend to, including itself. A sample of n tokens has n (n + 1) / 2 pairs under every
+scheme; the scheme determines their distances. A distance is a difference of position ids, before any division by s."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Coverage:
 
     Attributes:
         scheme: as written in `method.position_scheme`.
-        pairs: int64 [L], pairs at distance 0 .. L - 1, over all samples.
-        samples: how many samples were counted; 1 where all are alike.
-        is_exact: whether every sample has these counts; otherwise they are of drawn samples, and a distance that none of them showed may
-            still come in another.
+        pairs: int64 [L], number of pairs at distance 0 .. L - 1, over all samples.
+        samples: number of samples counted; 1 if all samples have the same positions.
+        is_exact: whether every sample has these counts. If not, they come from random samples, and a distance that occurs in none of them
+            may occur in another sample.
     """
 
     scheme: str
@@ -45,17 +45,17 @@ class Coverage:
 
     @property
     def pairs_per_sample(self) -> FloatArray:
-        """Mean pairs a sample by distance, float64 [L]."""
+        """Mean number of pairs per sample, by distance, float64 [L]."""
         return self.pairs / self.samples
 
     @property
     def share(self) -> FloatArray:
-        """Share of all pairs by distance, float64 [L], sums to 1."""
+        """Share of all pairs, by distance, float64 [L]; sums to 1."""
         return self.pairs / self.pairs.sum()
 
     @property
     def seen(self) -> BoolArray:
-        """Whether a distance occurs, bool [L]."""
+        """Whether each distance occurs, bool [L]."""
         return self.pairs > 0
 
     @property
@@ -65,35 +65,36 @@ class Coverage:
 
     @property
     def gaps(self) -> list[tuple[int, int]]:
-        """The distances that do not occur, as (first, last) of each run of them, ascending."""
+        """Intervals of distances that do not occur, as (first, last), ascending."""
         edges = np.flatnonzero(np.diff(np.concatenate([[False], ~self.seen, [False]]).astype(np.int8)))
         return [(int(first), int(past) - 1) for first, past in zip(edges[::2], edges[1::2], strict=True)]
 
     def share_from(self, distance: int) -> float:
-        """Share of the pairs that stand `distance` positions apart or more."""
+        """Share of the pairs that are at least `distance` positions apart."""
         return float(self.pairs[distance:].sum() / self.pairs.sum())
 
     def binned(self, width: int) -> FloatArray:
-        """Mean pairs a sample and distance in bins of `width` distances, the last one perhaps narrower; float64 [ceil(L / width)]."""
+        """Mean number of pairs per sample and distance, in bins of `width` distances; float64 [ceil(L / width)]. The last bin may be
+        narrower."""
         starts = np.arange(0, len(self.pairs), width)
         return np.add.reduceat(self.pairs_per_sample, starts) / np.diff(np.append(starts, len(self.pairs)))
 
 
 def coverage_of(scheme: str, layout: SampleLayout, *, samples: int = 1000, seed: int = 1234) -> Coverage:
-    """Count the pairs of a scheme.
+    """Count the pairs of a scheme by distance.
 
     Args:
         scheme: as written in `method.position_scheme`.
-        layout: lengths of EndPrompt's sample; a scheme without an end prompt fills its b tokens with text, so that schemes are compared at
-            the same physical length.
-        samples: how many to draw; not looked at where all samples are alike.
-        seed: of the draws, as a training run's; samples 0 .. samples - 1.
+        layout: lengths of EndPrompt's sample. A scheme without an end prompt uses text for those b tokens, so that all schemes are compared
+            at the same physical length.
+        samples: number of samples to draw; ignored if all samples have the same positions.
+        seed: seed of the draws, as in a training run; the samples have the indices 0 .. samples - 1.
     Raises:
-        ConfigError: no such scheme, no samples, or lengths that do not fit.
+        ConfigError: unknown scheme, samples < 1, or lengths that do not fit into the window.
     Source: EndPrompt (arXiv 2605.14589), eq. 8.
     """
     if samples < 1:
-        raise ConfigError(f"samples={samples}: at least one is needed.")
+        raise ConfigError(f"samples={samples}: must be >= 1. The default is 1000.")
     found = get_scheme(scheme)
     if not found.uses_end_prompt:
         total = layout.num_context_tokens + layout.num_prompt_tokens
@@ -110,7 +111,7 @@ def coverage_of(scheme: str, layout: SampleLayout, *, samples: int = 1000, seed:
 
 
 def gap_of_endprompt(num_context_tokens: int, num_prompt_tokens: int, *, target_context_length: int) -> tuple[int, int] | None:
-    """The distances that no EndPrompt sample shows: (first, last), or None where every distance occurs.
+    """The interval (first, last) of distances that occur in no EndPrompt sample; None if every distance occurs.
 
     Args:
         num_context_tokens, num_prompt_tokens, target_context_length: a, b, L.
@@ -125,7 +126,7 @@ def gap_of_endprompt(num_context_tokens: int, num_prompt_tokens: int, *, target_
 
 
 def pairs_of_positions(positions: IntArray, *, target_context_length: int) -> IntArray:
-    """Pairs by distance of one sample: int64 [L].
+    """Number of pairs of one sample, by distance: int64 [L].
 
     Args:
         positions: int64 [n], strictly increasing, within [0, L - 1].
@@ -138,25 +139,26 @@ def pairs_of_positions(positions: IntArray, *, target_context_length: int) -> In
 
 def _contiguous_pairs(layout: SampleLayout) -> IntArray:
     total = layout.num_context_tokens
-    contiguous_positions(total, target_context_length=layout.target_context_length)  # for its errors
+    contiguous_positions(total, target_context_length=layout.target_context_length)  # checks the lengths
     return np.maximum(total - np.arange(layout.target_context_length, dtype=np.int64), 0)
 
 
 def _endprompt_pairs(layout: SampleLayout) -> IntArray:
-    """The three parts of eq. 8 with their multiplicities: within the context, within the prompt, from the prompt back to the context."""
+    """Pairs by distance as in eq. 8: pairs within the context, within the prompt, and from the prompt back to the context."""
     a, b, window = layout.num_context_tokens, layout.num_prompt_tokens, layout.target_context_length
     check_segments(a, b, window)
     distance = np.arange(window, dtype=np.int64)
-    from_centre = distance - (window - b)  # prompt token j and context token i stand L - b + j - i apart
+    from_centre = distance - (window - b)  # prompt token j and context token i are L - b + j - i apart
     across = np.minimum(np.minimum(from_centre + a, b - from_centre), min(a, b))
     return np.maximum(a - distance, 0) + np.maximum(b - distance, 0) + np.maximum(across, 0)
 
 
 class _PairCounter:
-    """Counts pairs by distance, sample by sample, in time that goes with the segments of a sample and not with its tokens.
+    """Counts pairs by distance over many samples. The time per sample depends on its number of segments, not of tokens.
 
-    Two runs of consecutive positions meet at distances whose counts form a trapezoid, and one run meets itself in a falling ramp: both
-    are a few points in the second difference over the distance, so all samples are added up there and summed twice at the end.
+    As a function of distance, the number of pairs between two runs of consecutive positions is a trapezoid, and within one run it is a
+    falling ramp. The second difference of either is zero except at a few points. So the class accumulates second differences and sums them
+    twice at the end.
     """
 
     def __init__(self, target_context_length: int):
@@ -164,7 +166,7 @@ class _PairCounter:
         self._second_difference = np.zeros(target_context_length + 2, dtype=np.int64)
 
     def add(self, positions: IntArray) -> None:
-        """Count a sample: int64 [n], strictly increasing."""
+        """Add the pairs of one sample; `positions` is int64 [n], strictly increasing."""
         ends = np.append(np.flatnonzero(np.diff(positions) != 1), len(positions) - 1)
         lengths = np.diff(ends, prepend=-1)
         starts = positions[ends] - lengths + 1
@@ -181,5 +183,5 @@ class _PairCounter:
                 change[nearest + length + earlier_length] += 1
 
     def pairs(self) -> IntArray:
-        """Pairs by distance so far, int64 [L]."""
+        """Number of pairs added so far, by distance, int64 [L]."""
         return np.cumsum(np.cumsum(self._second_difference))[: self._window]

@@ -1,18 +1,18 @@
-"""The attention score of one query and one key as a function S(d) of their relative distance, how steep it is, and the bound that EndPrompt
-derives from its highest frequency (eq. 3).
+"""The attention score of one query and one key as a function S(d) of their relative distance, its largest slope, and the bound on the slope
+that EndPrompt derives from the highest frequency (eq. 3).
 
-RoPE turns dimension pair i of query and key by theta_i / s a position, so that for the vectors before rotation
+RoPE rotates dimension pair i of query and key by theta_i / s per position. For the vectors before rotation,
 
     S(d) = sum_i A_i cos(theta_i d / s + phi_i),    A_i = |q_i| |k_i| / sqrt(head_dim),    phi_i = arg q_i - arg k_i,
 
-with q_i the pair (i, i + head_dim / 2) read as a complex number. Scores are those before the softmax, 1 / sqrt(head_dim) and the attention
-factor of YaRN included; distances are in positions, slopes in score a position.
+with q_i the pair (i, i + head_dim / 2) read as a complex number. Scores are taken before the softmax and include
+1 / sqrt(head_dim) and the attention factor of YaRN. Distances are in positions, slopes in score per position.
 
-What eq. 3 needs, and what is measured here. sup|S'| <= (theta_0 / s) sup|S| is Bernstein's inequality for almost periodic functions: both
-suprema run over ALL real d. On a finite window the measured sup|S| may be smaller, and then nothing forbids a violation; the ratio is
-reported as it is found. Without any such caveat sup|S'| <= sum_i A_i theta_i / s and sup|S| <= sum_i A_i; where the frequencies are
-independent over the rationals (Kronecker) the two are the suprema over all real d. Query and key are held fixed: the bound says nothing on
-how they change in training.
+Eq. 3, sup|S'| <= (theta_0 / s) sup|S|, is Bernstein's inequality for almost periodic functions: both suprema are taken over ALL real d.
+This module measures them over a finite window, where sup|S| may be smaller, so the measured ratio can exceed 1; it is reported unchanged.
+Two other bounds hold on any window: sup|S'| <= sum_i A_i theta_i / s and sup|S| <= sum_i A_i. If the frequencies are linearly independent
+over the rationals, these bounds equal the suprema over all real d (Kronecker). Query and key are fixed: the bound does not cover their
+change in training.
 
 Shapes: ... any number of leading dimensions (layers, heads, pairs of tokens), f = head_dim / 2 frequencies, g distances.
 """
@@ -31,18 +31,19 @@ from endprompt_megatron.rope.scaling import RopeScaling
 FloatArray = npt.NDArray[np.float64]
 ComplexArray = npt.NDArray[np.complex128]
 
-# Radians of the highest frequency between two points of a grid: a peak between them is missed by at most 0.125^2 / 8 = 0.2 % of sum A.
+# Distance between grid points, in radians of the highest frequency. A maximum between two points is underestimated by at most 0.125^2 / 8 =
+# 0.2 % of sum A.
 _GRID_RADIANS = 0.125
 _VALUES_AT_ONCE = 2**23  # 64 MiB of float64
 
 
 @dataclass(frozen=True)
 class ScoreFunctions:
-    """S(d) of many pairs of a query and a key.
+    """The functions S(d) of many pairs of a query and a key.
 
     Attributes:
         coefficients: A_i exp(j phi_i), complex128 [..., f].
-        frequencies: theta_i / s in radians a position, float64 [f].
+        frequencies: theta_i / s in radians per position, float64 [f].
     """
 
     coefficients: ComplexArray
@@ -55,15 +56,15 @@ class ScoreFunctions:
 
     @property
     def highest_frequency(self) -> float:
-        """theta_0 / s, in radians a position."""
+        """theta_0 / s, in radians per position."""
         return float(self.frequencies.max())
 
     def at(self, distances: FloatArray, *, derivative: int = 0) -> FloatArray:
-        """S or a derivative of it.
+        """Values of S or of one of its derivatives.
 
         Args:
             distances: in positions, real numbers [g].
-            derivative: 0 for S, 1 for S' (a position), 2 for S'' (a position squared), and so on.
+            derivative: 0 for S, 1 for S' (per position), 2 for S'' (per position squared), and so on.
         Returns:
             float64 [..., g].
         """
@@ -72,23 +73,23 @@ class ScoreFunctions:
         return coefficients.real @ np.cos(angles) - coefficients.imag @ np.sin(angles)
 
     def amplitude_share_below(self, frequency: float) -> FloatArray:
-        """Share of sum_i A_i that belongs to frequencies up to `frequency` (radians a position), float64 [...]."""
+        """Share of sum_i A_i at frequencies up to `frequency` (radians per position), float64 [...]."""
         return self.amplitudes[..., self.frequencies <= frequency].sum(axis=-1) / self.amplitudes.sum(axis=-1)
 
 
 @dataclass(frozen=True)
 class Smoothness:
-    """Suprema of |S|, |S'| and |S''| over the window [0, last_distance], and the bounds of eq. 3 from the first of them; arrays [...].
+    """Suprema of |S|, |S'| and |S''| over the window [0, last_distance], and the bounds that eq. 3 derives from sup|S|; arrays [...].
 
     Attributes:
-        last_distance: in positions.
-        grid_step: positions between the points looked at.
-        highest_frequency: theta_0 / s, in radians a position.
-        sup_score: of |S|.
-        sup_slope: of |S'|, in score a position.
-        sup_curvature: of |S''|, in score a position squared.
-        amplitude_sum: sum_i A_i, which |S| cannot exceed anywhere.
-        slope_sum: sum_i A_i theta_i / s, which |S'| cannot exceed anywhere.
+        last_distance: end of the window, in positions.
+        grid_step: distance between grid points, in positions.
+        highest_frequency: theta_0 / s, in radians per position.
+        sup_score: supremum of |S|.
+        sup_slope: supremum of |S'|, in score per position.
+        sup_curvature: supremum of |S''|, in score per position squared.
+        amplitude_sum: sum_i A_i, an upper bound of |S| for all d.
+        slope_sum: sum_i A_i theta_i / s, an upper bound of |S'| for all d.
     """
 
     last_distance: int
@@ -112,7 +113,7 @@ class Smoothness:
 
     @property
     def ratio(self) -> FloatArray:
-        """sup|S'| / bound_slope: 1 is where the bound is attained, above 1 the window's sup|S| is too small for it."""
+        """sup|S'| / bound_slope. At 1 the bound is attained; above 1, sup|S| over the window is smaller than over all d."""
         return self.sup_slope / self.bound_slope
 
     @property
@@ -122,7 +123,7 @@ class Smoothness:
 
     @property
     def ratio_everywhere(self) -> FloatArray:
-        """sum A_i theta_i / (theta_0 sum A_i), never above 1: eq. 3 over all real d where the frequencies are independent."""
+        """sum A_i theta_i / (theta_0 sum A_i), at most 1: the ratio of eq. 3 over all real d if the frequencies are independent."""
         return self.slope_sum / (self.highest_frequency * self.amplitude_sum)
 
 
@@ -130,11 +131,11 @@ def score_functions(queries: npt.ArrayLike, keys: npt.ArrayLike, rope: RopeScali
     """S(d) for pairs of vectors before rotation.
 
     Args:
-        queries, keys: [..., head_dim], leading dimensions alike or broadcast; halves hold the real and the imaginary parts, as
-            transformers' rotate_half and Megatron's rotary embedding pair them.
+        queries, keys: [..., head_dim], leading dimensions equal or broadcastable. The first half holds the real and the second half the
+            imaginary parts, the pairing of transformers' rotate_half and of Megatron's rotary embedding.
         rope: frequencies and attention factor.
     Raises:
-        ConfigError: vectors of another size than the frequencies are for.
+        ConfigError: the size of the vectors is not rope.head_dim.
     """
     queries, keys = (np.asarray(vectors, dtype=np.float64) for vectors in (queries, keys))
     if {queries.shape[-1], keys.shape[-1]} != {rope.head_dim}:
@@ -147,10 +148,10 @@ def score_functions(queries: npt.ArrayLike, keys: npt.ArrayLike, rope: RopeScali
 
 
 def measure_smoothness(functions: ScoreFunctions, *, last_distance: int) -> Smoothness:
-    """Suprema over the window, on a grid of an eighth of a radian of the highest frequency.
+    """Measure the suprema over the window, on a grid with a step of an eighth of a radian of the highest frequency.
 
     Args:
-        functions: of any number of pairs.
+        functions: any number of pairs.
         last_distance: L - 1, in positions; the window is the real interval [0, L - 1].
     """
     shape = functions.coefficients.shape[:-1]
@@ -175,34 +176,34 @@ def measure_smoothness(functions: ScoreFunctions, *, last_distance: int) -> Smoo
 
 
 def reach_of_bound(frequency: float) -> float:
-    """How far from a known value a slope bound of `frequency` times sup|S| still says something, in positions: 2 / frequency.
+    """Distance from a known value up to which a slope bound of `frequency` times sup|S| constrains S, in positions: 2 / frequency.
 
-    A change by 2 sup|S| is possible for any function of that supremum, so a bound that allows it has said nothing. Bernstein and Szego's
-    sharper S'^2 + frequency^2 S^2 <= frequency^2 sup|S|^2 reaches pi / frequency.
+    Any function with that supremum can change by 2 sup|S|, so the bound is empty where it allows this change. The sharper inequality of
+    Bernstein and Szego, S'^2 + frequency^2 S^2 <= frequency^2 sup|S|^2, constrains S up to pi / frequency.
     """
     return 2 / frequency
 
 
 def frequency_held_across(gap: tuple[int, int]) -> float:
-    """The highest frequency (radians a position) whose bound reaches the middle of a gap from one of its edges.
+    """The highest frequency (radians per position) whose bound reaches from an edge of a gap to its middle.
 
     Args:
-        gap: (first, last) distance that is not observed; those beside it are.
+        gap: (first, last) of the distances that are not observed; the neighbouring distances are.
     """
     first, last = gap
     return 4 / (last - first + 2)
 
 
 def outside_of_observed(functions: ScoreFunctions, gap: tuple[int, int], *, last_distance: int) -> tuple[FloatArray, FloatArray]:
-    """Whether scores in the gap leave the range that the observed distances show, for the same query and key.
+    """Measure how far scores in the gap leave the range of the scores at observed distances, for the same query and key.
 
     Args:
-        functions: of any number of pairs.
-        gap: (first, last) unobserved distance; whole distances 0 .. last_distance outside of it are observed.
+        functions: any number of pairs.
+        gap: (first, last) of the distances that are not observed. All other integer distances in 0 .. last_distance are observed.
         last_distance: L - 1.
     Returns:
-        Both float64 [...]: the share of the distances of the gap with a score outside of [min, max] of the observed ones, and the largest
-        excess as a share of max - min.
+        (share of the distances in the gap whose score lies outside [min, max] of the observed scores, largest excess as a share of
+        max - min), both float64 [...].
     """
     first, last = gap
     flat = ScoreFunctions(functions.coefficients.reshape(-1, len(functions.frequencies)), functions.frequencies)
@@ -223,7 +224,7 @@ def outside_of_observed(functions: ScoreFunctions, gap: tuple[int, int], *, last
 
 
 def _in_parts(distances: npt.NDArray, rows: int) -> Iterator[npt.NDArray]:
-    """The distances in parts, so that a table of rows x part stays small."""
+    """Yield the distances in parts that bound the size of a [rows, part] table."""
     width = max(1, _VALUES_AT_ONCE // max(1, rows))
     for start in range(0, len(distances), width):
         yield distances[start : start + width]

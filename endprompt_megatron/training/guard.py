@@ -1,4 +1,4 @@
-"""Steps that would spoil the weights: a loss or gradient norm that is no finite number, or a gradient norm far above its like."""
+"""Detects bad steps before they change the weights: a loss or gradient norm that is not finite, or a spike of the gradient norm."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import math
 import statistics
 
 WINDOW = 20
-_FEWEST = 5  # norms needed before one can be called a spike
+_FEWEST = 5  # norms needed before a spike can be detected
 
 
 class StepGuard:
-    """Judges steps by figures that are the same on every rank, so that all ranks judge alike.
+    """Checks steps by loss and gradient norm, which are equal on every rank, so that all ranks decide alike.
 
     Args:
-        grad_spike_factor: a norm above this many times the median of the last WINDOW good ones is a spike; 0 looks for none.
-        recent_norms: gradient norms of the last good steps, oldest first; appended to in place, so that a checkpoint can carry them.
+        grad_spike_factor: a norm above this many times the median of the last WINDOW good steps is a spike; 0 disables the check.
+        recent_norms: gradient norms of the last good steps, oldest first. The guard appends to the list in place; checkpoints store it.
     """
 
     def __init__(self, grad_spike_factor: float, recent_norms: list[float]):
@@ -22,7 +22,7 @@ class StepGuard:
         self.recent_norms = recent_norms
 
     def fault(self, loss: float, grad_norm: float) -> str | None:
-        """What is wrong with a step, in words; None for a good one, whose norm is then remembered."""
+        """A description of the fault of a step, or None for a good step, whose norm is then added to `recent_norms`."""
         if not math.isfinite(loss):
             return f"its loss is {loss}"
         if not math.isfinite(grad_norm):

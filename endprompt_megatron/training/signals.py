@@ -1,5 +1,5 @@
-"""Requests to stop: SIGTERM and SIGUSR1, which Slurm, Kubernetes and `kill` send before they take a machine away. Training finishes its
-step, writes a checkpoint and ends with exit status 75 ("resume me"); every other phase of a run can be repeated and ends at once."""
+"""Handling of the stop signals SIGTERM and SIGUSR1, which Slurm, Kubernetes and `kill` send before they end a job. Training finishes its
+step, writes a checkpoint and exits with status 75 (resume). Every other phase of a run can be repeated, so it ends at once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -17,48 +18,49 @@ from endprompt_megatron.mcore.runtime import agree_on_any
 
 
 class StopRequests:
-    """What the process was asked, and when it obeys. As a context manager it takes the signals over and gives them back.
+    """Records stop signals. As a context manager, it installs its signal handlers and restores the previous ones at the end.
 
-    Outside `at_a_good_moment()` a signal raises RunInterrupted where the process stands; inside it is remembered. One that comes after
-    that is ignored: a worker is often told twice, by Slurm and by its launcher, and is tidying up by then.
+    Outside `deferred()` a signal raises RunInterrupted at once; inside it is only recorded. Further signals are ignored: a worker often
+    receives two, from Slurm and from its launcher, and is already shutting down at the second.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._deferred = False
-        self._previous: dict[signal.Signals, object] = {}
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequests:
-        if threading.current_thread() is threading.main_thread():  # Python hands signals to no other thread
+        if threading.current_thread() is threading.main_thread():  # Python runs signal handlers in the main thread only
             self._previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
             return
         self.received = signal.Signals(number)
         if not self._deferred:
-            self._obey()
+            self._interrupt()
 
-    def _obey(self) -> None:
-        raise RunInterrupted(f"stopped by {self.received.name}; start the same command again: it goes on where it stood")
+    def _interrupt(self) -> None:
+        assert self.received is not None
+        raise RunInterrupted(f"stopped by {self.received.name}; start the same command again to resume")
 
     @contextmanager
-    def at_a_good_moment(self) -> Iterator[None]:
-        """Inside the block signals are only remembered; ask `anyone_asked` between two steps. One that came after the last question is
-        obeyed at the block's end."""
+    def deferred(self) -> Iterator[None]:
+        """Only record signals inside the block; call `received_on_any_rank` between two steps. A signal that is still pending at the end of
+        the block raises RunInterrupted there."""
         self._deferred = True
         try:
             yield
         finally:
             self._deferred = False
         if self.received is not None:
-            self._obey()
+            self._interrupt()
 
-    def anyone_asked(self, device: torch.device) -> bool:
-        """Whether some rank was asked to stop; all ranks call it together and get the same answer."""
+    def received_on_any_rank(self, device: torch.device) -> bool:
+        """Whether any rank has received a stop signal. A collective call: all ranks make it and get the same result."""
         return agree_on_any(self.received is not None, device)

@@ -1,4 +1,4 @@
-"""One forward step: the batch through the model, and the weighted next-token loss with its figures.
+"""One forward step: the forward pass of a micro-batch, the weighted next-token loss and its metrics.
 
 Shapes: b micro-batch, S physical sequence.
 """
@@ -20,7 +20,7 @@ def make_forward_step(device: torch.device) -> Callable[[Iterator[dict[str, Tens
     """The forward step function that Megatron's schedules call on every pipeline stage.
 
     Args:
-        device: of the model.
+        device: device of the model.
     """
 
     def forward_step(batches: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> tuple[Tensor, Callable]:
@@ -35,11 +35,11 @@ def weighted_loss(batch: MicroBatch, token_losses: Tensor) -> tuple[Tensor, dict
     """Eq. 11 of EndPrompt (arXiv 2605.14589): the weighted next-token loss of a micro-batch.
 
     Args:
-        batch: with normalised weights.
+        batch: micro-batch with normalised loss weights.
         token_losses: float32 [b, S].
     Returns:
-        (loss, {"figures": float32 [5] in the order of LOSS_FIGURES}); sums and counts are unweighted and let the losses of the
-        context and of the prompt be told apart.
+        (loss, {"figures": float32 [5] in the order of LOSS_FIGURES}); sums and counts are unweighted and give
+        the separate losses of context and prompt.
     """
     token_losses = token_losses.float()
     loss = (token_losses * batch.loss_weights).sum()

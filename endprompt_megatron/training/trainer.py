@@ -1,4 +1,4 @@
-"""The training loop on Megatron-Core: its schedules, data-parallel wrapper, optimizer and checkpoints, and nothing of
+"""The training loop. It uses the schedules, data-parallel wrapper, optimizer and checkpoints of Megatron-Core, and nothing of
 `megatron.training`."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from endprompt_megatron.data.loader import MicroBatchSampler, micro_batches
 from endprompt_megatron.errors import RunInterrupted, TrainingError
 from endprompt_megatron.log import MetricsWriter, Progress, get_logger
 from endprompt_megatron.mcore.failures import FailureBoard
-from endprompt_megatron.mcore.guarded_step import checked_step
+from endprompt_megatron.mcore.guarded_step import guarded_step
 from endprompt_megatron.mcore.runtime import Runtime, agree_on_any
 from endprompt_megatron.model.build import wrap_for_training
 from endprompt_megatron.model.gpt import EndPromptGPTModel
@@ -35,12 +35,12 @@ from endprompt_megatron.training.watchdog import Watchdog
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What training leaves behind.
+    """Result of a training run.
 
     Attributes:
-        state: where the run ended.
-        tokens_per_second: physical tokens a second over all ranks, training steps only, all sittings.
-        peak_memory_gib: largest over ranks.
+        state: state after the last step.
+        tokens_per_second: physical tokens per second over all ranks, averaged over the training steps of all attempts of the run.
+        peak_memory_gib: maximum over ranks.
     """
 
     state: RunState
@@ -52,12 +52,13 @@ class Trainer:
     """Trains model chunks in place.
 
     Args:
-        config: the run, validated.
-        runtime: this process.
-        chunks: loaded model chunks of this rank, not wrapped.
-        train_dataset, validation_dataset: of EndPromptDataset samples; validation may be None.
-        output_dir: where checkpoints and metrics go.
-        stop: requests to stop, if the process listens to signals.
+        config: the validated config of the run.
+        runtime: device and ranks of this process.
+        chunks: loaded model chunks of this rank, not yet wrapped for data parallelism.
+        train_dataset, validation_dataset: datasets of EndPromptDataset samples; validation may be None.
+        output_dir: directory for checkpoints and metrics.
+        stop: recorder of stop signals; None if the process handles no signals.
+        provenance: description of the base and the data, stored in checkpoints.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Trainer:
         self.stop = stop or StopRequests()
         parallel, optim = config.parallel, config.optim
         trainable, every = count_parameters(chunks)
-        get_logger().info(f"training {trainable:,} of {every:,} parameters ({trainable / every:.2%}; padding of the vocabulary included)")
+        get_logger().info(f"training {trainable:,} of {every:,} parameters ({trainable / every:.2%}; including vocabulary padding)")
         self.model = wrap_for_training(chunks, parallel)
         self.optimizer = build_optimizer(
             self.model,
@@ -118,15 +119,15 @@ class Trainer:
         )
 
     def train(self) -> TrainingResult:
-        """Run from where the last checkpoint stood to `max_steps`.
+        """Train from the last checkpoint up to `max_steps`.
 
         Raises:
-            RunInterrupted: a signal asked to stop; the step was finished and a checkpoint written.
-            TrainingError: a bad step, where the policy says stop; the weights are those before it, and so is the checkpoint.
+            RunInterrupted: a stop signal arrived; the step is finished and a checkpoint written.
+            TrainingError: a bad step under the policy "stop"; the weights and the checkpoint are those before that step.
         """
         metrics = MetricsWriter(self.output_dir, resume_step=self.state.step)
         try:
-            with self.stop.at_a_good_moment(), self.watchdog:
+            with self.stop.deferred(), self.watchdog:
                 self._train(metrics)
         finally:
             metrics.close()
@@ -177,38 +178,38 @@ class Trainer:
                 else:
                     self.writer.finish(wait=False)
                 self._evaluate_if_due(metrics)
-                if self.stop.anyone_asked(self.runtime.device):
-                    self._stop_as_asked(saved)
+                if self.stop.received_on_any_rank(self.runtime.device):
+                    self._interrupt(saved)
         self.writer.finish()
         self._gather_parameters()
 
     def _gather_parameters(self) -> None:
-        """With overlap_param_gather a rank holds its own share of the newest weights, and the rest only from the next forward on."""
+        """Gather the weights of all ranks. With overlap_param_gather a rank has only its own share of them until the next forward pass."""
         if self.config.parallel.overlap_param_gather:
             for chunk in self.model:
                 chunk.start_param_sync(force_sync=True)
 
-    def _stop_as_asked(self, saved: bool) -> None:
+    def _interrupt(self, saved: bool) -> None:
         if not saved:
             self._save()
         self.writer.finish()
-        asked = f"stopped by {self.stop.received.name}" if self.stop.received else "another rank was asked to stop"
-        raise RunInterrupted(f"{asked} after step {self.state.step}, which is saved; start the same command again: it goes on from there")
+        reason = f"stopped by {self.stop.received.name}" if self.stop.received else "stopped by a signal to another rank"
+        raise RunInterrupted(f"{reason} after step {self.state.step}, which is saved; start the same command again to resume")
 
     def _bad_step(self, fault: str, metrics: MetricsWriter) -> None:
-        """Name the step's samples, and stop or let the run pass over it; the weights are those before it.
+        """Report a bad step with its samples, then stop or skip it. Its update has not been applied.
 
         Raises:
-            TrainingError: the policy says stop, or too many bad steps came in a row.
+            TrainingError: the policy is "stop", or there were too many bad steps in a row.
         """
         trainer, state = self.config.trainer, self.state
         first = state.consumed_samples
         samples = name_samples(self.train_dataset, range(first, first + trainer.global_batch_size))
         state.bad_steps += 1
         metrics.write(state.step + 1, {"bad_step": fault, "samples": samples})
-        told = f"step {state.step + 1} is bad: {fault}. Its samples (corpus:index): {', '.join(samples)}."
+        problem = f"step {state.step + 1} is bad: {fault}. Its samples (corpus:index): {', '.join(samples)}."
         if trainer.bad_step == "skip" and state.bad_steps <= trainer.max_bad_steps:
-            get_logger().warning(f"{told} Its update is skipped (trainer.bad_step=skip).")
+            get_logger().warning(f"{problem} Its update is skipped (trainer.bad_step=skip).")
             return
         state.bad_steps = 0
         if state.step:
@@ -220,7 +221,7 @@ class Trainer:
             else f"{trainer.max_bad_steps + 1} bad steps in a row are more than trainer.max_bad_steps={trainer.max_bad_steps}"
         )
         raise TrainingError(
-            f"{told} {rule}: the run ends with the weights of step {state.step}. Start it again with trainer.bad_step=skip to pass over "
+            f"{problem} {rule}: the run ends with the weights of step {state.step}. Start it again with trainer.bad_step=skip to skip "
             f"such steps, or with a smaller optim.lr in another output_dir."
         )
 
@@ -228,13 +229,13 @@ class Trainer:
         order = sample_order(self.train_dataset)
         if self.state.sample_order not in (None, order):
             get_logger().warning(
-                f"trainer.max_steps={self.config.trainer.max_steps} needs more epochs of the text than this run was started with, which "
-                f"shuffles it anew: samples of the first {self.state.step} steps may come again, and others later than they would have."
+                f"trainer.max_steps={self.config.trainer.max_steps} needs more epochs of the text than this run was started with, so the "
+                f"samples are shuffled again: samples of the first {self.state.step} steps may be repeated before others are used."
             )
         self.state.sample_order = order
 
     def _step(self, batches: list[Iterator[dict]]) -> tuple[dict[str, float], float, str | None]:
-        """One optimizer step: its losses, its gradient norm, and what is wrong with it (then the weights were left alone)."""
+        """One optimizer step. Returns (losses, gradient norm, fault); with a fault the weights are unchanged."""
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -243,14 +244,14 @@ class Trainer:
         faults: list[str | None] = []
 
         def accept(grad_norm: float) -> bool:
-            """Judge the step by its figures."""
+            """Whether to apply the update."""
             fault = self.guard.fault(figures["loss"], grad_norm)
-            if agree_on_any(fault is not None, self.runtime.device):  # else ranks would part ways
-                fault = fault or "another rank's figures say so"
+            if agree_on_any(fault is not None, self.runtime.device):  # all ranks must take the same decision
+                fault = fault or "another rank reported a fault"
             faults.append(fault)
             return fault is None
 
-        grad_norm = checked_step(self.optimizer, accept)
+        grad_norm = guarded_step(self.optimizer, accept)
         self.scheduler.step(increment=self.config.trainer.global_batch_size)
         return figures, grad_norm, faults[-1]
 
@@ -266,7 +267,7 @@ class Trainer:
         )
 
     def _batches(self, dataset: Any, consumed_samples: int) -> list[Iterator[dict]]:
-        """One iterator a model chunk, all over the same samples."""
+        """One iterator per model chunk, all over the same samples."""
         sampler = MicroBatchSampler(
             len(dataset),
             consumed_samples=consumed_samples,
@@ -296,7 +297,7 @@ class Trainer:
         if self.validation_dataset is None or self.config.trainer.eval_interval == 0:
             return
         if self.state.step == 0 or self._due(self.config.trainer.eval_interval):
-            self.watchdog.beat(f"the held-out loss after step {self.state.step}")
+            self.watchdog.beat(f"the validation loss after step {self.state.step}")
             figures = self.validation_figures()
             metrics.write(self.state.step, figures)
             get_logger().info(

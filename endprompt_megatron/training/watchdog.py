@@ -1,5 +1,4 @@
-"""Ends a job in which a rank no longer makes progress, or another rank has failed, and says why: a cluster bills a hung job like a working
-one."""
+"""Ends a job if a rank no longer makes progress or another rank has failed, with a message. Otherwise a hung job would keep its nodes."""
 
 from __future__ import annotations
 
@@ -15,12 +14,12 @@ from endprompt_megatron.mcore.failures import FailureBoard
 
 
 class Watchdog:
-    """A thread that ends this process when `beat` has not been called for a while, or when another rank has failed: this one may be waiting
-    for it in a collective, from which nothing else frees it. Use as a context manager.
+    """A thread that ends this process if `beat` has not been called for too long, or if another rank has failed: this rank may be waiting
+    for it in a collective, which nothing else interrupts. Use as a context manager.
 
     Args:
-        seconds: longest time between two beats; 0 sets none.
-        failures: where ranks write that they have failed.
+        seconds: longest time between two beats; 0 means no limit.
+        failures: board on which ranks record their failures.
     """
 
     def __init__(self, seconds: float, failures: FailureBoard | None = None):
@@ -39,21 +38,21 @@ class Watchdog:
         self._ended.set()
 
     def beat(self, doing: str) -> None:
-        """Progress was made; `doing` says what comes next, for the message."""
+        """Report progress. `doing` names the next activity, for the message."""
         self._beaten, self._doing = time.monotonic(), doing
 
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self.seconds / 4) if self.seconds > 0 else 1.0):
             failure = self.failures.read() if self.failures is not None else None
             if failure is not None and not failure.startswith(f"rank {global_rank()}:"):
-                self._ended.wait(2.0)  # this rank may be about to say so itself
+                self._ended.wait(2.0)  # this rank may be about to report the failure itself
                 if not self._ended.is_set():
                     self._end_with(failure)
             if self.seconds > 0 and time.monotonic() - self._beaten > self.seconds:
                 get_logger().error(
                     f"rank {global_rank()} has not finished {self._doing} within launch.hang_timeout_minutes={self.seconds / 60:g} and "
-                    f"ends the job (exit status {EXIT_HUNG}). Where it stands follows; the rank that waits for no other is the one to "
-                    f"look at. Start the same command again to resume; set a longer time if a step really takes that long."
+                    f"ends the job (exit status {EXIT_HUNG}). Its stack traces follow; the cause is on the rank that does not wait in a "
+                    f"collective. Start the same command again to resume; raise launch.hang_timeout_minutes if a step takes that long."
                 )
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
                 sys.stderr.flush()
@@ -62,5 +61,6 @@ class Watchdog:
     def _end_with(self, failure: str) -> None:
         sys.stderr.write(f"CheckpointError: {failure}\n")
         sys.stderr.flush()
-        self.failures.count_as_read()
+        if self.failures is not None:
+            self.failures.acknowledge()
         os._exit(EXIT_USER_ERROR)

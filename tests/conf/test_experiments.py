@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from endprompt_megatron.config.schema import RunConfig
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.jobs.dry_run import dry_run
-from endprompt_megatron.jobs.preflight import plan_request, validate
+from endprompt_megatron.jobs.preflight import plan_request, resolve
 from endprompt_megatron.launch import launcher
 from endprompt_megatron.planning.run_plan import describe_plan
 from tests.support.tools import load_tool
@@ -31,8 +31,7 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("
 
 def _plan(config) -> list[str]:
     world_size = launcher.planned_world_size(config)
-    architecture, _ = validate(config, world_size=world_size)
-    return describe_plan(plan_request(config, architecture, world_size=world_size, num_prompt_tokens=None))
+    return describe_plan(plan_request(resolve(config, world_size=world_size, runs_here=False), num_prompt_tokens=None))
 
 
 def _compose(*overrides: str):
@@ -92,9 +91,9 @@ def test_there_is_an_experiment_for_every_model_and_window():
     assert wanted | rivals | variants <= set(EXPERIMENTS)
 
 
-def test_the_readme_tells_what_the_headers_predict():
+def test_the_page_of_experiments_states_what_the_headers_predict():
     """Of one experiment of each row; the others of a row have the same figures."""
-    table = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ") and "GiB, " in line]
+    table = [line for line in (ROOT / "docs" / "experiments.md").read_text().splitlines() if line.startswith("| ") and "GiB, " in line]
     told = [re.findall(r"([\d.]+ GiB), ([\d.]+ (?:min|h))", line) for line in table]
     rows = [
         ["smollm2_135m_64k"], ["llama3_8b_64k"], ["llama2_7b_64k"], ["mistral_7b_64k"], ["llama3_70b_64k", "llama3_70b_64k_h100x32"],
@@ -103,7 +102,9 @@ def test_the_readme_tells_what_the_headers_predict():
     headers = {}
     for name in EXPERIMENTS:
         found = re.search(
-            r"^# Predicted: ([\d.]+ GiB) a GPU, .+, (.+) in all", (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text(), flags=re.M
+            r"^# Predicted: ([\d.]+ GiB) per GPU, .+, (.+) in total",
+            (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text(),
+            flags=re.MULTILINE,
         )
         headers[name] = found.groups() if found else None
     for row in rows:
@@ -131,7 +132,7 @@ def test_other_gpus_precisions_and_layouts_are_an_override_away(name, overrides,
     monkeypatch.chdir(tmp_path)
     config = to_run_config(_compose(f"+experiment={name}", *overrides))
     told = "\n".join(dry_run(config, world_size=launcher.planned_world_size(config)))
-    assert "tight" not in told and "SPAN NODES" not in told and "  time         " in told and "none is estimated" not in told
+    assert "tight" not in told and "SPAN NODES" not in told and "  time         " in told and "not estimated" not in told
     for override in overrides:
         group, _, value = override.partition("=")
         if group == "precision":
@@ -190,12 +191,12 @@ def test_experiment_opens_with_its_command(name):
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml")))
 def test_model_numbers_are_the_published_ones(name):
-    from endprompt_megatron.jobs.preflight import known_base, model_shape
+    from endprompt_megatron.jobs.preflight import known_base
     from endprompt_megatron.planning.flops import count_parameters
 
     config = to_run_config(_compose("+experiment=tiny_random", f"model={name}", f"model.hf_path=/nonexistent/{name}"))
     if name in PUBLISHED:
-        assert count_parameters(model_shape(known_base(config)[0])) == PUBLISHED[name]
+        assert count_parameters(known_base(config)[0]) == PUBLISHED[name]
     else:
         assert name == "tiny_random" and known_base(config)[0].num_layers == 2
 
@@ -213,10 +214,10 @@ def test_every_method_goes_with_every_model_and_length(method, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     windows = {"llama2_7b": 4096, "mistral_7b": 32768, "llama3_8b": 8192, "llama3_70b": 8192}
     for model, length in [("llama3_8b", length) for length in LENGTHS] + [(model, "64k") for model in MODELS if model != "llama3_8b"]:
-        config = to_run_config(_compose("+experiment=paper", f"model={model}", f"length={length}", f"method={method}"))
-        target = config.rope.target_context_length
+        composed = to_run_config(_compose("+experiment=paper", f"model={model}", f"length={length}", f"method={method}"))
+        target = composed.rope.target_context_length
         assert target == int(length.removesuffix("k")) * 1024
-        validate(config, world_size=8)
+        config = resolve(composed, world_size=8, runs_here=False).config
         assert config.name == f"{model}_{method}_{target}" and config.method.name == method
         assert config.rope.factor == target / windows[model]
         assert config.data.seq_length == (target if method in FULL_LENGTH else 8192)
@@ -232,7 +233,7 @@ FULL_LENGTH = ("full", "lceg_pi", "lceg_ntk", "lceg_yarn", "longlora")
 def test_a_window_that_is_none_is_refused():
     config = to_run_config(_compose("+experiment=paper", "model=mistral_7b", "length=32k"))
     with pytest.raises(ConfigError, match="must be larger than the native window of 32768"):
-        validate(config, world_size=8)
+        resolve(config, world_size=8)
 
 
 def test_the_methods_of_the_paper_are_all_there():
@@ -250,7 +251,7 @@ def test_every_study_asks_for_runs_that_can_be(study, tmp_path, monkeypatch):
     first = {run.label: run for run in reversed(asked.runs())}
     assert set(first) == set(asked.methods)
     for run in first.values():
-        validate(to_run_config(_compose(*run.overrides, f"seed={run.seed}")), world_size=1)
+        resolve(to_run_config(_compose(*run.overrides, f"seed={run.seed}")), world_size=1, runs_here=False)
     assert (ROOT / "conf" / "study" / f"{study}.yaml").read_text().count(f"recipes/compare.py +study={study}\n") == 1
 
 

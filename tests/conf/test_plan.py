@@ -1,4 +1,4 @@
-"""recipes/plan.py: every experiment that names GPUs can be planned, what the README quotes is what is printed, and wrong words are refused."""
+"""recipes/plan.py: every experiment that names GPUs can be planned, what docs/planning.md quotes is what is printed, and wrong words are refused."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def test_experiment_has_layouts_that_fit(name, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_readme_quotes_what_is_printed(tmp_path, monkeypatch):
+def test_docs_quote_what_is_printed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config, options = _compose("+experiment=llama3_8b_64k")
     printed = plan_cluster(config, options, command="python recipes/plan.py +experiment=llama3_8b_64k")
     rows = [line for line in printed if line.startswith(("| window", "| any", "| 65,536", "| 262,144"))]
     assert len(rows) == 4
-    readme = (ROOT / "README.md").read_text().splitlines()
-    assert [row for row in rows if row not in readme] == []
+    shown = (ROOT / "docs" / "planning.md").read_text().splitlines()
+    assert [row for row in rows if row not in shown] == []
     page = (tmp_path / options.output_dir / PAGE).read_text().splitlines()
     assert set(printed) <= set(page) and f"![Memory and time by window]({PICTURE})" in page
     assert (tmp_path / options.output_dir / PICTURE).is_file()
@@ -77,7 +77,7 @@ def test_full_length_methods_rank_full_length_and_compare_with_the_short_samples
     monkeypatch.chdir(tmp_path)
     config, options = _compose("+experiment=llama3_8b_64k", "method=full", "plan.lengths=[65536]")
     page = "\n".join(plan_cluster(config, options, command="x"))
-    assert "64 samples of 65,536 tokens a step" in page and "| any | EndPrompt, 8,192 tokens |" in page
+    assert "64 samples of 65,536 tokens per step" in page and "| any | EndPrompt, 8,192 tokens |" in page
 
 
 @pytest.mark.parametrize(
@@ -99,11 +99,9 @@ def test_the_command_on_the_page_starts_what_was_planned(typed, tmp_path, monkey
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         run = to_run_config(hydra.compose("extend", overrides=shlex.split(line)[2:]))
     ranks = planned_world_size(run)
-    architecture, _ = preflight.validate(run, world_size=ranks)
-    run.precision.name = run.precision.name.replace("auto", "bf16")
     request = cluster_request(*_compose(*typed))
     best = rank_layouts(request).candidates[0]
-    planned = preflight.plan_request(run, architecture, world_size=ranks, num_prompt_tokens=0)
+    planned = preflight.plan_request(preflight.resolve(run, world_size=ranks, runs_here=False), num_prompt_tokens=0)
     assert planned.layout == best.layout and fullest(plan_memory(planned)) == best.memory
     assert (planned.hardware, planned.precision, planned.seq_length) == (request.hardware, request.precision, request.seq_length)
 

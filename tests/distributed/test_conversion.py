@@ -1,5 +1,5 @@
-"""Hugging Face -> torch_dist -> Megatron's own loader and writer in every layout -> Hugging Face, bit for bit; and conversions that are
-killed."""
+"""Round trip Hugging Face -> torch_dist -> Megatron's loader and writer in every layout -> Hugging Face, bit for bit; and conversions that
+are killed."""
 
 from __future__ import annotations
 
@@ -97,11 +97,11 @@ def _digest(directory: Path) -> dict[str, str]:
     }
 
 
-_POINTS = ("rename", "write", "copy_file_range")  # of os: what puts bytes into a file, and a file under its name
+_POINTS = ("rename", "write", "copy_file_range")  # functions of os that write bytes or rename files
 
 
 def _convert_until(point: int, counted: str, direction: str, source: str, destination: str) -> None:
-    """Convert in this process; SIGKILL it before the given call of _POINTS, 0 for never. The number of calls is left in `counted`."""
+    """Convert in this process and SIGKILL it before the given call of _POINTS (0: never). `counted` receives the number of calls."""
     calls = 0
 
     def counting(real):
@@ -122,8 +122,8 @@ def _convert_until(point: int, counted: str, direction: str, source: str, destin
 
 @pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
 def test_ten_kills(direction, tmp_path):
-    """SIGKILL at ten points from the first write to the last: the destination never holds half a model, and the same command ends with the same
-    bytes."""
+    """SIGKILL at ten points between the first and the last write: the destination never holds a partial model, and running the command
+    again gives the same bytes."""
     hf = build_family("llama3", tmp_path / "hf", hidden_size=512, intermediate_size=1408, vocab_size=8192, num_hidden_layers=6)
     source = hf if direction == "hf-to-megatron" else hf_to_megatron(hf, tmp_path / "megatron")
     context = multiprocessing.get_context("fork")
@@ -148,7 +148,7 @@ def test_ten_kills(direction, tmp_path):
         assert convert(destination) == 0
         assert _digest(destination) == expected
         for path, written in times.items():
-            assert (destination / path.name).stat().st_mtime_ns == written, "a whole file was written again"
+            assert (destination / path.name).stat().st_mtime_ns == written, "a complete file was written again"
         assert not partial.exists()
     print(f"{direction}: 10 kills at calls 1 to {points} of {', '.join(_POINTS)}, {kept} of them after the first file")
     assert kept >= 3

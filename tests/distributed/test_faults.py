@@ -88,7 +88,7 @@ def test_killed_at_every_point_of_a_save(place, undisturbed, asynchronous, kills
 
 def test_one_rank_is_asked_and_all_save_and_stop(place, undisturbed):
     name = "asked"
-    assert end_of(_signalled(_job(place, name, save_interval=0), signal.SIGUSR1, "a step begins", 4, [1])) == [EXIT_RESUME, EXIT_RESUME]
+    assert end_of(_signalled(_job(place, name, save_interval=0), signal.SIGUSR1, "before a step", 4, [1])) == [EXIT_RESUME, EXIT_RESUME]
     assert len(_losses(place, name)) == 4, "the step is finished and nothing is begun"
     assert (place / name / "checkpoints" / "latest").read_text().strip() == "step_0000004", "nothing is lost"
     assert end_of(_start(_job(place, name, save_interval=0))) == [0, 0]
@@ -98,13 +98,13 @@ def test_one_rank_is_asked_and_all_save_and_stop(place, undisturbed):
 def test_a_hung_rank_ends_the_job_with_the_reason(place):
     """A rank that the kernel has stopped answers nobody: the other one says so, shows where it waits, and ends."""
     job = _job(place, "hung", save_interval=0) | {"hang_timeout_minutes": 0.05}
-    ranks = _signalled(job, signal.SIGSTOP, "a step begins", 3, [1])
+    ranks = _signalled(job, signal.SIGSTOP, "before a step", 3, [1])
     ranks[0].join(300)
     ranks[1].kill()
     assert ranks[0].exitcode == EXIT_HUNG
     told = ranks[0].log.read_text()
     assert "rank 0 has not finished step" in told and "launch.hang_timeout_minutes=0.05" in told
-    assert "trainer.py" in told.split("Where it stands follows")[1], "the stack of the waiting rank"
+    assert "trainer.py" in told.split("Its stack traces follow")[1], "the stack of the waiting rank"
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

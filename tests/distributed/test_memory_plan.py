@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from endprompt_megatron.checkpoint.hf.sources import build_tiny_random
-from endprompt_megatron.jobs.preflight import model_shape
-from endprompt_megatron.planning.layout import Layout, padded_vocab_size
+from endprompt_megatron.planning.layout import Layout
 from endprompt_megatron.planning.memory import GIB, MemoryEstimate, stage_memory
 from tests.support.ranks import run_ranks
 from tests.support.tiny import architecture_of
@@ -63,8 +62,8 @@ def _plan(place: Path, name: str) -> list[MemoryEstimate]:
         micro_batch_size=MICRO_BATCH,
         num_micro_batches=BATCH // MICRO_BATCH // data_parallel_size,
     )
-    shape = model_shape(architecture_of(place / f"model_{tied}"))
-    stages = stage_memory(shape, layout, seq_length=SEQ_LENGTH, precision=precision, backend="torch")
+    architecture = architecture_of(place / f"model_{tied}")
+    stages = stage_memory(architecture, layout, seq_length=SEQ_LENGTH, precision=precision, backend="torch")
     return [stages[rank * len(stages) // ranks] for rank in range(ranks)]
 
 
@@ -74,7 +73,7 @@ def _saved_logits(name: str, estimate: MemoryEstimate) -> float:
     tensor = parallel.get(TP, 1)
     width = 2 if precision == "bf16" and tensor == 1 else 4
     tokens = SEQ_LENGTH * MICRO_BATCH / parallel.get(CP, 1)
-    return tokens * padded_vocab_size(2048, tensor) / tensor * width * (estimate.logits_gib > 0)
+    return tokens * 2048 / tensor * width * (estimate.logits_gib > 0)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -104,8 +103,8 @@ def test_every_weight_is_where_the_plan_counts_it(place):
     held = [json.loads((place / f"PP2_rank_{rank}.json").read_text())["weight_bytes_by_name"] for rank in (0, 1)]
     assert {name for name in held[0] if "layers" not in name} == {"0.embedding.word_embeddings.weight"}
     assert {name for name in held[1] if "layers" not in name} == {"0.output_layer.weight", "0.decoder.final_layernorm.weight"}
-    shape = model_shape(architecture_of(place / "model_False"))
-    per_layer = 4 * (shape.matrix_parameters_per_layer + shape.norm_parameters_per_layer)
+    architecture = architecture_of(place / "model_False")
+    per_layer = 4 * (architecture.matrix_parameters_per_layer + architecture.norm_parameters_per_layer)
     for stage in held:
         assert sum(size for name, size in stage.items() if ".layers." in name) == 2 * per_layer
         assert all(size == 4 * 128 for name, size in stage.items() if "layernorm" in name)

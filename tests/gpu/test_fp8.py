@@ -10,7 +10,7 @@ import torch
 
 from endprompt_megatron.checkpoint.training import CheckpointWriter, RunState, load_latest_checkpoint
 from endprompt_megatron.config.schema import OptimConfig, RunConfig
-from endprompt_megatron.inference.forward import Replica
+from endprompt_megatron.inference.forward import ForwardModel
 from endprompt_megatron.model import te_support
 from endprompt_megatron.model.backends import resolve
 from endprompt_megatron.planning.architecture import ModelArchitecture
@@ -86,9 +86,9 @@ def test_probes_read_any_number_of_tokens_and_leave_fp8_as_it_was():
     trained = stack("fp8")
     trained.step(batches(0))
     trained.model.eval()
-    replica = Replica(trained.model, device=CUDA)
-    with torch.no_grad(), replica.cached(101):
-        assert replica.prefill(list(range(101)), chunk=13).isfinite().all()
+    forward = ForwardModel(trained.model, device=CUDA)
+    with torch.no_grad(), forward.cached(101):
+        assert forward.prefill(list(range(101)), chunk=13).isfinite().all()
     trained.model.train()
     assert trained.model.config.fp8 == "hybrid"
     assert trained.step(batches(1)) > 0

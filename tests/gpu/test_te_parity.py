@@ -10,7 +10,7 @@ import torch
 
 from endprompt_megatron.checkpoint.hf.importer import load_hf_weights, named_parameters_of_whole_model
 from endprompt_megatron.config.schema import AdapterConfig, ParallelConfig
-from endprompt_megatron.inference.forward import Replica
+from endprompt_megatron.inference.forward import ForwardModel
 from endprompt_megatron.model.backends import resolve
 from endprompt_megatron.model.build import build_model_chunks, wrap_for_training
 from endprompt_megatron.model.fusions import choose_fusions
@@ -97,13 +97,13 @@ def test_gradients(hf_path):
 @torch.no_grad()
 def test_evaluation_reads_in_chunks_and_in_branches(hf_path):
     tokens = tokens_of(LENGTH)[0].tolist()
-    one, other = (Replica(load(hf_path, backend, "bf16"), device=CUDA) for backend in ("te", "torch"))
+    one, other = (ForwardModel(load(hf_path, backend, "bf16"), device=CUDA) for backend in ("te", "torch"))
     spread = float(other.logits(tokens, first_position=0, rows=1).std())
-    for replica in (one, other):
-        with replica.cached(LENGTH):
-            replica.read = replica.prefill(tokens, chunk=77)
+    for forward in (one, other):
+        with forward.cached(LENGTH):
+            forward.read = forward.prefill(tokens, chunk=77)
     torch.testing.assert_close(one.read, other.read, rtol=0, atol=0.1 * spread)
-    found, expected = (replica.logits(tokens, first_position=0, rows=6, branches=[3, 3]) for replica in (one, other))
+    found, expected = (forward.logits(tokens, first_position=0, rows=6, branches=[3, 3]) for forward in (one, other))
     torch.testing.assert_close(found, expected, rtol=0, atol=0.1 * spread)
 
 

@@ -70,7 +70,7 @@ def test_all_problems_are_told_at_once(workplace):
 def test_missing_tokenizer(workplace):
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (workplace / "model" / name).unlink(missing_ok=True)
-    with pytest.raises(USER_ERRORS, match="holds no tokenizer"):
+    with pytest.raises(USER_ERRORS, match="has no tokenizer"):
         _extend(workplace)
     assert not (workplace / "run").exists()
 
@@ -92,7 +92,7 @@ def test_foreign_tokenizer_against_the_manifest(workplace):
 def test_truncated_safetensors(workplace):
     path = workplace / "model" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(USER_ERRORS, match="damaged or cut short"):
+    with pytest.raises(USER_ERRORS, match="damaged or truncated"):
         _extend(workplace)
     assert not (workplace / "run").exists()
 

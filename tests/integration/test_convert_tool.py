@@ -1,4 +1,4 @@
-"""tools/convert.py as a user calls it."""
+"""tools/convert.py, called like a user does."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def hf(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def convert(monkeypatch, capsys):
-    """Call the tool in this process: (exit status, what it printed, its errors)."""
+    """Call the tool in this process; return (exit status, stdout, stderr)."""
     return tool_caller(TOOL, monkeypatch, capsys)
 
 
 def test_there_and_back_and_shown(hf, tmp_path):
-    """In processes of their own, once."""
+    """One test in separate processes."""
 
     def run(*arguments: object) -> str:
         done = subprocess.run(
@@ -46,16 +46,16 @@ def test_there_and_back_and_shown(hf, tmp_path):
 
 
 def test_a_full_disk_is_told_and_survived(hf, tmp_path):
-    """A limit on the size of files stands in for the disk; without it the same command goes on."""
+    """A file size limit simulates the full disk; without the limit the same command continues."""
     command = [sys.executable, "-W", "ignore", str(TOOL), "hf-to-megatron", str(hf), "megatron", "--no-verify", "--max-shard-size", "100KB"]
-    limit = (85_000, 85_000)  # the file of the embedding fits, those of the feed-forward layers do not
+    limit = (85_000, 85_000)  # the file of the embedding fits, the files of the feed-forward layers do not
     full = subprocess.run(
         command, capture_output=True, text=True, cwd=tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     )
-    assert full.returncode == 2 and "could not be written" in full.stderr and "goes on where it stood" in full.stderr, full.stderr
+    assert full.returncode == 2 and "could not be written" in full.stderr and "continues where it stopped" in full.stderr, full.stderr
     assert not (tmp_path / "megatron").exists()
     again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert again.returncode == 0 and "of an interrupted conversion are whole" in again.stderr, again.stderr
+    assert again.returncode == 0 and "of an interrupted conversion are complete" in again.stderr, again.stderr
 
 
 def test_show_names_the_model_and_its_tensors(convert, hf, tmp_path):
@@ -92,11 +92,11 @@ def test_the_plan_needs_config_json_alone(convert, hf, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["hf-to-megatron", "{hf}"], "name the directory to make"),
-        (["hf-to-megatron", "{tmp}/nothing", "{tmp}/out"], "no config.json there"),
-        (["hf-to-megatron", "{hf}", "{tmp}"], "exists: nothing is overwritten"),
+        (["hf-to-megatron", "{hf}"], "DESTINATION is missing"),
+        (["hf-to-megatron", "{tmp}/nothing", "{tmp}/out"], "no config.json in this directory"),
+        (["hf-to-megatron", "{hf}", "{tmp}"], "exists and is not overwritten"),
         (["hf-to-megatron", "{hf}", "{tmp}/out", "--tensor-model-parallel-size", "3"], "must divide"),
-        (["hf-to-megatron", "{hf}", "{tmp}/out", "--max-shard-size", "5 apples"], "'5 apples' is no size"),
+        (["hf-to-megatron", "{hf}", "{tmp}/out", "--max-shard-size", "5 apples"], "'5 apples' is not a size"),
         (["megatron-to-hf", "{hf}", "{tmp}/out"], "no .metadata of a torch_dist checkpoint"),
         (["verify", "--hf", "{hf}", "--megatron", "{tmp}"], "no .metadata"),
         (["show", "{tmp}"], "no .metadata"),

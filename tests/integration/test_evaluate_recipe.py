@@ -14,7 +14,7 @@ from tests.support.run_recipe import run_recipe
 
 # the tiny tokenizer has a token for a few letters: lengths are in hundreds of words
 SETTINGS = (
-    "+suite=needle", "suite.tasks=[needle_multi_key,needle_multi_value,needle_gap,perplexity,probe_frequent_words]",
+    "+suite=needle", "suite.tasks=[needle_multi_key,needle_multi_value,needle_gap,perplexity,offline_frequent_words]",
     "suite.lengths=[1024,2048]", "suite.samples=2", "dtype=float32", "device=cpu", "suite.needle.num_context_tokens=300", "suite.needle.num_prompt_tokens=100", "suite.needle.target_context_length=1200",
     "suite.needle.depths=[0.1,0.9]",
 )  # fmt: skip
@@ -46,7 +46,7 @@ def _scores(directory: Path) -> dict:
 
 def test_every_layout_finds_what_one_process_finds(place):
     one = _scores(place / "one")
-    assert len(one) == 2 * 2 + 1 + 2 + 2  # two forms of retrieval, the gap, perplexity, a probe
+    assert len(one) == 2 * 2 + 1 + 2 + 2  # two forms of retrieval, the gap, perplexity, a task of ruler_offline
     found = _scores(place / "two")
     assert found.keys() == one.keys()
     for key, score in found.items():
@@ -68,7 +68,7 @@ def test_the_same_command_asks_nothing_twice_and_another_stride_is_another_condi
     done = _run(place, *again)
     assert done.returncode == 0 and "9 of 9 tasks and lengths are finished already" in done.stderr
     refused = _run(place, *again, "suite.perplexity.stride=256")
-    assert refused.returncode == 2 and "was asked under other conditions" in refused.stderr
+    assert refused.returncode == 2 and "was evaluated under other conditions" in refused.stderr
 
 
 def test_evaluations_compare_with_each_other(place):

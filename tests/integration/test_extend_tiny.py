@@ -22,7 +22,7 @@ from endprompt_megatron.checkpoint.megatron_model import describe_megatron_model
 from endprompt_megatron.checkpoint.training_directory import damage
 from endprompt_megatron.log import read_metrics
 from tests.support.run_recipe import recipe_command, run_recipe, tiny_overrides
-from tests.support.signal_worker import kill_here_at
+from tests.support.signal_worker import signal_at
 from tests.support.tiny import edit_tensors
 
 SUMMARY_KEYS = {
@@ -113,7 +113,7 @@ def test_a_killed_run_resumes_bit_for_bit(finished):
     """SIGKILL between two checkpoints; the next start ends with the losses and the weights of the undisturbed run."""
     overrides = tiny_overrides(finished, "killed", "trainer.save_interval=4", "probes.enabled=false")
     output = finished / "killed"
-    killed = run_recipe(*overrides, cwd=finished, prepare=partial(kill_here_at, "a step has ended", 6))
+    killed = run_recipe(*overrides, cwd=finished, prepare=partial(signal_at, "after a step", 6))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert (output / "checkpoints" / "latest").read_text() == "step_0000004\n" and not (output / "summary.json").exists()
     resumed = run_recipe(*overrides, cwd=finished)
@@ -188,8 +188,8 @@ def test_dry_run_refuses_what_does_not_fit(tmp_path):
     assert done.returncode == 2
     assert "8,030,261,248" in done.stdout and "ConfigError: launch.gpu=H100-80GB: a rank has 79.1 GiB" in done.stderr
     assert "The smallest change that fits: parallel.tensor_model_parallel_size=4 parallel.sequence_parallel=true." in done.stderr
-    told = (Path(__file__).parents[2] / "README.md").read_text()
-    assert re.search(r"needs about [\d.]+ GiB", done.stderr)[0] in told, "the README's example"
+    shown = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text()
+    assert re.search(r"needs about [\d.]+ GiB", done.stderr)[0] in shown, "the example of docs/experiments.md"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -77,7 +77,7 @@ class Job:
             self._process.join(seconds)
             status = self._process.exitcode
             assert status is not None, f"still running after {seconds} s: {self.log.read_text()}"
-        gone, left = psutil.wait_procs(self.workers, timeout=10)
+        _, left = psutil.wait_procs(self.workers, timeout=10)
         assert not left, f"left behind: {left}"
         return status
 

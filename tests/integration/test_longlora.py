@@ -65,5 +65,5 @@ def test_adapters_without_their_run_are_not_dropped(finished, tmp_path):
     alone = shutil.copytree(finished / "run" / "checkpoints" / "step_0000008", tmp_path / "alone")
     (alone / "run.json").unlink()
     model = describe_megatron_model(alone, hf_base=finished / "model", rope_factor=2.0, context_length=256)
-    with pytest.raises(CheckpointError, match="lora_A.* does not say how they count"):
+    with pytest.raises(CheckpointError, match="lora_A.* but not their scale"):
         megatron_to_hf(model, tmp_path / "hf")

@@ -19,7 +19,7 @@ from endprompt_megatron.checkpoint.hf.tokenizer import load_tokenizer
 from endprompt_megatron.checkpoint.hf.verify import load_transformers_model, megatron_logits, transformers_logits
 from endprompt_megatron.config.schema import ParallelConfig
 from endprompt_megatron.data.prompts import tokenize_end_prompts
-from endprompt_megatron.inference.forward import Replica
+from endprompt_megatron.inference.forward import ForwardModel
 from endprompt_megatron.inference.generation import greedy_generate
 from endprompt_megatron.model.backends import resolve
 from endprompt_megatron.model.build import build_model_chunks
@@ -117,9 +117,9 @@ def test_greedy_text_and_chunked_logits_are_transformers(smollm2, single_process
     ]
     written = greedy_generate(chunks, prompts, max_new_tokens=12, prefill_chunk=100, device=torch.device("cpu"))
     assert written == expected and "Paris" in tokenizer.decode(written[0])
-    replica = Replica(chunks, device=torch.device("cpu"))
-    with torch.no_grad(), replica.cached(len(prompts[1])):
-        ours = replica.prefill(prompts[1], chunk=100)
+    forward = ForwardModel(chunks, device=torch.device("cpu"))
+    with torch.no_grad(), forward.cached(len(prompts[1])):
+        ours = forward.prefill(prompts[1], chunk=100)
         reference = theirs(torch.tensor(prompts[1:]), use_cache=False).logits[0, -1]
     assert float((ours[0] - reference).abs().max()) <= 1e-3
 

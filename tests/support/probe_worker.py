@@ -1,4 +1,4 @@
-"""Asks a model everything that the evaluation package can, as one rank of a layout, and writes what this rank got to <output>/rank<N>.json.
+"""Runs all probes, generation and log-probabilities as one rank of a layout, and writes the results of this rank to <output>/rank<N>.json.
 
 A job: {"worker": this module, "output": dir, "model": dir, "parallel": {...}, "prefill_chunk": n}.
 """
@@ -28,7 +28,7 @@ NEW_TOKENS = 12
 
 
 def run_job(job: dict) -> None:
-    """Ask the model on this rank."""
+    """Runs the job on this rank."""
     parallel, hf_path, chunk = ParallelConfig(**job["parallel"]), Path(job["model"]), job["prefill_chunk"]
     runtime = mcore_runtime.initialize(parallel, accelerator="cpu", seed=1)
     output = Path(job["output"])

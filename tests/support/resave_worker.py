@@ -1,6 +1,6 @@
-"""Loads a torch_dist directory on this rank in some layout and writes it again, both by Megatron's own code.
+"""Loads a torch_dist directory in a given layout and saves it again, both with Megatron's code.
 
-A job: {"worker": this module, "source": torch_dist directory, "hf": the model's Hugging Face directory, "output": directory to write,
+A job: {"worker": this module, "source": torch_dist directory, "hf": Hugging Face directory of the model, "output": directory to write,
 "parallel": {...}, "precision": name}.
 """
 
@@ -20,7 +20,7 @@ from endprompt_megatron.model.build import build_model_chunks
 
 
 def run_job(job: dict) -> None:
-    """Load and write once, with every rank of the job."""
+    """Load and save once. Collective over the ranks of the job."""
     parallel = ParallelConfig(**job["parallel"])
     runtime = mcore_runtime.initialize(parallel, accelerator="cpu", seed=1)
     try:
@@ -35,7 +35,7 @@ def run_job(job: dict) -> None:
             backend=resolve("torch"),
             device=runtime.device,
         )
-        for chunk in chunks:  # so that a weight that is not loaded shows
+        for chunk in chunks:  # NaN exposes weights that are not loaded
             for parameter in chunk.parameters():
                 parameter.data.fill_(float("nan"))
         load_torch_dist(chunks, Path(job["source"]))

@@ -1,14 +1,14 @@
-"""Trains as layout_worker does, and gets a signal at a named point: after the n-th call of it in this sitting, not after some seconds.
+"""Trains like layout_worker and sends a signal at the n-th call of a named function, independent of timing.
 
-A job has "signal": {"number": of the signal, "point": one of POINTS, "call": n >= 1, "ranks": list}. The rank that comes to the point first
-among those that count it (rank 0 for a checkpoint's last touches, else the first of "ranks") signals all of "ranks", itself last.
+A job has "signal": {"number": of the signal, "point": key of POINTS, "call": n >= 1, "ranks": list}. One rank counts the calls: rank 0 for
+the functions that only rank 0 calls, else the first of "ranks". It sends the signal to all of "ranks", to itself last.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,69 +17,67 @@ from endprompt_megatron.checkpoint import training, training_directory
 from endprompt_megatron.training.trainer import Trainer
 from tests.support import layout_worker
 
-# name -> (object, its function, whether the signal comes before the function or after it)
+# name -> (object, name of its function, whether to send the signal before the call or after it)
 POINTS: dict[str, tuple[Any, str, bool]] = {
-    "a step begins": (Trainer, "_step", True),
-    "a step has ended": (Trainer, "_step", False),
-    "the folder of a checkpoint is made": (training, "begin_save", True),
-    "the tensors are written, or about to be": (training, "begin_save", False),
-    "the checksums are to be written": (training_directory, "complete", True),
-    "the checkpoint is to be named": (training_directory, "point_latest_at", True),
-    "old checkpoints are to go": (training_directory, "_retire", True),
-    "a checkpoint is complete": (training_directory, "complete", False),
+    "before a step": (Trainer, "_step", True),
+    "after a step": (Trainer, "_step", False),
+    "before writing the tensors": (training, "begin_save", True),
+    "after starting to write the tensors": (training, "begin_save", False),
+    "before writing the checksums": (training_directory, "complete", True),
+    "before updating latest": (training_directory, "point_latest_at", True),
+    "before retiring old checkpoints": (training_directory, "_retire", True),
+    "after completing a checkpoint": (training_directory, "complete", False),
 }
 OF_RANK_ZERO = tuple(name for name, (owner, *_) in POINTS.items() if owner is training_directory)
 
 
-def kill_here_at(point: str, call: int) -> None:
-    """Arm SIGKILL of this very process, which is no rank of a job, e.g. a recipe."""
-    owner, name, _ = POINTS[point]
-    real, calls = getattr(owner, name), 0
+def signal_at(point: str, call: int, *, number: int = signal.SIGKILL, pids: Sequence[int] = ()) -> Callable[[], None]:
+    """Send a signal at the n-th call of a point in this process.
 
-    def watched(*arguments: Any, **options: Any) -> Any:
+    Args:
+        point: key of POINTS.
+        call: n, >= 1.
+        number: signal to send.
+        pids: processes to send it to, in this order; empty for this process.
+    Returns:
+        Function that removes the hook.
+    """
+    owner, name, before = POINTS[point]
+    original, calls = getattr(owner, name), 0
+
+    def count_call() -> None:
         nonlocal calls
         calls += 1
-        if calls == call and POINTS[point][2]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = real(*arguments, **options)
         if calls == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+            for pid in pids or [os.getpid()]:
+                os.kill(pid, signal.Signals(number))
+
+    def hooked(*arguments: Any, **options: Any) -> Any:
+        if before:
+            count_call()
+        result = original(*arguments, **options)
+        if not before:
+            count_call()
         return result
 
-    setattr(owner, name, watched)
+    setattr(owner, name, hooked)
+    return lambda: setattr(owner, name, original)
 
 
 def run_job(job: dict) -> None:
-    """Train on this rank, with the signal armed."""
+    """Train on this rank and send the signal of the job."""
     undo: list[Callable[[], None]] = []
     try:
-        layout_worker.run_job(job, prepare=lambda trainer: undo.append(_arm(trainer, **job["signal"])))
+        layout_worker.run_job(job, prepare=lambda trainer: undo.extend(_hook_job(trainer, **job["signal"])))
     finally:
         for each in undo:
             each()
 
 
-def _arm(trainer: Trainer, number: int, point: str, call: int, ranks: list[int]) -> Callable[[], None]:
+def _hook_job(trainer: Trainer, number: int, point: str, call: int, ranks: list[int]) -> list[Callable[[], None]]:
     pids: list[int] = [0] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(pids, os.getpid())
-    owner, name, before = POINTS[point]
-    real, calls = getattr(owner, name), 0
-    counting = 0 if point in OF_RANK_ZERO else ranks[0]
-
-    def reached() -> None:
-        nonlocal calls
-        calls += 1
-        if calls == call and trainer.runtime.rank == counting:
-            for rank in sorted(ranks, key=lambda rank: rank == counting):
-                os.kill(pids[rank], signal.Signals(number))
-
-    def watched(*arguments: Any, **options: Any) -> Any:
-        if before:
-            reached()
-        result = real(*arguments, **options)
-        if not before:
-            reached()
-        return result
-
-    setattr(owner, name, watched)
-    return lambda: setattr(owner, name, real)
+    sender = 0 if point in OF_RANK_ZERO else ranks[0]
+    if trainer.runtime.rank != sender:
+        return []
+    return [signal_at(point, call, number=number, pids=[pids[rank] for rank in sorted(ranks, key=lambda rank: rank == sender)])]

@@ -1,5 +1,5 @@
-"""config.json of a Hugging Face model: read into the numbers of an architecture, refused where a field means maths that the Megatron
-model does not do, and written for the converted or extended model. The families are a table. Standard library only."""
+"""config.json of a Hugging Face model: convert it into an architecture, reject fields that the Megatron model does not implement, and write
+it for the converted or extended model. The supported families are a table. Standard library only."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from endprompt_megatron.rope.scaling import RopeScaling
 
 @dataclass(frozen=True)
 class Family:
-    """Models that share an architecture of transformers.
+    """Models that share one architecture of transformers.
 
     Attributes:
-        architecture: its name in config.json.
-        model_type: what transformers chooses its classes by.
-        models: whose they are.
-        understood: field that changes the maths -> values that are understood, beside those of every family; others are refused.
-        absent: field -> what transformers takes where config.json lacks it, if that is not the first understood value.
-        head_dim: (config) -> dimensions of a head where config.json has no head_dim.
-        qkv_bias, qk_norm: of ModelArchitecture.
+        architecture: name of the architecture in config.json.
+        model_type: model_type in config.json, by which transformers selects its classes.
+        models: names of the models.
+        supported: field that changes the computation -> supported values, in addition to those of all families; others are rejected.
+        absent: field -> value that transformers uses if config.json lacks it, unless that is the first supported value.
+        head_dim: (config) -> head dimension if config.json has no head_dim.
+        qkv_bias, qk_norm: as in ModelArchitecture.
     """
 
     architecture: str
     model_type: str
     models: str
-    understood: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    supported: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     absent: dict[str, Any] = field(default_factory=dict)
     head_dim: Callable[[dict[str, Any]], int] = lambda config: int(config["hidden_size"]) // int(config["num_attention_heads"])
     qkv_bias: bool = False
     qk_norm: bool = False
 
 
-_EVERYWHERE: dict[str, tuple[Any, ...]] = {
+_COMMON_FIELDS: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "partial_rotary_factor": (1.0, 1, None),
     "quantization_config": (None,),
     "is_causal": (True, None),
     "tie_word_embeddings": (False, True),
-    "attention_bias": (False, None),  # as a flag it also means the output projection
+    "attention_bias": (False, None),  # this flag also adds a bias to the output projection
     "mlp_bias": (False, None),
     "pretraining_tp": (1, None),
     "rope_interleaved": (False, None),
     "is_encoder_decoder": (False, None),
 }
-_QWEN = {"use_sliding_window": (False, None)}  # sliding_window and max_window_layers mean nothing then
+_QWEN = {"use_sliding_window": (False, None)}  # then sliding_window and max_window_layers have no effect
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
@@ -67,7 +67,7 @@ _SHAPE_FIELDS = {
     "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
 }  # fmt: skip
 _ROPE_FIELDS = {"rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"}
-# fields that say nothing about the forward pass: training, generation, how a file was written
+# fields without influence on the forward pass: about training, generation, or how the file was written
 _HARMLESS = {
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range", "attention_dropout",
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id", "return_dict",
@@ -75,21 +75,21 @@ _HARMLESS = {
     "name_or_path", "task_specific_params", "transformers.js_config", "is_llama_config", "tokenizer_class",
     "max_window_layers", "finetuning_task", "prefix", "attn_implementation", "neftune_noise_alpha",
 }  # fmt: skip
-# written anew, at the top level, in the spelling that every transformers reads
+# replaced by top-level fields with names that all versions of transformers read
 _REPLACED = ("rope_parameters", "original_max_position_embeddings", "_name_or_path", "dtype")
 _LAYERS = {"full_attention"}
 
 
 def read_hf_config(hf_path: Path) -> dict[str, Any]:
-    """The parsed config.json of a model directory.
+    """Read config.json of a model directory.
 
     Raises:
-        CheckpointError: no directory, no config.json, or not JSON.
+        CheckpointError: there is no config.json, or it is not a JSON object.
     """
     path = Path(hf_path) / "config.json"
     if not path.is_file():
         raise CheckpointError(
-            f"{hf_path}: no config.json there. model.hf_path must be a Hugging Face model directory "
+            f"{hf_path}: no config.json in this directory. model.hf_path must be a Hugging Face model directory "
             f"(config.json, *.safetensors, tokenizer files), for example one made by `huggingface-cli download MODEL --local-dir DIR`."
         )
     try:
@@ -97,27 +97,27 @@ def read_hf_config(hf_path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}): copy it again from the model.") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no fields but {str(config)[:40]}: copy it again from the model.")
+        raise CheckpointError(f"{path} is not a JSON object but {str(config)[:40]}: copy it again from the model.")
     return config
 
 
 def architecture_from_hf(config: dict[str, Any]) -> ModelArchitecture:
-    """The numbers of a config.json, if its family is in the table.
+    """Convert config.json into an architecture.
 
     Raises:
-        CheckpointError: another architecture, a missing field, or a field that changes the maths in a way that is not supported.
+        CheckpointError: unknown architecture, missing field, or unsupported value of a field that changes the computation.
     """
     found = config.get("architectures") or ["(none named)"]
     if found[0] not in FAMILIES:
         known = "; ".join(f"{name} ({family.models})" for name, family in FAMILIES.items())
-        raise CheckpointError(f"config.json names the architecture {found[0]}: supported are {known}.")
+        raise CheckpointError(f"config.json has the architecture {found[0]}: supported are {known}.")
     family = FAMILIES[found[0]]
     if config.get("model_type", family.model_type) != family.model_type:
         raise CheckpointError(
-            f"config.json names the architecture {family.architecture} and model_type={config['model_type']!r}, by which transformers "
-            f"goes: they are different models. Copy it again from the model."
+            f"config.json has the architecture {family.architecture} but model_type={config['model_type']!r}, by which transformers "
+            f"selects the model: they are different models. Copy it again from the model."
         )
-    _refuse_other_maths(config, family)
+    _check_fields(config, family)
     try:
         return _read_architecture(config, family)
     except KeyError as error:
@@ -125,7 +125,7 @@ def architecture_from_hf(config: dict[str, Any]) -> ModelArchitecture:
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         if isinstance(error, (CheckpointError, ConfigError)):
             raise
-        raise CheckpointError(f"config.json holds a field of the wrong kind ({error}): copy it again from the model.") from error
+        raise CheckpointError(f"config.json has a field of the wrong type ({error}): copy it again from the model.") from error
 
 
 def _read_architecture(config: dict[str, Any], family: Family) -> ModelArchitecture:
@@ -143,7 +143,7 @@ def _read_architecture(config: dict[str, Any], family: Family) -> ModelArchitect
     }
     wrong = [f"{name}={value}" for name, value in sizes.items() if value < 1]
     if wrong:
-        raise CheckpointError(f"config.json makes {wrong[0]}, which must be at least 1: copy it again from the model.")
+        raise CheckpointError(f"config.json has {wrong[0]}, which must be at least 1: copy it again from the model.")
     return ModelArchitecture(
         **sizes,
         rope_theta=RopeScaling.from_hf(config, head_dim=head_dim).rope_theta,
@@ -155,59 +155,59 @@ def _read_architecture(config: dict[str, Any], family: Family) -> ModelArchitect
 
 
 def rope_from_hf(config: dict[str, Any]) -> RopeScaling:
-    """The frequencies that a config.json describes.
+    """Rotary frequencies of a config.json.
 
     Raises:
-        CheckpointError: as architecture_from_hf.
+        CheckpointError: as for architecture_from_hf.
     """
     return RopeScaling.from_hf(config, head_dim=architecture_from_hf(config).head_dim)
 
 
 def _key_value_heads(config: dict[str, Any], family: Family, heads: int) -> int:
     if "num_key_value_heads" not in config and family.architecture != "LlamaForCausalLM":
-        raise KeyError("num_key_value_heads")  # transformers takes a number of its own there
+        raise KeyError("num_key_value_heads")  # transformers has a fixed default there
     return int(config.get("num_key_value_heads") or heads)
 
 
-def _refuse_other_maths(config: dict[str, Any], family: Family) -> None:
-    understood = {**_EVERYWHERE, **family.understood}
-    for name, values in understood.items():
+def _check_fields(config: dict[str, Any], family: Family) -> None:
+    supported = {**_COMMON_FIELDS, **family.supported}
+    for name, values in supported.items():
         value = config.get(name, family.absent.get(name, values[0]))
         if value not in values:
-            taken = "" if name in config else f" (config.json lacks it, and transformers takes {value!r})"
+            default = "" if name in config else f" (config.json lacks it, and transformers defaults to {value!r})"
             way_out = ""
             if name == "sliding_window":
                 way_out = (
-                    " Mistral v0.1 attends within a window: start from v0.2 or later, or, where the model was trained without one (v0.3 "
-                    'and most finetunes of v0.2), write "sliding_window": null into a copy of config.json.'
+                    " Mistral v0.1 uses sliding-window attention: use v0.2 or later, or, if the model was trained without it (v0.3 and "
+                    'most finetunes of v0.2), set "sliding_window": null in a copy of config.json.'
                 )
             raise CheckpointError(
-                f"config.json has {name}={value!r}{taken}, which changes the maths: only {values[0]!r} is supported for "
+                f"config.json has {name}={value!r}{default}, which changes the computation: only {values[0]!r} is supported for "
                 f"{family.architecture}.{way_out}"
             )
     other_layers = sorted(set(config.get("layer_types") or ()) - _LAYERS)
     if other_layers:
         raise CheckpointError(f"config.json has layers of type {other_layers[0]!r} in layer_types: only full_attention is supported.")
-    known = _SHAPE_FIELDS | _ROPE_FIELDS | _HARMLESS | understood.keys() | {"layer_types", "sliding_window"}
+    known = _SHAPE_FIELDS | _ROPE_FIELDS | _HARMLESS | supported.keys() | {"layer_types", "sliding_window"}
     for name, value in config.items():
         if name in known or name.startswith(("_", "unsloth_")) or value is None or value is False:
             continue
         raise CheckpointError(
-            f"config.json has {name}={value!r}, a field that is not known here for {family.architecture} and may change the maths. If you "
+            f"config.json has {name}={value!r}, an unknown field for {family.architecture} that may change the computation. If you "
             f"know that it changes nothing, delete it from a copy of config.json."
         )
 
 
 def extended_hf_config(base: dict[str, Any], rope: RopeScaling, *, target_context_length: int, dtype: str) -> dict[str, Any]:
-    """config.json of the exported model: the base's, with its window and its RoPE fields replaced.
+    """Create config.json of the exported model: the base's, with new context window and RoPE fields.
 
     `rope_parameters` of transformers 5 is dropped: 4.57 ignores it silently, and 5.x reads the top-level fields.
 
     Args:
-        base: the base's parsed config.json.
-        rope: what the model was trained with.
-        target_context_length: L, becomes max_position_embeddings.
-        dtype: name of the weights' type, e.g. "bfloat16".
+        base: parsed config.json of the base.
+        rope: RoPE of the trained model.
+        target_context_length: L, the new max_position_embeddings.
+        dtype: name of the weights' dtype, e.g. "bfloat16".
     """
     config = {key: value for key, value in base.items() if key not in _REPLACED}
     config.update(rope.to_hf())

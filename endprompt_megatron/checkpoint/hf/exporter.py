@@ -1,5 +1,5 @@
-"""Write Megatron model chunks as a Hugging Face model directory: safetensors, config.json, tokenizer, provenance. Adapters are merged into
-the weights on the way. Written beside its final name and renamed into place."""
+"""Export Megatron model chunks as a Hugging Face model directory: safetensors, config.json, tokenizer, provenance. Adapters are merged into
+the weights. The directory is written under a temporary name and renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from endprompt_megatron.checkpoint.hf.auxiliary_files import PROVENANCE_FILE, copy_companions
+from endprompt_megatron.checkpoint.hf.auxiliary_files import PROVENANCE_FILE, copy_auxiliary_files
 from endprompt_megatron.checkpoint.hf.config import extended_hf_config, read_hf_config
 from endprompt_megatron.checkpoint.hf.importer import merged_weights_of_whole_model
 from endprompt_megatron.checkpoint.hf.mapping import Binding, bindings
@@ -37,25 +37,25 @@ def export_hf(
     max_shard_bytes: int,
     provenance: dict[str, Any],
 ) -> Path:
-    """Export the model; every rank takes part, rank 0 writes.
+    """Export the model. Collective over all ranks; rank 0 writes.
 
     Args:
-        chunks: this rank's model, without Megatron's wrappers.
-        destination: the directory to make; an export that this function made there before is replaced, anything else is refused.
-        base_hf_path: where config.json, tokenizer and generation config of the base come from.
-        architecture: of the whole model.
-        rope: the frequencies that the model was trained with.
+        chunks: this rank's model chunks, without Megatron's wrappers.
+        destination: directory to create; an earlier export of this function is replaced, anything else is an error.
+        base_hf_path: directory of the base model, source of config.json, tokenizer and generation config.
+        architecture: architecture of the whole model.
+        rope: RoPE of the trained model.
         target_context_length: L.
-        max_shard_bytes: size of one safetensors file.
-        provenance: how the model was made; written as endprompt.json and told in README.md.
+        max_shard_bytes: maximum size of a safetensors file.
+        provenance: how the model was trained; written to endprompt.json and README.md.
     Returns:
         destination.
     Raises:
-        CheckpointError: destination holds something that is not an export.
+        CheckpointError: destination exists and is not an export.
     """
     destination = Path(destination)
     if destination.exists() and not (destination / PROVENANCE_FILE).is_file():
-        raise CheckpointError(f"{destination} exists and is no export of this tool: choose another output_dir, or move it away.")
+        raise CheckpointError(f"{destination} exists and is not an export of this tool: choose another output_dir, or move it away.")
     known = {
         "base": Path(base_hf_path).name,
         "original_context_length": architecture.max_position_embeddings,
@@ -80,7 +80,7 @@ def export_hf(
         read_hf_config(base_hf_path), rope, target_context_length=target_context_length, dtype=str(dtype).removeprefix("torch.")
     )
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    copy_companions(Path(base_hf_path), partial, target_context_length)
+    copy_auxiliary_files(Path(base_hf_path), partial, target_context_length)
     (partial / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n")
     (partial / MODEL_CARD).write_text(model_card(provenance, base_hf_path=base_hf_path))
     move_into_place(partial, destination)
@@ -89,40 +89,42 @@ def export_hf(
 
 
 def gather_hf_tensors(chunks: list[EndPromptGPTModel], architecture: ModelArchitecture) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (HF name, whole tensor on the CPU) on rank 0, one Megatron parameter at a time; other ranks yield nothing but take part.
+    """Yield (HF name, whole tensor on the CPU) on rank 0, one Megatron parameter at a time. Collective: other ranks must exhaust the
+    iterator too; it yields nothing there.
 
     Args:
-        chunks: this rank's model.
-        architecture: of the whole model.
+        chunks: this rank's model chunks.
+        architecture: architecture of the whole model.
     """
-    mine = {name: weight for chunk in chunks for name, weight in merged_weights_of_whole_model(chunk).items()}
-    yield from gather_tensors(bindings(architecture), mine, architecture)
+    shards = {name: weight for chunk in chunks for name, weight in merged_weights_of_whole_model(chunk).items()}
+    yield from gather_tensors(bindings(architecture), shards, architecture)
 
 
 def gather_tensors(
-    wanted: Iterable[Binding], mine: dict[str, Callable[[], torch.Tensor]], architecture: ModelArchitecture
+    requested: Iterable[Binding], shards: dict[str, Callable[[], torch.Tensor]], architecture: ModelArchitecture
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (HF name, whole tensor on the CPU) on rank 0, one binding at a time; other ranks yield nothing but take part.
+    """Yield (HF name, whole tensor on the CPU) on rank 0, one binding at a time. Collective: other ranks must exhaust the iterator too; it
+    yields nothing there.
 
     Args:
-        wanted: what to gather.
-        mine: {Megatron name in the whole model: this rank's share}.
-        architecture: of the whole model.
+        requested: bindings to gather.
+        shards: {Megatron name in the whole model: function that returns this rank's shard}.
+        architecture: architecture of the whole model.
     """
     writes = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-    owners = _owners(mine if writes else {})
-    for binding in wanted:
+    owners = _owners(shards if writes else {})
+    for binding in requested:
         owner = owners[binding.megatron]
         whole: list[torch.Tensor] | None = None
-        if writes and binding.megatron in mine and _stage_of_owner_is_mine(owner):
-            shards = _gather_shards(mine[binding.megatron](), binding)
+        if writes and binding.megatron in shards and _is_in_tensor_parallel_group_of(owner):
+            gathered = _gather_shards(shards[binding.megatron](), binding)
             if global_rank() == owner:
-                whole = [tensor.contiguous().cpu() for tensor in binding.layout.join(architecture, shards)]
-        yield from _hand_to_rank_zero(binding, whole, owner)
+                whole = [tensor.contiguous().cpu() for tensor in binding.layout.join(architecture, gathered)]
+        yield from _send_to_rank_zero(binding, whole, owner)
 
 
 def _owners(held: dict[str, Any]) -> dict[str, int]:
-    """Global rank of the first tensor-parallel rank that holds each parameter (the first stage's copy of tied embeddings)."""
+    """{parameter: global rank of the first tensor-parallel rank that holds it}; for tied embeddings, that of the first pipeline stage."""
     is_first = parallel_state.get_tensor_model_parallel_rank() == 0
     names = list(held) if is_first else []
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
@@ -134,7 +136,7 @@ def _owners(held: dict[str, Any]) -> dict[str, int]:
     return owners
 
 
-def _stage_of_owner_is_mine(owner: int) -> bool:
+def _is_in_tensor_parallel_group_of(owner: int) -> bool:
     return owner in torch.distributed.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
 
 
@@ -147,10 +149,11 @@ def _gather_shards(tensor: torch.Tensor, binding: Binding) -> list[torch.Tensor]
     return shards
 
 
-def _hand_to_rank_zero(binding: Binding, whole: list[torch.Tensor] | None, owner: int) -> Iterator[tuple[str, torch.Tensor]]:
+def _send_to_rank_zero(binding: Binding, whole: list[torch.Tensor] | None, owner: int) -> Iterator[tuple[str, torch.Tensor]]:
     rank = global_rank()
     if owner == 0:
         if rank == 0:
+            assert whole is not None  # its owner gathered it
             yield from zip(binding.hugging_face, whole, strict=True)
         return
     if rank not in (0, owner):
@@ -182,7 +185,7 @@ def _write_weights(
 
 
 def move_into_place(partial: Path, destination: Path) -> None:
-    """Rename a directory that is whole to its final name; an earlier one there goes."""
+    """Rename a complete directory to its final name; an earlier export of that name is deleted."""
     old = destination.with_name(destination.name + ".replaced")
     if old.exists():
         shutil.rmtree(old)

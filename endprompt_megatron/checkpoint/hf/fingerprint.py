@@ -1,4 +1,4 @@
-"""Whether two directories hold the same weights, without reading all of them."""
+"""Fingerprint that detects whether two directories have the same weights, without reading all of them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ _SAMPLES, _SAMPLE_BYTES = 16, 2**16
 
 
 def weights_fingerprint(hf_path: Path) -> str:
-    """SHA-256 (hex) of config.json and of the size and 16 samples of 64 KiB of each safetensors file, its first and last bytes among them.
+    """SHA-256 (hex) of config.json and, for each safetensors file, of its size and 16 samples of 64 KiB, including its first and last
+    bytes.
 
-    Where the directory lies does not count. Training changes every weight, and a truncated or a converted file has another size or header,
-    so the samples part the models that people have; they are no proof against somebody who means to deceive.
+    Independent of the path of the directory. Training changes every weight, and a truncated or converted file has another size or header,
+    so the samples distinguish models in practice; they do not protect against deliberate manipulation.
 
     Args:
         hf_path: model directory.

@@ -1,4 +1,4 @@
-"""Load a Hugging Face model directory straight into Megatron model chunks: each rank reads only its slices, tensor by tensor."""
+"""Load a Hugging Face model directory directly into Megatron model chunks: each rank reads only its own slices, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from endprompt_megatron.checkpoint.hf.mapping import Binding, bindings, name_apart
+from endprompt_megatron.checkpoint.hf.mapping import Binding, bindings, unfused_name
 from endprompt_megatron.checkpoint.hf.safetensors_io import SafetensorsReader
 from endprompt_megatron.checkpoint.hf.weights import check_tensors
 from endprompt_megatron.errors import CheckpointError
@@ -21,14 +21,14 @@ from endprompt_megatron.planning.architecture import ModelArchitecture
 
 
 def load_hf_weights(chunks: list[EndPromptGPTModel], hf_path: Path, architecture: ModelArchitecture) -> None:
-    """Fill every parameter of the chunks, but for adapters, from a Hugging Face directory.
+    """Load all parameters of the chunks, except adapters, from a Hugging Face directory.
 
     Args:
-        chunks: this rank's model, before Megatron's wrappers; parameters keep their dtype.
+        chunks: this rank's model chunks, without Megatron's wrappers; parameters keep their dtype.
         hf_path: model directory.
-        architecture: of the whole model.
+        architecture: architecture of the whole model.
     Raises:
-        CheckpointError: a tensor is missing, has another shape, is left over, or holds NaN or infinity.
+        CheckpointError: a tensor is missing, unexpected, has another shape, or contains NaN or infinity.
     """
     parameters = _parameters_by_whole_model_name(chunks)
     rank = parallel_state.get_tensor_model_parallel_rank()
@@ -37,7 +37,7 @@ def load_hf_weights(chunks: list[EndPromptGPTModel], hf_path: Path, architecture
     with SafetensorsReader(hf_path) as reader:
         check_tensors(reader, architecture)
         for binding in track(every, "loading weights"):
-            # a tied output layer on the last pipeline stage is a second copy of the embedding
+            # with tied embeddings, the output layer of the last pipeline stage is a second copy of the embedding
             names = [binding.megatron]
             if architecture.tied_embeddings and binding.megatron == "embedding.word_embeddings.weight":
                 names.append("output_layer.weight")
@@ -45,10 +45,12 @@ def load_hf_weights(chunks: list[EndPromptGPTModel], hf_path: Path, architecture
                 for parameter in parameters.pop(name, []):
                     _fill(parameter, binding, reader, architecture, rank, size)
     if parameters:
-        raise AssertionError(f"parameters that no rule of hf_mapping fills: {sorted(parameters)}")
+        raise AssertionError(f"parameters without a rule in checkpoint/hf/mapping.py: {sorted(parameters)}")
 
 
-def _fill(parameter, binding: Binding, reader: SafetensorsReader, architecture: ModelArchitecture, rank: int, size: int) -> None:
+def _fill(
+    parameter: torch.Tensor, binding: Binding, reader: SafetensorsReader, architecture: ModelArchitecture, rank: int, size: int
+) -> None:
     value = binding.layout.read(architecture, binding.hugging_face, reader.rows, reader.columns, rank, size)
     if value.shape != parameter.shape:
         raise AssertionError(f"{binding.megatron}: read {tuple(value.shape)}, the model has {tuple(parameter.shape)}")
@@ -56,15 +58,15 @@ def _fill(parameter, binding: Binding, reader: SafetensorsReader, architecture: 
         bad = int((~torch.isfinite(value)).sum())
         places = "; ".join(f"{name} in {reader.file_of(name)}" for name in binding.hugging_face)
         raise CheckpointError(
-            f"the base model's weights hold {bad} values that are NaN or infinite: {places}. Training would only fail later. Download the "
-            f"file again, or convert the model anew."
+            f"the base model's weights hold {bad} values that are NaN or infinite: {places}. Training would fail later. Download the file "
+            f"again, or convert the model again."
         )
     with torch.no_grad():
         parameter.copy_(value)
 
 
 def _parameters_by_whole_model_name(chunks: list[EndPromptGPTModel]) -> dict[str, list[torch.nn.Parameter]]:
-    """Parameters under their names in the whole model: layers numbered from the first stage on."""
+    """{name in the whole model: parameters}, with layers numbered across pipeline stages."""
     found: dict[str, list[torch.nn.Parameter]] = {}
     for chunk in chunks:
         for name, parameter in named_parameters_of_whole_model(chunk):
@@ -74,20 +76,20 @@ def _parameters_by_whole_model_name(chunks: list[EndPromptGPTModel]) -> dict[str
 
 
 def named_parameters_of_whole_model(chunk: EndPromptGPTModel) -> list[tuple[str, torch.nn.Parameter]]:
-    """(name, parameter) of a chunk of any backend, its layers numbered as in the whole model and named as hf_mapping names them."""
+    """(name, parameter) of a chunk of any backend, with layer numbers of the whole model and the names of checkpoint/hf/mapping.py."""
     return [(_name_in_whole_model(chunk, name), parameter) for name, parameter in chunk.named_parameters()]
 
 
 def merged_weights_of_whole_model(chunk: EndPromptGPTModel) -> dict[str, Callable[[], torch.Tensor]]:
-    """{name: this rank's weight} of a chunk as the Hugging Face model has it: where there are adapters, merged with them, at the moment of
-    the call and not before; the chunk keeps its own."""
+    """{name: function that returns this rank's weight} of a chunk, with adapters merged as in the Hugging Face model. The merge happens in
+    the call of the function; the chunk is not changed."""
     weights = {name: parameter.detach for name, parameter in named_parameters_of_whole_model(chunk) if not is_adapter(name)}
     merged = {_name_in_whole_model(chunk, f"{name}.weight"): layer.merged_weight for name, layer in adapted_layers(chunk).items()}
     return weights | merged
 
 
 def adapters_of_whole_model(chunk: EndPromptGPTModel) -> dict[str, Callable[[], torch.Tensor]]:
-    """{name: this rank's share} of the adapters of a chunk."""
+    """{name: function that returns this rank's shard} of the adapters of a chunk."""
     return {name: parameter.detach for name, parameter in named_parameters_of_whole_model(chunk) if is_adapter(name)}
 
 
@@ -95,4 +97,4 @@ def _name_in_whole_model(chunk: EndPromptGPTModel, name: str) -> str:
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:
         parts[2] = str(int(parts[2]) + get_transformer_layer_offset(chunk.config, vp_stage=chunk.vp_stage))
-    return name_apart(".".join(parts))
+    return unfused_name(".".join(parts))

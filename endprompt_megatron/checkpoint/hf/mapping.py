@@ -1,7 +1,7 @@
-"""Which Hugging Face tensors make which Megatron parameter: a table. Import, export, conversion and verification all read it.
+"""Table of the Hugging Face tensors that make up each Megatron parameter. Import, export, conversion and verification all use it.
 
-Every Megatron parameter is a sequence of rows of Hugging Face tensors, then cut over tensor-parallel ranks by rows or by columns; so the
-table says which rows follow which, and everything else is derived.
+A Megatron parameter is a sequence of rows of Hugging Face tensors, split over tensor-parallel ranks by rows or by columns. The table gives
+the order of the rows; everything else is derived from it.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from torch import Tensor
 
 from endprompt_megatron.planning.architecture import ModelArchitecture
 
-# Where a layer's norms are fused into the linear layer that follows (Transformer Engine), they bear its name. The table below has the
-# names of norms that stand apart; checkpoints have the fused ones, whichever layers wrote them.
+# Transformer Engine fuses a layer's norms into the linear layers that follow, and names them after these layers. The table below uses the
+# unfused names; checkpoints use the fused names, whichever backend wrote them.
 FUSED_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
-_NAMES_APART = {fused: apart for apart, fused in FUSED_NAMES.items()}
+_UNFUSED_NAMES = {fused: unfused for unfused, fused in FUSED_NAMES.items()}
 
 ReadRows = Callable[[str, int, int], Tensor]
-"""(HF name, first, past the last) -> that range of the tensor's rows."""
+"""(HF name, first, past the last) -> this range of the tensor's rows."""
 ReadColumns = Callable[[str, int, int], Tensor]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows first .. last-1 of the source-th Hugging Face tensor of a rule."""
+    """Rows first .. last-1 of a Hugging Face tensor; `source` is its index in the rule."""
 
     source: int
     first: int
@@ -39,15 +39,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one kind of Megatron parameter is put together from Hugging Face rows, and how it is cut over tensor-parallel ranks.
+    """How one kind of Megatron parameter is assembled from Hugging Face rows, and how it is split over tensor-parallel ranks.
 
     Attributes:
-        tensor_parallel_dim: dimension of the Megatron parameter that is split; None where every rank holds all of it. Where it is 1 the
-            parameter is one Hugging Face tensor as it stands.
+        tensor_parallel_dim: dimension of the Megatron parameter that is split; None if every rank holds all of it. If it is 1, the
+            parameter is a single, unchanged Hugging Face tensor.
         shapes: (architecture) -> shapes of the HF tensors in the order of the names.
         segments: (architecture) -> the rows of the whole Megatron parameter, first to last.
-        parts: equal parts of the rows each of which is cut over the ranks: a rank holds its share of the gate, then of the up projection.
-        padded: whether rows of zeros follow, to a multiple of 128 for each rank.
+        parts: number of equal parts of the rows, each of which is split over the ranks; e.g. a rank holds its shard of the gate projection,
+            then its shard of the up projection.
+        padded: whether rows of zeros are appended, to a multiple of 128 rows per rank.
     """
 
     tensor_parallel_dim: int | None
@@ -57,13 +58,13 @@ class Layout:
     padded: bool = False
 
     def megatron_shape(self, architecture: ModelArchitecture, size: int = 1) -> tuple[int, ...]:
-        """Shape of the whole Megatron parameter, padding for `size` tensor-parallel ranks included."""
+        """Shape of the whole Megatron parameter, with the padding for `size` tensor-parallel ranks."""
         shapes = self.shapes(architecture)
         height = architecture.padded_vocab_size(size) if self.padded else sum(shape[0] for shape in shapes)
         return (height, *shapes[0][1:])
 
     def ranges_of_rank(self, architecture: ModelArchitecture, rank: int, size: int) -> list[tuple[int, int]]:
-        """Rows (first, past the last) of the whole Megatron parameter that a rank holds, in its order."""
+        """Row ranges (first, past the last) of the whole Megatron parameter that a rank holds, in the rank's order."""
         height = self.megatron_shape(architecture, size)[0]
         if self.tensor_parallel_dim != 0:
             return [(0, height)]
@@ -72,7 +73,7 @@ class Layout:
         return [(index * part + rank * share, index * part + (rank + 1) * share) for index in range(self.parts)]
 
     def pieces(self, architecture: ModelArchitecture, first: int, last: int) -> Iterator[Segment]:
-        """The Hugging Face rows that make rows first .. last-1 of the whole Megatron parameter; padding is left out."""
+        """Yield the Hugging Face rows that make up rows first .. last-1 of the whole Megatron parameter, without padding."""
         start = 0
         for segment in self.segments(architecture):
             length = segment.last - segment.first
@@ -82,7 +83,7 @@ class Layout:
             start += length
 
     def rows_of_source(self, architecture: ModelArchitecture, source: int) -> list[tuple[int, int]]:
-        """Rows (first, past the last) of the whole Megatron parameter that make the source-th HF tensor, in its order."""
+        """Row ranges (first, past the last) of the whole Megatron parameter that make up HF tensor `source`, in its order."""
         found, start = [], 0
         for segment in self.segments(architecture):
             length = segment.last - segment.first
@@ -94,11 +95,11 @@ class Layout:
     def read(
         self, architecture: ModelArchitecture, names: tuple[str, ...], rows: ReadRows, columns: ReadColumns, rank: int, size: int
     ) -> Tensor:
-        """A rank's Megatron tensor.
+        """Read a rank's shard of the Megatron parameter.
 
         Args:
             names: HF names.
-            rows, columns: read ranges of them.
+            rows, columns: functions that read ranges of rows and columns.
         """
         if self.tensor_parallel_dim == 1:
             width = self.shapes(architecture)[0][1] // size
@@ -113,7 +114,7 @@ class Layout:
         return torch.cat(found) if len(found) > 1 else found[0]
 
     def join(self, architecture: ModelArchitecture, shards: list[Tensor]) -> list[Tensor]:
-        """HF tensors, in the order of the names, from one Megatron tensor a rank."""
+        """Inverse of `read`: the HF tensors, in the order of the names, from the shards of all ranks."""
         if self.tensor_parallel_dim is None:
             whole = shards[0]
         elif self.tensor_parallel_dim == 1:
@@ -127,7 +128,7 @@ class Layout:
         return joined
 
 
-def _one_after_the_other(shapes: Callable[[ModelArchitecture], list[tuple[int, ...]]]) -> Callable[[ModelArchitecture], list[Segment]]:
+def _concatenated(shapes: Callable[[ModelArchitecture], list[tuple[int, ...]]]) -> Callable[[ModelArchitecture], list[Segment]]:
     return lambda arch: [Segment(source, 0, shape[0]) for source, shape in enumerate(shapes(arch))]
 
 
@@ -136,7 +137,7 @@ def _qkv_shapes(arch: ModelArchitecture) -> list[tuple[int, ...]]:
 
 
 def _qkv_segments(arch: ModelArchitecture) -> list[Segment]:
-    """For each key/value group its query heads, its key head, its value head."""
+    """Order of rows in the fused projection: for each key/value group its query heads, its key head, its value head."""
     widths = (arch.num_attention_heads // arch.num_query_groups * arch.head_dim, arch.head_dim, arch.head_dim)
     return [
         Segment(source, group * width, (group + 1) * width) for group in range(arch.num_query_groups) for source, width in enumerate(widths)
@@ -144,7 +145,7 @@ def _qkv_segments(arch: ModelArchitecture) -> list[Segment]:
 
 
 def _layout(tensor_parallel_dim: int | None, shapes: Callable[[ModelArchitecture], list[tuple[int, ...]]], **options: Any) -> Layout:
-    return Layout(tensor_parallel_dim, shapes, _one_after_the_other(shapes), **options)
+    return Layout(tensor_parallel_dim, shapes, _concatenated(shapes), **options)
 
 
 _WHOLE = _layout(None, lambda arch: [(arch.hidden_size,)])
@@ -162,10 +163,10 @@ class Rule:
     """One Megatron parameter.
 
     Attributes:
-        megatron: its name; {layer} is the layer's number in the whole model, from 0.
-        hugging_face: the tensors it is made of, in the order of the layout.
-        layout: how it is cut and joined.
-        exists: (architecture) -> whether the model has it.
+        megatron: name of the parameter; {layer} is the layer's index in the whole model, from 0.
+        hugging_face: names of its tensors, in the order of the layout.
+        layout: how it is split and joined.
+        exists: (architecture) -> whether the model has the parameter.
     """
 
     megatron: str
@@ -223,15 +224,15 @@ RULES: tuple[Rule, ...] = (
 
 @dataclass(frozen=True)
 class Binding:
-    """A rule applied to one layer: Megatron name (whole-model layer number), HF names, layout."""
+    """A rule applied to one layer: Megatron name (with the layer index of the whole model), HF names, layout."""
 
     megatron: str
     hugging_face: tuple[str, ...]
     layout: Layout
 
 
-def name_apart(name: str) -> str:
-    """A parameter's name as the table has it, from that of a model of any backend.
+def unfused_name(name: str) -> str:
+    """Convert a parameter name of any backend to the unfused name that the table uses.
 
     Args:
         name: Megatron name in the whole model.
@@ -239,11 +240,11 @@ def name_apart(name: str) -> str:
     if not name.startswith("decoder.layers."):
         return name
     *layer, rest = name.split(".", 3)
-    return ".".join((*layer, _NAMES_APART.get(rest, rest)))
+    return ".".join((*layer, _UNFUSED_NAMES.get(rest, rest)))
 
 
 def bindings(architecture: ModelArchitecture) -> Iterator[Binding]:
-    """Every parameter of the whole model, in the order of the file on disk: embedding, layers, norm, output."""
+    """Yield all parameters of the whole model in file order: embedding, layers, norm, output."""
     rules = [rule for rule in RULES if rule.exists(architecture)]
     is_per_layer = ["{layer}" in rule.megatron for rule in rules]
     first, past = is_per_layer.index(True), len(rules) - is_per_layer[::-1].index(True)

@@ -1,4 +1,4 @@
-"""README.md of an exported model: what it is, what it was made of and how, what was measured, and how it is opened."""
+"""README.md of an exported model: description, training, evaluation results and usage."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ROWS = (
 
 
 def source_version() -> str:
-    """The commit of this project, with `+` where files differ from it; its version where it is no checkout."""
+    """Commit of this project, with `+` if there are uncommitted changes; the package version outside of a checkout."""
     here = Path(__file__).parent
     try:
         described = subprocess.run(
@@ -44,12 +44,12 @@ def source_version() -> str:
 
 
 def model_card(provenance: dict[str, Any], *, base_hf_path: Path, results: str | None = None) -> str:
-    """The text of README.md.
+    """Return the text of README.md.
 
     Args:
-        provenance: as endprompt.json holds it.
-        base_hf_path: directory of the base, whose own card names the licence.
-        results: a markdown table of what was measured, with a sentence on how; None while nothing is.
+        provenance: content of endprompt.json.
+        base_hf_path: directory of the base model; its model card names the licence.
+        results: markdown table of evaluation results, with a sentence on the method; None before any evaluation.
     """
     window = int(provenance["target_context_length"])
     licence = _field_of_card(base_hf_path, "license")
@@ -68,7 +68,7 @@ def model_card(provenance: dict[str, Any], *, base_hf_path: Path, results: str |
         "| --- | --- |",
         *rows,
         "",
-        "Everything there is to know about its making, hashes of the training text included, is in `endprompt.json`.",
+        "`endprompt.json` has all details of the training, including hashes of the training text.",
         "",
         "## Measured",
         "",
@@ -76,8 +76,8 @@ def model_card(provenance: dict[str, Any], *, base_hf_path: Path, results: str |
         "",
         "## Opening it",
         "",
-        "transformers 4.57 and 5.x, and programs that stand on them, read `config.json` as it is. vLLM multiplies the window by the RoPE "
-        "factor, so tell it the window:",
+        "transformers 4.57 and 5.x, and programs that use them, read `config.json` without changes. vLLM multiplies the window by the "
+        "RoPE factor, so set the window explicitly:",
         "",
         f"    vllm serve DIRECTORY --max-model-len {window}",
         "",
@@ -93,7 +93,7 @@ def _cell(value: Any) -> str:
 
 
 def _field_of_card(directory: Path, field: str) -> str | None:
-    """A field of the front matter of a model card, if there is one."""
+    """Return a field of the front matter of a model card; None if it does not exist."""
     card = Path(directory) / MODEL_CARD
     if not card.is_file():
         return None

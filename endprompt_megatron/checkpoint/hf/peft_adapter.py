@@ -1,6 +1,6 @@
-"""The trained adapters as a directory of peft: adapter_config.json and adapter_model.safetensors, with the embedding and the norms that
-trained beside them. It belongs on the base with the extended RoPE, which an adapter cannot carry. Written beside its final name and renamed
-into place."""
+"""Export trained adapters as a peft directory: adapter_config.json and adapter_model.safetensors, including the embedding and norms if they
+were trained. The adapter must be loaded onto the base with the extended RoPE, which peft cannot store. The directory is written under a
+temporary name and renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _PREFIX = "base_model.model."
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _README = """# LoRA adapter in peft's format
 
-It was trained with another RoPE than the base's `config.json` says, and an adapter cannot carry that. Load the base with the configuration
-of the merged model, then the adapter:
+It was trained with another RoPE than that of the base's `config.json`, and an adapter cannot store a RoPE. Load the base with the
+configuration of the merged model, then the adapter:
 
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -45,27 +45,27 @@ of the merged model, then the adapter:
 def export_peft_adapter(
     chunks: list[EndPromptGPTModel], destination: Path, *, base_hf_path: Path, architecture: ModelArchitecture, adapter: AdapterConfig
 ) -> Path:
-    """Write the adapters; every rank takes part, rank 0 writes.
+    """Write the adapters. Collective over all ranks; rank 0 writes.
 
     Args:
-        chunks: this rank's model, without Megatron's wrappers.
-        destination: the directory to make; an adapter that stands there is replaced, anything else is refused.
-        base_hf_path: the model that the adapters belong to.
-        architecture: of the whole model.
-        adapter: what was trained.
+        chunks: this rank's model chunks, without Megatron's wrappers.
+        destination: directory to create; an earlier adapter directory is replaced, anything else is an error.
+        base_hf_path: directory of the base model.
+        architecture: architecture of the whole model.
+        adapter: adapter settings of the run.
     Returns:
         destination.
     Raises:
-        CheckpointError: destination holds something that is no adapter.
+        CheckpointError: destination exists and is not an adapter directory.
     """
     destination = Path(destination)
     if destination.exists() and not (destination / CONFIG_FILE).is_file():
-        raise CheckpointError(f"{destination} exists and is no adapter of this tool: choose another output_dir, or move it away.")
-    mine: dict[str, Callable[[], torch.Tensor]] = {}
+        raise CheckpointError(f"{destination} exists and is not an adapter of this tool: choose another output_dir, or move it away.")
+    shards: dict[str, Callable[[], torch.Tensor]] = {}
     for chunk in chunks:
-        mine |= merged_weights_of_whole_model(chunk) | adapters_of_whole_model(chunk)
-    wanted = list(_wanted(architecture, adapter))
-    tensors = gather_tensors(wanted, mine, architecture)
+        shards |= merged_weights_of_whole_model(chunk) | adapters_of_whole_model(chunk)
+    requested = list(_adapter_bindings(architecture, adapter))
+    tensors = gather_tensors(requested, shards, architecture)
     if global_rank() != 0:
         for _ in tensors:
             pass
@@ -75,7 +75,7 @@ def export_peft_adapter(
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    _write_weights(tensors, wanted, partial / WEIGHTS_FILE, architecture, adapter, chunks[0].config.params_dtype)
+    _write_weights(tensors, requested, partial / WEIGHTS_FILE, architecture, adapter, chunks[0].config.params_dtype)
     (partial / CONFIG_FILE).write_text(json.dumps(_peft_config(adapter, architecture, base_hf_path), indent=2) + "\n")
     (partial / "README.md").write_text(_README.format(base=str(base_hf_path)))
     move_into_place(partial, destination)
@@ -83,8 +83,8 @@ def export_peft_adapter(
     return destination
 
 
-def _wanted(architecture: ModelArchitecture, adapter: AdapterConfig) -> Iterator[Binding]:
-    """Embedding and norms as far as they train, then each adapter's two matrices, in the order of the file."""
+def _adapter_bindings(architecture: ModelArchitecture, adapter: AdapterConfig) -> Iterator[Binding]:
+    """Yield the bindings in file order: embedding and norms if they train, then A and B of each adapter."""
     for binding in bindings(architecture):
         first = binding.hugging_face[0]
         if (adapter.train_embeddings and first == _EMBEDDING) or (adapter.train_norms and first.endswith("norm.weight")):
@@ -94,7 +94,7 @@ def _wanted(architecture: ModelArchitecture, adapter: AdapterConfig) -> Iterator
             is_output = target == OUTPUT_TARGET
             linear = f"decoder.layers.{layer}.self_attention.linear_{'proj' if is_output else 'qkv'}."
             inputs, outputs = _sizes(architecture, target)
-            cut = (1, None) if is_output else (None, 0)  # the dimension of A and of B that tensor-parallel ranks share
+            cut = (1, None) if is_output else (None, 0)  # dimension of A and of B that is split over tensor-parallel ranks
             for matrix, shape, dim in zip("AB", ((adapter.rank, inputs), (outputs, adapter.rank)), cut, strict=True):
                 name = f"{_PREFIX}model.layers.{layer}.self_attn.{target}.lora_{matrix}.weight"
                 yield Binding(linear + adapter_name(target, matrix), (name,), _layout(dim, shape))
@@ -114,18 +114,19 @@ def _layout(dim: int | None, shape: tuple[int, int]) -> Layout:
 
 def _write_weights(
     tensors: Iterator[tuple[str, torch.Tensor]],
-    wanted: list[Binding],
+    requested: list[Binding],
     path: Path,
     architecture: ModelArchitecture,
     adapter: AdapterConfig,
     dtype: torch.dtype,
 ) -> None:
     plans: list[TensorPlan] = []
-    for binding in wanted:
+    for binding in requested:
         shape = binding.layout.shapes(architecture)[0]
         plans.append(TensorPlan(binding.hugging_face[0], dtype, shape))
         if binding.hugging_face[0] == _PREFIX + _EMBEDDING and architecture.tied_embeddings:
-            plans.append(TensorPlan(_PREFIX + _HEAD, dtype, shape))  # peft unties what it saves in full: both need the trained rows
+            # peft unties modules_to_save, so both copies must be the trained weights
+            plans.append(TensorPlan(_PREFIX + _HEAD, dtype, shape))
     last: list[tuple[str, torch.Tensor]] = []
 
     def next_tensor(planned: TensorPlan) -> list[torch.Tensor]:

@@ -1,7 +1,7 @@
-"""Safetensors files read and written in blocks of rows through plain file reads, so that a conversion holds a few megabytes and not a
-model: the package's own reader maps whole files into memory, its writer wants every tensor of a file at once.
+"""Read and write safetensors files in blocks of rows with plain file I/O, so that a conversion needs a few megabytes of memory and not a
+whole model. The reader of the safetensors package maps whole files into memory, and its writer needs all tensors of a file at once.
 
-Format: 8 bytes n (little endian), n bytes of JSON {name: {dtype, shape, data_offsets}}, the tensors' bytes one after the other.
+Format: 8 bytes n (little endian), n bytes of JSON {name: {dtype, shape, data_offsets}}, then the bytes of all tensors in sequence.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from endprompt_megatron.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-BLOCK_BYTES = 2**20  # larger blocks fall out of the processor's cache between reading and writing: measured several times slower
+BLOCK_BYTES = 2**20  # larger blocks do not stay in the CPU cache between read and write: measured several times slower
 _COPY_BYTES = 2**26
 _CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
 _DTYPES = {
@@ -37,7 +37,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class FileRange:
-    """Bytes offset .. offset+length-1 of an open file, which the kernel can copy by itself."""
+    """Bytes offset .. offset+length-1 of an open file, which the kernel can copy without user-space memory."""
 
     descriptor: int
     offset: int
@@ -48,7 +48,7 @@ class FileRange:
 class _Stored:
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int  # of its first byte in the file
+    offset: int  # file position of its first byte
 
 
 class SafetensorsReader:
@@ -56,9 +56,9 @@ class SafetensorsReader:
 
     Args:
         hf_path: model directory.
-        reuse_memory: read small ranges of rows into the same memory each time: what `rows` returned last is overwritten by the next call.
+        reuse_memory: read small ranges of rows into the same buffer: each call of `rows` overwrites the tensor that the last call returned.
     Raises:
-        CheckpointError: no safetensors, a shard that is missing or cut short, an index that names what is not there.
+        CheckpointError: there are no safetensors, a shard is missing or truncated, or the index names tensors that do not exist.
     """
 
     def __init__(self, hf_path: Path, *, reuse_memory: bool = False):
@@ -76,7 +76,7 @@ class SafetensorsReader:
             self._stack.callback(os.close, self._descriptors[path])
             for name in [name for name, file in self._file_of.items() if file == path]:
                 if name not in header:
-                    raise CheckpointError(f"{path}: lacks {name}, which {INDEX_FILE} places there. Download it again.")
+                    raise CheckpointError(f"{path} lacks {name}, which {INDEX_FILE} assigns to this file. Download it again.")
                 self._stored[name] = header[name]
         return self
 
@@ -88,61 +88,61 @@ class SafetensorsReader:
         return sorted(self._file_of)
 
     def files(self) -> list[Path]:
-        """The files that hold them."""
+        """All safetensors files."""
         return sorted(set(self._file_of.values()))
 
     def file_of(self, name: str) -> Path:
-        """The file that holds one tensor."""
+        """File of a tensor."""
         return self._file_of[name]
 
     def shape(self, name: str) -> list[int]:
-        """Shape of one tensor."""
+        """Shape of a tensor."""
         return list(self._find(name).shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of one tensor."""
+        """Dtype of a tensor."""
         return self._find(name).dtype
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
-        """Rows first .. last-1 of a tensor."""
+        """Read rows first .. last-1 of a tensor."""
         stored = self._find(name)
         last = max(first, min(last, stored.shape[0]))
         where = self.range_of_rows(name, first, last)
         return read_tensor(where.descriptor, where.offset, (last - first, *stored.shape[1:]), stored.dtype, scratch=self._scratch)
 
     def range_of_rows(self, name: str, first: int, last: int) -> FileRange:
-        """Where rows first .. last-1 of a tensor stand."""
+        """File range of rows first .. last-1 of a tensor."""
         row_bytes = self.row_bytes(name)
         offset = self._find(name).offset + first * row_bytes
         return FileRange(self._descriptors[self._file_of[name]], offset, (last - first) * row_bytes)
 
     def columns(self, name: str, first: int, last: int) -> torch.Tensor:
-        """Columns first .. last-1 of a matrix."""
+        """Read columns first .. last-1 of a matrix."""
         height = self._find(name).shape[0]
         return torch.cat([self.rows(name, *block)[:, first:last] for block in row_blocks(height, self.row_bytes(name))])
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A whole tensor."""
+        """Read a whole tensor."""
         return self.rows(name, 0, self._find(name).shape[0])
 
     def row_bytes(self, name: str) -> int:
-        """Bytes of one row."""
+        """Bytes of one row of a tensor."""
         stored = self._find(name)
         return stored.dtype.itemsize * math.prod(stored.shape[1:])
 
     def _find(self, name: str) -> _Stored:
         if name not in self._file_of:
-            raise CheckpointError(f"{self.hf_path}: no tensor {name} in its safetensors. Is it a complete model?")
+            raise CheckpointError(f"{self.hf_path}: no tensor {name} in its safetensors. Check that the model is complete.")
         return self._stored[name]
 
 
 def read_tensor(
     descriptor: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype, *, scratch: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """A contiguous tensor from the bytes at `offset` of an open file.
+    """Read a contiguous tensor at `offset` of an open file.
 
     Args:
-        scratch: uint8 memory to read into, where that is large enough; fresh memory costs more than the reading.
+        scratch: uint8 buffer to read into, used if it is large enough; allocating memory is slower than reading.
     """
     tensor = empty(shape, dtype, scratch)
     view = tensor_bytes(tensor)
@@ -156,7 +156,7 @@ def read_tensor(
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, scratch: torch.Tensor | None) -> torch.Tensor:
-    """An uninitialised tensor, in `scratch` where that is large enough."""
+    """Return an uninitialised tensor, in `scratch` if that is large enough."""
     size = dtype.itemsize * math.prod(shape)
     if scratch is None or size > scratch.numel():
         return torch.empty(shape, dtype=dtype)
@@ -164,12 +164,12 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, scratch: torch.Tensor | No
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, not copied."""
+    """Return the bytes of a tensor, without a copy if it is contiguous."""
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()).cast("B") if tensor.numel() else memoryview(b"")
 
 
 def row_blocks(height: int, row_bytes: int, start: int = 0) -> Iterator[tuple[int, int]]:
-    """(first, past the last) row of blocks of about BLOCK_BYTES that cover rows start .. height-1."""
+    """Yield (first, past the last) row of blocks of about BLOCK_BYTES that cover rows start .. height-1."""
     step = max(1, BLOCK_BYTES // max(row_bytes, 1))
     for first in range(start, height, step):
         yield first, min(first + step, height)
@@ -177,7 +177,7 @@ def row_blocks(height: int, row_bytes: int, start: int = 0) -> Iterator[tuple[in
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """A tensor that is to be written: name, type and shape."""
+    """Name, dtype and shape of a tensor to write."""
 
     name: str
     dtype: torch.dtype
@@ -185,12 +185,12 @@ class TensorPlan:
 
     @property
     def num_bytes(self) -> int:
-        """Its size."""
+        """Size in bytes."""
         return self.dtype.itemsize * math.prod(self.shape)
 
 
 def plan_shards(tensors: Iterable[TensorPlan], max_shard_bytes: int) -> dict[str, list[TensorPlan]]:
-    """{file name: tensors in it}, in order; a file holds at least one tensor and at most `max_shard_bytes` where that is possible."""
+    """Assign tensors to files in order: {file name: tensors}. A file exceeds `max_shard_bytes` only if a single tensor does."""
     shards: list[list[TensorPlan]] = []
     room = 0
     for tensor in tensors:
@@ -205,7 +205,7 @@ def plan_shards(tensors: Iterable[TensorPlan], max_shard_bytes: int) -> dict[str
 
 
 def write_index(directory: Path, shards: dict[str, list[TensorPlan]]) -> None:
-    """Write model.safetensors.index.json; nothing where one file holds everything."""
+    """Write model.safetensors.index.json, unless there is only one file."""
     if list(shards) == [SINGLE_FILE]:
         return
     index = {
@@ -221,10 +221,10 @@ def write_shard(
     """Write one safetensors file, block by block.
 
     Args:
-        path: file to make.
-        tensors: what it holds.
-        blocks: (tensor) -> its rows from the first to the last, in any number of pieces of its type, in memory or in files.
-        sync: wait until its bytes are on the disk.
+        path: file to create.
+        tensors: tensors of the file.
+        blocks: (tensor) -> its rows in order, as any number of blocks of its dtype, in memory or as file ranges.
+        sync: fsync the file.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -252,11 +252,11 @@ def write_shard(
 
 
 def write_block(descriptor: int, block: torch.Tensor | FileRange) -> int:
-    """Write a block at the file's position; how many bytes it has."""
+    """Write a block at the current file position; return its size in bytes."""
     if isinstance(block, torch.Tensor):
         return write_all(descriptor, tensor_bytes(block))
     done = 0
-    copy = os.copy_file_range
+    copy: Callable[[int, int, int, int], int] = os.copy_file_range
     while done < block.length:
         count = min(block.length - done, _COPY_BYTES)
         try:
@@ -264,7 +264,7 @@ def write_block(descriptor: int, block: torch.Tensor | FileRange) -> int:
         except OSError as error:
             if error.errno not in _CANNOT_COPY or copy is _copy_through_memory:
                 raise
-            copy = _copy_through_memory  # file systems that the kernel does not copy between
+            copy = _copy_through_memory  # the kernel cannot copy between these file systems
             continue
         if not copied:
             raise _ends_early(block.offset + done, block.length - done)
@@ -273,7 +273,7 @@ def write_block(descriptor: int, block: torch.Tensor | FileRange) -> int:
 
 
 def _ends_early(position: int, missing: int) -> CheckpointError:
-    return CheckpointError(f"a file of tensors ends at byte {position}, {missing} bytes early. Copy it again.")
+    return CheckpointError(f"a file of tensors ends at byte {position}, {missing} bytes too early. Copy it again.")
 
 
 def _copy_through_memory(source: int, target: int, count: int, offset: int) -> int:
@@ -281,7 +281,7 @@ def _copy_through_memory(source: int, target: int, count: int, offset: int) -> i
 
 
 def write_all(descriptor: int, data: memoryview) -> int:
-    """Write every byte at the file's position; how many there were."""
+    """Write all bytes at the current file position; return their number."""
     done = 0
     while done < len(data):
         done += os.write(descriptor, data[done:])
@@ -297,17 +297,18 @@ def _locate_tensors(hf_path: Path) -> dict[str, Path]:
             raise CheckpointError(f"{index} is damaged ({type(error).__name__}: {error}). Copy it again from the model.") from error
         if (hf_path / SINGLE_FILE).is_file() and SINGLE_FILE not in weight_map.values():
             raise CheckpointError(
-                f"{hf_path} holds {SINGLE_FILE}, which transformers reads, and {INDEX_FILE}, which names other files. Remove the older "
-                "ones."
+                f"{hf_path} has {SINGLE_FILE}, which transformers reads, but {INDEX_FILE} names other files. Remove the outdated ones."
             )
         missing = sorted({file for file in weight_map.values() if not (hf_path / file).is_file()})
         if missing:
-            raise CheckpointError(f"{hf_path}: {len(missing)} shards that the index names are missing, e.g. {missing[0]}.")
+            raise CheckpointError(
+                f"{hf_path}: {len(missing)} shards that the index names are missing, e.g. {missing[0]}. Copy them again from the model."
+            )
         return {name: hf_path / file for name, file in weight_map.items()}
     single = hf_path / SINGLE_FILE
     if not single.is_file():
         raise CheckpointError(
-            f"{hf_path}: neither {SINGLE_FILE} nor {INDEX_FILE} there. Only safetensors are read; convert "
+            f"{hf_path}: neither {SINGLE_FILE} nor {INDEX_FILE} exists. Only safetensors are supported; convert "
             f"pytorch_model.bin with transformers' save_pretrained."
         )
     return dict.fromkeys(_read_header(single), single)
@@ -315,7 +316,7 @@ def _locate_tensors(hf_path: Path) -> dict[str, Path]:
 
 def _read_header(path: Path) -> dict[str, _Stored]:
     try:
-        safe_open(str(path), framework="pt")  # checks the header against the file's length
+        safe_open(str(path), framework="pt")  # checks the header against the file size
         with path.open("rb") as stream:
             length = struct.unpack("<Q", stream.read(8))[0]
             header = json.loads(stream.read(length))
@@ -325,6 +326,6 @@ def _read_header(path: Path) -> dict[str, _Stored]:
             if name != "__metadata__"
         }
     except KeyError as error:
-        raise CheckpointError(f"{path} holds tensors of type {error}: supported are {', '.join(_DTYPES)}.") from error
+        raise CheckpointError(f"{path} has tensors of dtype {error}: supported are {', '.join(_DTYPES)}.") from error
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or cut short ({error}): it has {path.stat().st_size} bytes. Copy it again.") from error
+        raise CheckpointError(f"{path} is damaged or truncated ({error}): it has {path.stat().st_size} bytes. Copy it again.") from error

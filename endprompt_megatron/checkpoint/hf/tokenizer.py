@@ -1,5 +1,5 @@
-"""The tokenizer of a Hugging Face directory, and a hash that says whether two directories tokenise alike. The hash travels with
-every prepared dataset, because token ids mean nothing under another tokenizer."""
+"""Load the tokenizer of a Hugging Face directory, and compute a hash that is equal for directories that tokenise identically. Every
+prepared dataset stores this hash, because its token ids are only valid with the same tokenizer."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from endprompt_megatron.errors import CheckpointError, DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What decides the token ids when there is no tokenizer.json; each is the whole of some tokenizer or a part of it.
+# Files that determine the token ids if there is no tokenizer.json; each is a complete tokenizer or a part of one.
 SLOW_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 
 
 def load_tokenizer(hf_dir: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local Hugging Face directory; never asks the hub.
+    """Load the tokenizer of a local Hugging Face directory, without network access.
 
     Raises:
-        DataError: no such folder, no tokenizer in it, or one that transformers cannot read.
+        DataError: the folder or its tokenizer does not exist, or transformers cannot read the tokenizer.
     """
     hf_dir = Path(hf_dir)
     _tokenizer_files(hf_dir)
-    from transformers import AutoTokenizer  # seconds to import; hash_tokenizer does without
+    from transformers import AutoTokenizer  # slow import, not needed for hash_tokenizer
 
     try:
         return AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise bare Exception for a damaged file
+    except Exception as error:  # transformers and tokenizers raise bare Exception for damaged files
         raise DataError(f"{hf_dir}: transformers cannot read its tokenizer ({type(error).__name__}: {error}).") from error
 
 
 def end_tokens(hf_dir: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that end a text: the tokenizer's end of text, and those at which transformers' generate would stop (generation_config.json, or
-    config.json where there is none). Instruct models have several."""
+    """Ids that end a text: the tokenizer's end of text, and the ids at which generate() of transformers stops (from generation_config.json,
+    or from config.json if that does not exist). Instruct models have several."""
     found: set[int | None] = {tokenizer.eos_token_id}
     for name in ("generation_config.json", "config.json"):
         path = Path(hf_dir) / name
@@ -47,14 +47,15 @@ def end_tokens(hf_dir: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def check_token_ids(hf_dir: Path, tokenizer: PreTrainedTokenizerBase, *, num_rows: int) -> None:
-    """Refuse a tokenizer or settings with ids that the embedding has no row for: the first text that holds one would end the run.
+    """Check that the embedding has a row for every token id of the tokenizer and of the configs; otherwise the first text with such an id
+    would end the run.
 
     Args:
         hf_dir: model directory.
-        tokenizer: of it.
+        tokenizer: tokenizer of the directory.
         num_rows: rows of the embedding, vocab_size of config.json.
     Raises:
-        CheckpointError: naming tokens, ids and rows.
+        CheckpointError: an id has no row; names tokens, ids and rows.
     """
     beyond = [f"{text!r} has id {token}" for text, token in tokenizer.get_vocab().items() if token >= num_rows]
     for name in ("config.json", "generation_config.json"):
@@ -62,26 +63,26 @@ def check_token_ids(hf_dir: Path, tokenizer: PreTrainedTokenizerBase, *, num_row
         values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             ids = values.get(key)
-            for token in ids if isinstance(ids, list) else [ids]:
-                if isinstance(token, int) and token >= num_rows:
-                    beyond.append(f"{key} of {name} is {token}")
+            tokens = ids if isinstance(ids, list) else [ids]
+            beyond += [f"{key} of {name} is {token}" for token in tokens if isinstance(token, int) and token >= num_rows]
     if beyond:
         more = f" and {len(beyond) - 4} more" if len(beyond) > 4 else ""
         raise CheckpointError(
             f"{hf_dir}: the embedding has {num_rows} rows (vocab_size of config.json), ids 0 to {num_rows - 1}, but "
-            f"{'; '.join(sorted(beyond)[:4])}{more}. Take the tokenizer that belongs to these weights, remove the added tokens from "
-            f"tokenizer.json, or add rows with transformers' resize_token_embeddings before."
+            f"{'; '.join(sorted(beyond)[:4])}{more}. Use the tokenizer of these weights, remove the added tokens from "
+            f"tokenizer.json, or add rows to the model first with transformers' resize_token_embeddings."
         )
 
 
 def hash_tokenizer(hf_dir: Path) -> str:
-    """SHA-256 (hex) of what decides the ids of a text: tokenizer.json, or the older files in its place, and the end-of-text token.
+    """SHA-256 (hex) of everything that determines the ids of a text: tokenizer.json, or the older files that it replaces, and the
+    end-of-text token.
 
-    The end of text is part of it because it is appended to documents and stands in tokenizer_config.json, outside of
-    tokenizer.json. Settings that do not change ids, such as the chat template, are left out.
+    The end-of-text token is included because it is appended to documents and is set in tokenizer_config.json, not in tokenizer.json.
+    Settings that do not change ids, such as the chat template, are not included.
 
     Raises:
-        DataError: no such folder or no tokenizer in it.
+        DataError: the folder or its tokenizer does not exist.
     """
     digest = hashlib.sha256()
     for path in _tokenizer_files(Path(hf_dir)):
@@ -93,12 +94,12 @@ def hash_tokenizer(hf_dir: Path) -> str:
 
 def _tokenizer_files(hf_dir: Path) -> list[Path]:
     if not hf_dir.is_dir():
-        raise DataError(f"tokenizer folder {hf_dir} does not exist. Name a local Hugging Face model directory.")
+        raise DataError(f"tokenizer folder {hf_dir} does not exist. Give a local Hugging Face model directory.")
     if (hf_dir / "tokenizer.json").is_file():
         return [hf_dir / "tokenizer.json"]
     files = [hf_dir / name for name in SLOW_TOKENIZER_FILES if (hf_dir / name).is_file()]
     if not files:
-        raise DataError(f"{hf_dir} holds no tokenizer: neither tokenizer.json nor any of {', '.join(SLOW_TOKENIZER_FILES)}.")
+        raise DataError(f"{hf_dir} has no tokenizer: neither tokenizer.json nor any of {', '.join(SLOW_TOKENIZER_FILES)}.")
     return files
 
 

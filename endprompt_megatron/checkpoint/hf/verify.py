@@ -1,5 +1,6 @@
-"""Proof that a Hugging Face directory is the model that Megatron holds, live or on disk: every tensor bit for bit, the frequencies that
-transformers builds from config.json, logits of plain transformers against Megatron's at ordinary and at gapped positions, greedy text.
+"""Verify that a Hugging Face directory is the same model as a Megatron model, in memory or on disk. Compares all tensors bit for bit, the
+rotary frequencies that transformers builds from config.json, logits of transformers and Megatron at contiguous and gapped positions, and
+greedily generated text.
 
 Shapes: s tokens of a probe, v vocabulary.
 """
@@ -21,7 +22,7 @@ from endprompt_megatron.checkpoint.hf.config import architecture_from_hf
 from endprompt_megatron.checkpoint.hf.importer import load_hf_weights, merged_weights_of_whole_model
 from endprompt_megatron.checkpoint.hf.mapping import bindings
 from endprompt_megatron.checkpoint.hf.safetensors_io import SafetensorsReader, row_blocks, tensor_bytes
-from endprompt_megatron.checkpoint.hf.weights import count_weights, leftovers, missing
+from endprompt_megatron.checkpoint.hf.weights import count_weights, missing_tensors, unexpected_tensors
 from endprompt_megatron.checkpoint.lora_reader import open_torch_dist
 from endprompt_megatron.checkpoint.megatron_model import MegatronModel
 from endprompt_megatron.checkpoint.training import load_torch_dist
@@ -37,9 +38,9 @@ from endprompt_megatron.rope.scaling import RopeScaling
 
 FREQUENCY_TOLERANCE = 1e-6
 LOGIT_TOLERANCE = 1e-3
-BF16_LOGIT_TOLERANCE = 0.1  # of a live model in bfloat16, in standard deviations of the logits
+BF16_LOGIT_TOLERANCE = 0.1  # for a live model in bfloat16, in standard deviations of the logits
 _PROBE_TOKENS = 64
-_PROMPT_TOKENS, _WRITTEN_TOKENS = 16, 24
+_PROMPT_TOKENS, _GENERATED_TOKENS = 16, 24
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ class Finding:
     """One line of the verification table.
 
     Attributes:
-        check: what was compared.
-        difference: the largest difference found.
-        tolerance: what is allowed.
-        where: where the largest difference stands.
-        skipped: the check was not made, and `where` says why.
+        check: name of the comparison.
+        difference: largest difference.
+        tolerance: largest allowed difference.
+        where: location of the largest difference.
+        skipped: whether the check was skipped; then `where` is the reason.
     """
 
     check: str
@@ -62,30 +63,30 @@ class Finding:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is allowed (NaN is not), or the check was not made."""
+        """Whether the difference is within the tolerance (NaN is not), or the check was skipped."""
         return self.skipped or self.difference <= self.tolerance
 
 
 def verify_export(
     chunks: list[EndPromptGPTModel], export: Path, *, architecture: ModelArchitecture, rope: RopeScaling, target_context_length: int
 ) -> list[Finding]:
-    """Compare an export with the live model; every rank takes part. Logits are compared where one process holds the model.
+    """Compare an export with the live model. Collective over all ranks. Logits are compared only if one process holds the whole model.
 
     Args:
-        chunks: this rank's live model, without Megatron's wrappers.
-        export: the exported directory.
-        architecture, rope, target_context_length: what was trained.
+        chunks: this rank's live model chunks, without Megatron's wrappers.
+        export: exported directory.
+        architecture, rope, target_context_length: description of the trained model.
     Returns:
         Findings, all passed.
     Raises:
-        CheckpointError: with the table, if a check fails.
+        CheckpointError: a check failed; the message contains the table.
     """
     findings = [_verify_tensors(chunks, export, architecture), *_verify_config(export, architecture, rope, target_context_length)]
-    reason = _why_no_logits(findings, architecture)
+    reason = _reason_to_skip_logits(findings, architecture)
     if torch.distributed.get_world_size() > 1:
-        reason = "the model is not on one process; tools/convert.py verify compares a checkpoint of it"
+        reason = "the model is split over processes; tools/convert.py verify compares a checkpoint"
     if reason:
-        findings.append(_no_logits(reason))
+        findings.append(_skipped_logits(reason))
     else:
         findings += verify_logits(export, architecture, rope, target_context_length=target_context_length, live=chunks[0])
     if not all(finding.passed for finding in findings):
@@ -94,7 +95,7 @@ def verify_export(
 
 
 def format_findings(findings: list[Finding]) -> str:
-    """An aligned table of findings."""
+    """Format findings as an aligned table."""
     rows = [("check", "largest difference", "allowed", "where", "")]
     for f in findings:
         verdict = "not checked" if f.skipped else "ok" if f.passed else "FAILED"
@@ -104,13 +105,13 @@ def format_findings(findings: list[Finding]) -> str:
 
 
 def _verify_tensors(chunks: list[EndPromptGPTModel], export: Path, architecture: ModelArchitecture) -> Finding:
-    """Read this rank's slices of the export back and compare them with the live parameters, adapters merged, bit for bit."""
+    """Read this rank's slices of the export and compare them bit for bit with the live parameters, adapters merged."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     live = {name: weight for chunk in chunks for name, weight in merged_weights_of_whole_model(chunk).items()}
     worst, where, count = 0.0, "", 0
     with SafetensorsReader(export) as reader:
-        wrong = [*leftovers(reader, architecture), *missing(reader, architecture)]
+        wrong = [*unexpected_tensors(reader, architecture), *missing_tensors(reader, architecture)]
         if wrong:
             return Finding("tensors", float("inf"), 0.0, f"names differ, e.g. {wrong[0]}")
         for binding in bindings(architecture):
@@ -129,41 +130,41 @@ def verify_megatron_model(
 ) -> list[Finding]:
     """Compare a Hugging Face directory with a torch_dist directory.
 
-    The weights are compared block by block, so that a model of any size can be; logits and text need both models in memory in float32
-    and are left out, and said to be, where that does not fit.
+    Weights are compared in blocks, so the model can have any size. Logits and text need both models in memory in float32; if they do not
+    fit, a skipped finding is returned instead.
 
     Args:
         export: Hugging Face directory.
-        model: what the torch_dist directory is (megatron_model.describe_megatron_model).
-        dtype: type in which the weights are compared; None takes that of the Hugging Face directory.
-        with_logits: whether logits and text are to be compared.
+        model: the torch_dist directory, from megatron_model.describe_megatron_model.
+        dtype: dtype in which weights are compared; None uses the dtype of the Hugging Face directory.
+        with_logits: whether to compare logits and text.
     Returns:
         Findings; some may have failed.
     Raises:
-        CheckpointError: one of the two cannot be read.
+        CheckpointError: one of the directories cannot be read.
     """
     findings = [_verify_stored_tensors(export, model, dtype), *_verify_config(export, model.architecture, model.rope, model.context_length)]
-    reason = _why_no_logits(findings, model.architecture) if with_logits else "as asked"
+    reason = _reason_to_skip_logits(findings, model.architecture) if with_logits else "not requested"
     if reason:
-        return [*findings, _no_logits(reason)]
+        return [*findings, _skipped_logits(reason)]
     chunk = _build(model.architecture, model.rope, model.context_length, model.adapter)
     load_torch_dist([chunk], model.directory)
     return findings + compare_logits(chunk, export, model.architecture, target_context_length=model.context_length)
 
 
-def _why_no_logits(findings: list[Finding], architecture: ModelArchitecture) -> str | None:
-    if not all(finding.passed for finding in findings):  # a config of other sizes would end in transformers' own error
-        return "what is above has to hold first"
+def _reason_to_skip_logits(findings: list[Finding], architecture: ModelArchitecture) -> str | None:
+    if not all(finding.passed for finding in findings):  # with a config of other sizes, transformers would raise an error
+        return "the checks above must pass first"
     needed, free = 2 * 4 * count_weights(architecture) * 1.2 / 2**30, psutil.virtual_memory().available / 2**30
     return f"both models in float32 need {needed:.0f} GiB, {free:.0f} GiB are free" if needed > free else None
 
 
-def _no_logits(reason: str) -> Finding:
+def _skipped_logits(reason: str) -> Finding:
     return Finding("logits and greedy text", 0.0, LOGIT_TOLERANCE, reason, skipped=True)
 
 
 def largest_difference(stored: torch.Tensor, expected: torch.Tensor) -> float:
-    """0 where two tensors are the same bit for bit; else the largest difference, never 0; infinite where types or shapes differ."""
+    """Return 0 if two tensors are equal bit for bit, else the largest difference (never 0); infinity if dtypes or shapes differ."""
     if stored.dtype != expected.dtype or stored.shape != expected.shape:
         return float("inf")
     if tensor_bytes(stored) == tensor_bytes(expected):
@@ -181,7 +182,7 @@ def _verify_stored_tensors(export: Path, model: MegatronModel, dtype: torch.dtyp
     ):
         megatron.check(architecture)
         every = list(bindings(architecture))
-        wrong = [*leftovers(hugging_face, architecture), *missing(hugging_face, architecture)]
+        wrong = [*unexpected_tensors(hugging_face, architecture), *missing_tensors(hugging_face, architecture)]
         if wrong:
             return Finding("tensors", float("inf"), 0.0, f"names differ, e.g. {wrong[0]}")
         for binding in track(every, "comparing weights"):
@@ -225,8 +226,8 @@ def _verify_config(export: Path, architecture: ModelArchitecture, rope: RopeScal
     ]
 
 
-def _transformers_rope(config) -> tuple[np.ndarray, float]:
-    """Frequencies [d / 2] and attention factor as transformers builds them from a config."""
+def _transformers_rope(config: Any) -> tuple[np.ndarray, float]:
+    """Frequencies [d / 2] and attention factor that transformers builds from a config."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     rotary = LlamaRotaryEmbedding(config=config)
@@ -241,14 +242,15 @@ def verify_logits(
     target_context_length: int,
     live: EndPromptGPTModel | None = None,
 ) -> list[Finding]:
-    """Logits of transformers, which believes the export's config.json, and of Megatron, which believes what was trained; both with the
-    export's weights in float32 in this process. Where adapters were merged into these weights, also logits of the model that has them yet.
+    """Compare logits of transformers, built from the export's config.json, with logits of Megatron, built from the description of the
+    trained model. Both use the export's weights, in float32 in this process. If `live` has adapters, also compare its logits with the
+    merged model's.
 
     Args:
         export: model directory.
-        architecture, rope: what was trained.
-        target_context_length: L; positions reach L - 1.
-        live: the trained model, whole on this process.
+        architecture, rope: description of the trained model.
+        target_context_length: L; positions go up to L - 1.
+        live: the trained model, if this process holds all of it.
     """
     chunk = _build(architecture, rope, target_context_length)
     load_hf_weights([chunk], export, architecture)
@@ -262,8 +264,8 @@ def verify_logits(
 def _compare_with_adapters(
     live: EndPromptGPTModel, merged: EndPromptGPTModel, architecture: ModelArchitecture, target_context_length: int
 ) -> Finding:
-    """The root mean square of the logits' difference, in standard deviations of the logits: bfloat16 rounds the merged weights, and every
-    step of the live model."""
+    """Compare the RMS difference of the logits in standard deviations of the logits. They differ because bfloat16 rounds both the merged
+    weights and every operation of the live model."""
     was_training = live.training
     live.eval()
     tokens, device = _probe_tokens(architecture), next(live.parameters()).device
@@ -284,11 +286,11 @@ def _probe_tokens(architecture: ModelArchitecture) -> torch.Tensor:
 
 
 def compare_logits(chunk: EndPromptGPTModel, export: Path, architecture: ModelArchitecture, *, target_context_length: int) -> list[Finding]:
-    """Logits at positions across the window, and greedy text, of transformers' model of `export` and of a Megatron model that is whole on
+    """Compare logits at positions across the window, and greedy text, of `export` in transformers with those of a whole Megatron model in
     this process, both in float32.
 
     Args:
-        target_context_length: L; positions reach L - 1.
+        target_context_length: L; positions go up to L - 1.
     """
     reference = load_transformers_model(export)
     tokens = _probe_tokens(architecture)
@@ -306,17 +308,18 @@ def compare_logits(chunk: EndPromptGPTModel, export: Path, architecture: ModelAr
 
 @torch.no_grad()
 def _compare_greedy_text(chunk: EndPromptGPTModel, reference: Any, prompt: torch.Tensor, vocab_size: int) -> Finding:
-    """Tokens that Megatron would not have written, where transformers writes greedily with its cache and its own positions."""
+    """Generate text greedily with transformers, with its cache and its positions, and count the tokens that Megatron predicts
+    differently."""
     from transformers import GenerationConfig
 
-    # no end of text: every token that is asked for is written
-    settings = GenerationConfig(do_sample=False, max_new_tokens=_WRITTEN_TOKENS, min_new_tokens=_WRITTEN_TOKENS, pad_token_id=0)
+    # min_new_tokens suppresses the end of text, so that all tokens are generated
+    settings = GenerationConfig(do_sample=False, max_new_tokens=_GENERATED_TOKENS, min_new_tokens=_GENERATED_TOKENS, pad_token_id=0)
     reference.generation_config = settings
-    written = reference.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
-    logits = megatron_logits(chunk, written[:, :-1], torch.arange(written.shape[1] - 1))[0, prompt.shape[1] - 1 :, :vocab_size]
-    differs = logits.argmax(-1) != written[0, prompt.shape[1] :]
+    generated = reference.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
+    logits = megatron_logits(chunk, generated[:, :-1], torch.arange(generated.shape[1] - 1))[0, prompt.shape[1] - 1 :, :vocab_size]
+    differs = logits.argmax(-1) != generated[0, prompt.shape[1] :]
     where = f"token {int(differs.nonzero()[0])}" if differs.any() else ""
-    return Finding(f"greedy text ({_WRITTEN_TOKENS} tokens that differ)", float(differs.sum()), 0.0, where)
+    return Finding(f"greedy text ({_GENERATED_TOKENS} tokens that differ)", float(differs.sum()), 0.0, where)
 
 
 def _build(
@@ -335,7 +338,7 @@ def _build(
 
 
 def probe_positions(num_tokens: int, target_context_length: int) -> dict[str, torch.Tensor]:
-    """Position rows [s] that together touch the whole window: ordinary, EndPrompt's gap, spread, and the last ones."""
+    """Position rows [s] that together cover the window: contiguous from 0, with EndPrompt's gap, evenly spread, and the last ones."""
     half = num_tokens // 2
     gapped = torch.cat([torch.arange(num_tokens - half), torch.arange(target_context_length - half, target_context_length)])
     spread = torch.linspace(0, target_context_length - 1, num_tokens).long()
@@ -347,19 +350,19 @@ def probe_positions(num_tokens: int, target_context_length: int) -> dict[str, to
     }
 
 
-def load_transformers_model(hf_path: Path, dtype: torch.dtype = torch.float32):
-    """The directory in plain transformers, in evaluation mode on the CPU."""
+def load_transformers_model(hf_path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a directory with transformers, in evaluation mode on the CPU."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(hf_path, dtype=dtype, attn_implementation="sdpa").eval()
 
 
 @torch.no_grad()
-def transformers_logits(model, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def transformers_logits(model: Any, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Logits [b, s, v] of transformers at explicit positions.
 
-    A 4-D causal mask goes along: without one, transformers takes a jump in position_ids for the boundary of a packed sequence, and
-    the end prompt would not see the context.
+    Passes a 4-D causal mask: without one, transformers treats a jump in position_ids as the boundary of a packed sequence, and the end
+    prompt would not attend to the context.
 
     Args:
         tokens: [b, s]; positions: [s].

@@ -1,4 +1,4 @@
-"""Bring a file to the disk while it is being written, so that the wait for the disk at its end is short."""
+"""Sync a file to the disk in the background while it is being written, so that the final fsync is short."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ _EVERY_BYTES = 2**27
 
 
 class BackgroundSync:
-    """Use as a context manager around the writing of an open file; when the block ends well, its bytes are on the disk.
+    """Context manager around the writing of an open file. If the block succeeds, all written bytes are on the disk.
 
     Args:
-        descriptor: of the file.
-        enabled: False leaves the disk to the operating system.
+        descriptor: file descriptor.
+        enabled: False disables all syncing.
     Raises:
-        OSError: the disk did not take what was written.
+        OSError: a sync failed.
     """
 
     def __init__(self, descriptor: int, *, enabled: bool = True):
         self._enabled = enabled
-        self._descriptor, self._pending, self._error = descriptor, 0, None
-        self._wanted = threading.Semaphore(0)
+        self._descriptor, self._pending = descriptor, 0
+        self._error: OSError | None = None
+        self._requests = threading.Semaphore(0)
         self._ended = False
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -31,17 +32,17 @@ class BackgroundSync:
         return self
 
     def wrote(self, count: int) -> None:
-        """Tell that `count` bytes more were written."""
+        """Record that `count` more bytes were written."""
         self._pending += count
         if self._pending >= _EVERY_BYTES:
             self._pending = 0
-            self._wanted.release()
+            self._requests.release()
 
     def __exit__(self, failure: type[BaseException] | None, *exc: object) -> None:
         if not self._enabled:
             return
         self._ended = True
-        self._wanted.release()
+        self._requests.release()
         self._thread.join()
         if failure is None:
             if self._error is not None:
@@ -50,7 +51,7 @@ class BackgroundSync:
 
     def _run(self) -> None:
         while True:
-            self._wanted.acquire()
+            self._requests.acquire()
             if self._ended:
                 return
             try:

@@ -1,9 +1,10 @@
-"""Model weights in megatron.core dist_checkpointing directories (torch_dist), read in blocks of rows without a process group, for models
-that no process could hold. torch_dist_writer.py writes them.
+"""Read model weights from megatron.core dist_checkpointing directories (torch_dist) in blocks of rows, without a process group, also for
+models that do not fit into memory. write.py writes such directories.
 
-Such a directory is torch's distributed checkpoint: `.metadata` (a pickle: the global shape of every tensor, its chunks, and where the
-bytes of each chunk stand) and *.distcp files of `torch.save` archives, one a chunk; beside it metadata.json and common.pt of Megatron.
-Layers stand either stacked, `decoder.layers.<name>` with the layer as first dimension, or numbered, `decoder.layers.7.<name>`.
+A torch_dist directory is a distributed checkpoint of torch: `.metadata` (a pickle with the global shape of every tensor, its chunks, and
+the file position of each chunk) and *.distcp files that contain one `torch.save` archive per chunk; Megatron adds metadata.json and
+common.pt. Layers are stored either stacked, `decoder.layers.<name>` with the layer as first dimension, or numbered,
+`decoder.layers.7.<name>`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from endprompt_megatron.planning.architecture import ModelArchitecture
 
 METADATA_FILE = ".metadata"
 LAYERS = "decoder.layers."
-_PREFIXES = ("", "module.", "model.")  # NeMo writes its wrapper's name in front
+_PREFIXES = ("", "module.", "model.")  # NeMo prefixes names with the name of its wrapper
 _NO_WEIGHTS = re.compile(r"(^|\.)(optimizer|random_state|rng_state|rerun_state_machine_state|opt_param_scheduler)\b|_extra_state")
 
 _BROKEN_ARCHIVE = (
@@ -45,37 +46,38 @@ _BROKEN_ARCHIVE = (
 
 
 def find_torch_dist(path: Path) -> Path:
-    """The torch_dist directory that `path` means: itself, or the newest checkpoint of a run of ours, of Megatron-LM or of NeMo in it.
+    """Return the torch_dist directory for `path`: `path` itself, or the newest checkpoint in a run directory of this project, Megatron-LM
+    or NeMo.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: no torch_dist directory was found.
     """
     path = Path(path)
     for candidate in (path, path / "weights"):
         if (candidate / METADATA_FILE).is_file():
-            return _checked_backend(candidate)
+            return _check_backend(candidate)
     pointer = path / "latest_checkpointed_iteration.txt"
     if pointer.is_file():
-        iteration = _pointed(pointer)
+        iteration = _read_pointer(pointer)
         return find_torch_dist(path / (f"iter_{int(iteration):07d}" if iteration.isdigit() else iteration))
     for directory in (path, path / "checkpoints"):
         latest = directory / "latest"
         if latest.is_file():
-            return find_torch_dist(directory / _pointed(latest))
+            return find_torch_dist(directory / _read_pointer(latest))
     raise CheckpointError(
-        f"{path}: no {METADATA_FILE} of a torch_dist checkpoint there, nor in weights/, nor a run's checkpoints. Name the directory that "
-        f"holds {METADATA_FILE} and *.distcp files."
+        f"{path}: no {METADATA_FILE} of a torch_dist checkpoint in it or in weights/, and no checkpoints of a run. Give the directory "
+        f"that contains {METADATA_FILE} and *.distcp files."
     )
 
 
-def _pointed(pointer: Path) -> str:
+def _read_pointer(pointer: Path) -> str:
     name = pointer.read_text().strip()
     if not name or name.startswith("."):
-        raise CheckpointError(f"{pointer} names no checkpoint ({name!r}): write the name of one into it.")
+        raise CheckpointError(f"{pointer} does not name a checkpoint ({name!r}): write the name of one into it.")
     return name
 
 
-def _checked_backend(directory: Path) -> Path:
+def _check_backend(directory: Path) -> Path:
     description = directory / "metadata.json"
     if description.is_file():
         try:
@@ -83,7 +85,9 @@ def _checked_backend(directory: Path) -> Path:
         except (ValueError, AttributeError) as error:
             raise CheckpointError(f"{description} is damaged ({error}). Copy it again.") from error
         if backend != "torch_dist":
-            raise CheckpointError(f"{directory} is a checkpoint of the format {backend}: torch_dist is read. Save it again as torch_dist.")
+            raise CheckpointError(
+                f"{directory} is a checkpoint of the format {backend}: only torch_dist is supported. Save it again as torch_dist."
+            )
     return directory
 
 
@@ -92,18 +96,18 @@ class _Chunk:
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     path: Path
-    position: int  # of its archive in the file
+    position: int  # position of its archive in the file
     length: int
 
 
 class TorchDistReader:
-    """Random access to the model weights of a torch_dist directory, under the names of the whole model. Use as a context manager.
+    """Random access to the model weights of a torch_dist directory, by their names in the whole model. Use as a context manager.
 
     Args:
-        path: as find_torch_dist takes it.
-        reuse_memory: as of SafetensorsReader.
+        path: as for find_torch_dist.
+        reuse_memory: as for SafetensorsReader.
     Raises:
-        CheckpointError: no such directory, or one that cannot be read.
+        CheckpointError: the directory does not exist or cannot be read.
     """
 
     def __init__(self, path: Path, *, reuse_memory: bool = False):
@@ -132,58 +136,58 @@ class TorchDistReader:
 
     @property
     def prefix(self) -> str:
-        """What stands in front of every name of the model, e.g. the name of a wrapper."""
+        """Prefix of all parameter names, e.g. the name of a wrapper."""
         return self._prefix
 
     @property
     def stacked(self) -> bool:
-        """Whether layers stand stacked, as one tensor a name."""
+        """Whether layers are stacked into one tensor per name."""
         return self._locate(LAYERS + "0.self_attention.linear_proj.weight")[1] is not None
 
     def keys(self) -> dict[str, TensorStorageMetadata]:
-        """Every tensor in the directory, optimizer states and all."""
+        """All tensors in the directory, optimizer states included."""
         return self._tensors
 
     def files(self) -> list[Path]:
-        """The files that hold the tensors."""
+        """Files with tensors."""
         return sorted({self.directory / info.relative_path for info in self._metadata.storage_data.values()})
 
     def unknown_names(self, architecture: ModelArchitecture) -> list[str]:
-        """Tensors that are neither weights of this architecture nor states of an optimizer or a random generator."""
+        """Names of tensors that are neither weights of this architecture nor states of an optimizer or a random generator."""
         known = {self._locate(binding.megatron)[0] for binding in bindings(architecture)}
         return sorted(name for name in self._tensors if name not in known and not _NO_WEIGHTS.search(name))
 
     def adapters(self) -> list[str]:
-        """Weights of low-rank adapters, by their keys."""
+        """Keys of the weights of low-rank adapters."""
         return sorted(name for name in self._tensors if is_adapter(name) and not _NO_WEIGHTS.search(name))
 
     def holds(self, name: str) -> bool:
-        """Whether a parameter of the whole model stands in it."""
+        """Whether the directory contains a parameter of the whole model."""
         return self._locate(name)[0] in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a parameter of the whole model (a Megatron name, its layer numbered)."""
+        """Shape of a parameter, given by its Megatron name in the whole model, with the layer number."""
         key, layer = self._locate(name)
         size = tuple(self._entry(key, name).size)
         return size if layer is None else size[1:]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of a parameter."""
+        """Dtype of a parameter."""
         return self._entry(self._locate(name)[0], name).properties.dtype
 
     def check(self, architecture: ModelArchitecture) -> None:
-        """Compare names and shapes with an architecture, without reading a weight.
+        """Compare names and shapes with an architecture, without reading weights.
 
         Raises:
-            CheckpointError: a weight is missing, has another shape, or belongs to no weight of the architecture.
+            CheckpointError: a weight is missing, has another shape, or is not part of the architecture.
         """
         for binding in bindings(architecture):
             found, expected = self.shape(binding.megatron), binding.layout.megatron_shape(architecture)
             if binding.layout.padded and found[0] >= architecture.vocab_size:
-                expected = (found[0], *expected[1:])  # how far the vocabulary is padded is the writer's choice
+                expected = (found[0], *expected[1:])  # vocabulary padding differs between programs
             if found != expected:
                 raise CheckpointError(
-                    f"{self.directory}: {binding.megatron} has shape {list(found)}, the model's config makes it {list(expected)}."
+                    f"{self.directory}: {binding.megatron} has shape {list(found)}, but the model's config requires {list(expected)}."
                 )
             key, layer = self._locate(binding.megatron)
             if layer is not None and self._tensors[key].size[0] != architecture.num_layers:
@@ -193,21 +197,21 @@ class TorchDistReader:
         adapters = self.adapters()
         if adapters:
             raise CheckpointError(
-                f"{self.directory} holds {len(adapters)} weights of adapters, e.g. {adapters[0]}, and does not say how they count (alpha): "
-                f"name the checkpoint of the run that trained them, with its {RUN_FILE}."
+                f"{self.directory} contains {len(adapters)} adapter weights, e.g. {adapters[0]}, but not their scale (alpha): give the "
+                f"checkpoint of the run that trained them, with its {RUN_FILE}."
             )
-        strange = [name for name in self.unknown_names(architecture) if re.search(r"(^|\.)(decoder|embedding|output_layer)\.", name)]
-        if strange:
+        unexpected = [name for name in self.unknown_names(architecture) if re.search(r"(^|\.)(decoder|embedding|output_layer)\.", name)]
+        if unexpected:
             raise CheckpointError(
-                f"{self.directory}: {len(strange)} weights have no place in this model, e.g. {', '.join(strange[:3])}. A Hugging Face "
-                f"model without them would be another model: is the base the right one?"
+                f"{self.directory}: {len(unexpected)} weights do not belong to this model, e.g. {', '.join(unexpected[:3])}. A "
+                f"Hugging Face model without them would be another model: check that the base is the right one."
             )
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
-        """Rows first .. last-1 of a parameter, put together from its chunks.
+        """Return rows first .. last-1 of a parameter, assembled from its chunks.
 
         Raises:
-            CheckpointError: the parameter is missing, or its chunks leave a hole.
+            CheckpointError: the parameter is missing, or its chunks do not cover the rows.
         """
         key, layer = self._locate(name)
         entry = self._entry(key, name)
@@ -216,14 +220,14 @@ class TorchDistReader:
         found: torch.Tensor | None = None
         filled = 0
         for chunk in self._chunks_of(key):
-            if lead and not chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]:
+            if layer is not None and not chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]:
                 continue
             offsets, sizes = chunk.offsets[len(lead) :], chunk.sizes[len(lead) :]
             low, high = max(first, offsets[0]), min(last, offsets[0] + sizes[0])
             if low >= high:
                 continue
             block = self._rows_of_chunk(
-                chunk, entry.properties.dtype, (layer - chunk.offsets[0],) if lead else (), low - offsets[0], high - offsets[0]
+                chunk, entry.properties.dtype, () if layer is None else (layer - chunk.offsets[0],), low - offsets[0], high - offsets[0]
             )
             if block.shape == (last - first, *shape[1:]):
                 return block
@@ -237,25 +241,25 @@ class TorchDistReader:
         return found
 
     def range_of_rows(self, name: str, first: int, last: int) -> FileRange | None:
-        """Where rows first .. last-1 of a parameter stand, if they stand together in one file."""
+        """Return the file range of rows first .. last-1 of a parameter; None if they are not contiguous in one file."""
         key, layer = self._locate(name)
         entry = self._entry(key, name)
         lead = 0 if layer is None else 1
         for chunk in self._chunks_of(key):
             offsets, sizes = chunk.offsets[lead:], chunk.sizes[lead:]
-            is_layer = not lead or chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]
+            is_layer = layer is None or chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]
             is_whole = sizes[1:] == tuple(entry.size)[lead + 1 :] and offsets[0] <= first and last <= offsets[0] + sizes[0]
             if is_layer and is_whole:
                 position = self._position_of(chunk, entry.properties.dtype)
                 row_bytes = entry.properties.dtype.itemsize * math.prod(sizes[1:])
-                skipped = (layer - chunk.offsets[0]) * sizes[0] if lead else 0
+                skipped = 0 if layer is None else (layer - chunk.offsets[0]) * sizes[0]
                 if position is not None:
                     start = position + (skipped + first - offsets[0]) * row_bytes
                     return FileRange(self._open(chunk.path), start, (last - first) * row_bytes)
         return None
 
     def layout(self) -> str:
-        """How the layers stand and into how many pieces a layer's matrix is cut, in words."""
+        """Describe how layers are stored (stacked or numbered), and the number of tensor-parallel shards."""
         key = next((name for name in self._tensors if name.endswith("linear_proj.weight") and not _NO_WEIGHTS.search(name)), None)
         if key is None:
             return "no attention weights"
@@ -268,7 +272,7 @@ class TorchDistReader:
         return self._tensors[key]
 
     def _locate(self, name: str) -> tuple[str, int | None]:
-        """(key in the directory, layer where layers are stacked) of a parameter of the whole model."""
+        """Return (key in the directory, layer index if layers are stacked) of a parameter of the whole model."""
         if not name.startswith(LAYERS):
             return self._prefix + name, None
         layer, rest = name.removeprefix(LAYERS).split(".", 1)
@@ -286,7 +290,9 @@ class TorchDistReader:
             for chunk in self._tensors[key].chunks:
                 info = storage.get(MetadataIndex(key, chunk.offsets))
                 if info is None:
-                    raise CheckpointError(f"{self.directory / METADATA_FILE} says nowhere where {key} at {list(chunk.offsets)} stands.")
+                    raise CheckpointError(
+                        f"{self.directory / METADATA_FILE} has no file position of {key} at {list(chunk.offsets)}. Copy it again."
+                    )
                 path = self.directory / info.relative_path
                 found.append(_Chunk(tuple(chunk.offsets), tuple(chunk.sizes), path, info.offset, info.length))
             self._chunks[key] = found
@@ -294,7 +300,7 @@ class TorchDistReader:
 
     def _rows_of_chunk(self, chunk: _Chunk, dtype: torch.dtype, lead: tuple[int, ...], first: int, last: int) -> torch.Tensor:
         position = self._position_of(chunk, dtype)
-        if position is None:  # stored in another order than row by row: rare, and read whole
+        if position is None:  # not stored row by row: rare, so the whole chunk is read
             where = (chunk.path, chunk.position)
             if self._whole is None or self._whole[0] != where:
                 self._whole = (where, torch.load(_FileSlice(self._open(chunk.path), chunk.position, chunk.length), weights_only=True))
@@ -306,7 +312,7 @@ class TorchDistReader:
         return read_tensor(self._open(chunk.path), position + skipped * row_bytes, (last - first, *sizes[1:]), dtype, scratch=self._scratch)
 
     def _position_of(self, chunk: _Chunk, dtype: torch.dtype) -> int | None:
-        """Where the first byte of a chunk stands in its file; None unless its rows follow each other."""
+        """Return the file position of the first byte of a chunk; None if the chunk is not contiguous."""
         where = (chunk.path, chunk.position)
         if where not in self._positions:
             self._positions[where] = self._find_data(chunk, dtype)
@@ -319,7 +325,7 @@ class TorchDistReader:
             position = chunk.position + _position_in_archive(archive)
         except _BROKEN_ARCHIVE as error:
             raise CheckpointError(
-                f"{chunk.path} is damaged or cut short at byte {chunk.position} ({type(error).__name__}: {error}). Copy it again."
+                f"{chunk.path} is damaged or truncated at byte {chunk.position} ({type(error).__name__}: {error}). Copy it again."
             ) from error
         if tuple(described.shape) != chunk.sizes or described.dtype != dtype:
             raise CheckpointError(
@@ -340,10 +346,10 @@ class TorchDistReader:
 
 
 class SeekableFile(io.RawIOBase):
-    """A file of our own making that can be jumped about in.
+    """Base class of seekable file-like objects.
 
     Attributes:
-        at: position.
+        at: current position.
         end: length.
     """
 
@@ -352,40 +358,40 @@ class SeekableFile(io.RawIOBase):
         self.at, self.end = 0, end
 
     def seekable(self) -> bool:
-        """As of io.RawIOBase."""
+        """Same as io.RawIOBase."""
         return True
 
     def tell(self) -> int:
-        """As of io.RawIOBase."""
+        """Same as io.RawIOBase."""
         return self.at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """As of io.RawIOBase."""
+        """Same as io.RawIOBase."""
         self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.end}[whence]
         return self.at
 
 
 class _FileSlice(SeekableFile):
-    """Bytes position .. position+length-1 of an open file, as a file."""
+    """File-like view of bytes position .. position+length-1 of an open file."""
 
     def __init__(self, descriptor: int, position: int, length: int):
         super().__init__(length)
         self._descriptor, self._start = descriptor, position
 
     def readable(self) -> bool:
-        """As of io.RawIOBase."""
+        """Same as io.RawIOBase."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """As of io.RawIOBase."""
-        wanted = max(0, min(len(buffer), self.end - self.at))
-        count = os.preadv(self._descriptor, [memoryview(buffer)[:wanted]], self._start + self.at) if wanted else 0
+        """Same as io.RawIOBase."""
+        count = max(0, min(len(buffer), self.end - self.at))
+        count = os.preadv(self._descriptor, [memoryview(buffer)[:count]], self._start + self.at) if count else 0
         self.at += count
         return count
 
 
 def _position_in_archive(archive: _FileSlice) -> int:
-    """Where the first byte of the tensor stands in an archive of torch.save: a zip file that compresses nothing."""
+    """Return the position of the first byte of the tensor in an archive of torch.save, an uncompressed zip file."""
     record = next(entry for entry in zipfile.ZipFile(archive).infolist() if entry.filename.endswith("/data/0"))
     archive.seek(record.header_offset)
     name_length, extra_length = struct.unpack("<26xHH", archive.read(30))

@@ -1,4 +1,4 @@
-"""Writes model weights as a torch_dist directory (torch_dist.py says what that is), file by file from the first byte to the last."""
+"""Write model weights as a torch_dist directory (read.py describes the format), file by file and sequentially."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ from endprompt_megatron.checkpoint.hf.safetensors_io import FileRange, write_all
 from endprompt_megatron.checkpoint.torch_dist.background_sync import BackgroundSync
 from endprompt_megatron.checkpoint.torch_dist.read import LAYERS, METADATA_FILE, SeekableFile
 
-# linear layers that keep an `_extra_state` object each; None in it means nothing
+# linear layers that each have an `_extra_state` object; its value None means an empty state
 _EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
 @dataclass
 class StoredChunks:
-    """What one .distcp file holds: where each chunk stands. `to_json` and back, so that an interrupted conversion can go on.
+    """Positions of the chunks in one .distcp file. Can be stored as JSON, so that an interrupted conversion can continue.
 
     Attributes:
         chunks: key -> [(offsets, sizes, position, length)].
-        objects: key -> (position, length) of pickled objects.
+        objects: key -> (position, length) of a pickled object.
     """
 
     chunks: dict[str, list[tuple[list[int], list[int], int, int]]] = field(default_factory=dict)
     objects: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """As text."""
+        """Serialise to JSON."""
         return json.dumps({"chunks": self.chunks, "objects": self.objects})
 
     @staticmethod
     def from_json(text: str) -> StoredChunks | None:
-        """From text; None where a power failure left none."""
+        """Parse JSON; None if it is invalid, e.g. after a power failure."""
         try:
             return StoredChunks(**json.loads(text))
         except (ValueError, TypeError):
@@ -58,13 +58,13 @@ class StoredChunks:
 
 
 class DistcpWriter:
-    """Writes one .distcp file from its first byte to its last. Use as a context manager.
+    """Writes one .distcp file sequentially. Use as a context manager.
 
     Args:
-        path: file to make.
-        tensor_parallel_size: shares into which each matrix is cut, as that many ranks would write it: each of them then reads its own
-            share only.
-        sync: wait at the end until its bytes are on the disk.
+        path: file to create.
+        tensor_parallel_size: number of shards of each matrix. Each shard is a separate chunk, so that a rank of this tensor-parallel size
+            reads only its own shard.
+        sync: fsync the file at the end.
     """
 
     def __init__(self, path: Path, *, tensor_parallel_size: int, sync: bool = True):
@@ -93,11 +93,12 @@ class DistcpWriter:
         """Write a parameter in its chunks.
 
         Args:
-            name: in the whole model.
-            shape: of the whole parameter, padding included.
-            dim: dimension that is cut into shares, or None.
-            parts: equal parts of the rows each of which is cut.
-            blocks: (first, past the last, whether they may be ranges of files) -> these rows of the whole parameter, in pieces.
+            name: name in the whole model.
+            shape: shape of the whole parameter, padding included.
+            dtype: dtype of the parameter.
+            dim: dimension that is split into shards; None if it is not split.
+            parts: number of equal parts of the rows; each part is split separately.
+            blocks: (first, past the last, whether file ranges are allowed) -> blocks of these rows of the whole parameter.
         """
         key, layer = stored_key(name)
         lead = () if layer is None else (layer,)
@@ -112,7 +113,10 @@ class DistcpWriter:
             write_all(self._stream.fileno(), memoryview(before))
             is_share = width is not None and width != shape[1]
             for block in blocks(first, first + rows, not is_share):
-                self._sync.wrote(write_block(self._stream.fileno(), block[:, column : column + width] if is_share else block))
+                if is_share:
+                    assert isinstance(block, torch.Tensor) and width is not None  # file ranges are only used for unsplit columns
+                    block = block[:, column : column + width]
+                self._sync.wrote(write_block(self._stream.fileno(), block))
             write_all(self._stream.fileno(), memoryview(after))
             length = self._stream.tell() - start
             if length != len(before) + dtype.itemsize * math.prod(sizes) + len(after):
@@ -120,7 +124,7 @@ class DistcpWriter:
             self.stored.chunks.setdefault(key, []).append((offsets, list(sizes), start, length))
 
     def write_object(self, key: str, value: Any) -> None:
-        """Add a pickled object."""
+        """Append a pickled object."""
         start = self._stream.tell()
         archive = io.BytesIO()
         torch.save(value, archive)
@@ -129,18 +133,18 @@ class DistcpWriter:
 
 
 class _Recorder(SeekableFile):
-    """A file that keeps what is written before and after the one place that is jumped over."""
+    """In-memory file that records the bytes before and after the one range that the writer skips."""
 
     def __init__(self) -> None:
         super().__init__(0)
         self.pieces = [bytearray()]
 
     def writable(self) -> bool:
-        """As of io.RawIOBase."""
+        """Same as io.RawIOBase."""
         return True
 
     def write(self, data: Any) -> int:
-        """As of io.RawIOBase."""
+        """Same as io.RawIOBase."""
         if self.at != self.end:
             self.pieces.append(bytearray())
         self.pieces[-1] += bytes(data)
@@ -150,16 +154,17 @@ class _Recorder(SeekableFile):
 
 
 def _archive_around(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
-    """What torch.save writes before and after the data of a contiguous tensor."""
+    """Return the bytes that torch.save writes before and after the data of a contiguous tensor."""
     recorder = _Recorder()
     with torch.serialization.skip_data():
-        torch.save(torch.empty(sizes, dtype=dtype), recorder)  # addresses alone: memory that nobody touches takes no room
+        torch.save(torch.empty(sizes, dtype=dtype), recorder)  # virtual memory only: pages that are never touched are not allocated
     before, after = recorder.pieces
     return bytes(before), bytes(after)
 
 
 def stored_key(name: str) -> tuple[str, int | None]:
-    """(key in a directory that we write, layer) of a parameter of the whole model: layers stacked, norms named as Megatron writes them."""
+    """Return (key, layer index) under which this module stores a parameter: layers stacked, norms with their fused names, as Megatron
+    does."""
     if not name.startswith(LAYERS):
         return name, None
     layer, rest = name.removeprefix(LAYERS).split(".", 1)
@@ -167,17 +172,17 @@ def stored_key(name: str) -> tuple[str, int | None]:
 
 
 def extra_state_keys(layer: int, num_layers: int) -> list[str]:
-    """Keys of the `_extra_state` objects of a layer, which Megatron looks for when it loads."""
+    """Keys of the `_extra_state` objects of a layer, which Megatron requires when loading."""
     return [f"{LAYERS}{name}._extra_state/shard_{layer}_{num_layers}" for name in _EXTRA_STATES]
 
 
 def write_metadata(directory: Path, files: dict[str, StoredChunks], *, dtype: torch.dtype) -> None:
-    """Write .metadata, metadata.json and common.pt over finished .distcp files.
+    """Write .metadata, metadata.json and common.pt for complete .distcp files.
 
     Args:
-        directory: theirs.
-        files: file name -> what it holds.
-        dtype: of every tensor.
+        directory: directory of the files.
+        files: file name -> chunks of the file.
+        dtype: dtype of all tensors.
     """
     described: dict[str, Any] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
@@ -190,10 +195,10 @@ def write_metadata(directory: Path, files: dict[str, StoredChunks], *, dtype: to
         for key, (position, length) in files[file].objects.items():
             described[key] = BytesStorageMetadata()
             storage[MetadataIndex(key)] = _StorageInfo(file, position, length)
-    for key, chunks in sorted(gathered.items()):
-        size = torch.Size(max(offsets[i] + sizes[i] for offsets, sizes in chunks) for i in range(len(chunks[0][0])))
+    for key, parts in sorted(gathered.items()):
+        size = torch.Size(max(offsets[i] + sizes[i] for offsets, sizes in parts) for i in range(len(parts[0][0])))
         described[key] = TensorStorageMetadata(
-            TensorProperties(dtype=dtype), size, [ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s in sorted(chunks)]
+            TensorProperties(dtype=dtype), size, [ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s in sorted(parts)]
         )
     with (directory / METADATA_FILE).open("wb") as stream:
         pickle.dump(Metadata(state_dict_metadata=described, storage_data=storage), stream)

@@ -1,6 +1,7 @@
-"""lm-eval (EleutherAI's language model evaluation harness) behind one door: a model loaded once, one run a task and length, an answer and a
-score for every sample. What people get wrong is set here: one BOS, raw prompts, the length, the samples. The only place that imports
-lm_eval, and late: it takes many seconds and is an extra."""
+"""Runs tasks with lm-eval (EleutherAI's language model evaluation harness). The model is loaded once; each run evaluates one task at one
+length and returns the output and the score of every sample. Settings that are easily wrong are fixed here: one BOS, raw prompts, the
+length, the samples. lm_eval is imported only in this package, and only inside functions, because it is an optional dependency and takes
+seconds."""
 
 from __future__ import annotations
 
@@ -13,7 +14,6 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,68 +24,51 @@ import torch
 from endprompt_megatron.checkpoint.hf.tokenizer import end_tokens, load_tokenizer
 from endprompt_megatron.errors import BackendUnavailableError, DataError
 from endprompt_megatron.evaluation.lm_eval_harness.ruler_prompts import bounded, generator_of, replaced
-from endprompt_megatron.evaluation.suite import MEGATRON, PREFILL_CHUNK, RULER_SAMPLES, EvaluateConfig
-from endprompt_megatron.evaluation.tasks import PUNKT, RULER, SOURCES, HarnessTask, is_offline, sources_of
+from endprompt_megatron.evaluation.sample import Sample
+from endprompt_megatron.evaluation.suite import PREFILL_CHUNK, RULER_SAMPLES, EvaluateConfig
+from endprompt_megatron.evaluation.task_sources import SOURCES, is_offline, sources_of
+from endprompt_megatron.evaluation.tasks import ESSAYS, MEGATRON, PUNKT, RULER, Task
 from endprompt_megatron.log import Progress
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 
 VERSION = "0.4.13"
 INSTALL = "pip install -e '.[eval]'"
-# beyond a RULER length, for the answer prefix and the answer, which the harness does not count (at most 128 tokens are generated)
+# tokens beyond a RULER length for the answer prefix and the answer, which lm-eval does not count (at most 128 tokens are generated)
 ANSWER_ROOM = 512
-# the harness's folders that hold the tasks: reading all of its thousands of descriptions takes half a minute
+# lm-eval's folders with these tasks; reading all of its thousands of task files takes half a minute
 _TASK_FOLDERS = ("ruler", "longbench", "mmlu/default", "gsm8k", "hellaswag", "humaneval")
-_PROBE = "The grass is green."
-_START = "_state_when_loaded"  # of the generator of a RULER module
-_REQUESTS_AT_ONCE = {"generate_until": 8, "loglikelihood": 256}  # between two progress lines, times the batch size
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One question, answered.
-
-    Attributes:
-        index: of the sample in its task, the same for every model.
-        score: 0 to 100.
-        output: what the model wrote; of multiple choice the log-likelihoods of the choices, in nats.
-        references: what would have been right.
-        prompt_tokens: of what the model was given, before anything was cut; None for multiple choice.
-    """
-
-    index: int
-    score: float
-    output: str
-    references: Any
-    prompt_tokens: int | None = None
+_BOS_CHECK_TEXT = "The grass is green."
+_INITIAL_STATE = "_state_when_loaded"  # attribute of a RULER module: state of its random generator after the import
+_REQUESTS_PER_PROGRESS_LINE = {"generate_until": 8, "loglikelihood": 256}  # times the batch size
 
 
 def harness_version() -> str:
-    """The installed version.
+    """Installed version of lm-eval.
 
     Raises:
-        BackendUnavailableError: it is not installed, or not in the version that the patches of ruler_prompts were made for.
+        BackendUnavailableError: lm-eval is not installed, or its version is not the one that ruler_prompts patches.
     """
     try:
         found = importlib.metadata.version("lm_eval")
     except importlib.metadata.PackageNotFoundError:
         raise BackendUnavailableError(f"lm-eval is not installed. Install the extra: {INSTALL}") from None
     if found != VERSION:
-        raise BackendUnavailableError(f"lm-eval {found} is installed; these tasks are made for {VERSION}. Install the extra: {INSTALL}")
+        raise BackendUnavailableError(f"lm-eval {found} is installed; only {VERSION} is supported. Install the extra: {INSTALL}")
     return found
 
 
 def check_backend(backend: str) -> None:
-    """Whether the backend is installed.
+    """Checks that the backend is installed.
 
     Raises:
-        BackendUnavailableError: vllm is asked for and not there.
+        BackendUnavailableError: the backend is vllm, and vLLM is not installed.
     """
     if backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise BackendUnavailableError("backend=vllm: vLLM is not installed. Install it (pip install vllm, needs a GPU) or set backend=hf.")
 
 
 def has_punkt() -> bool:
-    """Whether NLTK finds punkt_tab by itself."""
+    """Whether NLTK finds punkt_tab in its own search path."""
     if importlib.util.find_spec("nltk") is None:
         return False
     import nltk
@@ -98,19 +81,19 @@ def has_punkt() -> bool:
 
 
 def bos_token_of(model_dir: Path) -> str | None:
-    """The tokenizer's BOS, None where it names none (such models were trained without)."""
+    """The tokenizer's BOS token; None where it has none (such models were trained without)."""
     return load_tokenizer(model_dir).bos_token
 
 
 class Harness:
-    """One model on lm-eval.
+    """Runs lm-eval's tasks on one model.
 
     Args:
         config: of the evaluation.
-        max_length: tokens that a prompt and its answer may take together, at most.
-        model: on Megatron-Core, of backend megatron; the others load theirs.
+        max_length: maximum tokens of a prompt and its answer together.
+        model: the loaded model, for backend megatron; the other backends load their own.
         device: of that model.
-        lm: an lm-eval LM in the model's place, for tests.
+        lm: an lm-eval LM that replaces the model, for tests.
     """
 
     def __init__(
@@ -131,9 +114,9 @@ class Harness:
         self._manager = lm_eval.tasks.TaskManager(
             include_defaults=False, include_path=[str(folder / name) for name in _TASK_FOLDERS], metadata=self.metadata
         )
-        self._own_model = lm is None
+        self._is_real_model = lm is None
         self.lm = lm or (self._load() if model is None else self._wrap(model, device))
-        if self._own_model:
+        if self._is_real_model:
             self._check_bos(self.lm)
 
     def _wrap(self, model: EndPromptGPTModel | list[EndPromptGPTModel], device: torch.device) -> Any:
@@ -145,7 +128,7 @@ class Harness:
             model,
             tokenizer,
             end_tokens=end_tokens(model_dir, tokenizer),
-            bos=tokenizer.bos_token_id if self._wants_bos() else None,
+            bos=tokenizer.bos_token_id if self._needs_bos() else None,
             max_length=self.max_length,
             prefill_chunk=PREFILL_CHUNK,
             device=device,
@@ -153,13 +136,13 @@ class Harness:
 
     def _load(self) -> Any:
         config = self.config
-        own: dict[str, Any] = {"pretrained": str(config.model), "dtype": config.dtype, "add_bos_token": True if self._wants_bos() else None}
+        own: dict[str, Any] = {"pretrained": str(config.model), "dtype": config.dtype, "add_bos_token": True if self._needs_bos() else None}
         if config.bos == "none":
             own["add_bos_token"] = False
         if config.backend == "vllm":
             from lm_eval.models.vllm_causallms import VLLM
 
-            # vLLM multiplies max_position_embeddings by a linear factor, and refuses lengths beyond its own idea of the window
+            # vLLM multiplies max_position_embeddings by a linear factor, and rejects lengths beyond the window that results
             os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
             own |= {"max_model_len": self.max_length, "tensor_parallel_size": config.tensor_parallel_size, "seed": config.seed}
             return VLLM(**own, batch_size="auto")
@@ -169,64 +152,64 @@ class Harness:
         own |= {"max_length": self.max_length, "device": device, "batch_size": config.batch_size, "attn_implementation": "sdpa"}
         return HFLM(**own)
 
-    def _wants_bos(self) -> bool:
+    def _needs_bos(self) -> bool:
         return self.config.bos == "one" and bos_token_of(Path(self.config.model)) is not None
 
     def _check_bos(self, lm: Any) -> None:
-        """Look at what the model will be given, not at what was asked for."""
-        wanted = int(self._wants_bos())
-        ways = {"tok_encode": list(lm.tok_encode(_PROBE))}
+        """Counts the BOS tokens that the model really gets, whatever the settings of the tokenizer."""
+        required = int(self._needs_bos())
+        encodings = {"tok_encode": list(lm.tok_encode(_BOS_CHECK_TEXT))}
         if hasattr(lm, "tok_batch_encode"):
-            ways["tok_batch_encode"] = lm.tok_batch_encode([_PROBE])[0][0].tolist()
-        for name, ids in ways.items():
+            encodings["tok_batch_encode"] = lm.tok_batch_encode([_BOS_CHECK_TEXT])[0][0].tolist()
+        for name, ids in encodings.items():
             found = ids.count(lm.tokenizer.bos_token_id) if lm.tokenizer.bos_token_id is not None else 0
-            if found != wanted or (wanted and ids[0] != lm.tokenizer.bos_token_id):
+            if found != required or (required and ids[0] != lm.tokenizer.bos_token_id):
                 raise DataError(
-                    f"bos={self.config.bos}: {wanted} BOS tokens belong before a prompt, and {found} are there ({name} gives {ids[:4]}). "
-                    f"Set bos={'none' if wanted else 'one'}, or mend the tokenizer of {self.config.model}."
+                    f"bos={self.config.bos}: a prompt needs {required} BOS tokens, and {found} were found ({name} returns {ids[:4]}). "
+                    f"Set bos={'none' if required else 'one'}, or correct the tokenizer of {self.config.model}."
                 )
 
-    def run(self, task: HarnessTask, *, length: int | None, window: int, label: str, log_file: Path) -> list[Sample]:
-        """Ask one task.
+    def run(self, task: Task, *, length: int | None, window: int, label: str, log_file: Path) -> list[Sample]:
+        """Runs one task.
 
         Args:
-            task: which.
-            length: of RULER's prompts, in tokens; None for the other tasks.
-            window: of the model, in tokens: what prompts and answers of the other tasks are cut to.
+            task: one of lm-eval's.
+            length: of RULER's prompts, in tokens; None for other tasks.
+            window: of the model, in tokens. Prompts and answers of other tasks are truncated to it.
             label: for the progress display.
-            log_file: takes what the harness prints.
+            log_file: receives the output of lm-eval.
         Returns:
-            the samples in order of their index, scored.
+            The scored samples, sorted by index.
         Raises:
-            whatever the harness raises: datasets that cannot be had, memory that does not suffice.
+            Exception: whatever lm-eval raises, e.g. where a dataset cannot be loaded or memory runs out.
         """
         from lm_eval.evaluator import evaluate
 
         suite, seed = self.config.suite, self.config.seed
         self.metadata["max_seq_lengths"] = [length] if length else []
-        if self._own_model:
+        if self._is_real_model:
             self.lm._max_length = length + ANSWER_ROOM if length else window
         if self.config.backend == MEGATRON:
-            self.lm.label = label  # it shows its progress itself
+            self.lm.label = label  # MegatronLM has its own progress display
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
         with contextlib.ExitStack() as stack:
             log = stack.enter_context(log_file.open("a"))
             stack.enter_context(contextlib.redirect_stderr(log))
-            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # thousands of lines of ruler_vt
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # ruler_vt prints thousands of lines
             for context in self._prepared(task):
                 stack.enter_context(context)
-            loaded = self._manager.load([task.name])
+            loaded = self._manager.load([task.id])
             for found in loaded["tasks"].values():
-                if task.name in suite.num_fewshot:
-                    found.set_config(key="num_fewshot", value=suite.num_fewshot[task.name])
+                if task.id in suite.num_fewshot:
+                    found.set_config(key="num_fewshot", value=suite.num_fewshot[task.id])
                 elif found.get_config("num_fewshot") is None:
                     found.set_config(key="num_fewshot", value=0)
                 found.set_fewshot_seed(seed=seed)
-            for request, at_once in _REQUESTS_AT_ONCE.items():
+            for request, per_line in _REQUESTS_PER_PROGRESS_LINE.items():
                 if self.config.backend == "hf":
-                    stack.enter_context(_in_portions(self.lm, request, at_once * self.config.batch_size, label))
+                    stack.enter_context(_in_portions(self.lm, request, per_line * self.config.batch_size, label))
             answered = evaluate(
                 lm=self.lm,
                 task_dict=loaded,
@@ -238,69 +221,70 @@ class Harness:
             )
         return self._samples(task, length, answered["samples"])
 
-    def _prepared(self, task: HarnessTask) -> Iterator[contextlib.AbstractContextManager]:
-        """The surroundings of a run: local sources in place of the net, bounded generators, leave to execute code."""
+    def _prepared(self, task: Task) -> Iterator[contextlib.AbstractContextManager]:
+        """Context managers for a run: local sources instead of downloads, bounded generators, permission to execute code."""
         paths = {name: path and str(Path(path).expanduser()) for name, path in sources_of(task, vars(self.config.suite.sources)).items()}
         if PUNKT in task.needs and paths[PUNKT]:
             import nltk
 
             yield replaced(nltk.data, "path", [paths[PUNKT], *nltk.data.path])
-        local = {SOURCES["essays" if "essays" in task.needs else name].hub: path for name, path in paths.items() if path and name != PUNKT}
+        local = {SOURCES[ESSAYS if ESSAYS in task.needs else name].hub: path for name, path in paths.items() if path and name != PUNKT}
         yield _local_datasets({hub: path for hub, path in local.items() if hub})
         if task.suite == RULER:
-            module = self._ruler_module(generator_of(task.name)[0])
+            module = self._ruler_module(generator_of(task.id)[0])
             for name in ("squad", "hotpotqa"):
-                if paths.get(name):
-                    yield _local_download(module, SOURCES[name].url, paths[name])
-            yield bounded(task.name, module, samples=self.config.suite.samples or RULER_SAMPLES)
+                path, url = paths.get(name), SOURCES[name].url
+                if path and url:
+                    yield _local_download(module, url, path)
+            yield bounded(task.id, module, samples=self.config.suite.samples or RULER_SAMPLES)
         if task.runs_code:
             yield _environment("HF_ALLOW_CODE_EVAL", "1")
 
     def _ruler_module(self, name: str) -> ModuleType:
-        """The module as the harness itself will find it, fresh: common words draws from a generator of its own that never starts again; it
-        is set back, because to load its module anew takes seconds."""
+        """One of lm-eval's RULER modules, in its initial state. The module of common words has a random generator of its own. It is reset
+        here, because loading the module again takes seconds."""
         from lm_eval.tasks._yaml_loader import _load_module_with_cache
 
         module = sys.modules.get(f"lm_eval.tasks.ruler.{name}")
-        if hasattr(module, _START):
-            module.RNG.setstate(getattr(module, _START))
+        if module is not None and hasattr(module, _INITIAL_STATE):
+            module.RNG.setstate(getattr(module, _INITIAL_STATE))
             return module
         sys.modules.pop(f"lm_eval.tasks.ruler.{name}", None)
         with _no_nltk_download() if is_offline() else contextlib.nullcontext():
             module = _load_module_with_cache(self._ruler / f"{name}.py")
         if hasattr(module, "RNG"):
-            setattr(module, _START, module.RNG.getstate())
+            setattr(module, _INITIAL_STATE, module.RNG.getstate())
         if hasattr(module, "get_haystack"):
             module.get_haystack.cache_clear()
         return module
 
-    def _samples(self, task: HarnessTask, length: int | None, answered: dict[str, list[dict[str, Any]]]) -> list[Sample]:
+    def _samples(self, task: Task, length: int | None, answered: dict[str, list[dict[str, Any]]]) -> list[Sample]:
         metric = str(length) if task.suite == RULER else task.metric
-        found = []
-        for subject in sorted(answered):  # MMLU has 57, the others one
+        found: list[Sample] = []
+        for subject in sorted(answered):  # 57 for MMLU, one for other tasks
             for sample in sorted(answered[subject], key=lambda sample: sample["doc_id"]):
                 if sample["filter"] != task.filter:
                     continue
                 first = sample["resps"][0][0]
                 written = isinstance(first, str)
                 output = first if written else json.dumps([round(float(choice[0][0]), 4) for choice in sample["resps"]])
-                tokens = len(self.lm.tok_encode(sample["arguments"][0][0])) if written and self._own_model else None
+                tokens = len(self.lm.tok_encode(sample["arguments"][0][0])) if written and self._is_real_model else None
                 found.append(Sample(len(found), 100 * float(sample[metric]), output, _references(task, sample), tokens))
         if not found:
-            raise DataError(f"{task.name}: the harness returned no sample with the filter {task.filter!r}.")
+            raise DataError(f"{task.id}: lm-eval returned no sample with the filter {task.filter!r}.")
         return found
 
 
-def _references(task: HarnessTask, sample: dict[str, Any]) -> Any:
+def _references(task: Task, sample: dict[str, Any]) -> Any:
     return sample["doc"]["outputs"] if task.suite == RULER else sample["target"]
 
 
 @contextlib.contextmanager
 def _in_portions(lm: Any, name: str, size: int, label: str) -> Iterator[None]:
-    """Inside the block the model gets its requests in portions, with a progress line between them."""
+    """Inside the block the model gets its requests in portions, with a progress line after each."""
     original: Callable = getattr(lm, name)
 
-    def ask(requests: list, **_: Any) -> list:
+    def answer(requests: list, **_: Any) -> list:
         answers = []
         with Progress(label, len(requests)) as progress:
             for first in range(0, len(requests), size):
@@ -309,7 +293,7 @@ def _in_portions(lm: Any, name: str, size: int, label: str) -> Iterator[None]:
                 progress.advance(len(portion))
         return answers
 
-    setattr(lm, name, ask)
+    setattr(lm, name, answer)
     try:
         yield
     finally:
@@ -318,7 +302,11 @@ def _in_portions(lm: Any, name: str, size: int, label: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _local_datasets(local: dict[str, str]) -> Iterator[None]:
-    """Inside the block datasets.load_dataset reads folders in place of datasets of the hub."""
+    """Inside the block datasets.load_dataset reads local folders instead of datasets of the hub.
+
+    Args:
+        local: {name on the hub: folder}.
+    """
     from lm_eval.api.task import datasets
 
     original = datasets.load_dataset
@@ -332,11 +320,11 @@ def _local_datasets(local: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _local_download(module: ModuleType, url: str, path: str) -> Iterator[None]:
-    """Inside the block the module's download of a JSON file reads a local one."""
+    """Inside the block the module reads a local JSON file instead of downloading `url`."""
     original = module.download_json
 
-    def read(asked: str) -> Any:
-        return json.loads(Path(path).read_text(encoding="utf-8")) if asked == url else original(asked)
+    def read(requested: str) -> Any:
+        return json.loads(Path(path).read_text(encoding="utf-8")) if requested == url else original(requested)
 
     with replaced(module, "download_json", read):
         yield
@@ -344,7 +332,7 @@ def _local_download(module: ModuleType, url: str, path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_nltk_download() -> Iterator[None]:
-    """Inside the block NLTK fetches nothing: the harness would, while a module of it is imported, for tasks too that need none."""
+    """Inside the block NLTK downloads nothing. Otherwise importing lm-eval's modules would, even for tasks that do not need it."""
     import nltk
 
     with replaced(nltk, "download", lambda *args, **options: False):

@@ -1,8 +1,8 @@
-"""The Megatron model as lm-eval's LM: lm-eval makes the prompts and scores the answers, Megatron-Core writes them, with the maths of
-training, in any layout without context parallelism; no generation server, no export to another format. What is asked is what lm-eval's own
-model for transformers would be asked: the same token ids, cut from the left to the same window. Decoding is greedy, sampling is refused.
+"""The Megatron model as an lm-eval LM. lm-eval makes the prompts and scores the answers; Megatron-Core generates them with the computation
+of training, in any layout without context parallelism, with neither a generation server nor an export. The model reads the same token ids
+as lm-eval's own transformers model, truncated from the left to the same window. Decoding is greedy; sampling raises an error.
 
-Imported only where lm-eval is installed.
+Import this module only where lm-eval is installed.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from endprompt_megatron.errors import DataError
 from endprompt_megatron.inference.generation import greedy_generate, sequence_log_probabilities
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 
-_MAX_NEW_TOKENS = 256  # where a task names no number; lm-eval's own default
-_GREEDY = {"do_sample", "temperature", "num_beams", "top_p", "top_k"}  # what a task may say about decoding: read, or without effect
-_LOOK_BACK = 2  # tokens of a stop sequence written otherwise than the tokenizer would; lm-eval's number
+_MAX_NEW_TOKENS = 256  # lm-eval's default, where a task sets none
+# settings of a task that greedy decoding honours, or that have no effect on it
+_GREEDY = {"do_sample", "temperature", "num_beams", "top_p", "top_k"}
+_LOOK_BACK = 2  # extra tokens, because a stop sequence may be generated as other tokens than the tokenizer's; lm-eval's value
 
 
 class MegatronLM(TemplateLM):
-    """An lm-eval LM.
+    """An lm-eval LM on Megatron-Core.
 
     Args:
         model: the model, or this rank's model chunks; in evaluation mode.
-        tokenizer: of its directory.
+        tokenizer: from the directory of the model.
         end_tokens: ids that end a text.
-        bos: the token to put before every prompt that does not begin with it; None: none.
-        max_length: tokens that a prompt and its answer may take together.
-        prefill_chunk: tokens of a prompt that are read at once; 0 reads it whole.
+        bos: id put before every prompt that does not begin with it; None for no BOS.
+        max_length: maximum tokens of a prompt and its answer together.
+        prefill_chunk: prompt tokens per forward pass; 0 reads a prompt whole.
         device: of the model.
     """
 
@@ -56,31 +57,31 @@ class MegatronLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int | None:
-        """The tokenizer's end of text."""
+        """The tokenizer's end-of-text id."""
         return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int | None:
-        """What stands before a text that has nothing before it."""
+        """Id before a text that has no context."""
         return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
 
     @property
     def tokenizer_name(self) -> str:
-        """Of the tokenizer, for lm-eval's caches."""
+        """Name of the tokenizer, for lm-eval's caches."""
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The turns as one text."""
+        """Formats a chat history as one text."""
         return self.tokenizer.apply_chat_template(
             chat_history, tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids, after exactly one BOS where there is to be one, whether or not the text brings it.
+        """Encodes a text. Where BOS is enabled, the result starts with exactly one, even if the text already has it.
 
         Args:
             string: the text.
-            add_special_tokens: False leaves the BOS out.
+            add_special_tokens: False omits BOS.
         """
         ids = self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
         if self.bos is None or add_special_tokens is False or ids[:1] == [self.bos]:
@@ -90,19 +91,19 @@ class MegatronLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """As lm-eval asks: (anything, context, continuation), in token ids, too long contexts cut from the left."""
-        cut = []
+        """lm-eval's interface: requests are (unused, context, continuation) in token ids. Long contexts are truncated from the left."""
+        truncated = []
         for _, context, continuation in requests:
-            room = self._max_length + 1 - len(continuation)  # the last token is predicted and not read
+            room = self._max_length + 1 - len(continuation)  # the model predicts the last token and does not read it
             if room < 1:
                 raise DataError(
-                    f"a continuation of {len(continuation)} tokens does not fit the window of {self._max_length}. Leave the task out."
+                    f"a continuation of {len(continuation)} tokens does not fit the window of {self._max_length}. Remove the task."
                 )
-            cut.append((context[-room:], continuation))
-        return sequence_log_probabilities(self.model, cut, prefill_chunk=self.prefill_chunk, device=self._device, label=self.label)
+            truncated.append((context[-room:], continuation))
+        return sequence_log_probabilities(self.model, truncated, prefill_chunk=self.prefill_chunk, device=self._device, label=self.label)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts in nats, read in windows that overlap in no scored token."""
+        """Log-probability of whole texts in nats, from windows that score each token once."""
         windows, owners = [], []
         for owner, request in enumerate(requests):
             rolling = get_rolling_token_windows(
@@ -117,34 +118,34 @@ class MegatronLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Texts up to the first stop sequence, greedily; those of one task follow one another and share their settings."""
+        """Generates greedily up to the first stop sequence. Consecutive requests with the same settings are processed together."""
         groups = groupby(requests, lambda request: request.args[1])
-        return [text for settings, group in groups for text in self._write(settings, list(group))]
+        return [text for settings, group in groups for text in self._generate(settings, list(group))]
 
-    def _write(self, settings: dict[str, Any], requests: list[Any]) -> list[str]:
+    def _generate(self, settings: dict[str, Any], requests: list[Any]) -> list[str]:
         named = normalize_gen_kwargs(settings, _MAX_NEW_TOKENS)
         max_new_tokens, until = named.pop("max_gen_toks"), named.pop("until")
         if named["do_sample"] or named.get("num_beams", 1) > 1 or named.keys() - _GREEDY:
-            raise DataError(f"generation_kwargs={settings}: backend=megatron decodes greedily alone. Set backend=hf.")
+            raise DataError(f"generation_kwargs={settings}: backend=megatron supports greedy decoding only. Set backend=hf.")
         room = self._max_length - max_new_tokens
         if room < 1:
-            raise DataError(f"{max_new_tokens} tokens to generate leave no room in the window of {self._max_length}. Leave the task out.")
+            raise DataError(f"{max_new_tokens} tokens to generate leave no room in the window of {self._max_length}. Remove the task.")
         eos = None if self.eot_token_id is None else self.tokenizer.decode([self.eot_token_id])
         stops = [stop for stop in handle_stop_sequences(until, eos=eos) if stop]
-        written = greedy_generate(
+        generated = greedy_generate(
             self.model,
             [self.tok_encode(request.args[0])[-room:] for request in requests],
             max_new_tokens=max_new_tokens,
             stop_tokens=self.end_tokens,
-            ends=self._stopping(stops),
+            should_stop=self._ends_with(stops),
             prefill_chunk=self.prefill_chunk,
             device=self._device,
             label=self.label,
         )
-        texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
+        texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in generated]
         return [postprocess_generated_text(text, stops, None) for text in texts]
 
-    def _stopping(self, stops: list[str]) -> Callable[[Sequence[int]], bool]:
-        """Whether what was written ends, about, with one of the stop sequences: only the last tokens have to be looked at."""
-        looked_at = [(stop, len(self.tokenizer(stop, add_special_tokens=False)["input_ids"]) + _LOOK_BACK) for stop in stops]
-        return lambda written: any(stop in self.tokenizer.decode(written[-count:]) for stop, count in looked_at)
+    def _ends_with(self, stops: list[str]) -> Callable[[Sequence[int]], bool]:
+        """Returns a test of whether the generated tokens end with one of the stop sequences. It decodes only the last few tokens."""
+        tail_sizes = [(stop, len(self.tokenizer(stop, add_special_tokens=False)["input_ids"]) + _LOOK_BACK) for stop in stops]
+        return lambda generated: any(stop in self.tokenizer.decode(generated[-count:]) for stop, count in tail_sizes)

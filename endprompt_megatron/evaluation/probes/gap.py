@@ -1,5 +1,5 @@
-"""One pass key at distances that EndPrompt's training showed, and at those that it never showed (eq. 8-9), in a context of one length: what
-differs between two haystacks of a trial is the place of the key alone, so that neither length nor key can pass for distance."""
+"""Retrieval of one pass key at distances that EndPrompt's training covers, and at distances that it never covers (eq. 8-9), with a fixed
+context length. The haystacks of a trial differ only in the place of the key, so that neither length nor key is confounded with distance."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ NEAR, GAP, ANCHOR = "near", "gap", "anchor"
 
 
 def regions_of_endprompt(num_context_tokens: int, num_prompt_tokens: int, *, target_context_length: int) -> dict[str, tuple[int, int]]:
-    """Distances as (first, last): near, seen within a segment; gap, never seen; anchor, seen between the end prompt and the context.
+    """Regions of distances, each as (first, last): near, covered within a segment; gap, never covered; anchor, covered between the end
+    prompt and the context.
 
     Args:
         num_context_tokens, num_prompt_tokens, target_context_length: a, b, L of the training.
     Raises:
-        ConfigError: every distance is seen, or the segments do not fit.
+        ConfigError: every distance is covered, or the segments do not fit.
     Source: EndPrompt (arXiv 2605.14589), eq. 8 and 9.
     """
     gap = gap_of_endprompt(num_context_tokens, num_prompt_tokens, target_context_length=target_context_length)
     if gap is None:
         raise ConfigError(
-            f"{num_context_tokens} context and {num_prompt_tokens} prompt tokens show every distance of a window of "
-            f"{target_context_length}: there is no gap to probe. Leave the gap probe out."
+            f"{num_context_tokens} context and {num_prompt_tokens} prompt tokens cover every distance of a window of "
+            f"{target_context_length}: there is no gap to probe. Remove the gap task."
         )
     return {NEAR: (0, gap[0] - 1), GAP: gap, ANCHOR: (gap[1] + 1, target_context_length - 1)}
 
@@ -53,23 +54,23 @@ def make_gap_haystacks(
     digits: int,
     seed: int,
 ) -> list[Haystack]:
-    """A haystack for each region in each trial; a pure function of the arguments.
+    """Makes one haystack for each region and trial. They are a pure function of the arguments.
 
-    Every token of the question and of its answer stands at distances of the region from every token of the fact; the trials of a region go
-    through it evenly.
+    All distances between a token of the question or answer and a token of the fact lie in the region. The trials of a region are spread
+    evenly over it.
 
     Args:
         encode: text -> token ids without special tokens.
-        length: of every haystack, in tokens; the target length, where all regions are to be reached.
+        length: of every haystack, in tokens. Only the target length reaches all regions.
         num_context_tokens, num_prompt_tokens, target_context_length: a, b, L of the training.
-        trials: haystacks a region.
+        trials: haystacks per region.
         digits: of a key.
-        seed: of keys and places.
+        seed: of keys and depths.
     Returns:
-        near, gap, anchor of the first trial, then of the second and so on; every question's task is "gap".
+        Haystacks for near, gap and anchor of the first trial, then of the second, and so on. Every question has the task "gap".
     Raises:
-        ConfigError: as regions_of_endprompt, or no place of a context of this length is in one of the regions.
-        DataError: a length too short for the fact and the question.
+        ConfigError: see regions_of_endprompt; or a region has no place in a context of this length.
+        DataError: the length is too short for the fact and the question.
     """
     regions = regions_of_endprompt(num_context_tokens, num_prompt_tokens, target_context_length=target_context_length)
     writer = HaystackWriter(encode, length)
@@ -80,15 +81,16 @@ def make_gap_haystacks(
         fact, question = FACT.format(key=key), make_question(writer.encode, GAP, QUESTION, key, 0.0)
         sentences = writer.sentences(INTRODUCTION, [fact], [question])
         before = np.arange(sentences + 1)
-        nearest = (sentences - before) * len(writer.noise) + 1  # first token of the question to last of the fact
-        farthest = nearest + len(question.prompt) + len(encode(fact)) + len(question.answer) - 3  # last that is read, to first of the fact
+        nearest = (sentences - before) * len(writer.noise) + 1  # from the last token of the fact to the first of the question
+        # from the first token of the fact to the last token read
+        farthest = nearest + len(question.prompt) + len(encode(fact)) + len(question.answer) - 3
         share = random.random()
         for name, (first, last) in regions.items():
             places = before[(nearest >= first) & (farthest <= last)]
             if not len(places):
                 raise ConfigError(
                     f"gap probe: facts of a context of {length} tokens stand {int(nearest.min())} to {int(farthest.max())} tokens away, "
-                    f"none within {name}, distances {first} to {last}. Probe at the target length {target_context_length}; a region "
+                    f"none within {name}, distances {first} to {last}. Use the target length {target_context_length}; a region "
                     f"narrower than the fact, the question and {len(writer.noise)} tokens of noise cannot be probed."
                 )
             depth = float(places[int((trial + share) / trials * len(places))] / sentences)
@@ -102,20 +104,20 @@ def summarise_by_region(
     """Figures of score_haystacks by region.
 
     Args:
-        records: of score_haystacks, of the gap probe or of any single-fact task; without a distance they do not count.
+        records: from score_haystacks, of the gap task or of any task with single facts. Records without a distance are skipped.
         num_context_tokens, num_prompt_tokens, target_context_length: a, b, L of the training.
     Returns:
         {"near" | "gap" | "anchor": {"exact_match", "digit_accuracy", "key_log_probability", "trials", "distances": [least, largest]}};
-        regions without a record are missing.
+        regions without a record are absent.
     Raises:
-        ConfigError: as regions_of_endprompt.
+        ConfigError: see regions_of_endprompt.
     """
     regions = regions_of_endprompt(num_context_tokens, num_prompt_tokens, target_context_length=target_context_length)
-    known = [tuple(record) for record in records if record[4] is not None]
+    known = [(record[4], record) for record in records if record[4] is not None]
     found = {}
     for name, (first, last) in regions.items():
-        rows = [row for row in known if first <= row[4] <= last]
-        if rows:
-            distances = [row[4] for row in rows]
+        inside = [(distance, record) for distance, record in known if first <= distance <= last]
+        if inside:
+            distances, rows = [distance for distance, _ in inside], [record for _, record in inside]
             found[name] = {**summarise(rows), "distances": [min(distances), max(distances)]}
     return found

@@ -1,12 +1,12 @@
-"""Retrieval and perplexity at every context length from one reading of a long held-out text with planted facts.
+"""Retrieval and perplexity at every context length from a single pass over a long held-out text with planted facts.
 
-Attention is causal: after a model has read n tokens, the first l entries of its key/value cache are the cache of a context of l tokens. So
-the text is read once, its cache is cut at each length, from the longest to the shortest, and at each length every fact read by then is
-asked for. A long context costs one prefill a model instead of one a key. A length holds question and answer too: the text is cut that much
-earlier, so that nothing of a length up to the window lies beyond it.
+Attention is causal: after a model has read n tokens, the first l entries of its key/value cache are the cache of a context of l tokens. The
+text is therefore read once. Then the cache is truncated to each length, from the longest to the shortest, and the questions about all facts
+before that point are scored. A long context costs one prefill per model instead of one per key. A length includes question and answer: the
+text is truncated that much earlier, so that no position lies beyond the length.
 
-A fact is a name or a number that a sentence of its own states twice ("The password of the library is Peru. Remember: the password of the
-library is Peru."). Sentences differ from fact to fact, so that a question needs the fact and no choice between facts of one form.
+A fact is a name or a number that a paragraph states twice ("The password of the library is Peru. Remember: the password of the library is
+Peru."). Every fact has a sentence of its own, so that no question requires a choice between facts of the same form.
 
 Shapes: t tokens of the text, q tokens of a question with its answer, v vocabulary.
 """
@@ -24,17 +24,17 @@ from torch import Tensor
 
 from endprompt_megatron.errors import DataError
 from endprompt_megatron.evaluation.probes.needle import Question, describe_rows, draw_key, make_question, score_row
-from endprompt_megatron.inference.forward import Replica, pieces
+from endprompt_megatron.inference.forward import ForwardModel, chunk_ranges
 from endprompt_megatron.inference.generation import branch_logits, score_answer
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 
 Encode = Callable[[str], list[int]]
 WORD, NUMBER = "word", "number"
-# Mean losses are kept for blocks of so many tokens, for paired tests between models.
+# tokens per block; mean losses of blocks are recorded for paired tests between models
 BLOCK_TOKENS = 64
 
-# The sentences about words are those that SmolLM2-135M answers most often within its window, best first (2,048 to 6,144 tokens of six
-# stretches of prose, 32 facts each): what a base cannot answer shows nothing about its window.
+# The sentences about words are those that SmolLM2-135M answers most often within its window, best first (measured on 2,048 to 6,144 tokens
+# of six stretches of prose, 32 facts each). A question that a base model cannot answer measures nothing about its window.
 _SUBJECTS = {
     WORD: (
         "the telescope was pointed at the", "the pilot's call sign is", "the key to the garage was hidden under the",
@@ -57,16 +57,16 @@ _SUBJECTS = {
         "the number of bricks in the wall is", "the ticket for the opera had the number",
     ),
 }  # fmt: skip
-# Names, which stand out in prose: a small model finds them farther back than common nouns.
+# Names stand out in prose; a small model retrieves them over longer distances than common nouns.
 _WORDS = (
     "Brazil", "Canada", "Mexico", "Egypt", "India", "Kenya", "Peru", "Texas", "Utah", "Nevada", "Oregon", "Florida", "Monday", "Tuesday",
     "Friday", "October", "Jupiter", "Saturn", "Mars", "Neptune", "Alice", "Oscar", "Victor", "Emma", "Laura", "Kevin", "Diana", "Turkey",
     "Chile", "Denmark", "Finland", "Hawaii", "Kansas", "Montana", "November", "December", "Sunday",
 )  # fmt: skip
-# A paragraph of its own, as a reader would set it off.
+# a paragraph of its own
 _FACT = "\n\n{opening} {answer}. Remember: {subject} {answer}.\n\n"
 _QUESTION = "\nRemember: {subject}"
-_FIRST = 16  # a text with fewer facts of a kind draws them from so many
+_FIRST = 16  # a text with fewer facts of a kind draws them from the first 16
 MOST_FACTS = {task: len(subjects) for task, subjects in _SUBJECTS.items()}
 
 
@@ -75,8 +75,8 @@ class PlantedFact:
     """A fact of a long text.
 
     Attributes:
-        end: index past its last token.
-        question: about it; depth and distance depend on where the text is cut.
+        end: index after its last token.
+        question: about the fact. Its depth and distance depend on the length to which the text is truncated.
     """
 
     end: int
@@ -89,8 +89,8 @@ class LongText:
 
     Attributes:
         tokens: t ids.
-        planted: bool [t], true for tokens of facts: perplexity leaves them out.
-        facts: in the order of the text.
+        planted: bool [t], true for tokens of facts. Perplexity leaves them out.
+        facts: in text order.
     """
 
     tokens: tuple[int, ...]
@@ -101,20 +101,21 @@ class LongText:
 def make_long_texts(
     documents: Iterable[str], encode: Encode, *, length: int, facts: dict[str, int], digits: int, count: int, seed: int
 ) -> list[LongText]:
-    """The same texts for every model that is compared: a pure function of the arguments.
+    """Makes long texts. They are a pure function of the arguments, so all models that are compared get the same ones.
 
     Args:
-        documents: held-out text; each text here is a stretch of one document, and stretches do not overlap.
+        documents: held-out text. Each long text is a stretch of one document; stretches do not overlap.
         encode: text -> token ids without special tokens.
         length: t, in tokens.
-        facts: {"word" | "number": how many of them a text holds}, at most MOST_FACTS; they stand at even distances, the kinds mixed.
+        facts: {"word" | "number": facts per text}, at most MOST_FACTS. They are evenly spaced, with both kinds mixed.
         digits: of a number.
-        count: texts.
+        count: number of texts.
         seed: of answers, subjects and their order.
     Raises:
-        DataError: no document is long enough for one text, or the facts fill the text.
+        DataError: the documents are too short for `count` texts, or the facts take more than half of a text.
     """
-    made, longest = [], 0
+    made: list[LongText] = []
+    longest = 0
     for document in documents:
         sentences = iter(_sentences(document, encode))
         while True:
@@ -138,23 +139,24 @@ def make_long_texts(
                 return made
     if made:
         raise DataError(
-            f"probes.long_texts={count}: the held-out documents of probes.text hold {len(made)} stretches of {length} tokens. "
-            f"Set probes.long_texts={len(made)}, or name more text."
+            f"probes.long_texts={count}: the held-out documents of probes.text have {len(made)} stretches of {length} tokens. "
+            f"Set probes.long_texts={len(made)}, or add text."
         )
     raise DataError(
         f"probes.text: no held-out document has {length} tokens, the longest of probes.lengths (the longest document has "
-        f"{longest}). Name longer documents, or leave out the longest lengths."
+        f"{longest}). Use longer documents, or remove the longest lengths."
     )
 
 
 def _sentences(document: str, encode: Encode) -> Iterator[list[int]]:
-    """Tokens of one sentence after the other, each with the white space before it."""
+    """Yields the tokens of each sentence, including the white space before it."""
     for match in re.finditer(r"\s*\S.*?(?:[.!?][\"'\u2019\u201d)]*(?=\s)|$)", document, flags=re.DOTALL):
         yield encode(match.group())
 
 
 def _written_facts(encode: Encode, facts: dict[str, int], digits: int, random: np.random.Generator) -> list[tuple[list[int], Question]]:
-    """(tokens of a fact, question about it), the kinds mixed evenly: the k-th of m facts of a kind stands at (k + 1/2) / m."""
+    """(tokens of a fact, question about it) in text order. The kinds are mixed evenly: the k-th of m facts of a kind stands at
+    (k + 1/2) / m."""
     placed = []
     for task, number in facts.items():
         placed += [((k + 0.5) / number, task, written) for k, written in enumerate(_write(task, number, encode, digits, random))]
@@ -162,7 +164,7 @@ def _written_facts(encode: Encode, facts: dict[str, int], digits: int, random: n
 
 
 def _lay_out(stretch: Sequence[list[int]], facts: Sequence[tuple[list[int], Question]], room: int) -> LongText:
-    """The facts between sentences at even distances, in `room` tokens of text."""
+    """Places the facts between sentences, evenly spaced over `room` tokens of text."""
     tokens: list[int] = []
     planted: list[bool] = []
     placed: list[PlantedFact] = []
@@ -177,7 +179,7 @@ def _lay_out(stretch: Sequence[list[int]], facts: Sequence[tuple[list[int], Ques
         tokens += kept
         planted += [False] * len(kept)
         read += len(kept)
-    for fact, question in facts[len(placed) :]:  # a last sentence too long to place them before
+    for fact, question in facts[len(placed) :]:  # the last sentence was so long that they could not stand before it
         tokens += fact
         planted += [True] * len(fact)
         placed.append(PlantedFact(len(tokens), question))
@@ -189,7 +191,7 @@ def _write(task: str, count: int, encode: Encode, digits: int, random: np.random
     subjects = random.permutation(_SUBJECTS[task][: max(count, _FIRST)])[:count]
     if task == NUMBER:
         answers = [draw_key(random, digits) for _ in subjects]
-    else:  # one-token words first: then a question is right or wrong by one token
+    else:  # one-token words first, so that mostly a single token decides
         words = sorted(random.permutation(_WORDS), key=lambda word: len(encode(f" {word}")))
         answers = [str(word) for word in words[:count]]
     written = []
@@ -210,21 +212,21 @@ def read_long_texts(
     label: str,
     prefill_chunk: int = 0,
 ) -> dict[str, Any]:
-    """Read each text once; ask for its facts and score its tokens at every length. Data-parallel copies of the model share the texts.
+    """Reads each text once, and at every length scores its questions and its tokens. Data-parallel ranks split the texts.
 
     Args:
         model: the model, or this rank's model chunks; in evaluation mode.
         texts: from make_long_texts.
-        lengths: context lengths in tokens, question and answer included, at most those of the texts.
-        perplexity_tail: at each length the last so many tokens are scored, planted ones left out; 0 scores none.
+        lengths: context lengths in tokens, including question and answer, at most that of the texts.
+        perplexity_tail: number of tokens before each length whose loss is measured, without planted ones; 0 measures none.
         device: of the model.
         label: for the progress display.
-        prefill_chunk: tokens that are read at once; 0 reads a text whole.
+        prefill_chunk: tokens per forward pass; 0 reads a text whole.
     Returns:
-        {task: {length: figures of needle.describe_rows, without by_depth}}, and with a tail {"perplexity": {length: value},
-        "perplexity_blocks": {length: [mean loss in nats of each BLOCK_TOKENS scored tokens]}}. The same on every rank.
+        {task: {length: figures of needle.describe_rows, without by_depth}}, the same on every rank. With a perplexity tail also
+        {"perplexity": {length: value}, "perplexity_blocks": {length: [mean loss in nats of each BLOCK_TOKENS scored tokens]}}.
     """
-    replica = Replica(model, device=device)
+    forward = ForwardModel(model, device=device)
     ordered = sorted(lengths)
 
     def read(text: LongText) -> dict[int, tuple[list[Any], list[float]]] | None:
@@ -232,36 +234,38 @@ def read_long_texts(
         questions = [(fact.question.prompt, fact.question.answer) for fact in text.facts]
         longest = max((len(prompt) + len(answer) for prompt, answer in questions), default=0)
         rows: dict[int, list[Any]] = {length: [] for length in ordered}
-        with replica.cached(ordered[-1]):
-            losses = _read(replica, text.tokens[: ordered[-1]], {target for found in targets.values() for target in found}, prefill_chunk)
-            for length in reversed(ordered):  # questions overwrite what stands after the cut
-                read_by_then = length - longest
-                asked = [fact for fact in text.facts if fact.end <= read_by_then]
-                if not asked:
+        with forward.cached(ordered[-1]):
+            every_target = {target for found in targets.values() for target in found}
+            losses = _prefill_with_losses(forward, text.tokens[: ordered[-1]], every_target, prefill_chunk)
+            for length in reversed(ordered):  # the questions overwrite the cache after the truncated text
+                cut = length - longest
+                known = [fact for fact in text.facts if fact.end <= cut]
+                if not known:
                     continue
-                replica.rewind(read_by_then)
-                logits = branch_logits(replica, read_by_then, questions[: len(asked)])
+                forward.rewind(cut)
+                logits = branch_logits(forward, cut, questions[: len(known)])
                 if logits is not None:
-                    rows[length] = [_row(fact, found, read_by_then) for fact, found in zip(asked, logits, strict=True)]
-        if not replica.has_results:
+                    rows[length] = [_row(fact, found, cut) for fact, found in zip(known, logits, strict=True)]
+        if not forward.has_results:
             return None
         return {length: (rows[length], [losses[target] for target in targets[length]]) for length in ordered}
 
-    answered = replica.share_out(texts, read, label=f"long text, {label}")
+    answered = forward.map_over_data_parallel(texts, read, label=f"long text, {label}")
     return _described(answered, ordered, bool(perplexity_tail))
 
 
 def _scored_tokens(text: LongText, length: int, tail: int) -> list[int]:
-    """Indices of the tokens that are scored at a length; the first token of a text has no loss."""
+    """Indices of the tokens whose loss is measured at a length. The first token of a text has no loss."""
     return [index for index in range(max(1, length - tail), length) if not text.planted[index]] if tail else []
 
 
-def _read(replica: Replica, tokens: Sequence[int], targets: set[int], chunk: int) -> dict[int, float]:
-    """Fill the cache; {index of a scored token: its negative log-likelihood in nats} on the last pipeline stage, {} on the others."""
+def _prefill_with_losses(forward: ForwardModel, tokens: Sequence[int], targets: set[int], chunk: int) -> dict[int, float]:
+    """Reads the text into the cache and returns {index in `targets`: negative log-likelihood in nats} on the last pipeline stage, {} on the
+    others."""
     losses: dict[int, float] = {}
-    for start, past in pieces(len(tokens), chunk):
-        scored = [index for index in range(start, past) if index + 1 in targets]  # rows that predict a scored token
-        logits = replica.logits(tokens[start:past], first_position=start, rows=[index - start for index in scored] or 1)
+    for start, end in chunk_ranges(len(tokens), chunk):
+        scored = [index for index in range(start, end) if index + 1 in targets]  # rows that predict a scored token
+        logits = forward.logits(tokens[start:end], first_position=start, rows=[index - start for index in scored] or 1)
         if logits is not None and scored:
             labels = torch.tensor([tokens[index + 1] for index in scored], device=logits.device)
             found = _negative_log_likelihood(logits, labels)
@@ -270,13 +274,13 @@ def _read(replica: Replica, tokens: Sequence[int], targets: set[int], chunk: int
 
 
 def _negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
-    """Of each row of logits [rows, v], in nats; in slices, because the logarithms would take as much memory again."""
+    """Per row of logits [rows, v], in nats. Computed in slices, because the log-softmax of all rows would double the memory."""
     parts = zip(logits.split(256), labels.split(256), strict=True)
-    return torch.cat([torch.nn.functional.cross_entropy(part, wanted, reduction="none") for part, wanted in parts])
+    return torch.cat([torch.nn.functional.cross_entropy(part, target, reduction="none") for part, target in parts])
 
 
 def _row(fact: PlantedFact, logits: Tensor, length: int) -> Any:
-    """Depth and distance of a fact where the text is cut after `length` tokens, and how its question was answered."""
+    """(task, record) of a fact's question, where the text is truncated to `length` tokens."""
     hits, log_probability = score_answer(logits, fact.question.answer)
     distance = length - fact.end + len(fact.question.prompt)
     return fact.question.task, score_row(fact.question, hits, log_probability, depth=fact.end / length, distance=distance)

@@ -1,18 +1,19 @@
-"""Retrieval of planted facts by context length and depth, on ordinary positions: one pass key, one of several, several of one name, or a
-chain of variables; graded.
+"""Retrieval of planted facts by context length and depth, on contiguous positions, scored by log-probability. The facts are a pass key,
+several pass keys with one name each, several pass keys of one name, or a chain of variables.
 
-One forward pass scores a haystack: under teacher forcing greedy decoding reproduces an answer exactly when every token of it is the most
-likely one, so exact match needs no generation, and the log-probability of the answer shows progress before exactness. The questions of
-a haystack share its prefill and do not see one another.
+One forward pass scores a haystack. Greedy decoding reproduces an answer exactly where, under teacher forcing, each of its tokens is the
+most likely one. Exact match therefore needs no generation, and the log-probability of the answer shows progress before answers become
+exact. The questions of a haystack share its prefill and do not attend to each other.
 
 Shapes: t tokens of a haystack, q tokens of a question with its answer, v vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 
 from endprompt_megatron.errors import DataError
 from endprompt_megatron.evaluation.ruler.forms import NOISE_SENTENCES
-from endprompt_megatron.inference.forward import Replica
+from endprompt_megatron.inference.forward import ForwardModel
 from endprompt_megatron.inference.generation import answer_logits, score_answer
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 
@@ -30,15 +31,15 @@ INTRODUCTION = "There is an important piece of information hidden in a long text
 FACT = " The pass key is {key}. Remember it. {key} is the pass key. "
 QUESTION = "\nWhat is the pass key? The pass key is"
 _NOISE = "".join(f"{sentence} " for sentence in NOISE_SENTENCES)
-# The same with a name to each key, as RULER's multi-key needle (arXiv 2404.06654) has.
+# The same with a name for each key, as in RULER's multi-key needle task (arXiv 2404.06654).
 _NAMED_FACT = " The pass key of {name} is {key}. Remember it. {key} is the pass key of {name}. "
 _NAMED_QUESTION = "\nWhat is the pass key of {name}? The pass key of {name} is"
 _NAMES = ("London", "Paris", "Berlin", "Madrid", "Rome", "Vienna", "Oslo", "Athens", "Dublin", "Prague", "Cairo", "Tokyo", "Lima", "Quito")
 _SEVERAL_KEYS_OF = "Lisbon"
-# And with several keys to one name, as RULER's multi-value needle has. Teacher forcing wants one right order: that of the text.
+# And with several keys of one name, as in RULER's multi-value needle task. Teacher forcing needs a single correct order: that of the text.
 _VALUE_INTRODUCTION = "Several pass keys of one city are hidden in a long text. Memorize them in the order of the text.\n"
 _VALUE_QUESTION = "\nWhat are the {count} pass keys of {name}, in the order of the text? The pass keys of {name} are"
-# Form of RULER's variable tracking: one chain, four hops.
+# As in RULER's variable tracking: one chain of four hops.
 _CHAIN_INTRODUCTION = "Memorize and track the chain of variable assignment hidden in the following text.\n\n"
 _CHAIN_QUESTION = (
     "\nQuestion: Find all variables that are assigned the value {value} in the text above. Answer: According to the chain of variable "
@@ -54,11 +55,12 @@ class Question:
     """One question about a haystack.
 
     Attributes:
-        task: single | multi_key | multi_value | variable_tracking | gap (gap_probe.py).
+        task: single | multi_key | multi_value | variable_tracking | gap (gap.py) | word | number (long_text.py).
         prompt, answer: token ids.
-        units: (first, past the last) token of each part of the answer whose share right is reported: a digit token of a key, a name of
-            a chain, a whole key where several are asked for at once. Some tokenizers put a space of its own before them, which is no part.
-        depth: where the fact stands, 0 = start, 1 = end; None for several facts.
+        units: (start, end) token indices, end exclusive, of the parts of the answer whose share of hits is reported. A part is a digit
+            token of a key, a name of a chain, or a whole key where the answer has several. A separate space token that some tokenizers put
+            first belongs to no part.
+        depth: of the fact, 0 = start of the text, 1 = end; None for several facts.
         distance: tokens from the end of the fact to the first token of the answer; None for several facts.
     """
 
@@ -72,12 +74,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Haystack:
-    """A text with facts in it, and the questions about them.
+    """A text with planted facts, and the questions about them.
 
     Attributes:
-        length: context length it was made for, in tokens; text, question and answer together fill it to within one noise sentence.
-        tokens: the text's token ids.
-        questions: each asked by itself.
+        length: context length in tokens. Text, question and answer together fill it to within one repetition of the noise.
+        tokens: token ids of the text.
+        questions: each is scored independently of the others.
     """
 
     length: int
@@ -87,47 +89,48 @@ class Haystack:
 
 @dataclass
 class HaystackWriter:
-    """Lays facts between noise sentences."""
+    """Makes haystacks of one context length: noise sentences with facts between them."""
 
     encode: Encode
     length: int
     noise: list[int] = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.noise = self.encode(_NOISE)
 
     def haystack(self, introduction: str, facts: list[tuple[float, str]], questions: list[Question]) -> Haystack:
-        """The introduction, then noise with the facts at their depths.
+        """A haystack of the introduction and then noise, with the facts at their depths.
 
         Raises:
-            DataError: no room for noise.
+            DataError: there is no room for noise.
         """
         start, planted = self.encode(introduction), [(depth, self.encode(text)) for depth, text in sorted(facts, key=lambda fact: fact[0])]
         sentences = self.sentences(introduction, [text for _, text in facts], questions)
-        tokens, written, ends = list(start), 0, {}
+        tokens, written = list(start), 0
+        ends: dict[float, int] = {}
         for depth, fact in planted:
             before = round(depth * sentences)
             tokens += self.noise * (before - written) + fact
             written = before
-            ends.setdefault(depth, len(tokens))  # facts at one depth: questions with a depth are about the first
+            ends.setdefault(depth, len(tokens))  # where facts share a depth, a question with that depth is about the first
         tokens += self.noise * (sentences - written)
-        asked = [
+        placed = [
             question if question.depth is None else replace(question, distance=len(tokens) - ends[question.depth] + len(question.prompt))
             for question in questions
         ]
-        return Haystack(self.length, tuple(tokens), tuple(asked))
+        return Haystack(self.length, tuple(tokens), tuple(placed))
 
     def sentences(self, introduction: str, facts: list[str], questions: list[Question]) -> int:
-        """Pieces of noise (len(self.noise) tokens each) that fill the length around the facts.
+        """Number of repetitions of the noise (len(self.noise) tokens each) that fill the length around the facts.
 
         Raises:
-            DataError: no room for one.
+            DataError: there is no room for one.
         """
         taken = sum(len(self.encode(text)) for text in (introduction, *facts))
-        taken += max(len(asked.prompt) + len(asked.answer) for asked in questions)
+        taken += max(len(question.prompt) + len(question.answer) for question in questions)
         sentences = (self.length - taken) // len(self.noise)
         if sentences < 1:
-            tasks = "+".join(dict.fromkeys(asked.task for asked in questions))
+            tasks = "+".join(dict.fromkeys(question.task for question in questions))
             raise DataError(
                 f"probes.lengths (suite.lengths): {self.length} tokens leave no room for noise around the facts of "
                 f"probes.tasks={tasks} with this tokenizer ({taken} tokens are taken). Use lengths of at least "
@@ -147,21 +150,22 @@ def make_haystacks(
     seed: int,
     max_tokens: int = 0,
 ) -> list[Haystack]:
-    """The same haystacks for every model that is compared: a pure function of the arguments.
+    """Makes haystacks. They are a pure function of the arguments, so all models that are compared get the same ones.
 
     Args:
         encode: text -> token ids without special tokens.
-        tasks: single (one key a haystack; the haystacks of a length go round the depths, from one that depends on the seed),
-            multi_key (a key at every depth, each asked for), multi_value (a key of one name at every depth, all asked for at once),
-            variable_tracking (a chain of assignments at random places); all but the first share their haystacks.
+        tasks: single (one key per haystack; the haystacks of a length cycle through the depths, starting at one that depends on the seed),
+            multi_key (a key at every depth, with a question for each), multi_value (a key of one name at every depth, with one question for
+            all), variable_tracking (a chain of assignments at random depths). All but `single` share their haystacks.
         lengths: context lengths in tokens.
-        depths: between 0 and 1.
-        trials: haystacks a length.
+        depths: of the facts, between 0 and 1.
+        trials: haystacks per length.
         digits: of a key.
-        seed: of keys, names and places.
-        max_tokens: of the haystacks of a length together, those of `single` and the others each; at least one is made; 0 sets no bound.
+        seed: of keys, names and depths.
+        max_tokens: bound on the total tokens of the haystacks of a length, separately for `single` and for the others. At least one
+            haystack is made. 0: no bound.
     Raises:
-        DataError: a length too short for the facts and the question.
+        DataError: a length is too short for the facts and the question.
     """
     makers = [_single] if "single" in tasks else []
     planters = (("multi_key", _keys), ("multi_value", _values), ("variable_tracking", _chain))
@@ -180,15 +184,15 @@ def make_haystacks(
 
 
 def draw_key(random: np.random.Generator, digits: int) -> str:
-    """A number of so many digits."""
+    """A random number with `digits` digits."""
     return str(random.integers(10 ** (digits - 1), 10**digits))
 
 
 def make_question(encode: Encode, task: str, question: str, answer: str, depth: float | None) -> Question:
-    """A question in tokens; its distance is set where the text around its fact is laid out."""
+    """Encodes a question. HaystackWriter.haystack sets its distance."""
     tokens = encode(" " + answer)
     space = encode(" ")
-    first = int(len(space) == 1 and tokens[0] == space[0])  # a space of its own before the answer
+    first = int(len(space) == 1 and tokens[0] == space[0])  # a separate space token before the answer
     units = tuple((index, index + 1) for index in range(first, len(tokens)))
     return Question(task, tuple(encode(question)), tuple(tokens), units, depth)
 
@@ -201,13 +205,13 @@ def _single(writer: HaystackWriter, random: np.random.Generator, depths: list[fl
 
 
 def _several(planters: list[Callable], writer: HaystackWriter, random: np.random.Generator, depths: list[float], digits: int) -> Haystack:
-    """What several planters put in: introductions one after the other, facts between each other, every question asked."""
+    """One haystack with the introductions, facts and questions of several planters."""
     introductions, facts, questions = zip(*(plant(writer, random, depths, digits) for plant in planters), strict=True)
-    return writer.haystack("".join(introductions), sum(facts, []), sum(questions, []))
+    return writer.haystack("".join(introductions), [*chain(*facts)], [*chain(*questions)])
 
 
 def _keys(writer: HaystackWriter, random: np.random.Generator, depths: list[float], digits: int) -> tuple[str, list, list[Question]]:
-    """A named key at every depth, each asked for."""
+    """A named key at every depth, with a question for each."""
     turns = range(1, 2 + len(depths) // len(_NAMES))  # more depths than names: "London", "London 2", ...
     names = random.permutation([name if turn == 1 else f"{name} {turn}" for turn in turns for name in _NAMES])
     facts, questions = [], []
@@ -219,26 +223,26 @@ def _keys(writer: HaystackWriter, random: np.random.Generator, depths: list[floa
 
 
 def _values(writer: HaystackWriter, random: np.random.Generator, depths: list[float], digits: int) -> tuple[str, list, list[Question]]:
-    """A key of one name at every depth, all asked for at once."""
+    """A key of one name at every depth, with one question for all."""
     keys = [draw_key(random, digits) for _ in depths]
     facts = [(depth, _NAMED_FACT.format(name=_SEVERAL_KEYS_OF, key=key)) for depth, key in zip(sorted(depths), keys, strict=True)]
     question = _VALUE_QUESTION.format(name=_SEVERAL_KEYS_OF, count=len(keys))
-    return _VALUE_INTRODUCTION, facts, [_ask_in_order(writer, "multi_value", question, keys)]
+    return _VALUE_INTRODUCTION, facts, [_question_with_parts(writer, "multi_value", question, keys)]
 
 
 def _chain(writer: HaystackWriter, random: np.random.Generator, depths: list[float], digits: int) -> tuple[str, list, list[Question]]:
-    """A chain of assignments at random places."""
+    """A chain of assignments at random depths."""
     value = draw_key(random, digits)
     names = ["".join(letters) for letters in random.choice(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"), (_CHAIN_LENGTH, 5))]
     assigned = [value, *(f"VAR {name}" for name in names[:-1])]
     places = np.sort(random.random(_CHAIN_LENGTH))
     facts = [(float(place), f" VAR {name} = {what} ") for place, name, what in zip(places, names, assigned, strict=True)]
     question = _CHAIN_QUESTION.format(value=value, count=_CHAIN_LENGTH)
-    return _CHAIN_INTRODUCTION, facts, [_ask_in_order(writer, "variable_tracking", question, names)]
+    return _CHAIN_INTRODUCTION, facts, [_question_with_parts(writer, "variable_tracking", question, names)]
 
 
-def _ask_in_order(writer: HaystackWriter, task: str, question: str, parts: list[str]) -> Question:
-    """A question whose answer is several parts, one after the other."""
+def _question_with_parts(writer: HaystackWriter, task: str, question: str, parts: list[str]) -> Question:
+    """A question whose answer consists of several parts in order."""
     ends = [len(writer.encode(" " + " ".join(parts[: count + 1]))) for count in range(len(parts))]
     made = make_question(writer.encode, task, question, " ".join(parts), None)
     return replace(made, units=tuple(zip([0, *ends[:-1]], ends, strict=True)))
@@ -253,32 +257,32 @@ def score_haystacks(
     label: str,
     prefill_chunk: int = 0,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Score every question with the model on ordinary positions; data-parallel copies share the haystacks.
+    """Scores every question on contiguous positions. Data-parallel ranks split the haystacks.
 
     Args:
         model: the model, or this rank's model chunks; in evaluation mode.
         haystacks: from make_haystacks.
         device: of the model.
         label: for the progress display.
-        prefill_chunk: a longer haystack is read in pieces of so many tokens; 0 reads it whole.
+        prefill_chunk: haystacks longer than this are read in chunks of this many tokens; 0 reads them whole.
     Returns:
         {task: {length: {"exact_match", "digit_accuracy", "key_log_probability", "trials", "by_depth": {depth: the same}, "records"}}};
-        accuracies are fractions (digit_accuracy: of the answer's units), the log-probability is the mean over questions of the sum over
-        the answer's tokens, in nats; a record is [depth, exact, digits, log-probability, distance] of a question, in the order asked.
-        The same on every rank.
+        the same on every rank. Accuracies are fractions (digit_accuracy: of the answer's units). The log-probability is the mean over
+        questions of the sum over the answer's tokens, in nats. A record is [depth, exact, digits, log-probability, distance] of one
+        question, in the order of the questions.
     """
-    replica = Replica(model, device=device)
+    forward = ForwardModel(model, device=device)
 
-    def ask(haystack: Haystack) -> list[_Row] | None:
-        asked = [(question.prompt, question.answer) for question in haystack.questions]
-        logits = answer_logits(replica, haystack.tokens, asked, prefill_chunk=prefill_chunk)
+    def score(haystack: Haystack) -> list[_Row] | None:
+        pairs = [(question.prompt, question.answer) for question in haystack.questions]
+        logits = answer_logits(forward, haystack.tokens, pairs, prefill_chunk=prefill_chunk)
         if logits is None:
             return None
         answered = zip(haystack.questions, logits, strict=True)
         return [score_row(question, *score_answer(found, question.answer)) for question, found in answered]
 
     scored: dict[str, dict[int, list[_Row]]] = {}
-    answered = replica.share_out(haystacks, ask, label=f"retrieval, {label}")
+    answered = forward.map_over_data_parallel(haystacks, score, label=f"retrieval, {label}")
     for haystack, rows in zip(haystacks, answered, strict=True):
         for question, row in zip(haystack.questions, rows, strict=True):
             scored.setdefault(question.task, {}).setdefault(haystack.length, []).append(row)
@@ -288,21 +292,21 @@ def score_haystacks(
 def score_row(
     question: Question, hits: list[bool], log_probability: float, *, depth: float | None = None, distance: int | None = None
 ) -> _Row:
-    """One record of a question, as score_haystacks has them; depth and distance are the question's own unless given."""
+    """The record of one question, see score_haystacks. `depth` and `distance` default to those of the question."""
     right = float(np.mean([all(hits[first:past]) for first, past in question.units]))
-    place = question.depth if depth is None else depth
-    return (place, float(all(hits)), right, log_probability, question.distance if distance is None else distance)
+    own_depth = question.depth if depth is None else depth
+    return (own_depth, float(all(hits)), right, log_probability, question.distance if distance is None else distance)
 
 
 def describe_rows(rows: list[_Row], *, by_depth: bool = True) -> dict[str, Any]:
-    """Figures of the records of a task and length, as score_haystacks has them; `by_depth` only where facts share depths."""
+    """Figures of one task and length from its records, see score_haystacks. Set `by_depth` only where facts share depths."""
     depths = sorted({row[0] for row in rows if row[0] is not None}) if by_depth else []
     figures = {str(depth): summarise([row for row in rows if row[0] == depth]) for depth in depths}
     return {**summarise(rows), "by_depth": figures, "records": [list(row) for row in rows]}
 
 
-def summarise(rows: list[_Row]) -> dict[str, float]:
-    """Means over questions, as score_haystacks has them."""
+def summarise(rows: Sequence[Sequence[float | None]]) -> dict[str, float]:
+    """Means over questions, see score_haystacks."""
     exact, digits, log_probability = np.array([row[1:4] for row in rows]).mean(axis=0)
     return {
         "exact_match": float(exact),

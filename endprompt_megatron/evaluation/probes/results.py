@@ -1,5 +1,5 @@
-"""The probes of one system (base, untrained, trained, control), kept in a file each so that a resumed run does not probe again; what
-depends on the base alone is kept beside the base too, for every run that starts from it."""
+"""Probes of one system (base, untrained, trained, control). The results are cached in one file per system, so that a resumed run does not
+repeat them. Results of an untrained base are also cached next to the base model, for all runs that start from it."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from endprompt_megatron.mcore.version import megatron_core_version
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from endprompt_megatron.output_files import replace_text
 
-_KEY = {"single": "needle"}  # as summary.json and evaluation.json have always called it
-# What computes a probe's figures: a change of these files makes kept figures old.
-_CODE = ("evaluation", "model", "rope")
+_KEY = {"single": "needle"}  # task -> key in summary.json and evaluation.json, where it differs
+# Packages that compute the figures of a probe. A change of their code invalidates the results next to a base model.
+_CODE = ("evaluation", "inference", "model", "rope")
 
 
 @dataclass(frozen=True)
 class Probes:
-    """What every system of a comparison is asked, the same for all.
+    """Questions and texts of the probes, the same for every system of a comparison.
 
     Attributes:
-        haystacks: for retrieval by texts of noise.
-        blocks: held-out tokens, int64 [blocks, longest window]; empty where long_texts give the perplexity.
-        long_texts: held-out prose with planted facts.
-        config: the config that they were made from.
+        haystacks: noise texts with planted facts, for retrieval.
+        blocks: held-out tokens, int64 [blocks, longest window], for perplexity; empty where it is measured on long_texts.
+        config: the configuration that they were made from.
         seed: of the needle keys.
+        long_texts: held-out prose with planted facts.
     """
 
     haystacks: list[Haystack]
@@ -47,7 +47,7 @@ class Probes:
     long_texts: Sequence[LongText] = ()
 
     def conditions(self) -> dict[str, Any]:
-        """The conditions in words and numbers, for pages and for telling old results from new ones."""
+        """Conditions of the figures, for pages and for the comparison with cached results. A change of wording invalidates the cache."""
         config = self.config
         words: dict[str, Any] = {}
         if self.haystacks:
@@ -75,10 +75,14 @@ class Probes:
         return {**words, "seed": self.seed}
 
     def digest(self) -> str:
-        """Identity of the very tokens that are asked and scored."""
-        tokens = [[*one.tokens, *(token for asked in one.questions for token in asked.prompt + asked.answer)] for one in self.haystacks]
-        for one in self.long_texts:
-            tokens.append([*one.tokens, *(token for fact in one.facts for token in fact.question.prompt + fact.question.answer)])
+        """SHA-256 of all tokens that are read and scored."""
+        tokens = [
+            [*one.tokens, *(token for question in one.questions for token in question.prompt + question.answer)] for one in self.haystacks
+        ]
+        tokens += [
+            [*one.tokens, *(token for fact in one.facts for token in fact.question.prompt + fact.question.answer)]
+            for one in self.long_texts
+        ]
         found = hashlib.sha256(np.ascontiguousarray(self.blocks, dtype=np.int64).tobytes())
         for row in tokens:
             found.update(np.array(row, dtype=np.int64).tobytes() + b"|")
@@ -102,41 +106,41 @@ def probe_system(
     cache: Path | None,
     kept_beside: Path | None = None,
 ) -> dict[str, Any]:
-    """Probe one system, or read what was found before under the same conditions.
+    """Probes one system, or reads its cached results where the conditions are the same. Every rank must call this function.
 
     Args:
         name: base | untrained | trained | control.
         description: for tables.
-        model: the model, or this rank's model chunks; their rotary embedding holds the frequencies to be probed. Every rank takes part.
-        probes: questions.
+        model: the model, or this rank's model chunks, with the RoPE frequencies to probe.
+        probes: questions and texts.
         device: of the model.
-        cache: file of earlier results, which rank 0 reads and writes; None probes anew and keeps nothing.
-        kept_beside: the base model's directory, where the system is that base with some RoPE and no training: results are also kept in
-            `<directory>.probes/`, under a name that says weights, questions, RoPE, precision and code.
+        cache: file with cached results, which rank 0 reads and writes; None neither reads nor writes one.
+        kept_beside: directory of the base model, where the system is that base without training. Results are then also cached in
+            `<directory>.probes/`, in a file named by a hash of weights, questions, RoPE, precision and code.
     Returns:
-        {"label"; "perplexity": {length: value}; by task (needle, which is probes.tasks' single, multi_key, word, ...) {length: figures
-        of score_haystacks or read_long_texts}}.
+        {"label": description, "perplexity": {length: value}, task: {length: figures of score_haystacks or read_long_texts}}. The task
+        `single` of probes.tasks has the key "needle".
     """
     chunks = model if isinstance(model, list) else [model]
-    conditions = {**probes.conditions(), "evaluation": _decisive(asdict(probes.config)), "system": name}
+    conditions = {**probes.conditions(), "evaluation": _settings_of_figures(asdict(probes.config)), "system": name}
     shared = _shared_file(kept_beside, chunks[0], probes, device) if kept_beside is not None and global_rank() == 0 else None
     stored = from_rank_zero(_read(cache, conditions))
     if stored is not None:
         return stored
     found = from_rank_zero(_read_shared(shared))
     if found is None:
-        found = _ask(name, chunks, probes, device)
+        found = _measure(name, chunks, probes, device)
         if shared is not None:
             _keep_where_possible(shared, found)
     elif shared is not None:
-        get_logger().info(f"{name}: probed before, read from {shared}")
+        get_logger().info(f"{name}: read from {shared}, no need to probe again")
     result = {"label": description, **found}
     if cache is not None and global_rank() == 0:
         _keep(cache, {"conditions": conditions, "result": result})
     return result
 
 
-def _ask(name: str, chunks: list[EndPromptGPTModel], probes: Probes, device: torch.device) -> dict[str, Any]:
+def _measure(name: str, chunks: list[EndPromptGPTModel], probes: Probes, device: torch.device) -> dict[str, Any]:
     config = probes.config
     was_training = chunks[0].training
     for chunk in chunks:
@@ -156,17 +160,17 @@ def _ask(name: str, chunks: list[EndPromptGPTModel], probes: Probes, device: tor
 
 
 def _shared_file(base: Path, chunk: EndPromptGPTModel, probes: Probes, device: torch.device) -> Path:
-    """Where the results of an untrained base are kept: weights by the names, sizes and times of their files."""
+    """Cache file for results of an untrained base. Weights are identified by the names, sizes and modification times of their files."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(base.glob("*.safetensors"))]
     package = Path(__file__).resolve().parents[1]
     code = hashlib.sha256()
     for path in sorted(path for folder in _CODE for path in (package / folder).rglob("*.py")):
         code.update(path.read_bytes())
     live = chunk.rotary_pos_emb.inv_freq.cpu().numpy()
-    known_by = {
+    identity = {
         "weights": files,
         "questions": probes.digest(),
-        "evaluation": _decisive(asdict(probes.config)),
+        "evaluation": _settings_of_figures(asdict(probes.config)),
         "inv_freq": hashlib.sha256(live.tobytes()).hexdigest(),
         "attention_factor": chunk.rotary_pos_emb.scaling.attention_factor,
         "dtype": str(next(chunk.parameters()).dtype),
@@ -174,12 +178,12 @@ def _shared_file(base: Path, chunk: EndPromptGPTModel, probes: Probes, device: t
         "code": code.hexdigest(),
         "versions": f"{megatron_core_version()} {torch.__version__}",
     }
-    name = hashlib.sha256(json.dumps(known_by, sort_keys=True).encode()).hexdigest()[:20]
+    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
     return base.with_name(f"{base.name}.probes") / f"{name}.json"
 
 
 def _read_shared(shared: Path | None) -> dict[str, Any] | None:
-    """Figures that another run kept beside the base; a damaged file counts as none."""
+    """Cached results of another run; None where the file is missing or damaged."""
     if shared is None or not shared.is_file():
         return None
     try:
@@ -197,22 +201,22 @@ def _keep(path: Path, value: dict[str, Any]) -> None:
 def _keep_where_possible(path: Path, value: dict[str, Any]) -> None:
     try:
         _keep(path, value)
-    except OSError as error:  # a model directory of somebody else's
-        get_logger().info(f"probes of the base are not kept for other runs: {error}")
+    except OSError as error:  # e.g. the model directory is read-only
+        get_logger().info(f"results of the base cannot be cached for other runs: {error}")
 
 
-def _decisive(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """What decides the figures: every key of the config, at its default where the file is older than the key, but not how much is read at
-    once, nor which systems are probed."""
+def _settings_of_figures(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The settings that figures depend on: all keys of the config but prefill_chunk, systems and enabled. A key that an older file lacks
+    gets its default."""
     every = {**asdict(ProbesConfig()), **evaluation}
     return {key: value for key, value in every.items() if key not in ("prefill_chunk", "systems", "enabled")}
 
 
 def _read(cache: Path | None, conditions: dict[str, Any]) -> dict[str, Any] | None:
-    """The result in a file of earlier ones, if it was found under these conditions."""
+    """The cached result; None where there is none, or where its conditions differ."""
     if cache is None or not cache.is_file():
         return None
     stored = json.loads(cache.read_text())
-    found_under = stored["conditions"]
-    same = {**found_under, "evaluation": _decisive(found_under["evaluation"])} == conditions
+    before = stored["conditions"]
+    same = {**before, "evaluation": _settings_of_figures(before["evaluation"])} == conditions
     return stored["result"] if same else None

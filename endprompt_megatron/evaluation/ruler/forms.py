@@ -1,7 +1,7 @@
-"""The forms of RULER's synthetic tasks: each writes a prompt for a given size of its haystack. Task rules are RULER's (arXiv 2404.06654,
-section 3 and appendix B), the sentences are our own: scores compare models with each other, not with published RULER scores.
+"""The forms of RULER's synthetic tasks. Each writes a prompt for a given haystack size. The task rules are RULER's (arXiv 2404.06654,
+section 3 and appendix B), the sentences are our own. Compare the scores between models, not with published RULER scores.
 
-Every form draws so that a larger haystack is the smaller one with more in it; the number of tokens then grows evenly with the size.
+Every form draws its random numbers so that a larger haystack extends the smaller one. The number of tokens then grows evenly with the size.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from endprompt_megatron.evaluation.ruler.words import ADJECTIVES, NOUNS, WORDS, 
 
 # Source: pass-key retrieval of landmark attention (arXiv 2305.16300); RULER uses the same five.
 NOISE_SENTENCES = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
-NUM_DEPTHS = 40  # RULER's needles stand at one of so many evenly spaced depths, 0 and 1 included
+NUM_DEPTHS = 40  # RULER places its needles at this many evenly spaced depths, 0 and 1 included
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A prompt with its answer prefix, as Sample."""
+    """A prompt, including the answer prefix, with its references and depth; see samples.RulerSample."""
 
     prompt: str
     references: tuple[str, ...]
@@ -32,13 +32,14 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class Haystack:
-    """Text that facts are put into.
+class RulerHaystack:
+    """Text in which facts are hidden.
 
     Attributes:
-        label: what it is, for tables.
-        units: sentences or words; started over when more of them are asked for.
-        boundaries: ascending numbers of units (0 and len(units) included) between which no sentence is cut; None: any.
+        label: content of the haystack, for tables.
+        units: sentences or words. They repeat in haystacks that are larger.
+        boundaries: indices of units, ascending, before which a fact may stand without splitting a sentence, including 0 and len(units);
+            None allows all.
     """
 
     label: str
@@ -46,7 +47,7 @@ class Haystack:
     boundaries: np.ndarray | None = None
 
     def with_facts(self, size: int, facts: Sequence[tuple[float, str]], *, joint: str = " ") -> str:
-        """The first `size` units with every fact between the units where `place` puts its depth."""
+        """The first `size` units as text, with each fact inserted at the unit that `place` returns for its depth."""
         rounds = -(-size // len(self.units))
         units = list(self.units * rounds)[:size]
         parts, written = [], 0
@@ -57,78 +58,78 @@ class Haystack:
         return joint.join([*parts, *units[written:]])
 
     def place(self, depth: float, size: int) -> int:
-        """Units of a haystack of `size` before a fact that is to stand at `depth` (0 = start, 1 = end): the nearest boundary."""
-        wanted = depth * size
+        """Number of units before a fact at `depth` (0 = start, 1 = end) in a haystack of `size` units: the nearest boundary."""
+        target = depth * size
         if self.boundaries is None:
-            return round(wanted)
-        start = int(wanted // len(self.units)) * len(self.units)
+            return round(target)
+        start = int(target // len(self.units)) * len(self.units)
         allowed = np.append(self.boundaries[start + self.boundaries <= size] + start, size)
-        return int(allowed[np.abs(allowed - wanted).argmin()])
+        return int(allowed[np.abs(allowed - target).argmin()])
 
 
-NOISE = Haystack("noise", NOISE_SENTENCES)
+NOISE = RulerHaystack("noise", NOISE_SENTENCES)
 
 
-def prose(label: str, texts: Sequence[str]) -> Haystack:
-    """Documents one after the other, in words; facts go between sentences, or to the end of what there is room for.
+def prose(label: str, texts: Sequence[str]) -> RulerHaystack:
+    """A haystack of concatenated documents, with words as units. Facts stand between sentences or at the end of the haystack.
 
     Raises:
-        DataError: there is no word in them.
+        DataError: the documents contain no words.
     """
     words = tuple(word for text in texts for word in text.split())
     if not words:
-        raise DataError(f"haystack {label!r} holds no words. Give a text, or none for noise sentences.")
+        raise DataError(f"haystack {label!r} contains no words. Name a text with words, or none for noise sentences.")
     ends = [index + 1 for index, word in enumerate(words) if word.rstrip("\"')]”’").endswith((".", "!", "?"))]
-    return Haystack(label, words, np.unique([0, *ends, len(words)]))
+    return RulerHaystack(label, words, np.unique([0, *ends, len(words)]))
 
 
-Writer = Callable[[np.random.Generator, int, Haystack, int], Draft]
+Writer = Callable[[np.random.Generator, int, RulerHaystack, int], Draft]
 
 
 @dataclass(frozen=True)
 class Needles:
-    """Numbers (or uuids) that belong to keys, hidden in a haystack; the numbers of some keys are asked for.
+    """Keys with values (numbers or uuids), hidden in a haystack. The question is about the values of the first keys.
 
     Attributes:
-        keys: how many are hidden.
-        values: numbers a key.
-        asked: keys that are asked for.
-        kind: of keys and values: "words" and "numbers" of 7 digits, or "uuids".
-        only_needles: the haystack is made of further keys and numbers instead of text.
+        keys: number of keys.
+        values: values per key.
+        queried: number of keys that the question names.
+        kind: of keys and values: "words", "numbers" (of 7 digits) or "uuids".
+        only_needles: the haystack consists of further keys and values instead of text.
     """
 
     keys: int = 1
     values: int = 1
-    asked: int = 1
+    queried: int = 1
     kind: tuple[str, str] = ("words", "numbers")
     only_needles: bool = False
 
-    def __call__(self, random: np.random.Generator, size: int, haystack: Haystack, length: int) -> Draft:
-        """As make_samples asks for it; size in units of the haystack."""
+    def __call__(self, random: np.random.Generator, size: int, haystack: RulerHaystack, length: int) -> Draft:
+        """Writes a prompt, see Writer; `size` in units of the haystack."""
         key_kind, value_kind = self.kind
         thing = "number" if value_kind == "numbers" else "uuid"
         taken: set[str] = set()
         needles = {_new(random, key_kind, taken): [_new(random, value_kind, taken) for _ in range(self.values)] for _ in range(self.keys)}
         depths = random.choice(NUM_DEPTHS, size=self.keys * self.values, replace=False) / (NUM_DEPTHS - 1)
-        asked = list(needles)[: self.asked]
-        said = [f"A secret {thing} of {key} is {value}." for key, values in needles.items() for value in values]
+        queried = list(needles)[: self.queried]
+        sentences = [f"A secret {thing} of {key} is {value}." for key, values in needles.items() for value in values]
         if self.only_needles:
             others = (f"A secret {thing} of {_new(random, key_kind, taken)} is {_new(random, value_kind, taken)}." for _ in range(size))
-            haystack = Haystack("needles", tuple(others))
-        context = haystack.with_facts(size, list(zip(depths.tolist(), said, strict=True)), joint="\n" if self.only_needles else " ")
-        several = self.asked * self.values > 1
-        names, are = ", ".join(asked[:-1]) + " and " * (len(asked) > 1) + asked[-1], "s" if several else ""
+            haystack = RulerHaystack("needles", tuple(others))
+        context = haystack.with_facts(size, list(zip(depths.tolist(), sentences, strict=True)), joint="\n" if self.only_needles else " ")
+        several = self.queried * self.values > 1
+        names, are = ", ".join(queried[:-1]) + " and " * (len(queried) > 1) + queried[-1], "s" if several else ""
         prompt = (
             f"Secret {thing}s are hidden in the text below. Memorize them, because you will be asked for them afterwards.\n{context}\n"
             f"Question: Which secret {thing}{are} of {names} did the text above mention? "
             f"Answer: The secret {thing}{are} of {names} in the text above {'are' if several else 'is'}"
         )
         depth = None if several else haystack.place(float(depths[0]), size) / size
-        return Draft(prompt, tuple(value for key in asked for value in needles[key]), depth)
+        return Draft(prompt, tuple(value for key in queried for value in needles[key]), depth)
 
 
 def _new(random: np.random.Generator, kind: str, taken: set[str]) -> str:
-    """A key or value that is none of `taken`, and then is."""
+    """Draws a key or value that is not in `taken`, and adds it."""
     while True:
         if kind == "words":
             made = f"{ADJECTIVES[random.integers(len(ADJECTIVES))]}-{NOUNS[random.integers(len(NOUNS))]}"
@@ -142,17 +143,18 @@ def _new(random: np.random.Generator, kind: str, taken: set[str]) -> str:
 
 
 _HOPS = 4
-_EXAMPLE_SENTENCES = 10  # of the worked example of variable_tracking
+_EXAMPLE_SENTENCES = 10  # in the worked example of variable_tracking
 
 
-def variable_tracking(random: np.random.Generator, size: int, haystack: Haystack, length: int) -> Draft:
-    """A chain of five variables, each assigned the one before; which hold the value? A worked example with short names comes first."""
+def variable_tracking(random: np.random.Generator, size: int, haystack: RulerHaystack, length: int) -> Draft:
+    """A chain of five variables, each assigned from the previous one. The question is which variables hold the value. A worked example with
+    short names comes first."""
     example, names = _chain(random, _EXAMPLE_SENTENCES, NOISE, letters=3)
-    prompt, asked = _chain(random, size, haystack, letters=5)
-    return Draft(f"{example} {' '.join(names)}\n\n{prompt}", tuple(asked))
+    prompt, references = _chain(random, size, haystack, letters=5)
+    return Draft(f"{example} {' '.join(names)}\n\n{prompt}", tuple(references))
 
 
-def _chain(random: np.random.Generator, size: int, haystack: Haystack, *, letters: int) -> tuple[str, list[str]]:
+def _chain(random: np.random.Generator, size: int, haystack: RulerHaystack, *, letters: int) -> tuple[str, list[str]]:
     names: list[str] = []
     while len(names) <= _HOPS:
         name = "".join(random.choice(list(_LETTERS.upper()), letters))
@@ -170,25 +172,25 @@ def _chain(random: np.random.Generator, size: int, haystack: Haystack, *, letter
 
 
 NUM_COMMON_WORDS = 10
-# from a length on: (times of a common word, times of another) in the list, the same in the example, words in the example.
-# From 4096 tokens on RULER's; below, RULER's for short lengths; below 1024 what leaves room for a list at all.
+# (minimum length, (repetitions of a common word, of another word) in the list, the same in the worked example, words in that example).
+# From 4096 tokens: RULER's values. From 1024: RULER's values for short lengths. Below: our choice, which leaves room for a list.
 _FREQUENCIES = ((4096, (30, 3), (10, 3), 40), (1024, (6, 1), (3, 1), 20), (0, (3, 1), (2, 1), 11))
-_TOKENS_A_WORD = 8  # no list needs more words than one to so many tokens, each coming three times with its number
+_TOKENS_A_WORD = 8  # at least; each word occurs three times or more, each time with its number
 
 
-def common_words(random: np.random.Generator, size: int, haystack: Haystack, length: int) -> Draft:
-    """A shuffled list of `size` words, ten of which come more often: which? A worked example comes first."""
+def common_words(random: np.random.Generator, size: int, haystack: RulerHaystack, length: int) -> Draft:
+    """A shuffled list of `size` words, ten of which are more frequent. The question is which ones. A worked example comes first."""
     times, example_times, example_size = next(row[1:] for row in _FREQUENCIES if length >= row[0])
     words = _word_order(random, size + example_size, at_least=length // _TOKENS_A_WORD)
     example, common = _word_list(random, words[:example_size], example_times)
-    prompt, asked = _word_list(random, words[example_size:], times)
+    prompt, references = _word_list(random, words[example_size:], times)
     answer = " ".join(f"{number}. {word}" for number, word in enumerate(common, 1))
-    return Draft(f"{example} {answer}\n\n{prompt}", tuple(asked))
+    return Draft(f"{example} {answer}\n\n{prompt}", tuple(references))
 
 
 def _word_order(random: np.random.Generator, count: int, *, at_least: int) -> list[str]:
-    """The first `count` of all words in random order: WORDS, and as many compounds among them as it takes for `at_least` words; after these
-    the other compounds."""
+    """The first `count` words of a random order. WORDS come first, mixed with as many compounds as make up `at_least` words; the other
+    compounds follow."""
     plain = len(WORDS)
     rest = plain + random.permutation(len(ADJECTIVES) * len(NOUNS))
     mixed = max(at_least - plain, 0)
@@ -198,8 +200,8 @@ def _word_order(random: np.random.Generator, count: int, *, at_least: int) -> li
 
 
 def _word_list(random: np.random.Generator, words: list[str], times: tuple[int, int]) -> tuple[str, list[str]]:
-    """The question about a list, and its answer. A word that contains a common one, or is part of one, would be taken for it by the
-    scoring: those are left out."""
+    """A word list as a question, and its answer. Words that contain a common word, or are contained in one, are left out, because scoring
+    by string match cannot distinguish them."""
     common: list[str] = []
     others: list[str] = []
     for word in words:
@@ -219,11 +221,11 @@ def _word_list(random: np.random.Generator, words: list[str], times: tuple[int, 
 
 _ZETA_OF_TWO = math.pi**2 / 6
 _CODED_LETTERS = 6
-_TOKENS_A_CODED_WORD = 50  # the vocabulary has one coded word to so many tokens of the length
+_TOKENS_A_CODED_WORD = 50  # tokens of the length for each coded word of the vocabulary
 
 
-def frequent_words(random: np.random.Generator, size: int, haystack: Haystack, length: int) -> Draft:
-    """Coded words, the k-th of which comes size / (zeta(2) k^2) times, rounded down; the first is dots, the next three are asked for."""
+def frequent_words(random: np.random.Generator, size: int, haystack: RulerHaystack, length: int) -> Draft:
+    """Coded words; the k-th occurs size / (zeta(2) k^2) times, rounded down. The first is "...", the next three are the answer."""
     coded: dict[str, None] = {}
     while len(coded) < length // _TOKENS_A_CODED_WORD:
         coded["".join(random.choice(list(_LETTERS), _CODED_LETTERS))] = None
@@ -239,4 +241,5 @@ def frequent_words(random: np.random.Generator, size: int, haystack: Haystack, l
     return Draft(prompt, tuple(vocabulary[1:4]))
 
 
-SMALLEST_TEXT = math.ceil(3 * _ZETA_OF_TWO * 16)  # from here on the third coded word comes more often than the fourth (here 3 times and 1)
+# the smallest size at which the third coded word is more frequent than the fourth (here 3 times and once)
+SMALLEST_TEXT = math.ceil(3 * _ZETA_OF_TWO * 16)

@@ -1,4 +1,4 @@
-"""The texts of a local folder, for tasks that hide facts in prose: the same folders that lm-eval's essay tasks read."""
+"""Reads the texts of a local folder, for tasks that hide facts in prose. lm-eval's essay tasks read the same folders."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from endprompt_megatron.errors import DataError
 
 
 def read_texts(folder: Path) -> list[str]:
-    """Every text of a folder, in the order of the files' names.
+    """Returns every text of a folder, sorted by file name.
 
     Args:
-        folder: holds .txt files, a text each, or .jsonl or .parquet files with rows {"text"}; it may have subfolders.
+        folder: with .txt files, one text each, or .jsonl or .parquet files with rows {"text"}; subfolders are read too.
     Raises:
-        DataError: none of these, or a file of another form.
+        DataError: the folder contains no text, or a file has another format.
     """
-    folder, texts = Path(folder).expanduser(), []
+    folder = Path(folder).expanduser()
+    texts: list[str] = []
     for path in sorted(folder.rglob("*")):
         if path.suffix in _READERS and path.is_file():
             try:
                 texts += _READERS[path.suffix](path)
             except (ValueError, KeyError, TypeError) as error:  # pyarrow's own errors are ValueErrors
-                raise DataError(f'{path}: no rows {{"text"}} there ({error!r}). Give .txt, or .jsonl or .parquet with them.') from error
+                raise DataError(f'{path}: no rows {{"text"}} there ({error!r}). Provide .txt, or rows in .jsonl or .parquet.') from error
     if not any(text.strip() for text in texts):
-        raise DataError(f'{folder}: no text there. Give .txt files, or .jsonl or .parquet files with rows {{"text"}}.')
+        raise DataError(f'{folder}: no text there. Provide .txt files, or .jsonl or .parquet files with rows {{"text"}}.')
     return texts
 
 

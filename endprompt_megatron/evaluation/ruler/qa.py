@@ -1,5 +1,5 @@
-"""RULER's two question-answering tasks, from local copies of SQuAD and HotpotQA: the paragraphs that answer a question stand among others
-of the same data set, as many as the length has room for.
+"""RULER's two question-answering tasks, from local copies of SQuAD and HotpotQA. The paragraphs that answer a question are mixed with
+others of the same data set, as many as fit the length.
 
 Source: RULER (arXiv 2404.06654), section 3; SQuAD's and HotpotQA's own JSON formats.
 """
@@ -16,21 +16,21 @@ from typing import Any
 import numpy as np
 
 from endprompt_megatron.errors import ConfigError, DataError
-from endprompt_megatron.evaluation.ruler.forms import NOISE, Draft, Haystack
-from endprompt_megatron.evaluation.ruler.tasks import QA_TASKS, Encode, Fitting, Sample, Task
+from endprompt_megatron.evaluation.ruler.forms import NOISE, Draft, RulerHaystack
+from endprompt_megatron.evaluation.ruler.samples import QA_TASKS, Encode, HaystackSizer, RulerForm, RulerSample
 
 _MAX_NEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
-class Question:
+class QAQuestion:
     """One question of a data set.
 
     Attributes:
         text: of the question.
-        answers: any of them is right.
-        gold: numbers of the documents that it comes with.
-        related: numbers of documents of the same article, the first to stand beside these.
+        answers: accepted answers; any one is correct.
+        gold: numbers of the question's own documents.
+        related: numbers of other documents of the same article. They are added before any others.
     """
 
     text: str
@@ -45,24 +45,24 @@ class QuestionSet:
 
     Attributes:
         task: qa_squad | qa_hotpotqa.
-        documents: every one once.
-        questions: that have an answer.
+        documents: all documents, each once.
+        questions: all questions that have an answer.
     """
 
     task: str
     documents: tuple[str, ...]
-    questions: tuple[Question, ...]
+    questions: tuple[QAQuestion, ...]
 
 
 def read_questions(task: str, path: Path) -> QuestionSet:
-    """Read a data set from its JSON file.
+    """Reads a data set from its JSON file.
 
     Args:
-        task: qa_squad (SQuAD 1.1 or 2.0; questions without an answer are left out) or qa_hotpotqa (its distractor setting).
+        task: qa_squad (SQuAD 1.1 or 2.0; questions without an answer are skipped) or qa_hotpotqa (the distractor setting).
         path: of the file.
     Raises:
-        ConfigError: no such task.
-        DataError: the file is missing, of another format, or holds no question with an answer.
+        ConfigError: the task does not exist.
+        DataError: the file is missing, has another format, or contains no question with an answer.
     """
     if task not in QA_TASKS:
         raise ConfigError(f"task {task!r}: choose from {', '.join(QA_TASKS)}.")
@@ -81,69 +81,71 @@ def read_questions(task: str, path: Path) -> QuestionSet:
     return QuestionSet(task, tuple(numbers), tuple(questions))
 
 
-def _squad(content: Any, number: Callable[[str], int]) -> Iterator[Question]:
+def _squad(content: Any, number: Callable[[str], int]) -> Iterator[QAQuestion]:
     for article in content["data"]:
         paragraphs = [number(paragraph["context"]) for paragraph in article["paragraphs"]]
         for own, paragraph in zip(paragraphs, article["paragraphs"], strict=True):
-            for asked in paragraph["qas"]:
-                answers = tuple(dict.fromkeys(answer["text"] for answer in asked["answers"]))
-                if answers and not asked.get("is_impossible"):
+            for entry in paragraph["qas"]:
+                answers = tuple(dict.fromkeys(answer["text"] for answer in entry["answers"]))
+                if answers and not entry.get("is_impossible"):
                     related = tuple(dict.fromkeys(other for other in paragraphs if other != own))
-                    yield Question(asked["question"], answers, (own,), related)
+                    yield QAQuestion(entry["question"], answers, (own,), related)
 
 
-def _hotpotqa(content: Any, number: Callable[[str], int]) -> Iterator[Question]:
-    for asked in content:
-        gold = [number(f"{title}\n{''.join(sentences)}") for title, sentences in asked["context"]]
-        yield Question(asked["question"], (asked["answer"],), tuple(dict.fromkeys(gold)))
+def _hotpotqa(content: Any, number: Callable[[str], int]) -> Iterator[QAQuestion]:
+    for entry in content:
+        gold = [number(f"{title}\n{''.join(sentences)}") for title, sentences in entry["context"]]
+        yield QAQuestion(entry["question"], (entry["answer"],), tuple(dict.fromkeys(gold)))
 
 
-def make_qa_samples(encode: Encode, questions: QuestionSet, *, length: int, count: int, seed: int = 42) -> list[Sample]:
-    """The same samples for every model with the same tokenizer: a pure function of the arguments.
+def make_qa_samples(encode: Encode, questions: QuestionSet, *, length: int, count: int, seed: int = 42) -> list[RulerSample]:
+    """Makes samples. They are a pure function of the arguments, so models with the same tokenizer get the same samples.
 
-    Questions are taken in random order; one whose own documents do not fit the length is passed over.
+    Questions are drawn in random order. A question whose own documents do not fit the length is skipped.
 
     Args:
         encode: text -> token ids without special tokens.
-        questions: of read_questions.
-        length: tokens that prompt and answer may take.
-        count: samples.
+        questions: from read_questions.
+        length: maximum tokens of prompt and answer together.
+        count: number of samples.
         seed: of the order of questions and documents.
     Raises:
         DataError: fewer than `count` questions fit.
     """
     order = np.random.default_rng(seed).permutation(len(questions.questions))
-    samples: list[Sample] = []
+    samples: list[RulerSample] = []
     for turn, index in enumerate(order):
         if len(samples) == count:
             break
-        asked = questions.questions[index]
-        form = Task(partial(_write, questions, asked), _MAX_NEW_TOKENS, (None, None), smallest=len(asked.gold))
-        fitting = Fitting(encode, form, NOISE, length, [seed, length, turn], name=questions.task)
-        if fitting.spare(form.smallest) < 0:
+        question = questions.questions[index]
+        form = RulerForm(partial(_write, questions, question), _MAX_NEW_TOKENS, (None, None), smallest=len(question.gold))
+        sizer = HaystackSizer(encode, form, NOISE, length, [seed, length, turn], name=questions.task)
+        if sizer.spare(form.smallest) < 0:
             continue
-        size = fitting.largest(0)
-        draft = fitting.write(size)
+        size = sizer.largest(0)
+        draft = sizer.write(size)
         label = "documents" + (", repeated" if size > len(questions.documents) else "")
-        samples.append(Sample(questions.task, length, len(samples), draft.prompt, draft.references, _MAX_NEW_TOKENS, None, label))
+        samples.append(RulerSample(questions.task, length, len(samples), draft.prompt, draft.references, _MAX_NEW_TOKENS, None, label))
     if len(samples) < count:
         raise DataError(
-            f"{questions.task} at {length} tokens: {len(samples)} of {len(order)} questions fit with their documents, {count} are wanted. "
+            f"{questions.task} at {length} tokens: {len(samples)} of {len(order)} questions fit with their documents, {count} are needed. "
             f"Use a longer length or fewer samples."
         )
     return samples
 
 
-def _write(questions: QuestionSet, asked: Question, random: np.random.Generator, size: int, haystack: Haystack, length: int) -> Draft:
-    """Prompt with `size` documents: those of the question, then related ones, then any; started over when they run out."""
+def _write(
+    questions: QuestionSet, question: QAQuestion, random: np.random.Generator, size: int, haystack: RulerHaystack, length: int
+) -> Draft:
+    """A prompt with `size` documents: first those of the question, then related ones, then any others. They repeat when they run out."""
     order = random.permutation(len(questions.documents)).tolist()
-    ranked = list(dict.fromkeys([*asked.gold, *random.permutation(asked.related).astype(int).tolist(), *order]))
+    ranked = list(dict.fromkeys([*question.gold, *random.permutation(question.related).astype(int).tolist(), *order]))
     rounds = -(-size // len(ranked))
     chosen = (ranked * rounds)[:size]
     places = np.argsort(random.random(size))
     context = "\n\n".join(f"Document {number}:\n{questions.documents[chosen[place]]}" for number, place in enumerate(places, 1))
     prompt = (
         f"The documents below hold the answer to a question. Reply with the answer and nothing else.\n\n{context}\n\n"
-        f"Reply to the question with its answer from the documents above and nothing else.\nQuestion: {asked.text} Answer:"
+        f"Reply to the question with its answer from the documents above and nothing else.\nQuestion: {question.text} Answer:"
     )
-    return Draft(prompt, asked.answers)
+    return Draft(prompt, question.answers)

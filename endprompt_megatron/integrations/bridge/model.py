@@ -33,6 +33,7 @@ class EndPromptModelProvider(GPTModelProvider):
     def load_base_weights(self, chunks: list[EndPromptGPTModel]) -> list[EndPromptGPTModel]:
         """Bridge's hook before it wraps a model: fill this rank's chunks from the base, each rank reading only its slices. A checkpoint
         that Bridge resumes comes after, and replaces them."""
+        assert self.extension is not None  # `provide` has refused None
         base, _ = self.extension.check()
         load_hf_weights(chunks, base.hf_path, base.architecture)
         return chunks
@@ -48,8 +49,13 @@ def endprompt_model_provider(extension: WindowExtension, **fields: Any) -> EndPr
         ConfigError, DataError, CheckpointError: as WindowExtension.check.
     """
     base, rope = extension.check()
-    told = {"vocab_size": base.architecture.vocab_size, "share_embeddings_and_output_weights": base.architecture.tied_embeddings}
-    told |= {"rotary_base": int(rope.rope_theta), "position_embedding_type": "rope", "seq_length": extension.seq_length}
-    provider = EndPromptModelProvider(**extension.transformer_fields() | told | {"extension": extension} | fields)
+    known: dict[str, Any] = {
+        "vocab_size": base.architecture.vocab_size,
+        "share_embeddings_and_output_weights": base.architecture.tied_embeddings,
+        "rotary_base": int(rope.rope_theta),
+        "position_embedding_type": "rope",
+        "seq_length": extension.seq_length,
+    }
+    provider = EndPromptModelProvider(**extension.transformer_fields() | known | {"extension": extension} | fields)
     provider.register_pre_wrap_hook(provider.load_base_weights)
     return provider

@@ -33,7 +33,7 @@ def endprompt_forward_step(data_iterator: Iterator[dict[str, Tensor]], model: to
 
 def _reported_loss(batch: MicroBatch, token_losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """weighted_loss with figures as Bridge adds them up: over micro-batches and ranks, [sum, count] each."""
-    loss, told = weighted_loss(batch, token_losses)
-    figures = told["figures"]
+    loss, report = weighted_loss(batch, token_losses)
+    figures = report["figures"]
     share = figures.new_tensor([1.0 / parallel_state.get_context_parallel_world_size()])  # ranks of a group share one micro-batch
     return loss, {"lm loss": torch.cat([figures[:1], share]), "context loss": figures[1:3]}

@@ -20,7 +20,7 @@ class EndPromptDataModule(llm.PreTrainingDataModule):
         paths: prefixes of .bin/.idx files (recipes/prepare_data.py makes them), or [weight, prefix, ...], or {"train": ..., "validation":
             ..., "test": ...} of these, as PreTrainingDataModule takes them; nothing is tested.
         extension: what is extended and how; its seq_length is that of the samples.
-        tokenizer: what Megatron asks of one. Not NeMo's: that would copy the base, weights and all, into every checkpoint.
+        tokenizer: what Megatron needs of one. NeMo's own would copy the base with its weights into every checkpoint.
         seed: of sample order, and of the draws of end prompts and positions.
         split: train,validation,test shares where `paths` names no validation data.
         index_mapping_dir: where Megatron keeps its index caches.
@@ -67,10 +67,10 @@ class EndPromptDataModule(llm.PreTrainingDataModule):
         """Build the datasets of a run; NeMo calls it with the trainer's settings. Every validation takes the same batches.
 
         Raises:
-            ConfigError, DataError: as WindowExtension.build_datasets; or steps or batches whose number cannot be told beforehand.
+            ConfigError, DataError: as WindowExtension.build_datasets; or the number of steps or batches is not known beforehand.
         """
         if trainer_max_steps < 1:  # NeMo's -1 would also let learning rates end at 0
-            raise ConfigError(f"max_steps={trainer_max_steps}: how many samples are wanted? Set the trainer's max_steps.")
+            raise ConfigError(f"max_steps={trainer_max_steps}: the number of samples follows from it. Set the trainer's max_steps.")
         if isinstance(trainer_limit_val_batches, float) and trainer_limit_val_batches != 0.0:
             raise ConfigError(f"limit_val_batches={trainer_limit_val_batches}: a share of unknown text. Set a number of batches, or 0.")
         blends = [_blend(*blend) for blend in self.build_kwargs.get("blend_per_split", [self.build_kwargs.get("blend")])]

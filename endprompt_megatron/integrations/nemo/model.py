@@ -24,7 +24,7 @@ from endprompt_megatron.data.batch import MicroBatch, to_micro_batch
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.integrations.window_extension import WindowExtension
 from endprompt_megatron.mcore import cpu
-from endprompt_megatron.mcore.legacy_optimizer_arguments import accept_former_optimizer_arguments
+from endprompt_megatron.mcore.legacy_optimizer_arguments import accept_legacy_optimizer_arguments
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from endprompt_megatron.training.step import weighted_loss
 
@@ -41,7 +41,7 @@ def forward_step(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
 
 
 class EndPromptLossReduction(MegatronLossReduction):
-    """training.step.weighted_loss in the form in which NeMo asks for a loss."""
+    """training.step.weighted_loss as NeMo's loss."""
 
     def forward(self, batch: MicroBatch, forward_out: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return weighted_loss(batch, forward_out)
@@ -85,9 +85,9 @@ def endprompt_llama_config(extension: WindowExtension, **fields: Any) -> EndProm
         ConfigError, DataError, CheckpointError: as WindowExtension.check.
     """
     base, rope = extension.check()
-    told = {"vocab_size": base.architecture.vocab_size, "share_embeddings_and_output_weights": base.architecture.tied_embeddings}
-    told |= {"rotary_base": int(rope.rope_theta), "seq_length": extension.seq_length, "extension": extension}
-    return EndPromptLlamaConfig(**extension.transformer_fields() | told | fields)
+    shape = {"vocab_size": base.architecture.vocab_size, "share_embeddings_and_output_weights": base.architecture.tied_embeddings}
+    known: dict[str, Any] = {**shape, "rotary_base": int(rope.rope_theta), "seq_length": extension.seq_length, "extension": extension}
+    return EndPromptLlamaConfig(**extension.transformer_fields() | known | fields)
 
 
 class EndPromptLlamaModel(llm.LlamaModel):
@@ -100,7 +100,7 @@ class EndPromptLlamaModel(llm.LlamaModel):
             return
         if cpu.cpu_shims_installed():  # NeMo seeds Megatron's generators only where it counts a GPU
             tensor_parallel.model_parallel_cuda_manual_seed(torch.initial_seed())
-        accept_former_optimizer_arguments()
+        accept_legacy_optimizer_arguments()
         super().configure_model(vp_stage=vp_stage)
         base, _ = self.config.extension.check()
         load_hf_weights([self.module], base.hf_path, base.architecture)
@@ -129,7 +129,7 @@ class EndPromptExporter(io.ModelConnector[EndPromptLlamaModel, Any]):
     the physical length as the window."""
 
     def nemo_load(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: llm.export_ckpt loads every model onto a GPU first, to ask whether ModelOpt has to export it, and takes this for a no."""
+        """Refuse: llm.export_ckpt loads every model onto a GPU first, to see whether ModelOpt exports it, and takes this error for a no."""
         raise RuntimeError("an EndPrompt checkpoint is exported from its files")
 
     def apply(self, output_path: Path) -> Path:

@@ -48,7 +48,7 @@ def _recipe(trainer: run.Config, paths: list[str], hf_path: str, dir: str | None
     trainer.limit_val_batches = 4
     trainer.val_check_interval = 100
     trainer.limit_test_batches = 0
-    trainer.strategy.ckpt_async_save = False  # NeMo 2.7 asks megatron-core for a module that 0.16 no longer has
+    trainer.strategy.ckpt_async_save = False  # NeMo 2.7 imports a module that megatron-core 0.16 no longer has
     optimizer = run.Config(
         OptimizerConfig, lr=2e-5, weight_decay=0.0, adam_beta1=0.9, adam_beta2=0.95, bf16=True, use_distributed_optimizer=True
     )

@@ -1,4 +1,4 @@
-"""The mean score of a suite by the length of its prompts, for one model or several, as a picture; for RULER beside the paper's curve."""
+"""Figure of the mean score of a suite by prompt length, for one model or several. For RULER it includes the paper's curve."""
 
 from __future__ import annotations
 
@@ -7,30 +7,28 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from endprompt_megatron.evaluation.tasks import RULER
+from endprompt_megatron.evaluation.tasks import RULER, STAND_IN_HAYSTACK
 from endprompt_megatron.report.figures.evaluation import Curve, plot_scores_by_length
 
-STAND_IN_MARK = " (stand-in haystack)"
-ESSAYS_MARK = " (essays)"  # of built-in tasks, whose haystack is noise sentences otherwise
 # Source: EndPrompt (arXiv 2605.14589), RULER of Llama-3-8B, 8K -> 64K, one run each
 PAPER_LENGTHS = {"EndPrompt": {4096: 90.92, 8192: 87.07, 16384: 83.28, 32768: 75.23}}
 Scores = Sequence[Mapping[str, Any]]
 
 
 def length_picture(output_dir: Path, suite: str, panels: Mapping[str, Scores], conditions: Mapping[str, Any]) -> str:
-    """The mean over tasks by length, where all of them ran at two lengths or more.
+    """Draws the mean over tasks by length. Only lengths at which all tasks ran count; fewer than two of them give no figure.
 
     Args:
-        output_dir: where the picture goes.
-        suite: ruler or probes.
-        panels: {system: its scores}; the tasks that all of them have count.
+        output_dir: directory of the figure.
+        suite: ruler or ruler_offline.
+        panels: {system: its scores}. Only tasks that all systems have count, and none with a stand-in haystack.
         conditions: with native_window and window.
     Returns:
-        Markdown of the picture; empty where there is none.
+        Markdown of the figure; empty where there is none.
     """
-    own = {label: [score for score in scores if STAND_IN_MARK not in score["task"]] for label, scores in panels.items()}
-    common = set.intersection(*({score["task"] for score in scores} for scores in own.values()))
-    curves = [_curve(label, [score for score in scores if score["task"] in common], len(common)) for label, scores in own.items()]
+    own = {label: [score for score in scores if score["haystack"] != STAND_IN_HAYSTACK] for label, scores in panels.items()}
+    common = set.intersection(*({_task_of(score) for score in scores} for scores in own.values()))
+    curves = [_curve(label, [score for score in scores if _task_of(score) in common], len(common)) for label, scores in own.items()]
     if min(len(curve.scores) for curve in curves) < 2:
         return ""
     if suite == RULER:
@@ -46,6 +44,10 @@ def length_picture(output_dir: Path, suite: str, panels: Mapping[str, Scores], c
     return f"![Mean score by length of the prompt; bars: 95 % intervals over samples.]({path.name})"
 
 
+def _task_of(score: Mapping[str, Any]) -> tuple[str, str]:
+    return score["task_id"], score["haystack"]
+
+
 def _curve(label: str, scores: Scores, num_tasks: int) -> Curve:
     lengths = sorted({score["length"] for score in scores})
     by_length = {length: [score for score in scores if score["length"] == length] for length in lengths}
@@ -58,6 +60,6 @@ def _curve(label: str, scores: Scores, num_tasks: int) -> Curve:
 
 
 def _interval_of_mean(mean: float, scores: Scores) -> tuple[float, float]:
-    """Of a mean over tasks with samples of their own: half widths add in squares."""
+    """95 % interval of a mean over tasks with independent samples: squares of half widths add."""
     half = sum(((score["interval"][1] - score["interval"][0]) / 2) ** 2 for score in scores) ** 0.5 / len(scores)
     return max(0.0, mean - half), min(100.0, mean + half)

@@ -1,5 +1,5 @@
-"""The pictures of a study: retrieval by context length, by the distance back to the fact, and what the training cost. Every method keeps
-its colour, marker and line in all of them."""
+"""The figures of a study: retrieval by context length and by the distance back to the fact, and results against the cost of training. A
+method has the same colour, marker and line in all figures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from endprompt_megatron.report.figures.run import (
 
 _Question = tuple[float, int, int]  # depth, length, number
 _PURPLE = "#CC79A7"
-_SMALL_DIFFERENCE = 0.5  # nats; an axis of differences is linear up to here
+_SMALL_DIFFERENCE = 0.5  # nats; an axis of differences is linear up to this value
 TASK_NAMES = {
     "needle": "One key",
     "number": "Planted numbers",
@@ -55,19 +55,19 @@ _MORE_STYLES = [SystemStyle(color, marker, ":") for marker in "*>p8Xd" for color
 
 
 def styles_of(labels: Sequence[str]) -> dict[str, SystemStyle]:
-    """A style for each label, the same in every picture that has the same labels."""
+    """The style of each label; equal labels give equal styles in all figures."""
     more = iter(_MORE_STYLES * (1 + len(labels) // len(_MORE_STYLES)))
     return {label: _STYLES.get(label) or next(more) for label in labels}
 
 
 def plot_scores_by_length(path: Path, groups: dict[str, list[RunResult]]) -> Path | None:
-    """For each task the share that is right (digits of a key, whole chains) and the log-probability of the answer by context length.
+    """Share of right answers (digits of a key, whole chains) and log-probability of the answer, by context length, for each task.
 
     Args:
-        path: of the PNG.
+        path: path of the PNG.
         groups: {label: runs}.
     Returns:
-        path, or None where nothing was measured.
+        path, or None without results.
     """
     runs = [run for group in groups.values() for run in group]
     tasks = [task for task in TASKS if any(run.scores(task) for run in runs)]
@@ -97,15 +97,15 @@ def plot_scores_by_length(path: Path, groups: dict[str, list[RunResult]]) -> Pat
 
 
 def plot_scores_by_distance(path: Path, groups: dict[str, list[RunResult]], *, reference: str) -> Path | None:
-    """Log-probability of the answer by how far the fact stands from the question, and the same minus the reference's for the same
-    questions, with the gap of eq. 9 shaded.
+    """Log-probability of the answer by the distance from the question to the fact, and its difference to the reference on the same
+    questions. The gap of eq. 9 is shaded.
 
     Args:
-        path: of the PNG.
+        path: path of the PNG.
         groups: {label: runs}.
-        reference: a label of them.
+        reference: a key of groups.
     Returns:
-        path, or None where no task tells the depth of its facts.
+        path, or None if no task records the depth of its facts.
     Source: eq. 9 of EndPrompt (arXiv 2605.14589): distances in [max(a, b), L - a - b] never occur in its samples.
     """
     runs = [run for group in groups.values() for run in group]
@@ -137,7 +137,7 @@ def plot_scores_by_distance(path: Path, groups: dict[str, list[RunResult]], *, r
                             differences.setdefault(distance, []).append(score - theirs[run.seed][question])
                 _draw(absolute, _octave_bins(scores), styles[label], label, bars=False)
                 _draw(relative, _octave_bins(differences), styles[label], label, of_mean=True)
-            if max(abs(limit) for limit in relative.get_ylim()) > 10 * _SMALL_DIFFERENCE:  # far methods would hide near ones
+            if max(abs(limit) for limit in relative.get_ylim()) > 10 * _SMALL_DIFFERENCE:  # large differences would hide small ones
                 relative.set_yscale("symlog", linthresh=_SMALL_DIFFERENCE, linscale=0.8)
                 relative.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
                 relative.minorticks_off()
@@ -162,28 +162,28 @@ def _by_question(run: RunResult, task: str) -> dict[_Question, float]:
 
 
 def _distances(runs: list[RunResult], task: str) -> dict[tuple[int, _Question], int]:
-    """{(seed, question): distance from the question back to the fact}. Where no run's record tells it, it is taken from depth and length,
-    which at short lengths is too far by the question and the other facts (a fifth at 512 tokens, little from 4K on)."""
-    found, told = {}, {}
+    """{(seed, question): distance from the question back to the fact}. If no run recorded it, it is computed from depth and length. At
+    short lengths this is too large by the question and the other facts (a fifth at 512 tokens, little from 4K on)."""
+    computed, recorded = {}, {}
     for run in runs:
         for length, figures in run.scores(task).items():
             for number, (depth, _, _, _, *more) in enumerate(figures.get("records", [])):
                 if depth is not None:
                     question = (run.seed, (float(depth), length, number))
-                    found[question] = max(1, round((1 - float(depth)) * length))
+                    computed[question] = max(1, round((1 - float(depth)) * length))
                     if more and more[0]:
-                        told[question] = more[0]
-    return found | told
+                        recorded[question] = more[0]
+    return computed | recorded
 
 
 def plot_cost(path: Path, groups: dict[str, list[RunResult]]) -> Path | None:
-    """Seconds of training against perplexity and against retrieval, a point a method.
+    """Perplexity and retrieval against seconds of training, with one point per method.
 
     Args:
-        path: of the PNG.
+        path: path of the PNG.
         groups: {label: runs}.
     Returns:
-        path, or None where nothing was trained.
+        path, or None if no method trains.
     """
     trained = {label: group for label, group in groups.items() if group[0].summary["steps"]}
     if not trained:
@@ -220,7 +220,7 @@ def _gap(run: RunResult) -> tuple[int, int] | None:
 
 
 def _octave_bins(by_distance: dict[int, list[float]]) -> list[tuple[float, list[float]]]:
-    """Distances gathered in bins of an octave, each at its geometric mean."""
+    """Group distances into bins of one octave, each placed at its geometric mean."""
     bins: dict[int, list[tuple[int, float]]] = {}
     for distance, values in by_distance.items():
         bins.setdefault(math.floor(math.log2(distance)), []).extend((distance, value) for value in values)
@@ -232,17 +232,17 @@ def _octave_bins(by_distance: dict[int, list[float]]) -> list[tuple[float, list[
 
 
 def _draw(
-    axes, points: list[tuple[float, list[float]]], style: SystemStyle, label: str, *, bars: bool = True, of_mean: bool = False
+    axes: Axes, points: list[tuple[float, list[float]]], style: SystemStyle, label: str, *, bars: bool = True, of_mean: bool = False
 ) -> None:
-    """Means of values at each x; bars of one standard deviation of the values, or of their mean."""
-    points = [(x, summarize(values)) for x, values in points]
-    points = [(x, found) for x, found in points if not math.isnan(found.mean)]
-    if not points:
+    """Draw the mean of the values at each x, with bars of one standard deviation of the values or one standard error of their mean."""
+    summaries = [(x, summarize(values)) for x, values in points]
+    summaries = [(x, found) for x, found in summaries if not math.isnan(found.mean)]
+    if not summaries:
         return
     axes.errorbar(
-        [x for x, _ in points],
-        [found.mean for _, found in points],
-        yerr=[_bar(found, of_mean) for _, found in points] if bars else None,
+        [x for x, _ in summaries],
+        [found.mean for _, found in summaries],
+        yerr=[_bar(found, of_mean) for _, found in summaries] if bars else None,
         color=style.color,
         marker=style.marker,
         ls=style.line,
@@ -261,7 +261,7 @@ def _bar(found: Summary, of_mean: bool) -> float:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    """Beneath the panels, in as many columns as the picture is wide."""
+    """Legend below the panels, with as many columns as fit into the figure."""
     handles, labels = axes.get_legend_handles_labels()
     for columns in (4, 3, 2, 1):
         legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns)

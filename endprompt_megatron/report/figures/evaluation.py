@@ -1,5 +1,6 @@
-"""Pictures of an evaluation: scores by depth and length as a map, and by length with intervals beside published curves. Plain numbers in,
-the path of a PNG out; colours follow report.plots, maps use cividis, whose lightness rises steadily for every kind of eye."""
+"""Figures of an evaluation: scores by depth and length as a map, and scores by length with intervals and published curves. The functions
+take plain numbers and return the path of a PNG. Colours follow report/figures/run.py. Maps use cividis, whose lightness rises evenly for
+all kinds of colour vision."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ class Curve:
         label: for the legend.
         scores: {length in tokens: score}.
         intervals: {length: (low, high)} where they are known.
-        published: drawn thin and hollow: somebody else's numbers, on another machine.
+        published: whether the numbers come from a publication; drawn thin and hollow.
     """
 
     label: str
@@ -60,15 +61,15 @@ def plot_depth_by_length(
     target_context_length: int,
     title: str,
 ) -> Path:
-    """A map for each system: where in a text a fact is found, by the text's length.
+    """Draws one map per system: a value by the depth of a fact and the length of the text.
 
     Args:
         path: of the PNG.
-        panels: {system: {(length in tokens, depth from 0 = start to 1 = end): value}}; a missing cell is drawn grey.
-        measure: what a value is, with its unit.
+        panels: {system: {(length in tokens, depth from 0 = start to 1 = end): value}}; missing cells are grey.
+        measure: name and unit of the values.
         value_range: values of the darkest and of the lightest colour.
-        original_context_length, target_context_length: windows, marked between the columns that they part.
-        title: of the picture.
+        original_context_length, target_context_length: windows, marked between the columns that they separate.
+        title: of the figure.
     Returns:
         path.
     """
@@ -123,7 +124,7 @@ def _draw_map(axes: Axes, cells: Cells, lengths: Sequence[int], depths: Sequence
 
 
 def _mark_windows(axes: Axes, lengths: Sequence[int], native: int, target: int) -> None:
-    """Lines between the columns that a window parts."""
+    """Marks each window with a line between the last column inside it and the first beyond it."""
     windows = ((native, "native", "-"), (target, "target", "--")) if native != target else ((native, "model's", "-"),)
     for window, name, line in windows:
         if window > lengths[-1]:
@@ -136,14 +137,14 @@ def _mark_windows(axes: Axes, lengths: Sequence[int], native: int, target: int) 
 def plot_scores_by_length(
     path: Path, curves: Sequence[Curve], *, measure: str, title: str, original_context_length: int, target_context_length: int
 ) -> Path:
-    """Scores by length with their intervals, and published curves beside them.
+    """Draws scores by length with their intervals, and published curves.
 
     Args:
         path: of the PNG.
-        curves: ours and published ones.
-        measure: of the y axis, from 0 to 100.
-        title: of the picture.
-        original_context_length, target_context_length: windows, marked.
+        curves: measured and published ones.
+        measure: label of the y axis, from 0 to 100.
+        title: of the figure.
+        original_context_length, target_context_length: windows to mark.
     Returns:
         path.
     """
@@ -154,7 +155,7 @@ def plot_scores_by_length(
         measured = [curve for curve in curves if not curve.published]
         for index, curve in enumerate(measured):
             color, marker, line = next(styles)
-            shift = 2 ** (0.05 * (index - (len(measured) - 1) / 2))  # sideways (in octaves): intervals stay apart
+            shift = 2 ** (0.05 * (index - (len(measured) - 1) / 2))  # a horizontal shift in octaves keeps the intervals apart
             points = sorted(curve.scores.items())
             xs, ys = [length * shift for length, _ in points], [score for _, score in points]
             axes.plot(xs, ys, color=color, marker=marker, ls=line, lw=2, ms=7, label=curve.label)

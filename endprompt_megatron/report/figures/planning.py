@@ -1,4 +1,4 @@
-"""The picture of a plan: EndPrompt's short samples against samples as long as the window, by window: memory a GPU and hours."""
+"""The figure of a cluster plan: memory per GPU and hours by window, for EndPrompt's short samples and for full-length samples."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _NO_FIT = {"color": VERMILLION, "marker": "X", "ms": 10, "ls": ""}
 
 
 def plot_lengths(path: Path, comparisons: Sequence[LengthComparison], *, request: ClusterRequest, tokens: float) -> Path:
-    """Two panels over the window: GiB a GPU with the GPU's memory marked, and hours. A window at which no layout holds full-length
-    samples is marked at the top of both.
+    """Two panels over the window: GiB per GPU, with the memory of the GPU marked, and hours. A window for which no layout fits full-length
+    samples is marked at the top of both panels.
 
-    The fastest layout of short samples takes what memory there is, so that the first panel has the short samples in the layout of the long
-    ones instead.
+    The fastest layout of short samples may use all memory. Therefore the first panel shows the short samples in the layout of the long
+    ones.
 
     Args:
-        path: of the PNG.
-        comparisons: by window, at least one.
-        request: of the cluster.
-        tokens: physical tokens that hours are for.
+        path: path of the PNG.
+        comparisons: one per window, at least one.
+        request: the planned model and cluster.
+        tokens: physical tokens of the training run, for the hours.
     Returns:
         path.
     """
@@ -59,7 +59,7 @@ def plot_lengths(path: Path, comparisons: Sequence[LengthComparison], *, request
         for axes in (left, right):
             axes.plot(lost, [0.95 * axes.get_ylim()[1]] * len(lost), **_NO_FIT)
         left.set_title("Memory of the GPU that needs most", loc="left")
-        left.set(ylabel="tensors a GPU (GiB)")
+        left.set(ylabel="tensors per GPU (GiB)")
         right.set_title(f"Time on {request.num_gpus} x {request.hardware}", loc="left")
         right.set(ylabel=f"hours for {words_of_tokens(tokens)} tokens")
         short_samples = f"EndPrompt, samples of {comparisons[0].short_length:,}"
@@ -92,7 +92,7 @@ def _draw(
     figure_of: Callable[[Candidate], float],
     style: dict[str, Any],
 ) -> None:
-    """A line through those that are there."""
+    """Draw a line through the candidates that are not None."""
     there = [(window, figure_of(one)) for window, one in zip(windows, candidates, strict=True) if one is not None]
     if there:
         axes.plot(*zip(*there, strict=True), **style)

@@ -1,5 +1,5 @@
-"""The picture of a run's result: what each system retrieves by context length and by distance, and its perplexity, inside the native window
-and beyond it."""
+"""The main figure of a run's result: retrieval by context length and by distance, and perplexity, inside the native window and beyond
+it."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _BINS = 5
 
 
 def plot_reach(path: Path, systems: Mapping[str, Mapping[str, Any]], *, native: int, title: str) -> Path:
-    """Planted facts by context length and by distance, perplexity by context length, and the other kind of fact by context length.
+    """Retrieval of planted facts by context length and by distance, perplexity by context length, and retrieval of the other kind of fact.
 
     Args:
-        path: of the PNG.
-        systems: `systems` of evaluation.json, with a task of long texts.
-        native: window of the base, in tokens; a vertical line.
-        title: over the picture.
+        path: path of the PNG.
+        systems: `systems` of evaluation.json, with a task on long texts.
+        native: window of the base, in tokens; marked by a vertical line.
+        title: title of the figure.
     Returns:
         path.
     """
@@ -66,7 +66,7 @@ def plot_reach(path: Path, systems: Mapping[str, Mapping[str, Any]], *, native: 
         where = "beyond the window" if far[0] > native else f"at {longest:,} tokens"
         by_distance.set_title(f"... by distance to the fact, {where}", loc="left")
         by_distance.set(xlabel="distance (tokens)", **shares)
-        perplexity.set_title("Perplexity (each length scores other tokens)", loc="left")
+        perplexity.set_title("Perplexity (each length scores different tokens)", loc="left")
         perplexity.set(xlabel="context length (tokens)", ylabel="perplexity (lower is better)")
         if other:
             second.set_title(f"Planted {PLANTED[other]} retrieved, by context length", loc="left")
@@ -90,7 +90,8 @@ def _by_length(figures: Mapping[str, Any]) -> list[tuple[float, float, int]]:
 
 
 def _by_distance(figures: Sequence[Mapping[str, Any]], longest: int) -> list[tuple[float, float, int]]:
-    """(middle of a bin of distances, share right, questions) over equal bins up to the longest context; of several lengths together."""
+    """(centre of a bin of distances, share of right answers, number of questions), pooled over lengths, in equal bins up to the longest
+    context."""
     records = [record for of_length in figures for record in of_length["records"]]
     distances = np.array([record[4] for record in records], dtype=float)
     right = np.array([record[1] for record in records], dtype=float)
@@ -100,7 +101,7 @@ def _by_distance(figures: Sequence[Mapping[str, Any]], longest: int) -> list[tup
 
 
 def _draw_shares(axes: Axes, points: Sequence[tuple[float, float, int]], style: SystemStyle, label: str, shift: float) -> None:
-    """Shares with Wilson intervals, moved sideways a little so that equal values stay apart."""
+    """Draw shares with Wilson intervals, shifted sideways so that equal values do not overlap."""
     if not points:
         return
     xs = [x + shift for x, _, _ in points]

@@ -1,6 +1,6 @@
-"""The pictures of a run's report: where the positions sit, the loss, key retrieval and perplexity. Sole owner of matplotlib; every
-function takes plain numbers and returns the path it wrote. Colours are Okabe and Ito's, and every system also has a marker and a
-line style of its own, so that no picture depends on colour."""
+"""The figures of a run's report (positions, loss, key retrieval, perplexity) and the style of all figures. Every function takes plain
+numbers and returns the path of the file. Colours are those of Okabe and Ito; every system also has its own marker and line style, so that
+no figure depends on colour."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,15 @@ import matplotlib
 
 matplotlib.use("Agg")  # before pyplot: a cluster node has no display
 
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.patches import Patch  # noqa: E402
-from PIL import Image  # noqa: E402  (matplotlib's own writer of PNG files)
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image
 
 BLUE, VERMILLION, GREEN, ORANGE, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#767676"
-_PALETTE = 128  # colours of a file
-WIDTH_INCHES, DPI = 10.0, 120  # 1,200 px: text of 11 points stays readable when a page shows it at 1,000
+_PALETTE = 128  # colours per file
+WIDTH_INCHES, DPI = 10.0, 120  # 1,200 px: text of 11 points stays readable at a display width of 1,000
 STYLE = {
     "font.size": 11,
     "axes.titlesize": 12,
@@ -39,7 +40,7 @@ STYLE = {
 
 @dataclass(frozen=True)
 class SystemStyle:
-    """How one system is drawn."""
+    """Colour, marker and line of one system."""
 
     color: str
     marker: str
@@ -61,12 +62,12 @@ OTHER_STYLES = tuple(
 def plot_positions(
     path: Path, *, num_context_tokens: int, num_prompt_tokens: int, target_context_length: int, original_context_length: int
 ) -> Path:
-    """Position against physical index for one training sample, and beneath it the relative distances that occur in training.
+    """Position by physical index for one training sample, and below it the relative distances that occur in training.
 
     Args:
-        path: of the PNG.
+        path: path of the PNG.
         num_context_tokens: a, physical tokens of text.
-        num_prompt_tokens: b, physical tokens of the end prompt; 0 draws contiguous positions only.
+        num_prompt_tokens: b, physical tokens of the end prompt; 0 draws only contiguous positions.
         target_context_length: L, positions of the extended window.
         original_context_length: positions of the native window.
     Returns:
@@ -79,7 +80,7 @@ def plot_positions(
         figure, (upper, strip) = plt.subplots(2, 1, figsize=(WIDTH_INCHES, 7.8), height_ratios=[5, 1], layout="constrained")
         figure.get_layout_engine().set(h_pad=0.1)
         _draw_positions(upper, context, prompt, target, original_context_length)
-        upper.set_title(f"Where the {physical:,} tokens of a training sample sit in a window of {target:,} positions", loc="left")
+        upper.set_title(f"Positions of the {physical:,} tokens of a training sample in a window of {target:,} positions", loc="left")
         _draw_distances(strip, context, prompt, target)
         return write_figure(figure, path)
 
@@ -100,7 +101,7 @@ def _draw_positions(axes: Axes, context: int, prompt: int, target: int, native: 
             arrowprops={"arrowstyle": "->", "color": GREY, "ls": ":", "lw": 1.5, "shrinkA": 4, "shrinkB": 8},
         )  # fmt: skip
         axes.annotate(
-            f"{target - physical:,} positions\nthat no token holds", (context, 0.75 * target),
+            f"{target - physical:,} positions\nwithout a token", (context, 0.75 * target),
             xytext=(-10, 0), textcoords="offset points", ha="right", va="center", ma="right", color="#444444",
         )  # fmt: skip
     axes.set(xlabel="physical index in the sample (token)", ylabel="position (token)")
@@ -121,7 +122,7 @@ def _draw_distances(axes: Axes, context: int, prompt: int, target: int) -> None:
         handles.append(_bar(axes, first_far, target - 1, VERMILLION, f"context to end prompt: {first_far:,} to {target - 1:,}"))
     if first_far > near:
         share = (first_far - near) / target
-        label = f"gap: {near:,} to {first_far - 1:,}, never seen in training ({share:.0%} of all)"
+        label = f"gap: {near:,} to {first_far - 1:,}, not in training ({share:.0%} of all)"
         handles.append(_bar(axes, near, first_far - 1, "#ffffff", label, hatch="////", edgecolor=GREY))
     axes.set_title("Relative distances that occur in training", loc="left")
     axes.set(xlabel="distance between two tokens (positions)", ylim=(0, 1), yticks=[])
@@ -138,12 +139,12 @@ def _bar(axes: Axes, first: int, last: int, color: str, label: str, **style: Any
 
 
 def plot_loss(path: Path, records: Sequence[Mapping[str, Any]]) -> Path:
-    """Loss by step: context and held-out text above, the end prompt beneath (its scale is another one).
+    """Loss by step: context and held-out text in the upper panel, end prompt in the lower one, which has another scale.
 
     Args:
-        path: of the PNG.
-        records: of metrics.jsonl; training records hold `loss` and perhaps `context_loss`, `prompt_loss`; validation records hold
-            `validation_loss`. Nats a token.
+        path: path of the PNG.
+        records: records of metrics.jsonl, in nats per token. Training records have `loss` and may have `context_loss` and `prompt_loss`;
+            validation records have `validation_loss`.
     Returns:
         path.
     """
@@ -171,7 +172,7 @@ def plot_loss(path: Path, records: Sequence[Mapping[str, Any]]) -> Path:
                 mew=0.8,
                 label="held-out text",
             )
-        upper.set(ylabel="loss (nats a token)")
+        upper.set(ylabel="loss (nats per token)")
         upper.set_title("Next-token loss (thin: each record, thick: running mean)", loc="left")
         if prompt:
             _draw_series(lower, prompt, VERMILLION, "end prompt", width=1.2)
@@ -194,12 +195,12 @@ def _draw_series(axes: Axes, points: list[tuple[int, float]], color: str, label:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Exponential running mean without bias at the start; its memory is a twentieth of the series, at least one value.
+    """Exponential running mean without initial bias. Its time constant is a twentieth of the series, at least one value.
 
     Args:
-        values: in order of steps.
+        values: values in order of steps.
     Returns:
-        As many values.
+        The means, one per value.
     """
     decay = 1 - 1 / max(1.0, len(values) / 20)
     mean, weight, smoothed = 0.0, 0.0, []
@@ -210,26 +211,26 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def plot_needle(path: Path, systems: Mapping[str, Mapping[str, Any]], *, original_context_length: int) -> Path:
-    """Retrieval of a planted key by context length: exact matches, and the log-probability of the key, which moves earlier.
+    """Retrieval of a planted key by context length: exact matches, and the log-probability of the key, which changes before them.
 
     Args:
-        path: of the PNG.
+        path: path of the PNG.
         systems: `systems` of evaluation.json.
         original_context_length: native window, marked.
     Returns:
         path.
     """
     with plt.rc_context(STYLE):
-        figure, (exact, graded) = plt.subplots(1, 2, figsize=(WIDTH_INCHES, 4.9), layout="constrained")
+        figure, (exact, log_probability) = plt.subplots(1, 2, figsize=(WIDTH_INCHES, 4.9), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12)
         dodge = min(0.1, 0.6 * _closest_octaves(_lengths(systems, "needle")) / len(systems))
         _draw_systems(exact, systems, "needle", lambda score: _percent(score.get("exact_match")), dodge=dodge, intervals=True)
         exact.set(ylabel="keys retrieved exactly (%)", ylim=(-4, 104))
         exact.set_title("Exact match, 95% interval of the trials", loc="left")
-        _draw_systems(graded, systems, "needle", lambda score: score.get("key_log_probability"), dodge=dodge)
-        graded.set(ylabel="log-probability (nats a key, 0 = certain)")
-        graded.set_title("Log-probability of the right key", loc="left")
-        for axes in (exact, graded):
+        _draw_systems(log_probability, systems, "needle", lambda score: score.get("key_log_probability"), dodge=dodge)
+        log_probability.set(ylabel="log-probability (nats per key, 0 = certain)")
+        log_probability.set_title("Log-probability of the right key", loc="left")
+        for axes in (exact, log_probability):
             length_axis(axes, _lengths(systems, "needle"), original_context_length, "context length (tokens)")
         _shared_legend(figure, exact)
         return write_figure(figure, path)
@@ -239,7 +240,7 @@ def plot_perplexity(path: Path, systems: Mapping[str, Mapping[str, Any]], *, ori
     """Perplexity of held-out text by window length.
 
     Args:
-        path: of the PNG.
+        path: path of the PNG.
         systems: `systems` of evaluation.json.
         original_context_length: native window, marked.
     Returns:
@@ -249,7 +250,7 @@ def plot_perplexity(path: Path, systems: Mapping[str, Mapping[str, Any]], *, ori
         figure, axes = plt.subplots(figsize=(WIDTH_INCHES, 5.2), layout="constrained")
         _draw_systems(axes, systems, "perplexity", lambda score: score)
         values = [number for system in systems.values() for number in map(_number, (system.get("perplexity") or {}).values()) if number]
-        if values and max(values) > 4 * min(values):  # an unrepaired RoPE scaling would flatten every other line
+        if values and max(values) > 4 * min(values):  # an unadapted RoPE scaling would flatten all other lines
             axes.set_yscale("log", base=2)
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
         axes.set(ylabel="perplexity (lower is better)")
@@ -276,7 +277,7 @@ def _draw_systems(
         for length, score in sorted((int(length), score) for length, score in (systems[name].get(key) or {}).items() if score is not None):
             value = _number(value_of(score))
             if value is not None:
-                # Sideways (in octaves), so that systems with the same value stay apart.
+                # shifted sideways (in octaves), so that systems with equal values do not overlap
                 points.append((length * 2 ** (dodge * (index - (len(ordered) - 1) / 2)), value, score))
         if not points:
             continue
@@ -299,7 +300,7 @@ def _draw_systems(
 
 
 def wilson_interval(share: float, trials: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share seen in `trials` independent trials, both ends in [0, 1]."""
+    """Wilson 95% interval of a share over `trials` independent trials, both ends in [0, 1]."""
     z = 1.959964
     centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
@@ -307,7 +308,7 @@ def wilson_interval(share: float, trials: int) -> tuple[float, float]:
 
 
 def length_axis(axes: Axes, lengths: list[int], native: int, label: str) -> None:
-    """Make the x axis one of lengths in octaves, ticked at `lengths` and at the native window, which is marked."""
+    """Set up a log2 x axis of lengths with ticks at `lengths` and at the native window, which is marked."""
     axes.axvline(native, color=SKY, lw=2.5, zorder=1.5, label=f"native window ({native:,})")
     axes.set_xscale("log", base=2)
     ticks = sorted({*lengths, native})
@@ -318,8 +319,8 @@ def length_axis(axes: Axes, lengths: list[int], native: int, label: str) -> None
 
 
 def _closest_octaves(lengths: Sequence[int]) -> float:
-    """Octaves between the two neighbours that are closest on a log2 axis; 1 if there are no two."""
-    return min((math.log2(high / low) for low, high in zip(lengths, lengths[1:], strict=False)), default=1.0)
+    """Smallest distance of neighbouring lengths in octaves; 1 with fewer than two lengths."""
+    return min((math.log2(high / low) for low, high in pairwise(lengths)), default=1.0)
 
 
 def _shared_legend(figure: Figure, axes: Axes) -> None:
@@ -355,11 +356,11 @@ def _number(value: Any) -> float | None:
 
 
 def write_figure(figure: Figure, path: Path) -> Path:
-    """Write a PNG with a palette, a third of the bytes for the same picture, and close the figure.
+    """Write the figure as a PNG with a palette, which has a third of the size, and close it.
 
     Args:
-        figure: to write.
-        path: of the PNG.
+        figure: the figure.
+        path: path of the PNG.
     Returns:
         path.
     """

@@ -1,5 +1,5 @@
-"""The pictures of the theory: which relative distances each position scheme shows, and how steep a real attention score is over distance,
-beside the bound of eq. 3 and across the gap of eq. 9."""
+"""The figures of the theory: the relative distances that occur under each position scheme, and the slope of real attention scores over
+distance with the bound of eq. 3 and the gap of eq. 9."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from endprompt_megatron.theory.smoothness import ScoreFunctions, Smoothness
 FloatArray = npt.NDArray[np.float64]
 
 _BINS = 256
-_COLUMNS, _POINTS_A_COLUMN = 700, 200  # of a curve over a logarithmic axis; enough for half a radian between points at 64K
+_COLUMNS, _POINTS_A_COLUMN = 700, 200  # of a curve on a logarithmic axis; at 64K neighbouring points are at most half a radian apart
 
 
 @dataclass(frozen=True)
 class ScoreExample:
-    """One query and one key, drawn as S(d).
+    """One query and one key, to be drawn as S(d).
 
     Attributes:
-        label: which layer, head and tokens.
-        base, stretched: S under the base's own frequencies and under the stretched ones; coefficients [f].
-        smoothness: of `stretched`; no leading dimensions.
+        label: layer, head and tokens.
+        base, stretched: S under the base's own frequencies and under the scaled ones; coefficients [f].
+        smoothness: smoothness of `stretched`, without leading dimensions.
     """
 
     label: str
@@ -43,14 +43,14 @@ class ScoreExample:
 def plot_coverage(
     path: Path, coverages: Sequence[Coverage], *, gap: tuple[int, int] | None, physical_length: int, original_context_length: int | None
 ) -> Path:
-    """Pairs a sample by relative distance, one panel a scheme.
+    """Pairs per sample by relative distance, with one panel per scheme.
 
     Args:
-        path: of the PNG.
-        coverages: of the same lengths.
-        gap: (first, last) of eq. 9, marked in every panel; None where there is none.
+        path: path of the PNG.
+        coverages: coverage of every scheme, with the same lengths.
+        gap: (first, last) of eq. 9, marked in every panel; None if there is no gap.
         physical_length: S, tokens of a sample.
-        original_context_length: native window, marked; None marks nothing.
+        original_context_length: native window, marked; None marks none.
     Returns:
         path.
     Source: EndPrompt (arXiv 2605.14589), eq. 8-9.
@@ -77,16 +77,16 @@ def plot_coverage(
                 axes.axvline(original_context_length, color=SKY, lw=2.5)
             counted = "exact" if coverage.is_exact else f"{coverage.samples:,} samples"
             seen, far = f"{coverage.seen_share:.2%} of the distances occur", f"{coverage.share_from(physical_length):.2%} of the pairs"
-            axes.set_title(f"{coverage.scheme}: {seen}; {far} stand {physical_length:,} or more apart ({counted})", loc="left", fontsize=11)
+            axes.set_title(f"{coverage.scheme}: {seen}; {far} are {physical_length:,} or more apart ({counted})", loc="left", fontsize=11)
             axes.set_yscale("log")
         bottom = panels[-1, 0]
         bottom.set(xlabel="relative distance of query and key (positions)", ylim=(low, high), xlim=(-0.005 * window, 1.005 * window))
         bottom.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         bottom.set_xticks(np.linspace(0, window, 9) if window % 8 == 0 else bottom.get_xticks()[1:-1])
-        figure.supylabel("pairs of tokens a sample, for each distance", fontsize=11)
+        figure.supylabel("pairs of tokens per sample and distance", fontsize=11)
         per_bin = f"mean over {width} distances" if width > 1 else "each distance"
         handles = [
-            Patch(facecolor=BLUE, label=f"pairs a sample ({per_bin})"),
+            Patch(facecolor=BLUE, label=f"pairs per sample ({per_bin})"),
             Patch(facecolor="#ffffff", hatch="////", edgecolor="#c4c4c4", label="distances that do not occur"),
         ]
         if gap:
@@ -108,15 +108,15 @@ def plot_smoothness(
     original_context_length: int,
     scaling_label: str,
 ) -> Path:
-    """S(d) and |S'(d)| of two pairs of tokens over the window, the edge of the gap from close by, and how tight eq. 3 is for all heads.
+    """S(d) and |S'(d)| of two pairs of tokens over the window, a detail at the edge of the gap, and the tightness of eq. 3 for all heads.
 
     Args:
-        path: of the PNG.
-        examples: two pairs; the first is the one seen from close by.
-        steepest_ratios, median_ratios: sup|S'| / (theta_0/s sup|S|), one number a head: of its steepest pair and of its median pair.
+        path: path of the PNG.
+        examples: two pairs; the detail shows the first one.
+        steepest_ratios, median_ratios: sup|S'| / (theta_0/s sup|S|) per head, of its steepest pair and of its median pair.
         gap: (first, last) of eq. 9.
         original_context_length: native window.
-        scaling_label: of the stretched frequencies, such as "PI x2".
+        scaling_label: name of the scaling, such as "PI x2".
     Returns:
         path.
     Source: EndPrompt (arXiv 2605.14589), eq. 3 (bound), eq. 9 (gap).
@@ -136,7 +136,7 @@ def plot_smoothness(
             upper.set_title(example.label, loc="left", fontsize=11)
             _draw_slopes(middle, example)
         panels[0, 0].set(ylabel="score S(d) before the softmax")
-        panels[1, 0].set(ylabel="slope |S'(d)| (score a position)")
+        panels[1, 0].set(ylabel="slope |S'(d)| (score per position)")
         _draw_edge(panels[2, 0], examples[0], gap)
         _draw_ratios(panels[2, 1], steepest_ratios, median_ratios)
         handles = [
@@ -159,13 +159,13 @@ def _distance_axis(axes: Axes, last: int) -> None:
 
 
 def _columns(last: int) -> FloatArray:
-    """Distances from 1 to last in columns of a logarithmic axis, [columns, points]; neighbouring columns share an edge."""
+    """Distances from 1 to `last`, grouped by columns of a logarithmic axis, [columns, points]. Neighbouring columns share an edge."""
     edges = np.geomspace(1, last, _COLUMNS + 1)
     return np.linspace(edges[:-1], edges[1:], _POINTS_A_COLUMN, axis=1)
 
 
 def _draw_band(axes: Axes, functions: ScoreFunctions, last: int, color: str, alpha: float) -> None:
-    """S(d) as what a line of it covers: from the least to the largest value within each column of pixels."""
+    """Draw S(d) as the band from its smallest to its largest value within each column."""
     columns = _columns(last)
     values = functions.at(columns.ravel()).reshape(columns.shape)
     axes.fill_between(columns[:, 0], values.min(axis=1), values.max(axis=1), color=color, alpha=alpha, lw=1.2)
@@ -179,15 +179,15 @@ def _draw_slopes(axes: Axes, example: ScoreExample) -> None:
     axes.axhline(float(example.smoothness.slope_sum), color=GREEN, ls=":", lw=2.2)
     axes.set_yscale("log")
     axes.set_ylim(slopes.max() / 300, float(max(example.smoothness.bound_slope, example.smoothness.slope_sum)) * 2.5)
-    axes.set_title(f"its steepest slope is {float(example.smoothness.ratio):.1%} of the bound", loc="left", fontsize=11)
+    axes.set_title(f"its largest slope is {float(example.smoothness.ratio):.1%} of the bound", loc="left", fontsize=11)
 
 
 def _draw_edge(axes: Axes, example: ScoreExample, gap: tuple[int, int]) -> None:
-    """The first positions of the gap, and what the bound allows there from the last observed score on."""
+    """Draw the first positions of the gap, and the scores that the bound allows there after the last observed score."""
     known = gap[0] - 1
     around = int(np.ceil(6 / example.smoothness.highest_frequency))
     first, last = max(0, known - around), known + around
-    score = float(example.stretched.at([known])[0])
+    score = float(example.stretched.at(np.array([known], dtype=np.float64))[0])
     bound, limit = float(example.smoothness.bound_slope), float(example.smoothness.sup_score)
     inside = np.linspace(known, last, 400)
     axes.axvspan(gap[0] - 0.5, last, facecolor="#ececec", lw=0, zorder=0.4)
@@ -199,10 +199,10 @@ def _draw_edge(axes: Axes, example: ScoreExample, gap: tuple[int, int]) -> None:
         axes.axhline(level, color="#000000", lw=1, ls="-.", zorder=0.6)
     smooth = np.linspace(first, last, 400)
     axes.plot(smooth, example.stretched.at(smooth), color=BLUE, lw=1.4)
-    whole = np.arange(first, last + 1)
+    whole = np.arange(first, last + 1, dtype=np.float64)
     axes.plot(whole, example.stretched.at(whole), color=BLUE, ls="", marker="o", ms=4)
-    free = known + (limit + abs(score)) / bound  # where the bound allows everything between -sup|S| and sup|S|
-    axes.set_title(f"gap's edge: {free - known:.1f} positions on, eq. 3 allows any score", loc="left", fontsize=11)
+    free = known + (limit + abs(score)) / bound  # from here on the bound allows every score between -sup|S| and sup|S|
+    axes.set_title(f"edge of the gap: after {free - known:.1f} positions, eq. 3 allows any score", loc="left", fontsize=11)
     for level, words, side in ((limit, "sup|S|", 1), (-limit, "−sup|S|", -1)):
         vertical = "bottom" if side > 0 else "top"
         axes.annotate(words, (first, level), xytext=(5, 5 * side), textcoords="offset points", va=vertical, fontsize=10)
@@ -218,7 +218,7 @@ def _draw_ratios(axes: Axes, steepest: FloatArray, median: FloatArray) -> None:
     axes.axvline(1, color=VERMILLION, ls="--", lw=2)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_title(f"all {steepest.size} heads: how much of the bound is used", loc="left", fontsize=11)
+    axes.set_title(f"all {steepest.size} heads: slope relative to the bound", loc="left", fontsize=11)
     axes.set(xlabel=r"sup|S'| / ($\theta_0/s\ \cdot$ sup|S|)", ylabel="heads")
     axes.set_ylim(top=axes.get_ylim()[1] * 1.3)
     axes.legend(loc="upper left", fontsize=10)

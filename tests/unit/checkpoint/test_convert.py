@@ -1,5 +1,5 @@
-"""Conversion between Hugging Face and torch_dist directories: every family there and back, through Megatron's own loader and writer in
-every layout (tests/distributed/test_conversion.py), and what is said of directories that are not what they should be."""
+"""Conversion between Hugging Face and torch_dist directories: round trips of every family, and errors for damaged or wrong directories.
+tests/distributed/test_conversion.py tests Megatron's loader and writer in every layout."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from endprompt_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config, rope_from_hf
 from endprompt_megatron.checkpoint.hf.verify import format_findings, verify_megatron_model
 from endprompt_megatron.checkpoint.megatron_model import describe_megatron_model
-from endprompt_megatron.checkpoint.resumable_directory import Workspace
+from endprompt_megatron.checkpoint.resumable_directory import ResumableDirectory
 from endprompt_megatron.checkpoint.torch_dist.read import TorchDistReader, find_torch_dist
 from endprompt_megatron.errors import CheckpointError
 from tests.support.families import FAMILIES, build_family
 from tests.support.tiny import copy_model, edit_config, edit_tensors, load_model
 
-SMALL = 100_000  # bytes a file: several files even for these models
+SMALL = 100_000  # bytes per file: several files even for these models
 
 
 @pytest.fixture(scope="module")
@@ -53,21 +53,21 @@ def test_folders_of_the_tokenizer_come_along(llama, tmp_path, monkeypatch):
     (hf / "additional_chat_templates").mkdir()
     (hf / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
     model = describe_megatron_model(hf_to_megatron(hf, tmp_path / "megatron"))
-    monkeypatch.setattr(Workspace, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(ResumableDirectory, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         megatron_to_hf(model, tmp_path / "back")
     monkeypatch.undo()
-    back = megatron_to_hf(model, tmp_path / "back")  # goes on where the folder is already
+    back = megatron_to_hf(model, tmp_path / "back")  # continues although the folder exists already
     assert (back / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shares", [1, 2])
 def test_every_family_there_and_back(family, shares, tmp_path, single_process):
-    """Bit for bit, and the torch_dist directory, loaded by Megatron, writes transformers' logits at positions up to the maximum."""
+    """Equal bit for bit; and loaded by Megatron, the torch_dist directory gives transformers' logits at positions up to the maximum."""
     hf = build_family(family, tmp_path / "hf", seed=3)
     if shares > architecture_from_hf(read_hf_config(hf)).num_query_groups:
-        pytest.skip("more shares than KV heads")
+        pytest.skip("more tensor-parallel shards than KV heads")
     megatron = hf_to_megatron(hf, tmp_path / "megatron", tensor_parallel_size=shares, max_shard_bytes=SMALL)
     findings = verify_megatron_model(hf, describe_megatron_model(megatron))
     assert all(finding.passed and not finding.skipped for finding in findings), format_findings(findings)
@@ -94,13 +94,13 @@ def test_another_type(source, written, tmp_path, single_process):
 def test_a_type_that_cannot_hold_the_weights_is_refused(tmp_path):
     hf = build_family("llama3", tmp_path / "hf")
     edit_tensors(hf, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].fill_(1e6))
-    with pytest.raises(CheckpointError, match="up_proj.weight holds 1e.06, more than torch.float16 can"):
+    with pytest.raises(CheckpointError, match="up_proj.weight holds 1e.06, more than torch.float16 can represent"):
         hf_to_megatron(hf, tmp_path / "megatron", dtype=torch.float16)
     assert not (tmp_path / "megatron").exists()
 
 
 def test_a_directory_that_megatron_wrote(llama, tmp_path, single_process):
-    """Its own writer, layers stacked or numbered, behind NeMo's prefix, under a run of Megatron-LM's; a base has to be named."""
+    """Directories of Megatron's writer: layers stacked or numbered, with NeMo's prefix, in a run of Megatron-LM; --hf-base is required."""
     model = load_model(llama)
     for number, (prefix, metadata) in enumerate([("", None), ("", {"non_homogeneous_layers": True}), ("module.", None)], start=1):
         directory = tmp_path / f"run{number}" / "iter_0000007"
@@ -153,7 +153,7 @@ def test_every_scaling_is_exported_so_that_transformers_writes_the_same_logits(s
 
 
 def test_told_and_written_scaling_contradict_each_other(converted):
-    with pytest.raises(CheckpointError, match="says itself"):
+    with pytest.raises(CheckpointError, match="already describes"):
         describe_megatron_model(converted, rope_factor=2.0, context_length=256)
     with pytest.raises(CheckpointError, match="go together"):
         describe_megatron_model(converted, rope_factor=2.0)
@@ -208,7 +208,7 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_verify_catches(mutation, tmp_path, single_process):
-    """As many KV heads as heads: q and k have one shape."""
+    """As many KV heads as heads, so that q and k have the same shape."""
     change, words = MUTATIONS[mutation]
     hf = build_family("llama3.1", tmp_path / "hf", num_key_value_heads=4)
     model = describe_megatron_model(hf_to_megatron(hf, tmp_path / "megatron"))
@@ -237,7 +237,7 @@ def test_a_repeated_output_layer_is_ignored_and_another_one_refused(tmp_path, si
     model = describe_megatron_model(hf_to_megatron(hf, tmp_path / "megatron"))
     assert all(finding.passed for finding in verify_megatron_model(hf, model))
     edit_tensors(hf, lambda tensors: tensors["lm_head.weight"].mul_(2))
-    with pytest.raises(CheckpointError, match="which one is meant"):
+    with pytest.raises(CheckpointError, match="differs from it. Set tie_word_embeddings"):
         hf_to_megatron(hf, tmp_path / "other")
     assert not all(finding.passed for finding in verify_megatron_model(hf, model, with_logits=False))
 
@@ -257,7 +257,7 @@ def test_verify_catches_a_missing_shard(converted, llama, tmp_path):
 
 
 def test_logits_catch_what_the_table_of_names_would_not(llama, tmp_path, single_process, monkeypatch):
-    """A mistake in our own mapping (key before query) is in both directions and invisible to a comparison of weights."""
+    """An error in our mapping (key before query) affects both directions, so a comparison of weights cannot detect it."""
     from endprompt_megatron.checkpoint.hf import mapping
 
     def wrong(arch):
@@ -287,9 +287,9 @@ class TestDamage:
 
     def test_a_file_is_cut_short(self, converted, tmp_path):
         broken = copy_model(converted, tmp_path / "broken")
-        path = sorted(broken.glob("*.distcp"))[-1]
+        path = max(broken.glob("*.distcp"))
         path.write_bytes(path.read_bytes()[:-5000])
-        with pytest.raises(CheckpointError, match="damaged or cut short|early"):
+        with pytest.raises(CheckpointError, match="damaged or truncated|too early"):
             megatron_to_hf(describe_megatron_model(broken), tmp_path / "back")
 
     def test_metadata_is_damaged(self, converted, tmp_path):
@@ -316,7 +316,7 @@ class TestDamage:
         plain = build_family("llama3", tmp_path / "plain", tie_word_embeddings=True)
         shutil.rmtree(biased / "huggingface")
         with pytest.raises(
-            CheckpointError, match="1 weights have no place in this model, e.g. decoder.layers.self_attention.linear_qkv.bias"
+            CheckpointError, match="1 weights do not belong to this model, e.g. decoder.layers.self_attention.linear_qkv.bias"
         ):
             megatron_to_hf(describe_megatron_model(biased, hf_base=plain), tmp_path / "back")
 
@@ -338,27 +338,27 @@ class TestDestination:
             lambda: hf_to_megatron(llama, tmp_path / "there"),
             lambda: megatron_to_hf(describe_megatron_model(converted), tmp_path / "there"),
         ):
-            with pytest.raises(CheckpointError, match="exists: nothing is overwritten"):
+            with pytest.raises(CheckpointError, match="exists and is not overwritten"):
                 convert()
 
     def test_a_folder_in_the_way_is_not_emptied(self, llama, tmp_path):
-        """Not even where it is the source."""
+        """Also not if it is the source."""
         source = copy_model(llama, tmp_path / "model.partial")
-        with pytest.raises(CheckpointError, match="in the way"):
+        with pytest.raises(CheckpointError, match="does not belong to an interrupted conversion"):
             hf_to_megatron(source, tmp_path / "model")
         assert (source / "model.safetensors").is_file()
 
     def test_two_conversions_to_one_destination(self, llama, tmp_path):
         with (
-            Workspace(tmp_path / "out", {"format": 1}) as first,
+            ResumableDirectory(tmp_path / "out", {"format": 1}) as first,
             pytest.raises(CheckpointError, match="another process"),
-            Workspace(tmp_path / "out", {"format": 1}),
+            ResumableDirectory(tmp_path / "out", {"format": 1}),
         ):
             pass
         assert first.partial.is_dir()
 
     def test_a_source_that_changed_is_read_again(self, llama, tmp_path, monkeypatch):
-        """Also where size and time are the same."""
+        """Also if size and time are equal."""
         from endprompt_megatron.checkpoint import convert
 
         hf = copy_model(llama, tmp_path / "hf")

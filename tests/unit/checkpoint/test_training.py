@@ -1,4 +1,4 @@
-"""Training checkpoints: what is saved comes back bit for bit, and whatever is wrong with one is said in words."""
+"""Training checkpoints: round trips bit for bit, and an error message for every kind of damage."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _copied(value: Any) -> Any:
 
 
 def differing(one: Any, other: Any, path: str = "") -> list[str]:
-    """Where two nested states are not bit-identical."""
+    """Keys at which two nested states are not bit-identical."""
     if isinstance(one, torch.Tensor):
         same = isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
         return [] if same else [path]
@@ -117,7 +117,7 @@ def load(directory: Path, run: Training, **config: Any) -> RunState | None:
 
 @pytest.fixture(scope="module")
 def saved(single_process, tiny_model_dir, tmp_path_factory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """(checkpoints directory with step 2, what was saved, what two more steps made of it)"""
+    """(checkpoints directory with step 2, state at the save, state after two more steps)"""
     directory = tmp_path_factory.mktemp("run") / "checkpoints"
     run = training(tiny_model_dir)
     run.step(0)
@@ -136,23 +136,23 @@ def saved(single_process, tiny_model_dir, tmp_path_factory) -> tuple[Path, dict[
     return directory, before, run.snapshot() | {"drawn": drawn}
 
 
-@pytest.fixture()
+@pytest.fixture
 def fresh(tiny_model_dir) -> Training:
     return training(tiny_model_dir)
 
 
 def test_everything_comes_back_bit_for_bit(saved, fresh):
     directory, before, after = saved
-    assert differing(before, fresh.snapshot()) != [], "else the test says nothing"
+    assert differing(before, fresh.snapshot()) != [], "otherwise the test proves nothing"
     assert load(directory, fresh) == STATE
     drawn = {"python": random.random(), "numpy": float(np.random.rand()), "torch": torch.rand(4)}
     with tensor_parallel.get_cuda_rng_tracker().fork():
         drawn["tracker"] = torch.rand(4)
-    assert differing(after["drawn"], drawn) == [], "random numbers go on where they stopped"
+    assert differing(after["drawn"], drawn) == [], "random numbers continue where they stopped"
     assert differing(before, fresh.snapshot()) == []
     fresh.step(2)
     fresh.step(3)
-    assert differing({key: after[key] for key in ("weights", "optimizer")}, fresh.snapshot()) == [], "the run goes on as if never stopped"
+    assert differing({key: after[key] for key in ("weights", "optimizer")}, fresh.snapshot()) == [], "the run continues as if never stopped"
 
 
 def test_master_weights_and_moments_are_among_what_came_back(saved):
@@ -181,7 +181,7 @@ def test_other_optimizers_come_back_too(tiny_model_dir, tmp_path, precision, dis
 def test_directory_and_record(saved):
     directory = saved[0]
     assert (directory / "latest").read_text().strip() == "step_0000002"
-    assert sorted(path.name for path in directory.iterdir()) == ["latest", "step_0000002"], "nothing half-written is left"
+    assert sorted(path.name for path in directory.iterdir()) == ["latest", "step_0000002"], "no partial files are left"
     record = json.loads((directory / "step_0000002" / "run.json").read_text())
     assert record["state"]["tokens"] == 640 and record["config"] == {"seed": 3}
 
@@ -236,7 +236,7 @@ def test_crashes_between_two_renames_cost_nothing(saved, fresh, tmp_path):
 
 def test_the_newest_checkpoint_survives_an_abandoned_later_one(saved, fresh, tmp_path):
     directory = copied(saved, tmp_path)
-    for step in (8, 9):  # later than the point where the run goes on
+    for step in (8, 9):  # later than the step from which the run resumes
         shutil.copytree(directory / "step_0000002", directory / f"step_000000{step}")
     assert load(directory, fresh).step == 2
     fresh.step(2)
@@ -308,10 +308,10 @@ def test_the_checkpoint_before_a_damaged_one_is_used(saved, fresh, tmp_path, nam
         assert load(directory, fresh) == STATE
     finally:
         logger.removeHandler(caplog.handler)
-    assert "step_0000005 is damaged" in caplog.text and f"going on from {directory / 'step_0000002'}" in caplog.text
+    assert "step_0000005 is damaged" in caplog.text and f"resuming from {directory / 'step_0000002'}" in caplog.text
     assert (directory / "latest").read_text().strip() == "step_0000002"
     assert not (directory / "step_0000005").exists()
-    assert (directory / "step_0000005.damaged").exists() == (name != "no directory"), "a damaged one is left for people to look at"
+    assert (directory / "step_0000005.damaged").exists() == (name != "no directory"), "a damaged checkpoint is kept for inspection"
     assert differing(saved[1], fresh.snapshot()) == []
 
 
@@ -319,7 +319,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(saved, fresh, tmp_path, nam
 def test_the_only_checkpoint_being_damaged_is_an_error(saved, fresh, tmp_path, name):
     directory = copied(saved, tmp_path)
     _DAMAGES[name](directory / "step_0000002")
-    with pytest.raises(CheckpointError, match="step_0000002 is damaged(.|\n)*no whole checkpoint is left"):
+    with pytest.raises(CheckpointError, match="step_0000002 is damaged(.|\n)*no intact checkpoint is left"):
         load(directory, fresh)
 
 
@@ -336,7 +336,7 @@ def test_damaged_checkpoints_count_for_nothing_when_old_ones_are_retired(saved, 
 def test_a_checkpoint_of_another_model_is_refused(saved, untied_model_dir):
     with pytest.raises(CheckpointError, match="does not fit this run's model"):
         load(saved[0], training(untied_model_dir))
-    assert (saved[0] / "step_0000002").is_dir(), "it is no damage"
+    assert (saved[0] / "step_0000002").is_dir(), "it is not damaged"
 
 
 def test_a_run_that_contradicts_the_checkpoint_is_refused(saved, fresh):
@@ -353,7 +353,7 @@ def test_latest_may_name_nothing_that_is_there(saved, fresh, tmp_path):
 
 
 def test_an_asynchronous_save_holds_the_moment_it_was_asked_for(saved, fresh, tmp_path):
-    """Training goes on while it is written; only `finish` gives the checkpoint its name."""
+    """Training continues during the write; only `finish` gives the checkpoint its name."""
     load(copied(saved, tmp_path), fresh)
     before = fresh.snapshot()
     beside = writer(tmp_path / "beside", fresh, asynchronous=True)

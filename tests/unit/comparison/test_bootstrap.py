@@ -82,7 +82,7 @@ def test_one_common_sample_gives_a_difference_and_no_more():
 
 
 def test_samples_that_do_not_match_are_refused():
-    with pytest.raises(DataError, match="none of 2 and 1 samples is common to both"):
+    with pytest.raises(DataError, match="2 and 1 samples have none in common"):
         paired_comparison({1: 5.0, 2: 6.0}, {3: 5.0})
 
 

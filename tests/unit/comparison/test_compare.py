@@ -49,8 +49,8 @@ def _compare(tmp_path, check=lambda request: None, **changes) -> tuple[bool, str
             **changes,
         }
     )
-    told = ["python recipes/compare.py +study=s"]
-    finished = compare(study, command=stand_in_command(tmp_path), known_methods=METHODS, told=told, check=check)
+    commands = ["python recipes/compare.py +study=s"]
+    finished = compare(study, command=stand_in_command(tmp_path), known_methods=METHODS, commands=commands, check=check)
     return finished, (tmp_path / "out" / "comparison.md").read_text()
 
 
@@ -98,7 +98,7 @@ def test_a_stop_reaches_the_run_and_the_next_start_goes_on(tmp_path):
         _compare(tmp_path, overrides_of={"endprompt": ["wait=yes"]})
     thread.join()
     assert (tmp_path / "out" / "runs" / "endprompt_seed1" / "stopped").exists()
-    finished, page = _compare(tmp_path, overrides_of={"endprompt": ["wait=yes"]})
+    finished, _ = _compare(tmp_path, overrides_of={"endprompt": ["wait=yes"]})
     assert finished and _starts(tmp_path, "endprompt_seed1") == 2
 
 
@@ -136,12 +136,12 @@ def test_methods_of_other_cost_get_the_same_time(tmp_path):
 
 def test_the_same_time_is_one_line_where_nothing_differs(tmp_path):
     _, page = _compare(tmp_path, budgets=["tokens", "seconds"])
-    assert page.count("### Cost") == 1 and 'These are the runs of "The same number of tokens"' in page
+    assert page.count("### Cost") == 1 and 'The runs and numbers are those of "The same number of tokens"' in page
 
 
 def test_a_run_that_leaves_no_probes_is_a_failure_and_keeps_its_weights(tmp_path):
     finished, page = _compare(tmp_path, keep="evaluation", overrides_of={"endprompt": ["probes=none"]})
-    assert not finished and "holds no finished run with probes" in page
+    assert not finished and "has no finished run with probes" in page
     _compare(tmp_path, keep="evaluation", overrides_of={"endprompt": ["probes=none"]})
     assert _starts(tmp_path, "endprompt_seed1") == 2
     assert (tmp_path / "out" / "runs" / "endprompt_seed1" / "hf").is_dir()
@@ -209,17 +209,17 @@ def test_runs_made_elsewhere_are_collected(tmp_path):
         ConfigError, match="reference=pose: no run has this label. Choose one of control_short_pi, base, untouched, endprompt"
     ):
         _compare(tmp_path, methods=[], base_experiment=None, collect=[*directories], reference="pose")
-    with pytest.raises(DataError, match="holds no finished run with probes"):
+    with pytest.raises(DataError, match="has no finished run with probes"):
         _compare(tmp_path, methods=[], base_experiment=None, collect=[str(tmp_path)])
 
 
-def test_runs_that_were_asked_other_questions_are_named(tmp_path):
+def test_runs_with_other_questions_are_named(tmp_path):
     directories = [write_run(tmp_path / method, method=method, seed=1) for method in ("control_short_pi", "endprompt")]
     evaluation = json.loads((directories[1] / "evaluation.json").read_text())
     evaluation["conditions"]["haystack"] = "numbers"
     (directories[1] / "evaluation.json").write_text(json.dumps(evaluation))
     _, page = _compare(tmp_path, methods=[], base_experiment=None, collect=list(map(str, directories)))
-    assert "Not asked the same: endprompt seed 1 differs from control_short_pi seed 1 in haystack" in page
+    assert "Not comparable: endprompt seed 1 differs from control_short_pi seed 1 in haystack" in page
 
 
 def test_scores_of_suites_are_a_table_with_differences_by_sample(tmp_path):
@@ -233,6 +233,6 @@ def test_scores_of_suites_are_a_table_with_differences_by_sample(tmp_path):
     (row,) = [line for line in page.splitlines() if line.startswith("| vt at 4K | endprompt |")]
     assert row.startswith("| vt at 4K | endprompt | 1 | 65.0 | +35.0 | +20.0 to +5") and row.endswith("| 0.125 | 4 |")
     assert "| vt at 4K | control_short_pi | 1 | 30.0 | – | – | – | – |" in page and "| gsm8k | endprompt | 1 | 100.0 | – |" in page
-    assert "**Not evaluated as the reference was: endprompt in dtype.**" in page
+    assert "**Evaluated under other conditions than the reference: endprompt in dtype.**" in page
     numbers = json.loads((tmp_path / "out" / "comparison.json").read_text())["sections"]["The same number of tokens"]["suites"]
     assert numbers["endprompt"][1]["difference"]["difference"] == 35.0 and numbers["control_short_pi"][0]["difference"] is None

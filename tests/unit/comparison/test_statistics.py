@@ -70,7 +70,7 @@ def test_the_difference_and_its_test_weigh_lengths_alike(tmp_path):
     assert found.p_haystacks == pytest.approx(expected)
 
 
-def test_only_what_both_were_asked_counts(tmp_path):
+def test_only_common_questions_count(tmp_path):
     runs = _groups(tmp_path, {"reference": [0.0], "method": [1.0]})
     del runs["method"][0].system["needle"]["2048"], runs["method"][0].system["perplexity"]["512"]
     tests = {test.measure: test for test in paired_tests(runs, "reference")}

@@ -32,23 +32,23 @@ def test_a_variant_names_its_method():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": []}, "name at least one method"),
-        ({"base_experiment": None}, "start from an experiment"),
+        ({"methods": []}, "set at least one method"),
+        ({"base_experiment": None}, "need an experiment"),
         ({"methods": ["endpromt", "control_short_pi"]}, "endpromt is none of control_short_pi, endprompt, pose"),
-        ({"methods": ["endprompt", "endprompt", "control_short_pi"]}, "each label once"),
-        ({"seeds": []}, "seeds of endprompt: .*Name at least one"),
+        ({"methods": ["endprompt", "endprompt", "control_short_pi"]}, "labels must be unique"),
+        ({"seeds": []}, "seeds of endprompt: .*Set at least one"),
         ({"seeds": [1, 1]}, "each once"),
-        ({"seeds": [-1]}, "none below 0"),
-        ({"methods": ["a/b", "control_short_pi"], "overrides_of": {"a/b": ["method=pose"]}}, "the label 'a/b' names a directory"),
-        ({"collect": ["outputs/a", "mine=outputs/a"]}, "each directory once"),
+        ({"seeds": [-1]}, "Set at least one seed >= 0"),
+        ({"methods": ["a/b", "control_short_pi"], "overrides_of": {"a/b": ["method=pose"]}}, "the label 'a/b' is the name of a directory"),
+        ({"collect": ["outputs/a", "mine=outputs/a"]}, "directories must be unique"),
         ({"overrides": ["probes.enabled=false"]}, "nothing to compare"),
         ({"reference": "pose"}, "reference=pose: must be one of methods"),
         ({"budgets": ["minutes"]}, "choose from tokens, seconds"),
         ({"keep": "nothing"}, "keep=nothing"),
         ({"jobs": 0}, "jobs=0"),
         ({"same_time_within": 1.0}, "between 0 and 1"),
-        ({"overrides": ["seed=3"]}, "the study sets seed itself"),
-        ({"overrides_of": {"endprompt": ["output_dir=x"]}}, "the study sets output_dir itself"),
+        ({"overrides": ["seed=3"]}, "the study sets seed"),
+        ({"overrides_of": {"endprompt": ["output_dir=x"]}}, "the study sets output_dir"),
     ],
 )
 def test_wrong_studies_are_refused(changes, message):
@@ -56,7 +56,7 @@ def test_wrong_studies_are_refused(changes, message):
         _study(**changes).validate(METHODS)
 
 
-def test_what_is_said_of_labels_that_do_not_run_is_told():
+def test_settings_of_labels_that_do_not_run_give_a_warning():
     study = _study(seeds_of={"pose": [1]}, overrides_of={"pose": ["x=1"]})
     study.validate(METHODS)
     assert study.unused() == ["seeds_of.pose is not used: pose is not in methods", "overrides_of.pose is not used: pose is not in methods"]
@@ -66,9 +66,9 @@ def test_what_is_said_of_labels_that_do_not_run_is_told():
     ("changes", "words"),
     [
         ({"evaluations": ["a=x", "b"]}, "write LABEL=DIR"),
-        ({"evaluations": ["a=x", "b=x"]}, "each directory once"),
+        ({"evaluations": ["a=x", "b=x"]}, "directories must be unique"),
         ({"evaluations": ["a=x"], "reference": "c"}, "no evaluation has this label. Choose one of a"),
-        ({"evaluations": ["a=x"], "reference": "a", "collect": ["y"]}, "leave methods and collect empty"),
+        ({"evaluations": ["a=x"], "reference": "a", "collect": ["y"]}, "cannot be combined with methods or collect"),
     ],
 )
 def test_evaluations_that_cannot_be_compared_are_refused(changes, words):

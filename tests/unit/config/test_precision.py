@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 
 from endprompt_megatron.config.precision import FP8_MULTIPLES
+from endprompt_megatron.config.resolved import fill_in
+from endprompt_megatron.config.rule import Facts
 from endprompt_megatron.config.schema import (
     DataConfig,
     ModelConfig,
@@ -18,7 +20,7 @@ from endprompt_megatron.config.schema import (
     TextSource,
     TrainerConfig,
 )
-from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.config.validation import find_problems
 from endprompt_megatron.planning.architecture import ModelArchitecture
 
 LLAMA3_8B = ModelArchitecture(32, 4096, 14336, 32, 8, 128, 128256, 8192, 500000.0, 1e-5, False)
@@ -48,11 +50,7 @@ def config_of(**changes: object) -> RunConfig:
 
 
 def problems_of(*, world_size: int = 8, architecture: ModelArchitecture = LLAMA3_8B, **changes: object) -> list[str]:
-    try:
-        config_of(**changes).validate(world_size=world_size, architecture=architecture, schemes=("contiguous", "endprompt"))
-    except ConfigError as error:
-        return error.problems
-    return []
+    return find_problems(Facts(config_of(**changes), world_size, architecture, ("contiguous", "endprompt")))
 
 
 @pytest.mark.parametrize("name", FP8_MULTIPLES)
@@ -151,8 +149,8 @@ def test_widths_that_a_scale_does_not_fill():
 
 def test_layers_in_bf16_are_of_fp8_alone():
     config = config_of(precision=PrecisionConfig("bf16", 1, 1))
-    assert any("precision.name=bf16" in note and "not used" in note for note in config.resolve(window=8192))
-    assert config_of().resolve(window=8192) == []
+    assert any("precision.name=bf16" in note and "not used" in note for note in fill_in(config, window=8192)[1])
+    assert fill_in(config_of(), window=8192)[1] == []
 
 
 @pytest.mark.parametrize(("name", "weights"), [("fp32", "fp32"), ("bf16", "bf16"), *((name, "bf16") for name in FP8_MULTIPLES)])

@@ -1,4 +1,4 @@
-"""Every rule of RunConfig.validate: what is quoted, and what way out is named."""
+"""Rules of the configuration: what is quoted, and what way out is named."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from endprompt_megatron.config.rule import Facts
 from endprompt_megatron.config.schema import (
     DataConfig,
     ModelConfig,
@@ -17,7 +18,7 @@ from endprompt_megatron.config.schema import (
     TrainerConfig,
     with_expanded_paths,
 )
-from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.config.validation import find_problems
 from endprompt_megatron.planning.architecture import ModelArchitecture
 
 ARCHITECTURE = ModelArchitecture(8, 64, 128, 8, 4, 8, 512, 8192, 10000.0, 1e-5, False)
@@ -35,7 +36,7 @@ def _config() -> RunConfig:
     )
 
 
-def _problems(changes: dict, *, world_size: int = 1, prompt_lengths: list[int] | None = None) -> list[str]:
+def facts_of(changes: dict, *, world_size: int = 1, prompt_lengths: list[int] | None = None) -> Facts:
     config = copy.deepcopy(_config())
     for dotted, value in changes.items():
         target = config
@@ -44,11 +45,11 @@ def _problems(changes: dict, *, world_size: int = 1, prompt_lengths: list[int] |
             target = getattr(target, name)
         assert hasattr(target, last), dotted
         setattr(target, last, value)
-    try:
-        config.validate(world_size=world_size, architecture=ARCHITECTURE, schemes=SCHEMES, prompt_lengths=prompt_lengths)
-    except ConfigError as error:
-        return error.problems
-    return []
+    return Facts(config, world_size, ARCHITECTURE, SCHEMES, prompt_lengths)
+
+
+def _problems(changes: dict, **options) -> list[str]:
+    return find_problems(facts_of(changes, **options))
 
 
 def test_a_good_config_passes():

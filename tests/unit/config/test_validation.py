@@ -1,19 +1,19 @@
-"""Settings that cannot work and that RunConfig.validate lets through, and messages without their value: known gaps, each to be closed in
-config.py. The rules there are, one by one, are in test_config.py."""
+"""Settings that cannot work are refused, and each message quotes its value."""
 
 from __future__ import annotations
 
 import pytest
 
+from endprompt_megatron.config.rule import Facts
 from endprompt_megatron.config.schema import DataConfig, ModelConfig, ProbesConfig, RopeConfig, RunConfig, TextSource, TrainerConfig
-from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.config.validation import find_problems
 from endprompt_megatron.planning.architecture import ModelArchitecture
 
 ARCHITECTURE = ModelArchitecture(8, 64, 128, 8, 4, 8, 512, 8192, 10000.0, 1e-5, False)
 
 
-def problems_of(world_size: int = 1, **changes: object) -> list[str]:
-    """What validate says of a good config with some keys (dots as double underscores) changed."""
+def facts_of(world_size: int = 1, **changes: object) -> Facts:
+    """A good config with some keys (dots as double underscores) changed."""
     config = RunConfig(
         name="test",
         model=ModelConfig("m", "models/m"),
@@ -29,11 +29,11 @@ def problems_of(world_size: int = 1, **changes: object) -> list[str]:
             target = getattr(target, name)
         assert hasattr(target, last), dotted
         setattr(target, last, value)
-    try:
-        config.validate(world_size=world_size, architecture=ARCHITECTURE, schemes=("contiguous", "endprompt"))
-    except ConfigError as error:
-        return error.problems
-    return []
+    return Facts(config, world_size, ARCHITECTURE, ("contiguous", "endprompt"))
+
+
+def problems_of(world_size: int = 1, **changes: object) -> list[str]:
+    return find_problems(facts_of(world_size, **changes))
 
 
 def test_the_config_these_start_from_is_good():
@@ -123,7 +123,7 @@ def test_adapters_and_attention_that_work(changes):
 
 
 def test_other_adapters_make_another_run():
-    from endprompt_megatron.config.validation import resume_differences
+    from endprompt_megatron.config.resume import resume_differences
 
     stored, current = RunConfig().to_dict(), RunConfig().to_dict()
     current["adapter"]["alpha"], current["method"]["attention"] = 32.0, "s2"
@@ -150,7 +150,7 @@ def test_messages_quote_the_value(changes, quoted):
 
 def test_a_key_that_came_later_meant_its_default_before():
     """A run of an earlier version resumes as long as new keys say what it did then."""
-    from endprompt_megatron.config.validation import resume_differences
+    from endprompt_megatron.config.resume import resume_differences
 
     defaults = RunConfig().to_dict()
     stored = RunConfig().to_dict()

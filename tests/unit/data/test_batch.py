@@ -1,4 +1,4 @@
-"""Normalised loss weights: eq. 11 as a mean over samples, whatever the micro-batch size."""
+"""Normalised loss weights: eq. 11 as a mean over samples, for every micro-batch size."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def batch_of(weights: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def random_batch(count: int, seed: int, weight: float = 0.1) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Samples whose prompts differ in length, as a cue set makes them, and a loss a token."""
+    """Samples with prompts of different lengths, as with a cue set, and a loss per token."""
     generator = torch.Generator().manual_seed(seed)
     weights = torch.ones(count, 24)
     masks = torch.zeros(count, 24, dtype=torch.bool)
@@ -44,7 +44,7 @@ def test_each_sample_weighs_one_share(count, seed, weight):
     normalised = to_micro_batch(batch, CPU).loss_weights
     torch.testing.assert_close(normalised.sum(dim=1), torch.full((count,), 1 / count), rtol=1e-5, atol=0)
     assert (normalised >= 0).all()
-    # proportions inside a sample stay
+    # proportions within a sample are unchanged
     torch.testing.assert_close(normalised / normalised[:, :1], batch["loss_weights"] / batch["loss_weights"][:, :1])
 
 

@@ -1,4 +1,4 @@
-"""Which indexed dataset belongs to a corpus."""
+"""Names of the indexed datasets of corpora."""
 
 from __future__ import annotations
 
@@ -53,4 +53,4 @@ def test_a_file_that_has_grown_has_an_index_of_its_own(prepare, tmp_path):
 def test_a_corpus_that_is_not_there_yet_is_described(tiny_model_dir, tmp_path):
     options = dict(directory=tmp_path / "datasets", tokenizer_hash=hash_tokenizer(tiny_model_dir))
     (state,) = inspect_corpora([TextSource(str(tmp_path / "missing.jsonl"))], **options)
-    assert state.num_tokens is None and "needed before the run" in state.words
+    assert state.num_tokens is None and "needed before the run" in state.description

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("single_process")  # megatron-core 0.16 bui
 
 @pytest.fixture(scope="module")
 def corpora(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """Two indexed datasets of letters without a repetition longer than a few tokens, and the facts of their tokenizer."""
+    """Two indexed datasets of letters without repetitions longer than a few tokens, and their tokenizer."""
     folder = tmp_path_factory.mktemp("corpora")
     tokenizer, tokenizer_hash = load_tokenizer(tiny_model_dir), hash_tokenizer(tiny_model_dir)
     random = np.random.default_rng(0)
@@ -111,7 +111,7 @@ def test_labels_cross_the_joint(corpora):
     assert torch.equal(sample["labels"][:-1], sample["tokens"][1:]), "the label of a token is the token after it"
     assert sample["labels"][a - 1] == PROMPT[0], "the last token of the text predicts the first of the prompt"
     assert sample["labels"][a - 2] == sample["tokens"][a - 1]
-    assert sample["loss_weights"][-1] == 0, "nothing comes after the prompt"
+    assert sample["loss_weights"][-1] == 0, "there is no label after the prompt"
 
 
 def test_weights_are_those_of_the_labels(corpora):
@@ -123,8 +123,8 @@ def test_weights_are_those_of_the_labels(corpora):
 
 
 def test_reading_one_sample_changes_no_other(corpora):
-    """The first sample read gets the loss mask that GPTDataset keeps for all: writing a long prompt's weights into it would weigh the
-    text of every sample with a shorter prompt like a prompt."""
+    """GPTDataset returns the same loss mask object for all samples: writing the weights of a long prompt into it would give prompt weights
+    to the text of samples with shorter prompts."""
     cues = EndPromptSet(("long", "short"), ((31, 32, 33, 34, 35, 36, 37), (11,)))
     lengths = [len(cues.draw(3, index)) for index in range(20)]
     dataset, _ = build(corpora, end_prompts=cues)
@@ -151,7 +151,7 @@ def test_text_is_used_once_and_b_tokens_a_sample_go_unused(corpora):
     for index in range(num_samples):
         text = dataset[index]["tokens"][:a].numpy()
         found = [start for start in range(0, total - a + 1, S) if np.array_equal(running[start : start + a], text)]
-        assert len(found) == 1, "each sample is one stretch of the text"
+        assert len(found) == 1, "each sample is a contiguous part of the text"
         starts += found
     starts.sort()
     gaps = np.diff(starts) - a
@@ -212,7 +212,7 @@ def test_another_seed_draws_another_order(corpora):
 
 
 def corpus_of(sample: dict[str, torch.Tensor], corpora: SimpleNamespace) -> str:
-    """Which corpus the text of a sample was cut from, told by tokens that only one of them has."""
+    """The corpus of a sample, identified by tokens that occur in only one corpus."""
     text = set(sample["tokens"][: S - len(PROMPT)].tolist())
     lower, upper = (tokens_of_corpus(prefix) for prefix in (corpora.lower, corpora.upper))
     assert bool(text & (lower - upper)) != bool(text & (upper - lower))
@@ -267,7 +267,7 @@ def test_a_split_without_training_documents_is_an_error(corpora):
 
 
 class StillRunningError(Exception):
-    """Not a TimeoutError: megatron turns every OSError into another exception."""
+    """Not a TimeoutError, because megatron converts every OSError into another exception."""
 
 
 @contextmanager
@@ -292,7 +292,7 @@ def test_a_split_that_leaves_validation_no_document_is_an_error(corpora):
 
 
 def test_sample_order_tells_whether_more_steps_reshuffle(corpora):
-    """Megatron shuffles all epochs together. Within one epoch a longer run goes on with the same samples; beyond it does not."""
+    """Megatron shuffles all epochs together: a longer run keeps the sample order only within one epoch."""
     indexed = IndexedDataset(corpora.lower)
     epoch = int(indexed.sequence_lengths.sum()) // S
 

@@ -21,7 +21,7 @@ def sampler(rank: int = 0, size: int = 1, *, samples: int = 1000, consumed: int 
 
 
 def steps(size: int, *, micro: int, batch: int, count: int, consumed: int = 0, samples: int = 1000) -> list[list[int]]:
-    """The samples of `count` global batches, as all ranks together take them, in the order of the sampler's promise."""
+    """The samples of `count` global batches over all ranks, in the order that the sampler documents."""
     each = batch // (micro * size)
     ranks = [iter(sampler(rank, size, samples=samples, consumed=consumed, micro=micro)) for rank in range(size)]
     found = []
@@ -53,7 +53,7 @@ def test_every_layout_trains_the_same_global_batches(size, micro):
     samples=st.integers(1, 60),
 )
 def test_a_resumed_run_goes_on_where_it_stopped(size, micro, accumulation, done, samples):
-    """Also past the end of the dataset, and in another layout than the one that was interrupted."""
+    """Also past the end of the dataset, and in another layout than before the interruption."""
     batch = size * micro * accumulation
     whole = steps(1, micro=batch, batch=batch, count=done + 3, samples=samples)
     resumed = steps(size, micro=micro, batch=batch, count=3, consumed=done * batch, samples=samples)
@@ -69,7 +69,7 @@ def sample(index: int, positions: list[int]) -> dict:
         "tokens": torch.tensor([index, index + 1, index + 2]),
         "position_ids": torch.tensor(positions),
         "sample_index": torch.tensor(index),
-        "dataset_id": 3,  # what a blend adds
+        "dataset_id": 3,  # added by a blend
     }
 
 
@@ -105,8 +105,8 @@ def test_micro_batches_follow_the_sampler(workers):
     assert found[0]["tokens"].tolist() == [[10, 11, 12], [11, 12, 13]]
 
 
-def test_a_process_ends_though_its_loaders_outlast_stop_signals():
-    """As when an exception on its way out still holds the iterator: nobody tells the loader to end."""
+def test_a_process_ends_though_its_loaders_ignore_stop_signals():
+    """As when a propagating exception still references the iterator, so that the loader is not shut down."""
     script = """if True:
         import os, signal, sys
         from endprompt_megatron.data.loader import MicroBatchSampler, micro_batches

@@ -1,4 +1,4 @@
-"""Text -> .bin/.idx -> ids -> text, and every way in which a prepared dataset can be wrong."""
+"""Round trip text -> .bin/.idx -> ids -> text, and errors for damaged or mismatched datasets."""
 
 from __future__ import annotations
 
@@ -104,15 +104,15 @@ def test_every_kind_of_source_gives_the_same_tokens(tmp_path, tokenizer):
 def test_hub_name_goes_to_datasets(tmp_path, tokenizer, monkeypatch):
     import datasets
 
-    asked = {}
+    call = {}
 
     def load_dataset(*args, **kwargs):
-        asked["args"], asked["kwargs"] = args, kwargs
+        call["args"], call["kwargs"] = args, kwargs
         return datasets.IterableDataset.from_generator(lambda: ({"text": text} for text in TEXTS))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     manifest = prepare_dataset("owner/corpus", output_prefix=tmp_path / "b", split="validation", config_name="en", **tokenizer)
-    assert asked == {"args": ("owner/corpus", "en"), "kwargs": {"split": "validation", "streaming": True}}
+    assert call == {"args": ("owner/corpus", "en"), "kwargs": {"split": "validation", "streaming": True}}
     assert manifest.source == ["owner/corpus"] and manifest.source_files == [] and manifest.num_documents == 3
 
 
@@ -184,7 +184,7 @@ def test_bad_sources(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "a.csv").write_text("text\nx")
     (tmp_path / "cut.jsonl").write_text('{"text": "a"}\n{"text": "b')
-    cases |= {tmp_path / "a.csv": "must end in .jsonl", tmp_path / "cut.jsonl": "cut.jsonl, line 2: no JSON"}
+    cases |= {tmp_path / "a.csv": "must end in .jsonl", tmp_path / "cut.jsonl": "cut.jsonl, line 2: not JSON"}
     for source, message in cases.items():
         with pytest.raises(DataError, match=message):
             prepare_dataset(source, output_prefix=tmp_path / "out" / "b", **tokenizer)

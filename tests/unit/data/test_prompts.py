@@ -1,4 +1,4 @@
-"""The cue set: how prompts become tokens, and which sample gets which."""
+"""The cue set: tokenisation of prompts, and the prompt of each sample."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from endprompt_megatron.errors import ConfigError
 
 
 def letters(text: str) -> list[int]:
-    """A tokenizer simple enough to work out by hand: one token a character."""
+    """A tokenizer for hand-worked cases: one token per character."""
     return [ord(letter) for letter in text]
 
 
@@ -57,7 +57,7 @@ def test_fixed_length_is_met_by_repetition_alone(text, length):
 def test_ep_2_notes_a_tokenizer_that_does_not_know_it():
     assert tokenize_end_prompts(["EP_2"], lambda text: [128009]).notes == ()
     prompts = tokenize_end_prompts(["EP_2"], letters)
-    assert prompts.notes == ("EP_2 '<|eot_id|>' is no special token of this tokenizer: it becomes 10 ordinary tokens",)
+    assert prompts.notes == ("EP_2 '<|eot_id|>' is not a special token of this tokenizer: it becomes 10 ordinary tokens",)
 
 
 def test_a_prompt_without_tokens_is_refused():
@@ -76,7 +76,7 @@ def test_draws_follow_seed_and_index_and_leave_nothing_out():
 
 
 def test_draws_are_what_they_were():
-    """Resuming a run needs the same draws in every version of this code."""
+    """Resuming a run requires the same draws in every version of this code."""
     prompts = EndPromptSet(("a", "b", "c"), ((0,), (1,), (2,)))
     expected = [int(np.random.default_rng([1234, 1, index]).integers(3)) for index in range(20)]
     assert [int(prompts.draw(1234, index)[0]) for index in range(20)] == expected

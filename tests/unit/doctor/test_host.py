@@ -1,4 +1,4 @@
-"""The machine itself, through system directories that the tests make."""
+"""Checks of the host, with system directories that the tests create."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from endprompt_megatron.doctor import host
-from endprompt_megatron.doctor.finding import LIMITS, MISSING, OK
+from endprompt_megatron.doctor.check_result import LIMITS, MISSING, OK
 
 MIB = 2**20
 
 
 @pytest.fixture
 def machine(tmp_path):
-    """Findings by key of a machine with these system directories; what is not given is empty."""
+    """Results by key of a machine with these system directories; directories that are not given are empty."""
     for name in ("proc", "sys", "shm", "work"):
         (tmp_path / name).mkdir()
 
-    def look(cpuinfo: str = "flags\t\t: fpu avx2\n"):
+    def check(cpuinfo: str = "flags\t\t: fpu avx2\n"):
         (tmp_path / "proc/cpuinfo").write_text(cpuinfo)
-        found = host.host_findings(tmp_path / "work", proc=tmp_path / "proc", sys=tmp_path / "sys", shm=tmp_path / "shm")
-        return {finding.key: finding for finding in found}
+        found = host.check_host(tmp_path / "work", proc=tmp_path / "proc", sys=tmp_path / "sys", shm=tmp_path / "shm")
+        return {result.key: result for result in found}
 
-    look.root = tmp_path
-    return look
+    check.root = tmp_path
+    return check
 
 
 @pytest.mark.parametrize(
-    ("flags", "level", "said"),
+    ("flags", "level", "words"),
     [("fpu amx_bf16 avx512_bf16", OK, "amx_bf16"), ("fpu avx512_bf16", OK, "avx512_bf16"), ("fpu avx2", LIMITS, "no bf16")],
 )
-def test_processor(machine, flags, level, said):
+def test_processor(machine, flags, level, words):
     found = machine(f"processor\t: 0\nflags\t\t: {flags}\n")["cpu"]
-    assert found.level == level and said in found.found
+    assert found.level == level and words in found.found
 
 
 def test_shared_memory(machine, monkeypatch):
@@ -52,12 +52,12 @@ class _Usage:
         self.total = self.free = size
 
 
-@pytest.mark.parametrize(("gib", "level", "said"), [(5, LIMITS, "want 10 GiB"), (1043.081, OK, "80.0 B parameters")])
-def test_disk(machine, monkeypatch, gib, level, said):
+@pytest.mark.parametrize(("gib", "level", "words"), [(5, LIMITS, "need 10 GiB"), (1043.081, OK, "80.0 B parameters")])
+def test_disk(machine, monkeypatch, gib, level, words):
     """1,043.081 GiB = 1.12e12 bytes = 80e9 parameters of 14 bytes."""
     monkeypatch.setattr(host.shutil, "disk_usage", lambda place: _Usage(round(gib * 2**30)))
     found = machine()["disk"]
-    assert found.level == level and said in found.meaning
+    assert found.level == level and words in found.meaning
 
 
 def test_disk_that_cannot_be_written(machine, monkeypatch):
@@ -136,7 +136,7 @@ def test_network(monkeypatch):
     class Hub(BaseHTTPRequestHandler):
         status = 200
 
-        def do_HEAD(self) -> None:  # noqa: N802 - the name that http.server calls
+        def do_HEAD(self) -> None:
             self.send_response(self.status)
             self.end_headers()
 
@@ -147,19 +147,19 @@ def test_network(monkeypatch):
     address = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        assert host.network_finding(address).level == OK
+        assert host.check_network(address).level == OK
         Hub.status = 401
-        assert "(401)" in host.network_finding(address).found
+        assert "(401)" in host.check_network(address).found
     finally:
         server.shutdown()
         server.server_close()
-    found = host.network_finding(address)
+    found = host.check_network(address)
     assert found.level == LIMITS and "refused" in found.found and "HF_HUB_OFFLINE=1" in found.advice
-    assert host.network_finding("no address").level == LIMITS
+    assert host.check_network("no address").level == LIMITS
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert host.network_finding(address).found == "HF_HUB_OFFLINE is set"
+    assert host.check_network(address).found == "HF_HUB_OFFLINE is set"
 
 
 def test_this_machine(tmp_path):
-    found = {finding.key: finding for finding in host.host_findings(tmp_path)}
+    found = {result.key: result for result in host.check_host(tmp_path)}
     assert found["system"].level == OK and list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from endprompt_megatron.doctor import packages
-from endprompt_megatron.doctor.finding import LIMITS, MISSING, OK, release
+from endprompt_megatron.doctor.check_result import LIMITS, MISSING, OK, release
 from tests.support.tiny import ROOT
 
 # What the empty package of PyPI says; transformer_engine/common/__init__.py of 2.x, sanity_checks_for_pypi_installation
@@ -52,12 +52,12 @@ def _transformer_engine(fakes, version: str) -> None:
 
 def test_transformer_engine(fakes):
     _transformer_engine(fakes, "2.20.2")
-    assert packages.transformer_engine_finding() == packages.Finding("te", OK, "2.20.2")
+    assert packages.check_transformer_engine() == packages.CheckResult("te", OK, "2.20.2")
 
 
 def test_empty_transformer_engine_meta_package(fakes):
     fakes.package("transformer_engine", EMPTY_META_PACKAGE, version="2.13.0", distribution="transformer-engine")
-    found = packages.transformer_engine_finding()
+    found = packages.check_transformer_engine()
     assert found.level == MISSING and "2.13.0, but it does not import: RuntimeError: Found empty" in found.found
     assert "empty meta package" in found.advice and "transformer-engine[pytorch]" in found.advice
 
@@ -74,55 +74,55 @@ def test_transformer_engine_that_breaks_on_import(fakes, code, expected):
     """A wheel that kills its process must not kill the examination."""
     fakes.package("transformer_engine", code, version="2.13.0", distribution="transformer-engine")
     fakes.package("transformer_engine_torch", version="2.13.0", distribution="transformer-engine-torch")
-    found = packages.transformer_engine_finding()
-    assert found.level == MISSING and expected in found.found and "built for this very torch" in found.advice
+    found = packages.check_transformer_engine()
+    assert found.level == MISSING and expected in found.found and "built for the installed torch" in found.advice
 
 
 def test_transformer_engine_that_hangs(fakes, monkeypatch):
     fakes.package("transformer_engine", "import time; time.sleep(60)", version="2.13.0", distribution="transformer-engine")
     monkeypatch.setattr(packages, "run_python", lambda code, run=packages.run_python: run(code, timeout=0.5))
-    found = packages.transformer_engine_finding()
+    found = packages.check_transformer_engine()
     assert found.level == MISSING and "no answer within 0.5 s" in found.found and "try again" in found.advice
 
 
 def test_transformer_engine_that_is_old_or_gives_nan(fakes):
     _transformer_engine(fakes, "1.13.0")
-    found = packages.transformer_engine_finding()
+    found = packages.check_transformer_engine()
     assert found.level == MISSING and "2.0 or later is needed" in found.meaning
     _transformer_engine(fakes, "2.9.0+70f53666")
-    found = packages.transformer_engine_finding()
+    found = packages.check_transformer_engine()
     assert found.level == LIMITS and "grouped-query attention" in found.meaning and "context_parallel_size=1" in found.advice
 
 
 def test_no_transformer_engine(fakes):
-    found = packages.transformer_engine_finding()
+    found = packages.check_transformer_engine()
     if "not installed" not in found.found:
         pytest.skip("Transformer Engine is installed here")
     assert found.level == MISSING and "docker/README.md" in found.advice
 
 
-def test_apex_of_pypi_is_told_from_nvidias(fakes):
+def test_apex_of_pypi_is_not_nvidias(fakes):
     """Its files as in the sdist 0.9.10dev: a toolkit for the web framework Pyramid, which this must not import."""
     fakes.package("apex", "raise AssertionError('the wrong apex was imported')", version="0.9.10dev")
     fakes.package("apex.lib")
     fakes.package("apex", "raise AssertionError('the wrong apex was imported')")
-    found = packages.apex_finding()
-    assert found.level == MISSING and found.found.startswith("the wrong one, 0.9.10dev, at ")
+    found = packages.check_apex()
+    assert found.level == MISSING and found.found.startswith("another package of this name, 0.9.10dev, at ")
     assert "pip uninstall apex" in found.advice
 
 
 def test_apex_of_nvidia(fakes):
     for name in ("apex.multi_tensor_apply", "apex.optimizers"):
         fakes.package(name)
-    found = packages.apex_finding()
+    found = packages.check_apex()
     assert found.level == MISSING and "without its kernels" in found.found
     fakes.package("amp_C")
-    found = packages.apex_finding()
+    found = packages.check_apex()
     assert found.level == LIMITS and "gradient accumulation is not" in found.meaning
     fakes.package("fused_weight_gradient_mlp_cuda")
-    assert packages.apex_finding().level == OK
+    assert packages.check_apex().level == OK
     fakes.package("amp_C", "raise ImportError('undefined symbol: _ZN2at4cuda')")
-    found = packages.apex_finding()
+    found = packages.check_apex()
     assert found.level == MISSING and "undefined symbol" in found.found and "Build it for this torch" in found.advice
 
 
@@ -130,7 +130,7 @@ def test_megatron_core_that_refuses_an_old_resiliency_extension(fakes, monkeypat
     """megatron-core 0.18 and later assert a version of a package that they do not depend on: NVIDIA's images have an older one."""
     fakes.package("megatron.core", "raise AssertionError('Minimum required nvidia-resiliency-ext package version is 0.6.0.')")
     fakes.package("resiliency", version="0.5.0", distribution="nvidia-resiliency-ext")
-    found = packages.megatron_core_finding()
+    found = packages.check_megatron_core()
     assert found.level == MISSING and "it does not import: AssertionError: Minimum required" in found.found
     assert "nvidia-resiliency-ext 0.5.0 is too old" in found.advice
 
@@ -142,25 +142,25 @@ def test_megatron_core_versions(fakes, monkeypatch, version, level):
         fakes.package(name)
     fakes.package("megatron.core", "__version__ = ''")
     monkeypatch.setattr(packages, "installed", lambda name: version if name == "megatron-core" else None)
-    found = packages.megatron_core_finding()
+    found = packages.check_megatron_core()
     assert found.level == level and (level == OK or found.advice)
 
 
 @pytest.mark.parametrize(("version", "level"), [("4.56.2", MISSING), ("4.57.0", OK), ("5.12.1", OK), ("6.0.0", MISSING), (None, MISSING)])
 def test_transformers_versions(monkeypatch, version, level):
     monkeypatch.setattr(packages, "installed", lambda name: version)
-    assert packages.transformers_finding().level == level
+    assert packages.check_transformers().level == level
 
 
 def test_lm_eval_and_vllm(monkeypatch):
     for version, level in ((None, MISSING), ("0.4.13", OK), ("0.5.0", LIMITS)):
         monkeypatch.setattr(packages, "installed", lambda name, version=version: version)
-        assert packages.lm_eval_finding().level == level
-        assert packages.vllm_finding().level == (OK if version else MISSING)
+        assert packages.check_lm_eval().level == level
+        assert packages.check_vllm().level == (OK if version else MISSING)
 
 
 def test_python_versions():
-    assert [packages.python_finding(version).level for version in ((3, 10, 13), (3, 11, 0), (3, 13, 1))] == [MISSING, OK, OK]
+    assert [packages.check_python(version).level for version in ((3, 10, 13), (3, 11, 0), (3, 13, 1))] == [MISSING, OK, OK]
 
 
 def test_ranges_are_those_of_pyproject():

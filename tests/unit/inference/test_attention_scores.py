@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from endprompt_megatron.checkpoint.hf.config import read_hf_config, rope_from_hf
 from endprompt_megatron.errors import CheckpointError, ConfigError
-from endprompt_megatron.inference.attention_scores import QueriesAndKeys, collect_queries_and_keys, load_model
+from endprompt_megatron.inference.attention_scores import QueriesAndKeys, collect_queries_and_keys
+from endprompt_megatron.inference.load import load_model
 from endprompt_megatron.theory.smoothness import score_functions
 from tests.support.families import build_family
 from tests.support.tiny import tokens_of
@@ -37,7 +38,7 @@ def test_scores_are_those_of_transformers(family, tmp_path):
     """Grouped queries, biases, q/k norms, bands and an attention factor: the softmax of S(d) is transformers' own attention."""
     hf = build_family(family, tmp_path / "hf", seed=2)
     ids = tokens_of(24, seed=5)
-    found = collect_queries_and_keys(load_model(hf, device=CPU), ids[0].tolist())
+    found = collect_queries_and_keys(load_model(hf, device=CPU)[0], ids[0].tolist())
     reference = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         expected = torch.stack(reference(ids, output_attentions=True, use_cache=False).attentions)[:, 0]
@@ -47,7 +48,7 @@ def test_scores_are_those_of_transformers(family, tmp_path):
 
 
 def test_chosen_layers_are_the_same_and_nothing_stays_hooked(tiny_model_dir):
-    model = load_model(tiny_model_dir, device=CPU)
+    (model,) = load_model(tiny_model_dir, device=CPU)
     ids = tokens_of(16)[0].tolist()
     every, second = collect_queries_and_keys(model, ids), collect_queries_and_keys(model, ids, layers=[1])
     assert every.layers == (0, 1) and second.layers == (1,)
@@ -75,7 +76,7 @@ def test_pairs_are_causal_and_keep_to_their_head():
 
 
 def test_errors_say_what_is_wrong(tiny_model_dir, tmp_path):
-    model = load_model(tiny_model_dir, device=CPU)
+    (model,) = load_model(tiny_model_dir, device=CPU)
     with pytest.raises(ConfigError, match=r"layers=\[7\]: choose .* 0 to 1"):
         collect_queries_and_keys(model, [1, 2, 3], layers=[0, 7])
     with pytest.raises(ConfigError, match="text of 1 tokens"):

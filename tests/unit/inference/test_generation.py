@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from endprompt_megatron.errors import DataError
 from endprompt_megatron.evaluation.probes.needle import Haystack, Question, score_haystacks
 from endprompt_megatron.evaluation.probes.perplexity import perplexity_by_window
-from endprompt_megatron.inference.forward import Replica
+from endprompt_megatron.inference.forward import ForwardModel
 from endprompt_megatron.inference.generation import greedy_generate, sequence_log_probabilities
 from endprompt_megatron.model import sdpa
 from endprompt_megatron.rope.scaling import RopeScaling
@@ -160,8 +160,10 @@ class TestProbesInChunks:
 
     def test_a_chunk_bounds_what_is_read_at_once(self, model, monkeypatch):
         read = []
-        forward = Replica._forward
-        monkeypatch.setattr(Replica, "_forward", lambda self, tokens, **more: read.append(len(tokens)) or forward(self, tokens, **more))
+        forward = ForwardModel._forward
+        monkeypatch.setattr(
+            ForwardModel, "_forward", lambda self, tokens, **more: read.append(len(tokens)) or forward(self, tokens, **more)
+        )
         perplexity_by_window(model, np.zeros((1, 65), dtype=np.int64), [65], device=CPU, label="test", prefill_chunk=30)
         greedy_generate(model, prompts_of(65), max_new_tokens=2, prefill_chunk=30, device=CPU)
         assert read == [30, 30, 4, 30, 30, 5, 1]

@@ -70,7 +70,7 @@ def test_512_ranks_are_told_group_by_group_and_stage_by_stage():
         "stage 0: 2,271,543,296; layers 0..19",
         "stage 3: 2,271,551,488; layers 60..79",
         "is not there yet: needed before the run",
-        "package:tiny/train: not there yet: will be fetched",
+        "package:tiny/train: does not exist yet: will be fetched",
     ):
         assert words in told
     assert "SPAN NODES" not in told
@@ -180,7 +180,7 @@ class TestFilesThatAreThere:
         epochs = 4 * 8 * 64 / 4 / (manifest.num_tokens * 0.98)
         assert f"1 documents, {manifest.num_tokens:,} tokens in {tmp_path / 'made'}; {epochs:.2f} epochs" in told
         assert f"{text}: 1 file, will be tokenised on first use" in told
-        assert "no_such/*.jsonl: not there yet: needed before the run" in told and "owner/dataset: a dataset of the hub" in told
+        assert "no_such/*.jsonl: does not exist yet: needed before the run" in told and "owner/dataset: a hub dataset" in told
         assert re.search(r"end prompt \d+..255 \(b = \d+\)", told), "the tokenizer tells b"
         assert sorted(tmp_path.rglob("*")) == before
 

@@ -10,7 +10,8 @@ import pytest
 from endprompt_megatron.config.schema import LaunchConfig, ParallelConfig, TextSource
 from endprompt_megatron.errors import BackendUnavailableError, ConfigError
 from endprompt_megatron.evaluation import conditions
-from endprompt_megatron.evaluation.lm_eval_harness.harness import VERSION, Sample
+from endprompt_megatron.evaluation.lm_eval_harness.harness import VERSION
+from endprompt_megatron.evaluation.sample import Sample
 from endprompt_megatron.evaluation.suite import EvaluateConfig, NeedleConfig, PerplexityConfig, SourcesConfig, SuiteConfig
 from endprompt_megatron.jobs import evaluate as module
 from endprompt_megatron.jobs.evaluate import evaluate
@@ -29,9 +30,9 @@ class FakeHarness:
         self.config, FakeHarness.max_length = config, max_length
 
     def run(self, task, *, length, window, label, log_file):
-        FakeHarness.asked.append((task.name, length))
-        if task.name in FakeHarness.failing:
-            raise FakeHarness.failing[task.name]
+        FakeHarness.asked.append((task.id, length))
+        if task.id in FakeHarness.failing:
+            raise FakeHarness.failing[task.id]
         return [Sample(index, 100.0 * (index % 2), f"answer {index} ü", ["answer"], 7) for index in range(self.config.suite.samples or 4)]
 
 
@@ -65,7 +66,8 @@ def test_results_name_every_score_with_its_conditions_and_samples(tiny_model_dir
     assert harness.asked == [("niah_single_1", 512), ("niah_single_1", 1024), ("ruler_vt", 512), ("ruler_vt", 1024)]
     assert harness.max_length == 1024 + 512
     first = results["scores"][0]
-    assert set(first) == {"suite", "task", "group", "length", "metric", "score", "samples", "interval", "seconds", "records"}
+    keys = "suite task task_id haystack group length metric score samples interval seconds records"
+    assert list(first) == keys.split()
     assert (first["suite"], first["group"], first["score"], first["samples"]) == ("ruler", "retrieval", 50.0, 4)
     assert 0 <= first["interval"][0] < 50 < first["interval"][1] <= 100
     lines = [json.loads(line) for line in (tmp_path / first["records"]).read_text().splitlines()]
@@ -81,11 +83,11 @@ def test_a_second_start_asks_what_is_missing_alone(tiny_model_dir, tmp_path, har
     harness.failing = {"ruler_vt": KeyboardInterrupt()}
     with pytest.raises(KeyboardInterrupt):
         evaluate(_config(tiny_model_dir, tmp_path), command="")
-    assert len(_results(tmp_path)["scores"]) == 2 and "**2 are still to be asked" in (tmp_path / "evaluation.md").read_text()
+    assert len(_results(tmp_path)["scores"]) == 2 and "**2 are not finished" in (tmp_path / "evaluation.md").read_text()
     harness.failing, harness.asked[:] = {}, []
     assert evaluate(_config(tiny_model_dir, tmp_path), command="")
     assert harness.asked == [("ruler_vt", 512), ("ruler_vt", 1024)] and len(_results(tmp_path)["scores"]) == 4
-    assert "still to be asked" not in (tmp_path / "evaluation.md").read_text()
+    assert "are not finished" not in (tmp_path / "evaluation.md").read_text()
     harness.asked[:] = []
     assert evaluate(_config(tiny_model_dir, tmp_path, suite={"tasks": ["ruler_cwe"], "lengths": [512]}), command="")
     assert harness.asked == [("ruler_cwe", 512)] and len(_results(tmp_path)["scores"]) == 5  # what was asked before stays
@@ -100,7 +102,7 @@ def test_a_score_without_its_end_mark_is_asked_again(tiny_model_dir, tmp_path, h
 
 
 @pytest.mark.parametrize(
-    "changes, words",
+    ("changes", "words"),
     [
         ({"suite": {"samples": 6}}, "samples was 4, is 6"),
         ({"seed": 7}, "seed was 42, is 7"),
@@ -133,7 +135,8 @@ def test_a_task_that_fails_is_named_and_the_others_go_on(tiny_model_dir, tmp_pat
     assert not evaluate(_config(tiny_model_dir, tmp_path), command="")
     results = _results(tmp_path)
     assert [score["task"] for score in results["scores"]] == ["ruler_vt", "ruler_vt"]
-    assert results["not_run"][0] == {"task": "niah_single_1", "length": 512, "reason": "MemoryError: 64 GiB asked for"}
+    identity = {"task": "niah_single_1", "task_id": "niah_single_1", "haystack": "benchmark"}
+    assert results["not_run"][0] == {**identity, "length": 512, "reason": "MemoryError: 64 GiB asked for"}
     assert "MemoryError: 64 GiB asked for" in (tmp_path / "evaluation.md").read_text()
 
 
@@ -159,6 +162,8 @@ def test_a_stand_in_haystack_is_marked_everywhere(tiny_model_dir, tmp_path):
     evaluate(_config(tiny_model_dir, tmp_path / "out", suite=suite), command="")
     results, page = _results(tmp_path / "out"), (tmp_path / "out" / "evaluation.md").read_text()
     assert [score["task"] for score in results["scores"]] == ["niah_single_2 (stand-in haystack)", "ruler_vt"]
+    assert [score["task_id"] for score in results["scores"]] == ["niah_single_2", "ruler_vt"]
+    assert [score["haystack"] for score in results["scores"]] == ["stand_in", "benchmark"]
     assert results["scores"][0]["records"] == "records/niah_single_2_stand_in_512.jsonl"
     assert str(tmp_path / "prose") == results["conditions"]["local_sources"]["haystack_stand_in"]
     assert "| **mean over tasks, of those that ran** | 50.0 (1 of 13) |" in page and "They are no RULER scores" in page
@@ -186,7 +191,7 @@ def test_missing_backends_say_how_to_install_them(tiny_model_dir, tmp_path, monk
     with pytest.raises(BackendUnavailableError, match=r"pip install -e '\.\[eval\]'"):
         harness.harness_version()
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.4.9")
-    with pytest.raises(BackendUnavailableError, match="made for 0.4.13"):
+    with pytest.raises(BackendUnavailableError, match="only 0.4.13 is supported"):
         harness.harness_version()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BackendUnavailableError, match="vLLM is not installed"):
@@ -199,7 +204,7 @@ def test_missing_backends_say_how_to_install_them(tiny_model_dir, tmp_path, monk
         ({"parallel": ParallelConfig(tensor_model_parallel_size=3), "launch": LaunchConfig(nproc_per_node=3)}, "must divide the model's"),
         ({"parallel": ParallelConfig(pipeline_model_parallel_size=2)}, "must be a multiple of TP x PP x CP"),
         ({"suite": {"needle": NeedleConfig(depths=[2.0])}}, r"suite.needle.depths=\[2.0\]"),
-        ({"suite": {"tasks": ["needle", "ruler"]}, "launch": LaunchConfig(nproc_per_node=2)}, "run in one"),
+        ({"suite": {"tasks": ["needle", "ruler"]}, "launch": LaunchConfig(nproc_per_node=2)}, "run in one process"),
         (
             {"suite": {"tasks": ["perplexity"], "perplexity": PerplexityConfig(stride=512)}},
             "must be less than the shortest of suite.lengths",

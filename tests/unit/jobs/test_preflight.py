@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from endprompt_megatron.config.schema import (
     DataConfig,
     MethodConfig,
     ModelConfig,
+    PrecisionConfig,
     ProbesConfig,
     RopeConfig,
     RunConfig,
@@ -42,12 +44,31 @@ def config_of(hf_path: Path, output_dir: Path | str = "out", **groups: object) -
     )
 
 
+def checked(config: RunConfig) -> preflight.Base:
+    return preflight.check_base(preflight.resolve(config, world_size=1))
+
+
+def test_resolving_writes_nothing_into_the_config(tiny_model_dir):
+    config = config_of(
+        tiny_model_dir, rope=RopeConfig("ntk", None, 256, ntk_dynamic_factor=0), precision=PrecisionConfig("auto"), control=True,
+        method=MethodConfig(trained=False, full_length=True), trainer=TrainerConfig(max_steps=5),
+    )  # fmt: skip
+    before = config.to_dict()
+    run = preflight.resolve(config, world_size=1)
+    assert config.to_dict() == before
+    found = run.config
+    assert (found.rope.factor, found.rope.ntk_dynamic_factor, found.data.seq_length, found.trainer.max_steps) == (2.0, 1.0, 256, 0)
+    assert found.precision.name in ("bf16", "fp32") and not found.control and run.accelerator in ("gpu", "cpu")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        run.config = config
+
+
 def test_a_good_base_passes_and_brings_its_prompts(tiny_model_dir):
-    base = preflight.check_base(config_of(tiny_model_dir), world_size=1)
+    base = checked(config_of(tiny_model_dir))
     assert base.architecture.max_position_embeddings == 128 and base.tokenizer.decode(base.end_prompts.token_ids[0]).startswith(
         "This is the end"
     )
-    control = preflight.check_base(config_of(tiny_model_dir, method=MethodConfig(position_scheme="contiguous")), world_size=1)
+    control = checked(config_of(tiny_model_dir, method=MethodConfig(position_scheme="contiguous")))
     assert control.end_prompts is None and control.tokenizer_hash == base.tokenizer_hash
 
 
@@ -63,7 +84,7 @@ def test_ids_beyond_the_embedding_are_refused_with_the_numbers(tiny_model_dir, t
     path = base / name
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CheckpointError, match=f"the embedding has 512 rows .*{re.escape(words)}.*resize_token_embeddings"):
-        preflight.check_base(config_of(base), world_size=1)
+        checked(config_of(base))
 
 
 def test_added_tokens_without_a_row_are_refused(tiny_model_dir, tmp_path):
@@ -72,20 +93,20 @@ def test_added_tokens_without_a_row_are_refused(tiny_model_dir, tmp_path):
     tokenizer.add_tokens(["<tool>", "</tool>"])
     tokenizer.save_pretrained(base)
     with pytest.raises(CheckpointError, match="'<tool>' has id 512"):
-        preflight.check_base(config_of(base), world_size=1)
+        checked(config_of(base))
 
 
 def test_prompt_lengths_are_checked_with_the_real_tokenizer(tiny_model_dir):
     config = config_of(tiny_model_dir, method=MethodConfig(end_prompts=["EP_1 " * 30]))
     with pytest.raises(ConfigError, match=r"data.seq_length=64 with an end prompt of \d+ tokens"):
-        preflight.check_base(config, world_size=1)
+        checked(config)
 
 
 def test_numbers_come_from_the_config_until_the_model_is_there(tmp_path, tiny_model_dir):
     numbers = {"architectures": ["LlamaForCausalLM"], **yaml.safe_load((tiny_model_dir / "config.json").read_text())}
     config = config_of(tmp_path / "later", model=ModelConfig("tiny", str(tmp_path / "later"), hf_config=numbers))
     assert preflight.known_base(config) == preflight.known_base(config_of(tiny_model_dir))
-    with pytest.raises(CheckpointError, match="later: no config.json there"):
+    with pytest.raises(CheckpointError, match="later: no config.json in this directory"):
         preflight.known_base(config_of(tmp_path / "later"))
 
 
@@ -100,8 +121,8 @@ def test_a_base_without_a_tokenizer_is_refused(tiny_model_dir, tmp_path):
     broken = copy_model(tiny_model_dir, tmp_path / "broken")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (broken / name).unlink()
-    with pytest.raises(DataError, match="holds no tokenizer"):
-        preflight.check_base(config_of(broken), world_size=1)
+    with pytest.raises(DataError, match="has no tokenizer"):
+        checked(config_of(broken))
 
 
 class TestABaseThatIsStretchedAlready:
@@ -119,29 +140,28 @@ class TestABaseThatIsStretchedAlready:
     )
     def test_wants_a_choice(self, family, words, tmp_path):
         with pytest.raises(ConfigError, match=words):
-            preflight.check_base(self.config(tmp_path, family, "pi", 2.0, 1024, None), world_size=1)
+            checked(self.config(tmp_path, family, "pi", 2.0, 1024, None))
 
     def test_replace_starts_from_the_unscaled_frequencies(self, tmp_path):
         config = self.config(tmp_path, "llama3.1", "pi", 16.0, 1024, "replace")
-        base = preflight.check_base(config, world_size=1)
-        assert base.rope.type == "llama3"
-        assert preflight.run_rope(config, base.architecture, base.rope) == RopeScaling("pi", 500000.0, 16, factor=16.0)
-        request = preflight.plan_request(config, base.architecture, world_size=1, num_prompt_tokens=9)
+        run = preflight.resolve(config, world_size=1)
+        assert checked(config).rope.type == run.base_rope.type == "llama3"
+        assert run.rope == RopeScaling("pi", 500000.0, 16, factor=16.0)
+        request = preflight.plan_request(run, num_prompt_tokens=9)
         assert (request.original_context_length, request.target_context_length) == (64, 1024)
 
     def test_multiply_keeps_linear_scaling(self, tmp_path):
         linear = {"rope_type": "linear", "factor": 2.0}
         config = self.config(tmp_path, "llama3", "pi", 4.0, 1024, "multiply", rope_scaling=linear, max_position_embeddings=256)
-        base = preflight.check_base(config, world_size=1)
-        assert preflight.run_rope(config, base.architecture, base.rope) == RopeScaling("pi", 500000.0, 16, factor=8.0)
+        assert preflight.resolve(config, world_size=1).rope == RopeScaling("pi", 500000.0, 16, factor=8.0)
 
     def test_multiply_is_refused_where_config_json_could_not_say_it(self, tmp_path):
         with pytest.raises(ConfigError, match="only linear scaling can be multiplied"):
-            preflight.check_base(self.config(tmp_path, "llama3.1", "pi", 2.0, 1024, "multiply"), world_size=1)
+            checked(self.config(tmp_path, "llama3.1", "pi", 2.0, 1024, "multiply"))
 
     def test_a_choice_without_a_scaling_is_refused(self, tmp_path):
         with pytest.raises(ConfigError, match="the base has no RoPE scaling"):
-            preflight.check_base(self.config(tmp_path, "llama3", "pi", 2.0, 256, "replace"), world_size=1)
+            checked(self.config(tmp_path, "llama3", "pi", 2.0, 256, "replace"))
 
 
 class TestOutputDirectory:

@@ -1,4 +1,4 @@
-"""What a task of srun makes of Slurm's variables."""
+"""The environment that a task of srun sets from Slurm's variables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TASK = {"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "SLURM_
 
 @pytest.fixture
 def task(monkeypatch):
-    """The environment that a task leaves for torch, after Slurm's is as given."""
+    """The environment after `adopt_srun_environment` with the given variables of Slurm."""
     for name in list(os.environ):
         if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             monkeypatch.delenv(name)
@@ -65,6 +65,6 @@ def test_what_is_no_rank_of_srun_stays_as_it_is(task, variables):
     assert "MASTER_PORT" not in task(SLURM_JOB_NODELIST="node1", **variables)
 
 
-def test_an_unknown_first_node_is_told_with_the_way_out(task):
+def test_an_unknown_first_node_is_an_error_with_the_way_out(task):
     with pytest.raises(ConfigError, match="export MASTER_ADDR yourself"):
         task()

@@ -1,4 +1,4 @@
-"""Processes beside a run that are told to stop while they start: Slurm tells every process of a job step."""
+"""Helper processes that receive stop signals while they start: Slurm signals every process of a job step."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def pester():
         for child in psutil.Process().children():
             for number in STOP_SIGNALS:
                 child.send_signal(number)
-                told.add((child.pid, number))
+                sent.add((child.pid, number))
         time.sleep(0.02)
 
 if __name__ == "__main__":
-    heard, told, served = [], set(), threading.Event()
+    heard, sent, served = [], set(), threading.Event()
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, frame: heard.append(number))
     thread = threading.Thread(target=pester)
@@ -34,7 +34,7 @@ if __name__ == "__main__":
         served.set()
         thread.join()
     filesystem_async._results_queue.put(7)
-    assert filesystem_async._results_queue.get() == 7 and len(told) == 4, told  # the tracker of multiprocessing, and the manager
+    assert filesystem_async._results_queue.get() == 7 and len(sent) == 4, sent  # the tracker of multiprocessing, and the manager
     for number in STOP_SIGNALS:
         os.kill(os.getpid(), number)
     assert heard == list(STOP_SIGNALS), "this process hears them as before"
@@ -42,7 +42,7 @@ if __name__ == "__main__":
 """
 
 
-def test_told_to_stop_before_they_can_ignore_it(tmp_path):
+def test_stop_signals_before_helpers_ignore_them(tmp_path):
     program = tmp_path / "program.py"  # a file, because spawned processes import it
     program.write_text(PROGRAM)
     done = subprocess.run(

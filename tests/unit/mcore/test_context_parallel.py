@@ -1,4 +1,4 @@
-"""Which tokens a context-parallel rank holds: by hand, and as Megatron's own batch slicing has it. Ranks that talk to each other are in
+"""Which tokens a context-parallel rank holds, against hand-worked cases and Megatron's own batch slicing. Tests with several ranks are in
 tests/distributed."""
 
 from __future__ import annotations

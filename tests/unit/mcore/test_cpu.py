@@ -30,11 +30,11 @@ def test_cuda_names_mean_cpu(single_process):
 
 
 def test_forward_passes_without_gradients_go_unwatched(single_process):
-    with pytest.raises(ZeroDivisionError), cpu.no_device_names():
+    with pytest.raises(ZeroDivisionError), cpu.without_device_shim():
         assert torch.ones(3).type() == "torch.FloatTensor"
         raise ZeroDivisionError
     assert torch.ones(3).type() == "torch.cuda.FloatTensor"  # also after an error
-    with torch.device("meta"), cpu.no_device_names():  # another mode lies on top of the shim: both stay
+    with torch.device("meta"), cpu.without_device_shim():  # another mode is on top of the shim: both stay active
         assert torch.empty(3).device.type == "meta" and torch.ones(3, device="cpu").type() == "torch.cuda.FloatTensor"
 
 
@@ -88,7 +88,7 @@ def test_unsupported_megatron_core_is_refused(monkeypatch):
 
 
 def test_fused_optimizers_of_an_installed_transformer_engine_stay_on_their_gpu(single_process, monkeypatch):
-    """Megatron takes them wherever they import; on a CPU it gets what it has without."""
+    """Megatron uses them whenever they import; on a CPU it must use its fallbacks."""
     import megatron.core.optimizer as optimizers
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer

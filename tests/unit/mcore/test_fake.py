@@ -1,4 +1,4 @@
-"""Jobs of any size on one process: Megatron's groups against hand-worked members, and nothing left behind."""
+"""Fake jobs of any size on one process: Megatron's groups against hand-worked members, and no state left afterwards."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_nothing_is_left_of_a_job():
 
 
 def test_a_job_does_not_start_in_the_midst_of_another():
-    with fake.fake_job(SIXTEEN, world_size=16, rank=0), pytest.raises(AssertionError, match="a job is planned before it starts"):
+    with fake.fake_job(SIXTEEN, world_size=16, rank=0), pytest.raises(AssertionError, match="fake job must run before the real one"):
         fake.groups_of_rank(SIXTEEN, world_size=16, rank=0)
 
 

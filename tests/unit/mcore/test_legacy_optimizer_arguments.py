@@ -6,12 +6,12 @@ import pytest
 from megatron.core import optimizer
 
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.mcore.legacy_optimizer_arguments import accept_former_optimizer_arguments
+from endprompt_megatron.mcore.legacy_optimizer_arguments import accept_legacy_optimizer_arguments
 
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """get_megatron_optimizer in the form of 0.16, which notes its arguments."""
+    """get_megatron_optimizer with the signature of 0.16; records its arguments."""
     calls = []
 
     def get_megatron_optimizer(config, model_chunks, config_overrides=None):
@@ -23,7 +23,7 @@ def recorded(monkeypatch):
 
 
 def test_neutral_former_arguments_are_dropped_and_others_refused(recorded):
-    accept_former_optimizer_arguments()
+    accept_legacy_optimizer_arguments()
     found = optimizer.get_megatron_optimizer("config", [], no_weight_decay_cond=None, scale_lr_cond=None, lr_mult=1.0)
     assert found == "optimizer" and recorded == [("config", [], None)]
     with pytest.raises(ConfigError, match="lr_mult=0.5"):
@@ -31,9 +31,9 @@ def test_neutral_former_arguments_are_dropped_and_others_refused(recorded):
 
 
 def test_a_second_time_changes_nothing(recorded):
-    accept_former_optimizer_arguments()
+    accept_legacy_optimizer_arguments()
     first = optimizer.get_megatron_optimizer
-    accept_former_optimizer_arguments()
+    accept_legacy_optimizer_arguments()
     assert optimizer.get_megatron_optimizer is first
 
 

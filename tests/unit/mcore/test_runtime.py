@@ -1,4 +1,4 @@
-"""Starting, seeding and ending Megatron-Core on one process, and the random-number and tensor shims in use there."""
+"""Initialising, seeding and shutting down Megatron-Core on one process, and the random-number and tensor shims there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_initialize_and_shut_down_can_be_repeated(single_process):
     assert (single_process.device, single_process.rank, single_process.world_size) == (CPU, 0, 1)
     runtime.shut_down()
     assert not torch.distributed.is_initialized()
-    again = runtime.initialize(ParallelConfig(), accelerator="auto", seed=2)  # auto is the CPU once the shims are in
+    again = runtime.initialize(ParallelConfig(), accelerator="auto", seed=2)  # auto is the CPU once the shims are installed
     assert again == single_process and parallel_state.get_tensor_model_parallel_world_size() == 1
     assert runtime.device_name(again.device) == f"CPU ({torch.get_num_threads()} threads)"
     runtime.shut_down(keep_process_group=True)

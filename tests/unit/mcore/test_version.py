@@ -1,4 +1,4 @@
-"""Which megatron-core is installed and which are refused."""
+"""The installed megatron-core version and the versions that are rejected."""
 
 from __future__ import annotations
 

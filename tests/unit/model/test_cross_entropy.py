@@ -32,7 +32,7 @@ def reference(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor,
 
 def ours(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, real: int) -> tuple[torch.Tensor, torch.Tensor]:
     leaf = logits.clone().requires_grad_()
-    hidden = leaf * 1.0  # in a model the logits are no leaf
+    hidden = leaf * 1.0  # the logits of a model are not a leaf
     losses = sliced_cross_entropy(hidden, labels, num_real_tokens=real)
     (losses * weights).sum().backward()
     return losses.detach(), leaf.grad
@@ -80,7 +80,7 @@ def test_a_vocabulary_larger_than_a_slice(monkeypatch):
 
 def test_padding_gets_no_probability_and_no_gradient():
     logits, labels, weights = make(6, 40, 30)
-    logits[:, 30:] = 1e4  # whatever stands there
+    logits[:, 30:] = 1e4  # arbitrary values in the padding
     losses, gradient = ours(logits, labels, weights, 30)
     assert torch.equal(gradient[:, 30:], torch.zeros(6, 10))
     assert gradient[:, :30].abs().sum(dim=1).min() > 0

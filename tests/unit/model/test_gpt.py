@@ -91,7 +91,7 @@ class TestAgainstStockMegatron:
 @pytest.mark.parametrize("stretched", [False, True], ids=["native", "pi"])
 @pytest.mark.parametrize("name", ["tiny_model_dir", "untied_model_dir", "multi_head_model_dir"])
 class TestAgainstTransformers:
-    @pytest.fixture()
+    @pytest.fixture
     def pair(self, name, stretched, request, tmp_path):
         """(our model, transformers' model, tokens of the real vocabulary)"""
         source = request.getfixturevalue(name)
@@ -105,7 +105,7 @@ class TestAgainstTransformers:
             expected = transformers_logits(theirs, tokens, positions)
             found = logits_of(ours, tokens, positions)[..., :vocab_size]
             assert (found - expected).abs().max() <= TOLERANCE
-            assert expected.std() > 100 * TOLERANCE, "else the tolerance says nothing"
+            assert expected.std() > 100 * TOLERANCE, "otherwise the tolerance proves nothing"
 
     def test_logits_at_positions_of_each_sample(self, pair):
         ours, theirs, vocab_size = pair
@@ -117,8 +117,8 @@ class TestAgainstTransformers:
             assert (found[row : row + 1] - expected).abs().max() <= TOLERANCE
 
     def test_gradients_of_the_loss(self, pair, name):
-        """Also where positions jump: the prompt's loss reaches the weights through the context."""
-        ours, theirs, vocab_size = pair
+        """Also with gapped positions: the gradient of the prompt's loss flows through the context."""
+        ours, theirs, _ = pair
         tokens, labels = tokens_of(LENGTH), tokens_of(LENGTH, seed=1)
         (wrapped,) = wrap_for_training([ours], ParallelConfig())
         wrapped(tokens, GAPPED, None, labels=labels).mean().backward()
@@ -142,7 +142,7 @@ class TestAgainstTransformers:
             torch.testing.assert_close(
                 gradient[:rows], expected[hf].grad, rtol=1e-3, atol=1e-6, msg=lambda text, mine=mine: f"{mine}: {text}"
             )
-            assert not gradient[rows:].any(), "rows that pad the vocabulary learn nothing"
+            assert not gradient[rows:].any(), "padding rows of the vocabulary get no gradient"
 
 
 def test_bfloat16_stays_near_float32(tiny_model_dir, model):
@@ -155,7 +155,7 @@ def test_bfloat16_stays_near_float32(tiny_model_dir, model):
 
 
 def test_later_tokens_change_nothing_before_them(model):
-    """Causal by physical order, even where a later token has a smaller position."""
+    """Causal in physical order, even if a later token has a smaller position."""
     tokens, other = tokens_of(LENGTH), tokens_of(LENGTH)
     other[0, 10:] = tokens_of(LENGTH, seed=9)[0, 10:]
     positions = torch.cat([torch.arange(100, 110), torch.arange(LENGTH - 10)])
@@ -164,9 +164,9 @@ def test_later_tokens_change_nothing_before_them(model):
 
 
 class TestPaddedVocabulary:
-    """300 tokens are 384 rows: 84 of them stand for nothing."""
+    """300 tokens are 384 rows, of which 84 are padding."""
 
-    @pytest.fixture()
+    @pytest.fixture
     def padded(self, untied_model_dir) -> EndPromptGPTModel:
         model = load_model(untied_model_dir)
         assert model.vocab_size == 384 and model.num_real_tokens == 300

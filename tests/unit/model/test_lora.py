@@ -1,4 +1,4 @@
-"""Adapters against peft on transformers' models: logits and gradients for the same weights, what trains, how they begin.
+"""Adapters against peft on transformers' models: logits and gradients for the same weights, which parameters train, and initialisation.
 
 Shapes: s sequence, b micro-batch.
 """
@@ -36,7 +36,7 @@ def lora(**changes: object) -> AdapterConfig:
 
 
 def adapted_model(hf_path: Path, adapter: AdapterConfig, **options: object) -> EndPromptGPTModel:
-    """The directory with adapters that do something: B is drawn too."""
+    """Load the model with nonzero adapters: B is random too."""
     model = load_model(hf_path, adapter=adapter, seed=1, **options)
     draw_b(model)
     return model
@@ -52,7 +52,7 @@ def draw_b(model: EndPromptGPTModel) -> None:
 
 
 def peft_model_of(hf_path: Path, model: EndPromptGPTModel, adapter: AdapterConfig) -> peft.PeftModel:
-    """transformers' model under peft with the adapters of `model`; embedding and norms train where ours do."""
+    """The transformers model in peft with the adapters of `model`; embedding and norms train if they do in `model`."""
     settings = peft.LoraConfig(
         r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(adapter.target_modules), lora_dropout=0.0, task_type="CAUSAL_LM"
     )
@@ -82,7 +82,7 @@ class TestAgainstPeft:
             unadapted = base(tokens, POSITIONS, None)[..., : architecture_of(hf_path).vocab_size]
         expected = transformers_logits(theirs, tokens, POSITIONS)
         assert (found - expected).abs().max() <= 1e-5
-        assert (unadapted - expected).abs().max() > 100 * 1e-5, "else the adapters do nothing"
+        assert (unadapted - expected).abs().max() > 100 * 1e-5, "otherwise the adapters have no effect"
 
     def test_gradients(self, name, targets, request):
         hf_path, adapter = request.getfixturevalue(name), lora(target_modules=targets)

@@ -17,7 +17,7 @@ def config_of(**changes: object) -> TransformerConfig:
 
 
 def norms(dtype: torch.dtype, eps: float) -> tuple[torch.nn.Module, ...]:
-    """Ours, torch's and transformers', with the same random weight."""
+    """Our norm, torch's and transformers', with the same random weight."""
     torch.manual_seed(0)
     found = (
         RMSNorm(config_of(params_dtype=dtype), SIZE, eps=eps),
@@ -41,10 +41,10 @@ def test_equals_torch_and_transformers(dtype, eps):
     torch.testing.assert_close(ours(hidden), by_transformers(hidden), **tolerance)
 
 
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("rows", [(7, 3), (5,)])
 def test_gradients_equal_those_of_autograd(dtype, tolerance, rows):
-    """Also of a gradient that is no contiguous tensor, as attention hands it back."""
+    """Also for a non-contiguous gradient, as attention returns it."""
     ours, by_torch, _ = norms(torch.float32, 1e-5)
     hidden, upstream = torch.randn(*rows, SIZE), torch.randn(SIZE, *rows[::-1]).permute(*range(len(rows), -1, -1))
     gradients = []

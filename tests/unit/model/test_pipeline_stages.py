@@ -1,4 +1,4 @@
-"""Stages built on meta: against the published counts, against the model that a real process builds, and against the memory estimate."""
+"""Pipeline stages built on meta, against published parameter counts, the model of a real process, and the memory estimate."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 
 from endprompt_megatron.checkpoint.hf.config import architecture_from_hf
 from endprompt_megatron.config.schema import AdapterConfig, ParallelConfig, RunConfig
-from endprompt_megatron.jobs.preflight import model_shape, trained_parts
+from endprompt_megatron.jobs.preflight import trained_parts
 from endprompt_megatron.mcore import runtime
 from endprompt_megatron.model import lora
 from endprompt_megatron.model.adapters import is_adapter
 from endprompt_megatron.model.backends import BACKENDS
 from endprompt_megatron.model.build import build_model_chunks
-from endprompt_megatron.model.pipeline_stages import build_stages
+from endprompt_megatron.model.pipeline_stages import build_pipeline_stages
 from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.planning.layout import Layout, stage_parameters
 from endprompt_megatron.planning.memory import GIB, stage_memory
@@ -40,7 +40,7 @@ def _stages(
     architecture: ModelArchitecture, world_size: int, layout: tuple, *, precision: str = "bf16", adapter: AdapterConfig | None = None
 ):
     tensor, pipeline, virtual, context = layout
-    return build_stages(
+    return build_pipeline_stages(
         architecture,
         rope=_rope(architecture),
         max_sequence_length=2 * architecture.max_position_embeddings,
@@ -63,16 +63,17 @@ def test_parameters_are_the_published_ones_and_those_of_the_memory_estimate(case
     tensor, pipeline, virtual, context = layout
     layers = [layer for stage in model.stages for layer in stage.layers]
     assert sorted(layers) == list(range(architecture.num_layers)) and len(model.stages) == pipeline
-    if virtual:  # chunk after chunk goes round the stages
+    if virtual:  # consecutive chunks are on consecutive stages, in a cycle
         each = architecture.num_layers // (pipeline * virtual)
         assert model.stages[1].layers[: each + 1] == (*range(each, 2 * each), each + pipeline * each)
     planned = Layout(
         tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, virtual_pipeline_model_parallel_size=virtual,
         context_parallel_size=context, data_parallel_size=world_size // (tensor * pipeline * context), num_micro_batches=8,
     )  # fmt: skip
-    shape = model_shape(architecture)
-    assert [stage.num_parameters for stage in model.stages] == [stage_parameters(shape, planned, index).total for index in range(pipeline)]
-    for stage, estimate in zip(model.stages, stage_memory(shape, planned, seq_length=8192, precision="bf16"), strict=True):
+    assert [stage.num_parameters for stage in model.stages] == [
+        stage_parameters(architecture, planned, index).total for index in range(pipeline)
+    ]
+    for stage, estimate in zip(model.stages, stage_memory(architecture, planned, seq_length=8192, precision="bf16"), strict=True):
         assert estimate.weights_gib * GIB == pytest.approx(2 * stage.num_parameters)
         assert estimate.gradients_gib * GIB == pytest.approx(4 * stage.num_trained)
 
@@ -82,13 +83,12 @@ def test_parameters_are_the_published_ones_and_those_of_the_memory_estimate(case
     "adapter", [AdapterConfig(type="lora"), AdapterConfig(type="lora", rank=4, train_norms=False, target_modules=["q_proj", "o_proj"])]
 )
 def test_what_trains_beside_adapters_is_what_the_memory_estimate_counts(adapter, layout):
-    """It counts adapters whole on every tensor parallel rank, so that it may be above, by no more than they are."""
+    """The estimate counts whole adapters on every tensor-parallel rank, so it may be too large by at most their size."""
     tensor, pipeline, *_ = layout
     config = RunConfig(adapter=adapter)
     planned = Layout(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, num_micro_batches=8)
-    shape = model_shape(LLAMA3_8B)
-    trained = trained_parts(config, shape)
-    estimates = stage_memory(shape, planned, seq_length=8192, precision="bf16", trained=trained)
+    trained = trained_parts(config, LLAMA3_8B)
+    estimates = stage_memory(LLAMA3_8B, planned, seq_length=8192, precision="bf16", trained=trained)
     for stage, estimate in zip(_stages(LLAMA3_8B, 8, layout, adapter=adapter).stages, estimates, strict=True):
         counted = round(estimate.gradients_gib * GIB / 4)
         adapters = sum(one.size for one in stage.parameters if is_adapter(one.name))
@@ -98,7 +98,7 @@ def test_what_trains_beside_adapters_is_what_the_memory_estimate_counts(adapter,
 
 def test_a_70b_model_takes_no_memory():
     process = psutil.Process()
-    _stages(LLAMA3_8B, 8, (1, 1, None, 1))  # imports and caches
+    _stages(LLAMA3_8B, 8, (1, 1, None, 1))  # warm-up: imports and caches
     before = process.memory_info().rss
     model = _stages(LLAMA3_70B, 512, (8, 4, None, 4))
     assert process.memory_info().rss - before < 100 * 2**20
@@ -130,7 +130,7 @@ def test_fp8_keeps_its_weights_in_bf16():
 
 
 def test_a_checkpoints_config_is_enough():
-    """From what the hub publishes of Qwen2.5-0.5B: 494,032,768 parameters."""
+    """The hub gives 494,032,768 parameters for Qwen2.5-0.5B."""
     numbers = {
         "architectures": ["Qwen2ForCausalLM"], "hidden_size": 896, "intermediate_size": 4864, "max_position_embeddings": 32768,
         "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,

@@ -1,4 +1,4 @@
-"""The fields that a precision sets, as megatron.core itself takes and judges them, and the rotation that positions allow."""
+"""The TransformerConfig fields of each precision, validated by megatron.core, and when the fused rotation may be used."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_layers_that_stay_in_bf16(tiny_model_dir):
 
 
 def test_megatron_refuses_bf16_layers_with_delayed_scaling(tiny_model_dir):
-    """What precision_rules refuses for it, before a launch."""
+    """Megatron rejects the combination that precision_rules rejects before a launch."""
     with pytest.raises(ValueError, match="Delayed scaling does not support first / last layer"):
         transformer_config(architecture_of(tiny_model_dir), parallel=ParallelConfig(), precision="fp8_attention", bf16_layers=(1, 1))
 
@@ -64,21 +64,21 @@ def test_megatron_refuses_bf16_layers_with_delayed_scaling(tiny_model_dir):
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
 @pytest.mark.parametrize("name", ["contiguous", "endprompt", "endprompt_random", "endprompt_pose", "pose"])
 def test_shared_positions_are_what_samples_of_each_scheme_have(name, micro_batch_size, lengths):
-    """Said of a scheme, against the positions that it gives to samples that drew any of the prompts."""
+    """shares_positions of each scheme, against the positions of samples with all combinations of prompts."""
     scheme = SCHEMES[name]
-    told = scheme.shares_positions(prompt_lengths=lengths, micro_batch_size=micro_batch_size)
+    shared = scheme.shares_positions(prompt_lengths=lengths, micro_batch_size=micro_batch_size)
     rows = []
     for index in range(20):
         prompt = lengths[index % len(lengths)] if scheme.uses_end_prompt else 0
         rows.append(scheme.place(SampleLayout(64 - prompt, prompt, 256), 7, index))
     batches = [rows[start : start + micro_batch_size] for start in range(0, 18, micro_batch_size)]
-    assert told == all(np.array_equal(row, batch[0]) for batch in batches for row in batch)
+    assert shared == all(np.array_equal(row, batch[0]) for batch in batches for row in batch)
 
 
 class TestFusedRotation:
-    """Through Megatron's own call of the fused kernel, with a kernel of torch that takes what Transformer Engine's takes."""
+    """Through Megatron's call of the fused kernel, with a torch kernel that has the signature of Transformer Engine's."""
 
-    @pytest.fixture()
+    @pytest.fixture
     def model(self, single_process, tiny_model_dir, monkeypatch):
         tables = []
 
@@ -99,7 +99,7 @@ class TestFusedRotation:
         expected = load_model(tiny_model_dir, factor=2.0)(tokens, GAPPED, None)
         assert torch.equal(fused(tokens, GAPPED, None), expected)
         assert len(tables) == 4 and tables[0].shape[0] == LENGTH, "query and key of two layers"
-        assert torch.equal(fused(tokens[:1], GAPPED[None], None), expected[:1]), "one sample shares with itself"
+        assert torch.equal(fused(tokens[:1], GAPPED[None], None), expected[:1]), "one sample always shares its positions"
 
     def test_samples_with_positions_of_their_own_are_refused(self, model):
         with pytest.raises(AssertionError, match="one row for the whole micro-batch"):

@@ -69,7 +69,7 @@ def test_fills_the_slots_of_megatrons_own_layer(architecture):
     assert stock.submodules.self_attention.submodules.core_attention is DotProductAttention
     assert layer.submodules.self_attention.submodules.core_attention is TorchSDPA
     assert layer.submodules.input_layernorm is RMSNorm and layer.submodules.pre_mlp_layernorm is RMSNorm
-    # the rest is Megatron's
+    # Megatron computes the rest
     assert layer.module is stock.module and layer.submodules.self_attention.module is stock.submodules.self_attention.module
 
 
@@ -81,7 +81,7 @@ def test_attention_is_causal_by_physical_order(architecture):
         key[5:], value[5:] = 0.0, 7.0
     after = attention(query, key, value, None)
     assert torch.equal(before[:5], after[:5]) and not torch.equal(before[5:], after[5:])
-    # the first token sees itself alone; heads 0 and 1 read group 0, heads 2 and 3 group 1
+    # the first token attends only to itself; heads 0 and 1 read group 0, heads 2 and 3 group 1
     torch.testing.assert_close(before[0, 0].view(4, 16), value[0, 0][[0, 0, 1, 1]])
 
 

@@ -1,4 +1,4 @@
-"""S2-attention against dense attention under a mask that is written down from its definition.
+"""S2-attention against dense attention with a mask that follows its definition.
 
 Shapes: b micro-batch, s sequence, n query heads, g key/value heads, d head dim; Megatron order [s, b, n, d].
 """
@@ -23,7 +23,15 @@ from tests.support.tiny import architecture_of, load_model, tokens_of
 pytestmark = pytest.mark.usefixtures("single_process")
 
 DIM = 4
-HEADS = [(4, 4), (4, 2), (8, 2), (9, 3), (6, 2), (2, 1), (3, 1)]  # query heads, key/value heads; the halves of the last four cut a group
+HEADS = [
+    (4, 4),
+    (4, 2),
+    (8, 2),
+    (9, 3),
+    (6, 2),
+    (2, 1),
+    (3, 1),
+]  # query heads, key/value heads; in the last four the first shifted head is inside a group
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +52,7 @@ def inputs(sequence: int, batch: int, heads: int, kv_heads: int, seed: int = 0) 
 
 
 def reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: int) -> torch.Tensor:
-    """A token sees the tokens of its group up to itself; groups of the upper half of the heads begin half a group later."""
+    """A token attends to the tokens of its group up to itself; the upper half of the heads uses groups shifted by half a group."""
     sequence, batch, heads, dim = query.shape
     key, value = (tensor.repeat_interleave(heads // key.shape[2], dim=2) for tensor in (key, value))
     size = sequence // groups
@@ -91,7 +99,7 @@ def test_is_full_attention_with_one_group_and_in_evaluation(attention_of, heads,
 
 @pytest.mark.parametrize(("heads", "ranks"), [((4, 4), 2), ((8, 2), 2), ((9, 3), 3), ((4, 4), 4), ((12, 6), 3)])
 def test_ranks_of_a_tensor_parallel_group_make_the_whole(attention_of, heads, ranks, monkeypatch):
-    """The upper half of the heads of all ranks is shifted, wherever a rank's share begins."""
+    """The upper half of the heads of all ranks is shifted, independent of which heads a rank holds."""
     whole = attention_of(*heads, 4)
     tensors = inputs(24, 2, *heads)
     expected = whole(*tensors, None)
@@ -106,7 +114,7 @@ def test_ranks_of_a_tensor_parallel_group_make_the_whole(attention_of, heads, ra
 
 
 def test_nothing_wraps_around(attention_of):
-    """The first tokens of a shifted head see no others, and the last are seen by none before them."""
+    """In a shifted head the first half group attends only to itself, and no earlier token attends to the last half group."""
     attention = attention_of(4, 4, 4)
     query, key, value = inputs(32, 1, 4, 4)
     before = attention(query, key, value, None).view(32, 4, DIM)
@@ -122,7 +130,7 @@ def test_nothing_wraps_around(attention_of):
 
 
 def test_neighbouring_groups_exchange_what_they_know(tiny_model_dir):
-    """Two layers carry a change of the first token two and a half groups on; full attention would carry it to the end."""
+    """Through two layers a change of the first token reaches two and a half groups; with full attention it would reach the end."""
     model = load_model(tiny_model_dir, attention_groups=4).train()
     tokens = tokens_of(64)
     other = tokens.clone()
@@ -142,7 +150,7 @@ def test_model_with_one_group_is_the_model_with_full_attention(tiny_model_dir):
 
 
 def test_work_grows_with_the_group_and_not_with_the_sequence(attention_of):
-    """The inner attention sees m + 1 groups as samples: S (m + 1) / m rows of G columns."""
+    """The inner attention gets m + 1 groups as samples: S (m + 1) / m rows of G columns."""
     attention = attention_of(4, 2, 4)
     seen = []
     attention.inner.register_forward_pre_hook(lambda module, args: seen.append([tuple(tensor.shape) for tensor in args[:3]]))

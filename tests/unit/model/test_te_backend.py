@@ -1,5 +1,5 @@
-"""The Transformer Engine backend with its real classes, their kernels replaced by torch: the same model as the torch backend's, weight by
-weight, at any positions, with adapters, in evaluation and through checkpoints. Skips where Transformer Engine cannot be imported."""
+"""The Transformer Engine backend with its real classes and torch kernels: the same model as the torch backend, weight by weight, at any
+positions, with adapters, in evaluation and after loading checkpoints. Skipped if Transformer Engine cannot be imported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from endprompt_megatron.checkpoint.hf.mapping import bindings
 from endprompt_megatron.checkpoint.hf.safetensors_io import SafetensorsReader
 from endprompt_megatron.checkpoint.training import CheckpointWriter, RunState, load_latest_checkpoint
 from endprompt_megatron.config.schema import AdapterConfig, OptimConfig, ParallelConfig, RunConfig
-from endprompt_megatron.inference.forward import Replica
+from endprompt_megatron.inference.forward import ForwardModel
 from endprompt_megatron.model.backends import BACKENDS
 from endprompt_megatron.model.build import build_model_chunks, wrap_for_training
 from endprompt_megatron.model.gpt import EndPromptGPTModel
@@ -31,12 +31,12 @@ GAPPED = torch.cat([torch.arange(LENGTH - 5), torch.arange(WINDOW - 5, WINDOW)])
 LORA = AdapterConfig("lora", rank=4)
 
 
-@pytest.fixture()
+@pytest.fixture
 def kernels(monkeypatch):
     te_on_cpu.replace_kernels(monkeypatch)
 
 
-@pytest.fixture()
+@pytest.fixture
 def load_te(monkeypatch):
     def load(hf_path: Path, *, precision: str = "fp32", **options) -> EndPromptGPTModel:
         architecture = architecture_of(hf_path)
@@ -106,17 +106,17 @@ class TestEvaluating:
         model, tokens = load_te(tiny_model_dir, precision="fp8"), tokens_of(LENGTH)[0].tolist()
         before = [layer.self_attention.core_attention for layer in model.decoder.layers]
         expected = load_model(tiny_model_dir, precision="bf16")(torch.tensor([tokens]), torch.arange(LENGTH), None)
-        replica = Replica(model, device=torch.device("cpu"))
-        with replica.cached(LENGTH):
+        forward = ForwardModel(model, device=torch.device("cpu"))
+        with forward.cached(LENGTH):
             assert model.config.fp8 is None
-            found = replica.prefill(tokens, chunk=7)  # lengths that FP8's products refuse
+            found = forward.prefill(tokens, chunk=7)  # lengths that FP8 matrix products do not support
         torch.testing.assert_close(found[0], expected[0, -1, : found.shape[1]].float(), rtol=0, atol=0.05)
         assert [layer.self_attention.core_attention for layer in model.decoder.layers] == before and model.config.fp8 == "hybrid"
 
     def test_branches(self, tiny_model_dir, load_te):
         tokens = tokens_of(LENGTH)[0].tolist()
-        one, other = (Replica(model, device=torch.device("cpu")) for model in (load_te(tiny_model_dir), load_model(tiny_model_dir)))
-        found, expected = (replica.logits(tokens, first_position=0, rows=6, branches=[3, 3]) for replica in (one, other))
+        one, other = (ForwardModel(model, device=torch.device("cpu")) for model in (load_te(tiny_model_dir), load_model(tiny_model_dir)))
+        found, expected = (forward.logits(tokens, first_position=0, rows=6, branches=[3, 3]) for forward in (one, other))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
@@ -145,7 +145,7 @@ class Training:
 @pytest.mark.parametrize("distributed", [False, True])
 @pytest.mark.parametrize("first", ["te", "torch"])
 def test_a_training_checkpoint_goes_on_with_the_other_backend(first, distributed, untied_model_dir, load_te, tmp_path):
-    """Weights, moments and step counts: the next losses are those of the run that was not interrupted."""
+    """Weights, moments and step counts: the next losses equal those of the uninterrupted run."""
     load = {"te": load_te, "torch": load_model}
     second = {"te": "torch", "torch": "te"}[first]
     one = Training(load[first](untied_model_dir), distributed=distributed)

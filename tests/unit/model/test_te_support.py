@@ -1,4 +1,4 @@
-"""What is said of a machine that lacks something for Transformer Engine or FP8, and which backend and fusions follow."""
+"""Error messages for machines that do not support Transformer Engine or FP8, and the selected backends and fusions."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def test_a_hopper_runs_everything_but_mxfp8(precision):
         ("fp8", {"gpu": "A100", "capability": (8, 0)}, "A100 has compute capability 8.0; FP8 training needs 9.0 (Hopper) or later. Set precision=bf16"),
         ("mxfp8", {"gpu": "RTX 5090", "capability": (12, 0)}, "MXFP8 needs 10.x"),
         ("fp8_blockwise", {"cuda": (12, 8)}, "CUDA 12.8; block scaling needs 12.9"),
-        ("fp8_attention", {"cudnn": (9, 10, 0)}, "cuDNN 9.10.0; FP8 attention needs 9.2.1 or later, and not 9.10.0"),
+        ("fp8_attention", {"cudnn": (9, 10, 0)}, "cuDNN 9.10.0; FP8 attention needs 9.2.1 or later, except 9.10.0"),
         ("fp8_attention", {"cudnn": (9, 2, 0)}, "cuDNN 9.2.0; FP8 attention needs 9.2.1"),
-        ("fp8_attention", {"gpu": "RTX 5090", "capability": (12, 0)}, "FP8 attention is not made for it. Set precision=fp8"),
+        ("fp8_attention", {"gpu": "RTX 5090", "capability": (12, 0)}, "FP8 attention does not support it. Set precision=fp8"),
     ],
 )  # fmt: skip
 def test_what_is_missing_is_named(precision, changes, words):
@@ -49,7 +49,7 @@ def test_fp8_attention_takes_the_cudnn_versions_around_the_broken_one():
 
 
 class TestResolve:
-    @pytest.fixture()
+    @pytest.fixture
     def on(self, monkeypatch):
         def on(machine: Machine, trial: str | None = None) -> None:
             monkeypatch.setattr(te_support, "this_machine", lambda: machine)
@@ -71,12 +71,12 @@ class TestResolve:
         assert found.name == "torch" and "(not te: no kernel image is available)" in found.description
 
     @pytest.mark.parametrize(
-        ("name", "precision", "asked"),
+        ("name", "precision", "setting"),
         [("te", "bf16", "backend=te"), ("auto", "fp8", "precision.name=fp8"), ("te", "mxfp8", "precision.name=mxfp8")],
     )
-    def test_what_needs_it_ends_without_it(self, on, name, precision, asked):
+    def test_what_needs_it_ends_without_it(self, on, name, precision, setting):
         on(replace(H100, te_fault="transformer_engine is not installed"))
-        with pytest.raises(BackendUnavailableError, match=f"{asked}: transformer_engine is not installed"):
+        with pytest.raises(BackendUnavailableError, match=f"{setting}: transformer_engine is not installed"):
             backends.resolve(name, accelerator="gpu", precision=precision)
         with pytest.raises(BackendUnavailableError, match="needs an NVIDIA GPU"):
             backends.resolve(name, accelerator="cpu", precision=precision)
@@ -108,9 +108,9 @@ class TestFusions:
     def test_the_fused_rotation_needs_shared_positions_and_no_attention_factor(self):
         assert choose_fusions(has_te_kernels=True, positions_shared=True).rope
         alone = choose_fusions(has_te_kernels=True, positions_shared=False)
-        assert not alone.rope and "not fused: RoPE (samples of a micro-batch have positions of their own" in alone.describe()
+        assert not alone.rope and "not fused: RoPE (the samples of a micro-batch have different positions" in alone.describe()
         yarn = choose_fusions(has_te_kernels=True, positions_shared=True, attention_factor=1.1)
-        assert not yarn.rope and "this scaling's is 1.1" in yarn.describe()
+        assert not yarn.rope and "this scaling has 1.1" in yarn.describe()
 
     def test_torch_has_no_kernels_of_te(self):
         found = choose_fusions(has_te_kernels=False, positions_shared=True, tensor_model_parallel_size=2)
@@ -139,7 +139,7 @@ print(backends.resolve("auto").name)
 
 
 def test_an_empty_package_is_one_that_is_missing(tmp_path):
-    """It raises RuntimeError on import, which takes megatron.core down where nobody stands between."""
+    """It raises RuntimeError on import; without our import hook megatron.core fails too."""
     done = run_python(BROKEN, str(tmp_path))
     assert done.returncode == 0, done.stderr
     reason, backend = done.stdout.strip().splitlines()[-2:]

@@ -5,17 +5,17 @@ import dataclasses
 import pytest
 
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.planning.flops import ModelShape
+from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.planning.layout_search import ClusterRequest, compare_lengths, rank_layouts
 from endprompt_megatron.planning.memory import TrainedParts, stage_memory
 from endprompt_megatron.planning.pages import describe_cluster, words_of_tokens
 from endprompt_megatron.planning.throughput import get_hardware
 
-LLAMA3_8B = ModelShape(32, 4096, 14336, 32, 8, 128, 128256, tied_embeddings=False)
-LLAMA3_70B = ModelShape(80, 8192, 28672, 64, 8, 128, 128256, tied_embeddings=False)
-SMOLLM2_135M = ModelShape(30, 576, 1536, 9, 3, 64, 49152, tied_embeddings=True)
+LLAMA3_8B = ModelArchitecture(32, 4096, 14336, 32, 8, 128, 128256, 8192, 500000.0, 1e-5, tied_embeddings=False)
+LLAMA3_70B = ModelArchitecture(80, 8192, 28672, 64, 8, 128, 128256, 8192, 500000.0, 1e-5, tied_embeddings=False)
+SMOLLM2_135M = ModelArchitecture(30, 576, 1536, 9, 3, 64, 49152, 8192, 100000.0, 1e-5, tied_embeddings=True)
 NODE = ClusterRequest(
-    shape=LLAMA3_8B, num_gpus=8, gpus_per_node=8, hardware="H100-80GB", precision="bf16", seq_length=8192, global_batch_size=64,
+    architecture=LLAMA3_8B, num_gpus=8, gpus_per_node=8, hardware="H100-80GB", precision="bf16", seq_length=8192, global_batch_size=64,
 )  # fmt: skip
 
 
@@ -25,7 +25,7 @@ def _reasons(ranking):
 
 @pytest.mark.parametrize(
     "request_",
-    [NODE, dataclasses.replace(NODE, shape=LLAMA3_70B, num_gpus=64), dataclasses.replace(NODE, precision="fp8", seq_length=65536)],
+    [NODE, dataclasses.replace(NODE, architecture=LLAMA3_70B, num_gpus=64), dataclasses.replace(NODE, precision="fp8", seq_length=65536)],
 )
 def test_candidates_are_valid_fit_and_come_fastest_first(request_):
     ranking = rank_layouts(request_)
@@ -35,9 +35,9 @@ def test_candidates_are_valid_fit_and_come_fastest_first(request_):
     for candidate in ranking.candidates:
         layout = candidate.layout
         assert layout.world_size == request_.num_gpus and layout.global_batch_size == 64
-        assert request_.shape.num_query_groups % layout.tensor_model_parallel_size == 0
+        assert request_.architecture.num_query_groups % layout.tensor_model_parallel_size == 0
         assert layout.virtual_pipeline_model_parallel_size is None or layout.num_micro_batches % layout.pipeline_model_parallel_size == 0
-        stages = stage_memory(request_.shape, layout, seq_length=request_.seq_length, precision=request_.precision)
+        stages = stage_memory(request_.architecture, layout, seq_length=request_.seq_length, precision=request_.precision)
         assert candidate.memory == max(stages, key=lambda stage: stage.total_gib)
         assert candidate.memory.total_gib + candidate.reserve_gib <= get_hardware(request_.hardware).memory_gib
         assert ranking.leanest.memory.total_gib <= candidate.memory.total_gib
@@ -46,7 +46,7 @@ def test_candidates_are_valid_fit_and_come_fastest_first(request_):
 
 def test_every_layout_is_ranked_or_rejected():
     """64 GPUs as a product of four ordered powers of two: 84 ways."""
-    ranking = rank_layouts(dataclasses.replace(NODE, shape=LLAMA3_70B, num_gpus=64))
+    ranking = rank_layouts(dataclasses.replace(NODE, architecture=LLAMA3_70B, num_gpus=64))
     assert ranking.num_layouts == 84
     found = _reasons(ranking)
     assert found["TP"].count == 10 and "8 KV heads" in found["TP"].reason  # TP 16, 32 and 64 leave 6, 3 and 1 ways for the rest
@@ -56,19 +56,19 @@ def test_every_layout_is_ranked_or_rejected():
 
 
 def test_the_other_reasons():
-    wide = dataclasses.replace(NODE, shape=dataclasses.replace(LLAMA3_8B, num_query_groups=32), num_gpus=32)
-    assert "TP leaves the node of 8 GPUs" in " ".join(rejection.reason for rejection in rank_layouts(wide).rejections)
+    wide = dataclasses.replace(NODE, architecture=dataclasses.replace(LLAMA3_8B, num_query_groups=32), num_gpus=32)
+    assert "TP must stay within a node of 8 GPUs" in " ".join(rejection.reason for rejection in rank_layouts(wide).rejections)
     odd = _reasons(rank_layouts(dataclasses.replace(NODE, seq_length=8190)))
     assert odd["2"].example == "CP 2"
     assert _reasons(rank_layouts(dataclasses.replace(NODE, global_batch_size=4)))["DP"].example == "DP 8"
     narrow = _reasons(
-        rank_layouts(dataclasses.replace(NODE, shape=SMOLLM2_135M, num_gpus=3, precision="fp8_blockwise", global_batch_size=3))
+        rank_layouts(dataclasses.replace(NODE, architecture=SMOLLM2_135M, num_gpus=3, precision="fp8_blockwise", global_batch_size=3))
     )
     assert "multiples of 128" in narrow["fp8_blockwise"].reason
 
 
 def test_one_gpu_has_one_layout():
-    ranking = rank_layouts(dataclasses.replace(NODE, shape=SMOLLM2_135M, num_gpus=1))
+    ranking = rank_layouts(dataclasses.replace(NODE, architecture=SMOLLM2_135M, num_gpus=1))
     assert ranking.num_layouts == 1 and not ranking.rejections
     assert ranking.candidates[0].layout.recompute_granularity is None
 
@@ -93,8 +93,8 @@ def test_windows_compare_the_best_of_both():
     assert not lost.full.candidates and lost.full.leanest is None and lost.same_layout is None and lost.full.closest[0] > 0
 
 
-def test_the_page_tells_layouts_rejections_windows_and_assumptions():
-    request = dataclasses.replace(NODE, shape=LLAMA3_70B, num_gpus=64)
+def test_the_page_states_layouts_rejections_windows_and_assumptions():
+    request = dataclasses.replace(NODE, architecture=LLAMA3_70B, num_gpus=64)
     ranking, comparisons = rank_layouts(request), compare_lengths(request, [65536, 2**21])
     page = "\n".join(
         describe_cluster(
@@ -112,12 +112,12 @@ def test_the_page_tells_layouts_rejections_windows_and_assumptions():
     first = ranking.candidates[0]
     for stated in (
         "# big on 64 x H100-80GB: predicted, not measured",
-        "70,553,706,496 parameters, bf16; 64 samples of 8,192 tokens a step; hours are for 2B tokens",
+        "70,553,706,496 parameters, bf16; 64 samples of 8,192 tokens per step; hours are for 2B tokens",
         f"## Layouts that fit, fastest first (3 of {len(ranking.candidates)})",
         f"| {first.layout.describe()} | 1 x 32 | none | {first.memory.total_gib:.1f} | {first.reserve_gib:.1f} |",
         "python recipes/extend.py +experiment=big parallel.tensor_model_parallel_size=4 parallel.sequence_parallel=true",
         f"## Rejected: {84 - len(ranking.candidates)} of 84 layouts",
-        "- 10: TP has to divide the model's 64 heads and 8 KV heads (TP 16)",
+        "- 10: TP must divide the model's 64 heads and 8 KV heads (TP 16)",
         "| any | EndPrompt, 8,192 tokens |",
         "| 2,097,152 | as long as the window | none fits: ",
         "![Memory and time by window](plan.png)",
@@ -137,7 +137,7 @@ def test_the_page_names_the_peaks_that_the_precision_uses_and_what_adapters_and_
         return "\n".join(describe_cluster(request, rank_layouts(request), [], **described))
 
     assert "attention 55% of the bf16 peak" in page(precision="fp8") and "attention 35% of the fp8 peak" in page(precision="fp8_attention")
-    assert "every weight trained" in page(trained=TrainedParts(10, embedding=True, norms=True)) and "every weight trained" not in page()
+    assert "Only adapters are trained" in page(trained=TrainedParts(10, embedding=True, norms=True)) and "Only adapters" not in page()
     assert "S2-attention is timed as full attention" in page(whole_samples=True) and "S2-attention" not in page()
 
 
@@ -181,5 +181,7 @@ def test_clusters_that_cannot_be_planned_are_refused(changes, words):
 
 
 def test_a_model_that_fits_nowhere_is_refused():
-    with pytest.raises(ConfigError, match=r"no layout of H100-80GB holds samples .*however it recomputes \(closest: .* GiB too much"):
-        compare_lengths(dataclasses.replace(NODE, shape=LLAMA3_70B), [65536])
+    with pytest.raises(
+        ConfigError, match=r"no layout of H100-80GB holds samples .*even with full recomputation \(closest: .* GiB too much"
+    ):
+        compare_lengths(dataclasses.replace(NODE, architecture=LLAMA3_70B), [65536])

@@ -6,14 +6,15 @@ import pytest
 
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.planning.activations import ElementBytes, layer_tensors
-from endprompt_megatron.planning.flops import ModelShape, count_parameters
-from endprompt_megatron.planning.layout import Layout, padded_vocab_size, stage_parameters
+from endprompt_megatron.planning.architecture import ModelArchitecture
+from endprompt_megatron.planning.flops import count_parameters
+from endprompt_megatron.planning.layout import Layout, stage_parameters
 from endprompt_megatron.planning.memory import GIB, TrainedParts, estimate_memory, reserve_gib, stage_memory
 
 # Vocabulary 128 * 16, so that no tensor parallel size used here pads it.
-SHAPE = ModelShape(8, 64, 96, 8, 4, 8, 2048, tied_embeddings=False)
-LLAMA3_8B = ModelShape(32, 4096, 14336, 32, 8, 128, 128256, tied_embeddings=False)
-LLAMA3_70B = ModelShape(80, 8192, 28672, 64, 8, 128, 128256, tied_embeddings=False)
+SHAPE = ModelArchitecture(8, 64, 96, 8, 4, 8, 2048, 128, 10000.0, 1e-5, tied_embeddings=False)
+LLAMA3_8B = ModelArchitecture(32, 4096, 14336, 32, 8, 128, 128256, 8192, 500000.0, 1e-5, tied_embeddings=False)
+LLAMA3_70B = ModelArchitecture(80, 8192, 28672, 64, 8, 128, 128256, 8192, 500000.0, 1e-5, tied_embeddings=False)
 DEFAULTS = {
     "seq_length": 32, "micro_batch_size": 2, "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
     "context_parallel_size": 1, "data_parallel_size": 1, "sequence_parallel": False, "use_distributed_optimizer": False,
@@ -31,12 +32,12 @@ FINAL_NORM = 2 * RESIDUAL + 4 * TOKENS
 ANGLES = 32 * 8 * 4  # one float32 for each of 32 positions and 8 head dimensions
 
 
-def _estimate(shape=SHAPE, **overrides):
-    return estimate_memory(shape, **{**DEFAULTS, **overrides})
+def _estimate(architecture=SHAPE, **overrides):
+    return estimate_memory(architecture, **{**DEFAULTS, **overrides})
 
 
-def _bytes(shape=SHAPE, **overrides):
-    estimate = _estimate(shape, **overrides)
+def _bytes(architecture=SHAPE, **overrides):
+    estimate = _estimate(architecture, **overrides)
     return {key: value * GIB if key != "stage" else value for key, value in dataclasses.asdict(estimate).items()}
 
 
@@ -54,21 +55,23 @@ def test_bytes_a_parameter(precision, weight, optimizer):
 
 def test_stages_of_a_pipeline_hold_the_published_parameters():
     """Unpadded vocabularies: of TP 1 and 2 the stages' shares add up to the published counts, norms of every tensor parallel rank apart."""
-    for shape, published, layer, table in (
+    for architecture, published, layer, table in (
         (LLAMA3_8B, 8_030_261_248, 218_112_000, 525_336_576),
         (LLAMA3_70B, 70_553_706_496, 855_654_400, 1_050_673_152),
     ):
-        assert count_parameters(shape) == published
-        stages = [stage_parameters(shape, Layout(pipeline_model_parallel_size=4), stage) for stage in range(4)]
-        share = shape.num_layers // 4 * layer
-        assert [stage.total for stage in stages] == [share + table, share, share, share + table + shape.hidden_size]
-        halves = [stage_parameters(shape, Layout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), stage) for stage in (0, 1)]
-        norms = (2 * shape.num_layers + 1) * shape.hidden_size
+        assert count_parameters(architecture) == published
+        stages = [stage_parameters(architecture, Layout(pipeline_model_parallel_size=4), stage) for stage in range(4)]
+        share = architecture.num_layers // 4 * layer
+        assert [stage.total for stage in stages] == [share + table, share, share, share + table + architecture.hidden_size]
+        halves = [
+            stage_parameters(architecture, Layout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), stage) for stage in (0, 1)
+        ]
+        norms = (2 * architecture.num_layers + 1) * architecture.hidden_size
         assert 2 * sum(stage.total for stage in halves) == published + norms
 
 
 def test_vocabulary_is_padded_as_megatron_pads_it():
-    assert [padded_vocab_size(128256, tensor) for tensor in (1, 4, 8)] == [128256, 128512, 129024]
+    assert [LLAMA3_8B.padded_vocab_size(tensor) for tensor in (1, 4, 8)] == [128256, 128512, 129024]
     assert stage_parameters(LLAMA3_8B, Layout(tensor_model_parallel_size=8), 0).embedding == 129024 * 4096 // 8
 
 
@@ -203,7 +206,7 @@ def test_full_length_training_of_8b_outgrows_a_gpu_where_8k_does_not():
 def test_plain_torch_keeps_more():
     names = {backend: {tensor.name for tensor in layer_tensors(SHAPE, ElementBytes(2, 2, 2), backend)} for backend in ("te", "torch")}
     assert names["torch"] - names["te"] == {
-        "key", "product of query, key and value", "what the activation keeps besides", "cosine and sine, for query and for key",
+        "key", "product of query, key and value", "other inputs of SwiGLU", "cosine and sine, for query and for key",
     }  # fmt: skip
     assert _bytes(backend="torch")["activations_gib"] > _bytes()["activations_gib"]
 

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.planning.flops import ModelShape, training_flops_per_token
+from endprompt_megatron.planning.architecture import ModelArchitecture
+from endprompt_megatron.planning.flops import training_flops_per_token
 from endprompt_megatron.planning.layout import Layout
 from endprompt_megatron.planning.throughput import (
     HARDWARE,
@@ -16,10 +17,10 @@ from endprompt_megatron.planning.throughput import (
     step_time,
 )
 
-LLAMA2_7B = ModelShape(32, 4096, 11008, 32, 32, 128, 32000, tied_embeddings=False)
-LLAMA2_70B = ModelShape(80, 8192, 28672, 64, 8, 128, 32000, tied_embeddings=False)
-LLAMA3_8B = ModelShape(32, 4096, 14336, 32, 8, 128, 128256, tied_embeddings=False)
-LLAMA3_70B = ModelShape(80, 8192, 28672, 64, 8, 128, 128256, tied_embeddings=False)
+LLAMA2_7B = ModelArchitecture(32, 4096, 11008, 32, 32, 128, 32000, 4096, 10000.0, 1e-5, tied_embeddings=False)
+LLAMA2_70B = ModelArchitecture(80, 8192, 28672, 64, 8, 128, 32000, 4096, 10000.0, 1e-5, tied_embeddings=False)
+LLAMA3_8B = ModelArchitecture(32, 4096, 14336, 32, 8, 128, 128256, 8192, 500000.0, 1e-5, tied_embeddings=False)
+LLAMA3_70B = ModelArchitecture(80, 8192, 28672, 64, 8, 128, 128256, 8192, 500000.0, 1e-5, tied_embeddings=False)
 H100 = HARDWARE["H100-80GB"]
 
 
@@ -31,14 +32,14 @@ def _layout(tensor=1, pipeline=1, context=1, data=1, virtual=None, *, batch=128,
     )  # fmt: skip
 
 
-def _speed(shape, layout, seq_length, hardware, precision):
+def _speed(architecture, layout, seq_length, hardware, precision):
     """Tokens a second and GPU."""
-    seconds = step_time(shape, layout, seq_length=seq_length, hardware=HARDWARE[hardware], precision=precision).total
+    seconds = step_time(architecture, layout, seq_length=seq_length, hardware=HARDWARE[hardware], precision=precision).total
     return layout.global_batch_size * seq_length / layout.world_size / seconds
 
 
 @pytest.mark.parametrize(
-    ("shape", "layout", "hardware", "precision", "published"),
+    ("architecture", "layout", "hardware", "precision", "published"),
     [
         (LLAMA3_8B, _layout(data=8), "H100-80GB", "fp8", 14_451),
         (LLAMA3_8B, _layout(data=8, micro_batch=2), "B200", "fp8", 30_624),
@@ -46,12 +47,12 @@ def _speed(shape, layout, seq_length, hardware, precision):
         (LLAMA3_8B, _layout(data=64, batch=64), "A100-80GB", "bf16", 2_973),
     ],
 )
-def test_speeds_that_the_table_is_calibrated_on(shape, layout, hardware, precision, published):
-    assert _speed(shape, layout, 8192, hardware, precision) == pytest.approx(published, rel=0.01)
+def test_speeds_that_the_table_is_calibrated_on(architecture, layout, hardware, precision, published):
+    assert _speed(architecture, layout, 8192, hardware, precision) == pytest.approx(published, rel=0.01)
 
 
 @pytest.mark.parametrize(
-    ("shape", "layout", "seq_length", "published"),
+    ("architecture", "layout", "seq_length", "published"),
     [
         # NVIDIA, Megatron-Bridge performance summaries 25.11 and 26.02, DGX-H100, FP8, 64 GPUs
         (LLAMA3_70B, _layout(4, 8, 1, 2, 5), 8192, 1_602),
@@ -62,8 +63,8 @@ def test_speeds_that_the_table_is_calibrated_on(shape, layout, hardware, precisi
         (LLAMA2_70B, _layout(4, 4, 1, 4, 20), 4096, 1_728),
     ],
 )
-def test_published_speeds_are_predicted_within_a_tenth(shape, layout, seq_length, published):
-    assert _speed(shape, layout, seq_length, "H100-80GB", "fp8") == pytest.approx(published, rel=0.1)
+def test_published_speeds_are_predicted_within_a_tenth(architecture, layout, seq_length, published):
+    assert _speed(architecture, layout, seq_length, "H100-80GB", "fp8") == pytest.approx(published, rel=0.1)
 
 
 @pytest.mark.parametrize(

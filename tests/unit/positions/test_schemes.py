@@ -116,7 +116,7 @@ def test_the_end_prompt_reaches_the_last_position(layout):
 
 
 class Drawn:
-    """A random generator whose draws are told: the bounds it is asked for are checked, then the next number is handed out."""
+    """A random generator with given draws: it checks the requested bounds, then returns the next number."""
 
     def __init__(self, *draws: tuple[int, int, int | list[int]]):
         self.draws = list(draws)

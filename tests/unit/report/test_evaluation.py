@@ -16,7 +16,7 @@ CONDITIONS = {
 def _score(task: str, score: float, length: int | None = None) -> dict:
     known = TASKS[task]
     return {
-        "suite": known.suite, "task": task, "group": known.group, "length": length, "metric": known.metric, "score": score, "samples": 10,
+        "suite": known.suite, "task": task, "task_id": task, "haystack": "benchmark", "group": known.group, "length": length, "metric": known.metric, "score": score, "samples": 10,
         "interval": [score - 1, score + 1], "seconds": 12.0, "records": f"records/{task}.jsonl",
     }  # fmt: skip
 
@@ -33,7 +33,7 @@ def _cells(page: str, start: str) -> list[str]:
 
 def test_means_are_over_tasks_and_lengths_and_say_when_they_are_whole(tmp_path):
     tasks = tasks_of(["ruler"])
-    scores = [_score(task.name, 10.0 * index / length * 4096, length) for index, task in enumerate(tasks) for length in (8192, 4096)]
+    scores = [_score(task.id, 10.0 * index / length * 4096, length) for index, task in enumerate(tasks) for length in (8192, 4096)]
     page = _page(tmp_path, scores)
     assert _cells(page, "task")[1:] == ["4K", "8K", "mean over lengths"]
     assert _cells(page, "**mean over tasks, all**")[1:] == ["60.0", "30.0", "45.0"]
@@ -54,7 +54,7 @@ def test_the_papers_numbers_stand_beside_ours_with_their_source(tmp_path):
 
 
 def test_longbench_is_told_by_its_six_groups(tmp_path):
-    scores = [_score(task.name, float(index)) for index, task in enumerate(tasks_of(["longbench"]))]
+    scores = [_score(task.id, float(index)) for index, task in enumerate(tasks_of(["longbench"]))]
     cells = _cells(_page(tmp_path, scores), "this model")
     assert cells[1:7] == ["1.0", "4.0", "7.0", "10.0", "12.5", "14.5"] and cells[7] == f"{fmean([1, 4, 7, 10, 12.5, 14.5]):.1f}"
     assert _cells(_page(tmp_path, scores[:2]), "this model")[1] == "0.5 (2 of 3)"

@@ -120,7 +120,7 @@ def test_whole_report(tmp_path):
         "120 optimizer steps",
         "491,520 tokens",
         "4.153 to 3.201",
-        "332 tokens a second",
+        "332 tokens per second",
         "3.21 GiB",
     ):
         assert stated in page
@@ -168,11 +168,11 @@ def test_no_evaluation_and_no_export(tmp_path):
     summary = {**_summary(), "hf_checkpoint": None, "peak_memory_gib": None, "method": "contiguous"}
     _write_run(tmp_path, summary=summary)
     page = write_report(tmp_path).read_text()
-    assert "No evaluation was run" in page and "No Hugging Face checkpoint" in page and "None" not in page
+    assert "No probes were run" in page and "No Hugging Face checkpoint" in page and "None" not in page
     assert (tmp_path / "positions.png").exists() and not (tmp_path / "needle.png").exists()
 
 
-def test_unrecorded_prompt_length_is_said(tmp_path):
+def test_an_unrecorded_prompt_length_is_mentioned(tmp_path):
     summary = _summary()
     del summary["end_prompt_tokens"]
     _write_run(tmp_path, summary=summary)
@@ -181,7 +181,7 @@ def test_unrecorded_prompt_length_is_said(tmp_path):
 
 def test_positions_that_vary_by_sample_are_not_drawn(tmp_path):
     _write_run(tmp_path, summary={**_summary(), "method": "endprompt_pose"})
-    assert "draws them anew" in write_report(tmp_path).read_text()
+    assert "draws different positions" in write_report(tmp_path).read_text()
     assert not (tmp_path / "positions.png").exists()
 
 

@@ -105,5 +105,5 @@ def test_every_token_needs_its_position(positions):
 
 @pytest.mark.parametrize("positions", [torch.tensor(3), torch.zeros(1, 2, 3, dtype=torch.int64)])
 def test_positions_of_another_rank_are_refused(positions):
-    with pytest.raises(ValueError, match="is needed"), PositionRotaryEmbedding(ROPE).at(positions):
+    with pytest.raises(ValueError, match="must be"), PositionRotaryEmbedding(ROPE).at(positions):
         pass

@@ -117,7 +117,7 @@ def test_other_scalings_are_refused_by_name(kind, key):
         (dict(type="none", head_dim=0), ["head_dim=0", "positive"]),
         (dict(type="abf", factor=2.0), ["rope.theta=None", "abf", "10000"]),
         (dict(type="abf", factor=2.0, theta=5000.0), ["rope.theta=5000.0", "at least the model's own"]),
-        (dict(type="pi", factor=2.0, theta=50000.0), ["rope.theta=50000.0", "abf alone"]),
+        (dict(type="pi", factor=2.0, theta=50000.0), ["rope.theta=50000.0", "only rope.type=abf"]),
     ],
 )
 def test_impossible_scalings_are_refused(arguments, words):
@@ -149,7 +149,7 @@ def test_scalings_with_keys_too_few_or_too_many_are_refused(scaling, word):
 
 def test_two_descriptions_that_differ_are_refused():
     config = {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}
-    with pytest.raises(CheckpointError, match="twice and differently"):
+    with pytest.raises(CheckpointError, match="two different RoPE descriptions"):
         RopeScaling.from_hf(config, head_dim=8)
 
 
@@ -198,7 +198,7 @@ def test_a_raised_base_is_a_model_with_that_theta():
 
 @pytest.mark.parametrize("factor", [2.0, 4.0])
 def test_dynamic_ntk_is_that_of_transformers_at_the_target_window(factor):
-    """transformers' own dynamic rule, asked for a text as long as the target window."""
+    """The dynamic rule of transformers for a text as long as the target window."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     window, s = 8192, 4.0

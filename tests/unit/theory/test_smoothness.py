@@ -100,7 +100,7 @@ def test_bernstein_on_a_long_window(seed, count):
     assert found.slope_sum <= found.highest_frequency * found.amplitude_sum * (1 + 1e-12)
 
 
-def test_a_short_window_can_violate_the_bound_and_that_is_told():
+def test_a_short_window_can_violate_the_bound_and_the_ratio_shows_it():
     """sin(d / 100) on [0, 10]: steepest at 0, and far from its supremum."""
     found = measure_smoothness(ScoreFunctions(np.array([-1j]), np.array([0.01])), last_distance=10)
     assert found.ratio == pytest.approx(1 / np.sin(0.1), rel=1e-6) and found.ratio > 10

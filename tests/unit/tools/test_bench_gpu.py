@@ -16,7 +16,7 @@ bench = load_tool(ROOT / "tools" / "bench_gpu.py")
 TINY = ["--tiny", "--accelerator", "cpu", "--backend", "torch", "--steps", "1", "--warmup", "0", "--rounds", "2", "--micro-batches", "2"]
 
 
-@pytest.fixture()
+@pytest.fixture
 def call():
     """The benchmark by its command line."""
     parser = argparse.ArgumentParser()
@@ -40,7 +40,7 @@ def test_every_variant_takes_its_turn(call, tmp_path, capsys):
     assert float(rows["bf16, full length 256"][1].replace(",", "")) > 0
     assert rows["fp8, S = 64"][1] == "not run" and "- fp8, S = 64: precision.name=fp8: Transformer Engine needs an NVIDIA GPU" in text
     assert "backend torch: torch SDPA" in text and "megatron-core" in text and "commit " in text
-    with pytest.raises(SystemExit, match="is there already"):
+    with pytest.raises(SystemExit, match="exists already"):
         call(*TINY, "--page", page)
 
 
@@ -55,7 +55,7 @@ def test_without_a_gpu_it_says_how_to_prove_it(call, monkeypatch):
     [
         ("--steps", 0, "must be 1 or more"),
         ("--layers", 0, "must be 1 or more"),
-        ("--seq-length", 7, "more than the end prompt's 11 tokens"),
+        ("--seq-length", 7, "more than the 11 tokens of the end prompt"),
         ("--target", 4096, "the model's window of 8192 positions or more"),
         ("--long", 32768, "full-length samples fill the window"),  # they would take EndPrompt's positions under the name of full length
     ],

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
+from endprompt_megatron.doctor.check_result import LIMITS, MISSING, OK, CheckResult
 from endprompt_megatron.doctor.examination import NO, YES, Examination, Verdict
-from endprompt_megatron.doctor.finding import LIMITS, MISSING, OK, Finding
 from tests.support.tiny import ROOT
 
 TOOL = ROOT / "tools" / "doctor.py"
@@ -37,8 +37,8 @@ def doctor(monkeypatch, capsys):
 
 def _machine(te: str = MISSING, verdict: str = YES, **levels: str) -> Examination:
     keys = {"system": OK, "python": OK, "torch": OK, "megatron_core": OK, "transformers": OK, "apex": OK, "nccl": OK, "cudnn": OK, "te": te}
-    findings = [Finding(key, level, "2.13", "so it is", "do this") for key, level in {**keys, **levels}.items()]
-    return Examination(tuple(findings), (Verdict("tiny_random", verdict), Verdict("llama3_8b_64k", NO, "needs more")))
+    results = [CheckResult(key, level, "2.13", "so it is", "do this") for key, level in {**keys, **levels}.items()]
+    return Examination(tuple(results), (Verdict("tiny_random", verdict), Verdict("llama3_8b_64k", NO, "needs more")))
 
 
 def test_lines(doctor):
@@ -53,7 +53,7 @@ def test_required(doctor):
     status, _, err = doctor(_machine(), "--require", "torch,te")
     assert status == 1 and err == "\nrequired and missing: te\n"
     status, _, err = doctor(_machine(), "--require", "tea")
-    assert status == 2 and err.startswith("error: --require tea: nothing of that name is looked at. Choose from system, python")
+    assert status == 2 and err.startswith("error: --require tea: no such check. Choose from system, python")
 
 
 def test_nothing_runs(doctor):

@@ -290,7 +290,7 @@ def test_tasks_that_were_told_by_slurm_itself_are_enough(script):
 
 def test_a_busy_controller_is_asked_again(script):
     (script.place / "busy").touch()
-    _, said, requeued = script.run("save; exit 75")
+    _, _, requeued = script.run("save; exit 75")
     assert requeued and not (script.place / "busy").exists()
 
 

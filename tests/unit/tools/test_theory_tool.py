@@ -37,7 +37,7 @@ def test_coverage(theory, tmp_path):
 def test_what_is_there_is_kept(theory, tmp_path):
     (tmp_path / "coverage.json").write_text("mine")
     status, _, err = theory(*COVERAGE, "--output-dir", tmp_path)
-    assert status == 2 and "coverage.json is there already" in err and "--overwrite" in err
+    assert status == 2 and "coverage.json exists already" in err and "--overwrite" in err
     assert (tmp_path / "coverage.json").read_text() == "mine" and not (tmp_path / "coverage.png").exists()
     status, _, _ = theory(*COVERAGE, "--output-dir", tmp_path, "--overwrite")
     assert status == 0 and json.loads((tmp_path / "coverage.json").read_text())
@@ -53,7 +53,7 @@ def test_smoothness(theory, tiny_model_dir, tmp_path):
     assert {head["layer"] for head in record["heads"]} == {1} and len(record["heads"]) == 4
     steepest = record["quantiles"]["sup|S'| / (theta_0/s sup|S|), eq. 3"]["max"]
     assert steepest == pytest.approx(max(head["ratio_of_steepest_pair"] for head in record["heads"]))
-    assert f"{steepest:.3g}" in out and "From a known score the bound says something over 4 positions" in out
+    assert f"{steepest:.3g}" in out and "The bound constrains scores up to 4 positions from a known one" in out
     assert (tmp_path / "smoothness.png").is_file()
 
 
@@ -64,17 +64,17 @@ def test_smoothness(theory, tiny_model_dir, tmp_path):
         ((*COVERAGE, "--seq-length", 257), ["--seq-length=257", "--target-context-length=256"]),
         ((*COVERAGE, "--samples", 0), ["--samples", "'0' must be a whole number"]),
         ((*COVERAGE, "--samples", "many"), ["'many' must be a whole number"]),
-        ((*COVERAGE, "--output-dir", "{file}"), ["cannot be made"]),
+        ((*COVERAGE, "--output-dir", "{file}"), ["cannot be created"]),
         ((*COVERAGE, "--seed", -1), ["'-1' must be a whole number of at least 0"]),
         (("coverage",), ["--target-context-length"]),
         ((*SMOOTHNESS, "--hf-path", "{here}"), ["no config.json"]),
         ((*SMOOTHNESS, "--hf-path", "{model}", "--factor", 4), ["--factor=4", "256 / 128 = 2", "--target-context-length=512"]),
         ((*SMOOTHNESS, "--hf-path", "{model}", "--factor", "nan"), ["--factor=nan"]),
-        ((*SMOOTHNESS, "--hf-path", "{model}", "--target-context-length", 64), ["--target-context-length=64", "128 already"]),
-        ((*SMOOTHNESS, "--hf-path", "{model}", "--seq-length", 256), ["--seq-length=256", "there is no gap"]),
+        ((*SMOOTHNESS, "--hf-path", "{model}", "--target-context-length", 64), ["--target-context-length=64", "window of 128"]),
+        ((*SMOOTHNESS, "--hf-path", "{model}", "--seq-length", 256), ["--seq-length=256", "so there is no gap"]),
         ((*SMOOTHNESS, "--hf-path", "{model}", "--text", "{here}/absent.txt"), ["absent.txt", "cannot be read"]),
         ((*SMOOTHNESS, "--hf-path", "{model}", "--layers", "0,9"), ["layers=[9]", "0 to 1"]),
-        ((*SMOOTHNESS, "--hf-path", "{model}", "--layers", "5-1"), ["'5-1' names no layers"]),
+        ((*SMOOTHNESS, "--hf-path", "{model}", "--layers", "5-1"), ["'5-1' is not a list of layers"]),
         ((*SMOOTHNESS, "--hf-path", "{model}", "--tokens", 1), ["text of 1 tokens"]),
         ((*SMOOTHNESS, "--hf-path", "{model}", "--rope-type", "linear"), ["invalid choice: 'linear'"]),
     ],

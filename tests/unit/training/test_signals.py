@@ -1,4 +1,4 @@
-"""When a process that was asked to stop obeys."""
+"""When a process stops after a stop signal."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def test_at_once_outside_training_and_between_steps_inside(number):
     with StopRequests() as stop:
         with pytest.raises(RunInterrupted, match=f"stopped by {number.name}; start the same command again"):
             os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)  # told twice: it is tidying up
-    with StopRequests() as stop, pytest.raises(RunInterrupted), stop.at_a_good_moment():
-        assert not stop.anyone_asked(torch.device("cpu"))
+        os.kill(os.getpid(), number)  # a second signal is ignored
+    with StopRequests() as stop, pytest.raises(RunInterrupted), stop.deferred():
+        assert not stop.received_on_any_rank(torch.device("cpu"))
         os.kill(os.getpid(), number)
-        assert stop.anyone_asked(torch.device("cpu")) and stop.received == number
+        assert stop.received_on_any_rank(torch.device("cpu")) and stop.received == number
     assert signal.getsignal(number) is before, "the process has its own handlers back"
 
 

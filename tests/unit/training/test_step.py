@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -53,7 +54,7 @@ def test_constant_rate_after_a_warm_up_without_a_zero_step():
 def test_falling_rates_end_at_the_minimum(schedule):
     rates = _rates(OptimConfig(lr=1.0, min_lr=0.1, warmup_steps=2, lr_schedule=schedule), max_steps=10)
     assert rates[1] == pytest.approx(1.0) and rates[-1] == pytest.approx(0.1)
-    assert all(earlier > later for earlier, later in zip(rates[1:], rates[2:], strict=False))
+    assert all(earlier > later for earlier, later in pairwise(rates[1:]))
     middle = rates[5]  # halfway between the peak at step 2 and the end at step 10
     assert middle == pytest.approx(0.55)
 

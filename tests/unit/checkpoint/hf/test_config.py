@@ -1,4 +1,5 @@
-"""config.json: read into numbers, refused where it means other maths, and written so that transformers 4 and 5 read it alike."""
+"""config.json: converted into an architecture, rejected for unsupported computations, and written so that transformers 4 and 5 load it
+identically."""
 
 from __future__ import annotations
 
@@ -97,7 +98,7 @@ def test_mistral_without_a_window_is_the_same_maths():
         ({"mlp_bias": True}, ["mlp_bias=True", "only False"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config", "only None"]),
         ({"layer_types": ["full_attention", "sliding_attention"]}, ["sliding_attention", "layer_types"]),
-        ({"attention_multiplier": 0.1}, ["attention_multiplier=0.1", "not known here", "delete it"]),
+        ({"attention_multiplier": 0.1}, ["attention_multiplier=0.1", "an unknown field", "delete it"]),
         ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "only 'silu'"]),
         ({"pretraining_tp": 2}, ["pretraining_tp=2", "only 1"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5", "only 1.0"]),
@@ -125,7 +126,7 @@ def test_a_missing_field_is_named(name):
 
 
 def test_read_hf_config(tmp_path):
-    with pytest.raises(CheckpointError, match="nowhere: no config.json there.*model.hf_path.*huggingface-cli"):
+    with pytest.raises(CheckpointError, match="nowhere: no config.json in this directory.*model.hf_path.*huggingface-cli"):
         read_hf_config(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text('{"a": ')
     with pytest.raises(CheckpointError, match="config.json is not JSON"):
@@ -143,8 +144,8 @@ class TestExtended:
         assert config["rope_scaling"] == {"rope_type": "linear", "type": "linear", "factor": 8.0}
         assert config["torch_dtype"] == "bfloat16"
         changed = ("max_position_embeddings", "rope_theta", "rope_scaling", "torch_dtype")
-        assert without(config, *changed) == without(LLAMA_3_8B, *changed), "everything else stays the base's"
-        assert base == LLAMA_3_8B, "the base's own is not written into"
+        assert without(config, *changed) == without(LLAMA_3_8B, *changed), "all other fields are unchanged"
+        assert base == LLAMA_3_8B, "the base config is not modified"
 
     def test_window_is_an_integer_whatever_comes_in(self):
         config = extended_hf_config(LLAMA_3_8B, ROPE, target_context_length=np.int64(65536), dtype="bfloat16")
@@ -194,7 +195,7 @@ def test_other_maths_of_a_family_is_refused(family, changes, words):
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
 def test_every_field_that_the_installed_transformers_knows_is_understood(model_type):
-    """A field that a later transformers adds shows up here and has to be thought about."""
+    """Fails if a later version of transformers adds a field, which must then be classified."""
     config = AutoConfig.for_model(model_type)
     fields = config.to_dict() | {"architectures": [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]}
     architecture = architecture_from_hf(fields | ({"sliding_window": None} if model_type == "mistral" else {}))
@@ -208,13 +209,13 @@ def test_every_field_that_the_installed_transformers_knows_is_understood(model_t
         ({"is_causal": False}, "is_causal=False"),
         ({"rope_interleaved": True}, "rope_interleaved=True"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false'"),
-        ({"num_attention_heads": 0}, "wrong kind|at least 1"),
-        ({"num_hidden_layers": "four"}, "wrong kind"),
-        ({"hidden_size": None}, "wrong kind"),
+        ({"num_attention_heads": 0}, "wrong type|at least 1"),
+        ({"num_hidden_layers": "four"}, "wrong type"),
+        ({"hidden_size": None}, "wrong type"),
         ({"rope_theta": None}, "rope_theta=null"),
         ({"rope_scaling": "linear"}, "rope_scaling='linear'"),
-        ({"rope_scaling": {"type": "linear", "factor": "x"}}, "wrong kind"),
-        ({"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}, "twice and differently"),
+        ({"rope_scaling": {"type": "linear", "factor": "x"}}, "wrong type"),
+        ({"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}, "two different RoPE descriptions"),
     ],
 )
 def test_fields_of_the_wrong_kind_are_refused(changes, words):

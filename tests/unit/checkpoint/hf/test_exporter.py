@@ -1,4 +1,4 @@
-"""Export and its verification: what is written is the model, and no change to it goes unnoticed."""
+"""Export and its verification: the export equals the model, and verification detects every change to it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class TestExport:
         before, after = tensors_of(base), tensors_of(out)
         assert set(before) == set(after)
         assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in before)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"], "nothing half-written is left"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"], "no partial files are left"
 
     @pytest.mark.parametrize("precision", ["fp32", "bf16"])
     @pytest.mark.parametrize("name", MODELS)
@@ -74,7 +74,7 @@ class TestExport:
         second = export(load_model(first, precision=precision), first, tmp_path / "second")
         assert sorted(path.name for path in first.iterdir()) == sorted(path.name for path in second.iterdir())
         for path in first.iterdir():
-            if path.name not in (PROVENANCE_FILE, MODEL_CARD):  # they name the base, which is another
+            if path.name not in (PROVENANCE_FILE, MODEL_CARD):  # they name the base, which differs
                 assert path.read_bytes() == (second / path.name).read_bytes(), path.name
         assert json.loads((first / "config.json").read_text())["torch_dtype"] == {"fp32": "float32", "bf16": "bfloat16"}[precision]
 
@@ -101,7 +101,7 @@ class TestExport:
             one, other = (AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (single, sharded))
         assert torch.equal(one, other)
 
-    def test_companions(self, tiny_model_dir, tmp_path):
+    def test_auxiliary_files(self, tiny_model_dir, tmp_path):
         base = copy_model(tiny_model_dir, tmp_path / "base")
         (base / "LICENSE").write_text("terms")
         (base / "pytorch_model.bin").write_bytes(b"old weights")
@@ -113,8 +113,9 @@ class TestExport:
             *("model.safetensors", "tokenizer.json", "tokenizer_config.json"),
         ]
         assert (out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
-        told = json.loads((out / PROVENANCE_FILE).read_text())
-        assert told["method"] == "endprompt" and told["target_context_length"] == WINDOW and told["original_context_length"] == 128
+        provenance = json.loads((out / PROVENANCE_FILE).read_text())
+        assert provenance["method"] == "endprompt"
+        assert provenance["target_context_length"] == WINDOW and provenance["original_context_length"] == 128
         card = (out / MODEL_CARD).read_text()
         assert "extended to 256 positions" in card and "Nothing was measured" in card
         before, after = (json.loads((path / "tokenizer_config.json").read_text()) for path in (base, out))
@@ -136,8 +137,8 @@ class TestExport:
             get_logger().propagate = False
         assert {"chat_template.jinja", "LICENSE.txt"} <= {path.name for path in out.iterdir()}
         assert not {"adapter_config.json", "trainer_state.json", "modeling_custom.py", "notes.txt"} & {path.name for path in out.iterdir()}
-        (said,) = {record.getMessage() for record in caplog.records if "not copied" in record.getMessage()}
-        assert all(name in said for name in ("adapter_config.json", "modeling_custom.py", "notes.txt", "trainer_state.json"))
+        (message,) = {record.getMessage() for record in caplog.records if "not copied" in record.getMessage()}
+        assert all(name in message for name in ("adapter_config.json", "modeling_custom.py", "notes.txt", "trainer_state.json"))
         AutoModelForCausalLM.from_pretrained(out)
 
     @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ class TestExport:
         destination.mkdir()
         for name, text in content.items():
             (destination / name).write_text(text)
-        with pytest.raises(CheckpointError, match="is no export of this tool.*another output_dir"):
+        with pytest.raises(CheckpointError, match="is not an export of this tool.*another output_dir"):
             export(load_model(tiny_model_dir), tiny_model_dir, destination)
         assert {path.name: path.read_text() for path in destination.iterdir()} == content
 
@@ -183,12 +184,12 @@ class TestExport:
         verify(model, tiny_model_dir, out)
 
     def test_transformers_sees_what_megatron_sees(self, untied_model_dir, tmp_path):
-        """The trained model, opened by transformers, at positions all over the stretched window."""
+        """The trained model, opened by transformers, at positions across the extended window."""
         model = load_model(untied_model_dir, factor=2.0)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
-            model.output_layer.weight[300:] = 5.0  # what stands in padding rows must not leave
+            model.output_layer.weight[300:] = 5.0  # values of padding rows must not be exported
         theirs = load_transformers_model(export(model, untied_model_dir, tmp_path / "hf"))
         tokens = tokens_of(40, batch=2)
         for positions in probe_positions(40, WINDOW).values():
@@ -227,7 +228,7 @@ def _last_bit(tensor: torch.Tensor) -> None:
 
 LAYER = "model.layers.1."
 LINEAR = {"rope_type": "linear", "type": "linear"}
-# mutation -> (what is done to the export, the check that must fail)
+# mutation -> (change to the export, check that must fail)
 MUTATIONS: dict[str, tuple[Callable[[Path], None], str]] = {
     "one element's last bit": (_tensor(LAYER + "mlp.down_proj.weight", _last_bit), "decoder.layers.1.mlp.linear_fc2.weight"),
     "one element of a norm": (_tensor("model.norm.weight", lambda x: x + torch.eye(64)[3]), "decoder.final_layernorm.weight"),
@@ -309,7 +310,7 @@ class TestVerify:
             verify(exported[0], exported[1], changed)
 
     def test_another_norm_epsilon_is_found(self, exported, tmp_path):
-        """transformers believes the config, so both sides must not read it from there."""
+        """transformers uses the config, so the Megatron side must not read it too."""
         changed = copy_model(exported[2], tmp_path / "changed")
         edit_config(changed, rms_norm_eps=1e-2)
         assert any("norm_epsilon" in line for line in self.failures(exported, changed))

@@ -1,4 +1,4 @@
-"""The same weights in another place, and others in the same place."""
+"""Equal for the same weights at another path, different for other weights at the same path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading a model directory: one file or many, and every way in which it can be damaged or not belong together."""
+"""Loading a model directory: one file or many, and errors for damaged or inconsistent directories."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ LAYER = "model.layers.0."
 Change = Callable[[dict[str, torch.Tensor]], None]
 
 
-@pytest.fixture()
+@pytest.fixture
 def broken(tiny_model_dir: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
     return copy_model(tiny_model_dir, tmp_path / "broken")
 
 
 def cut_into_shards(hf_path: Path, count: int) -> list[Path]:
-    """Replace model.safetensors by `count` shards with an index, as the hub has them."""
+    """Replace model.safetensors by `count` shards with an index, as on the hub."""
     tensors = load_file(hf_path / "model.safetensors")
     (hf_path / "model.safetensors").unlink()
     files = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
@@ -41,7 +41,7 @@ def cut_into_shards(hf_path: Path, count: int) -> list[Path]:
 
 
 def refuse_both(hf_path: Path, architecture, *words: str) -> None:
-    """The check before training and the load itself both say so."""
+    """The check before training and the load both raise this error."""
     for attempt in (check_hf_weights, _load):
         with pytest.raises(CheckpointError) as caught:
             attempt(hf_path, architecture)
@@ -93,12 +93,12 @@ class TestDamage:
     def test_a_truncated_file(self, broken, tiny_model_dir, kept):
         path = broken / "model.safetensors"
         path.write_bytes(path.read_bytes()[:kept])
-        refuse_both(broken, architecture_of(tiny_model_dir), str(path), "damaged or cut short", f"{path.stat().st_size} bytes")
+        refuse_both(broken, architecture_of(tiny_model_dir), str(path), "damaged or truncated", f"{path.stat().st_size} bytes")
 
     def test_a_truncated_shard(self, broken):
         shard = cut_into_shards(broken, 2)[1]
         shard.write_bytes(shard.read_bytes()[:-8])
-        refuse_both(broken, architecture_of(broken), str(shard), "damaged or cut short")
+        refuse_both(broken, architecture_of(broken), str(shard), "damaged or truncated")
 
     def test_a_missing_shard(self, broken):
         cut_into_shards(broken, 3)[1].unlink()
@@ -114,11 +114,11 @@ class TestDamage:
     def test_no_weights_at_all(self, broken):
         (broken / "model.safetensors").unlink()
         (broken / "pytorch_model.bin").write_bytes(b"pickle")
-        refuse_both(broken, architecture_of(broken), "neither model.safetensors nor", "Only safetensors are read")
+        refuse_both(broken, architecture_of(broken), "neither model.safetensors nor", "Only safetensors are supported")
 
     def test_no_config(self, broken):
         (broken / "config.json").unlink()
-        with pytest.raises(CheckpointError, match="no config.json there"):
+        with pytest.raises(CheckpointError, match="no config.json in this directory"):
             architecture_of(broken)
 
     @pytest.mark.parametrize("text", ['{"weight_map": {', "{}"])
@@ -135,11 +135,11 @@ class TestTensorsThatDoNotBelong:
 
     def test_leftover_tensors(self, broken):
         edit_tensors(broken, lambda tensors: tensors.update({LAYER + "self_attn.q_proj.bias": torch.zeros(64)}))
-        refuse_both(broken, architecture_of(broken), "1 tensors have no place", LAYER + "self_attn.q_proj.bias", "of 2 layers")
+        refuse_both(broken, architecture_of(broken), "1 tensors are not part of", LAYER + "self_attn.q_proj.bias", "of 2 layers")
 
     def test_a_config_of_fewer_layers(self, broken):
         edit_config(broken, num_hidden_layers=1)
-        refuse_both(broken, architecture_of(broken), "9 tensors have no place", "model.layers.1.", "of 1 layers")
+        refuse_both(broken, architecture_of(broken), "9 tensors are not part of", "model.layers.1.", "of 1 layers")
 
     def test_a_config_of_more_layers(self, broken):
         edit_config(broken, num_hidden_layers=3)
@@ -228,7 +228,7 @@ class TestWrongShapes:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_refused_with_tensor_and_file(broken, value):
-    """Not as bad samples of the training that follows."""
+    """The load fails, instead of a later training step."""
     architecture = architecture_of(broken)
     edit_tensors(broken, lambda tensors: tensors[LAYER + "mlp.up_proj.weight"][3].fill_(value))
     with pytest.raises(CheckpointError, match=rf"64 values that are NaN or infinite: .*{LAYER}mlp.up_proj.weight in .*model.safetensors"):

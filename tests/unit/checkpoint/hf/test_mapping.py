@@ -1,4 +1,5 @@
-"""The table between Hugging Face and Megatron tensors: every layout by hand and there and back, for one and two tensor-parallel ranks."""
+"""The table of Hugging Face and Megatron tensors: hand-worked cases and round trips of every layout, for one and two tensor-parallel
+ranks."""
 
 from __future__ import annotations
 
@@ -9,13 +10,13 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from endprompt_megatron.checkpoint.hf.mapping import FUSED_NAMES, Binding, bindings, name_apart
+from endprompt_megatron.checkpoint.hf.mapping import FUSED_NAMES, Binding, bindings, unfused_name
 from endprompt_megatron.planning.architecture import ModelArchitecture
 from tests.support.tiny import architecture_of, load_model
 
 
 def architecture(**changes: object) -> ModelArchitecture:
-    """Numbers small enough to write tensors down: head dim 1, hidden size 1 unless said otherwise."""
+    """Sizes small enough for hand-written tensors: head dim 1, and hidden size 1 by default."""
     numbers = dict(
         num_layers=1,
         hidden_size=1,
@@ -153,7 +154,7 @@ def test_order_is_embedding_layers_norm_output():
 
 @pytest.mark.parametrize("changes", [{}, {"tied_embeddings": True}, {"qkv_bias": True}, {"qk_norm": True}])
 def test_names_of_transformer_engines_layers_lead_back_to_the_table(changes):
-    """As a model of megatron-core 0.19 over Transformer Engine 2.20 names its parameters."""
+    """Parameter names of a model of megatron-core 0.19 with Transformer Engine 2.20."""
     arch = architecture(num_layers=12, **changes)
     per_layer = [
         "self_attention.linear_proj.weight", "self_attention.linear_qkv.layer_norm_weight", "self_attention.linear_qkv.weight",
@@ -167,5 +168,5 @@ def test_names_of_transformer_engines_layers_lead_back_to_the_table(changes):
         *([] if arch.tied_embeddings else ["output_layer.weight"]),
     ]
     names += [f"decoder.layers.{layer}.{name}" for layer in range(12) for name in per_layer]
-    assert sorted(map(name_apart, names)) == sorted(binding.megatron for binding in bindings(arch))
-    assert all(name_apart(f"decoder.layers.10.{fused}") == f"decoder.layers.10.{apart}" for apart, fused in FUSED_NAMES.items())
+    assert sorted(map(unfused_name, names)) == sorted(binding.megatron for binding in bindings(arch))
+    assert all(unfused_name(f"decoder.layers.10.{fused}") == f"decoder.layers.10.{apart}" for apart, fused in FUSED_NAMES.items())

@@ -1,4 +1,4 @@
-"""The adapter's directory, opened by peft on transformers' base, against the merged export and against the model that trained."""
+"""The adapter directory, loaded by peft onto the base in transformers, against the merged export and against the trained model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LORA = AdapterConfig("lora", rank=4)
 
 
 def trained_model(hf_path: Path, adapter: AdapterConfig, *, seed: int = 0, **options: object) -> EndPromptGPTModel:
-    """The directory, stretched by 2, with everything that trains moved somewhere else."""
+    """Load the model with adapters, its window extended by 2, and change all trainable parameters at random."""
     model = load_model(hf_path, factor=2.0, adapter=adapter, **options)
     generator = torch.Generator().manual_seed(seed)
     real = architecture_of(hf_path).vocab_size
@@ -60,7 +60,7 @@ def export_adapter(model: EndPromptGPTModel, base: Path, destination: Path, adap
 
 
 def open_with_peft(base: Path, exported: Path, adapter: Path) -> peft.PeftModel:
-    """As the adapter's README says."""
+    """Load the adapter as its README describes."""
     config = AutoConfig.from_pretrained(exported)
     model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=torch.float32, attn_implementation="sdpa")
     return peft.PeftModel.from_pretrained(model, adapter).eval()
@@ -97,7 +97,7 @@ def test_peft_merged_export_and_training_model_are_one_model(name, case, request
     }
     print(f"\n{name}, {case}: {differences}")
     assert differences["merged"] <= 1e-5 and differences["peft"] <= 1e-5
-    assert differences["base"] > 1e-2, "else training did nothing"
+    assert differences["base"] > 1e-2, "otherwise training changed nothing"
 
 
 def test_qwen3_norms_of_each_head_and_its_own_head_size(tmp_path):
@@ -151,5 +151,5 @@ def test_an_earlier_adapter_is_replaced_and_other_things_are_not(tiny_model_dir,
     assert not any(torch.equal(first[name], second[name]) for name in first)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     (tmp_path / "notes").mkdir()
-    with pytest.raises(CheckpointError, match="no adapter of this tool"):
+    with pytest.raises(CheckpointError, match="is not an adapter of this tool"):
         export_adapter(model, tiny_model_dir, tmp_path / "notes")

@@ -1,4 +1,4 @@
-"""Where a model's texts end, as transformers' generate sees it."""
+"""The end-of-text ids of a model, as used by transformers' generate."""
 
 from __future__ import annotations
 

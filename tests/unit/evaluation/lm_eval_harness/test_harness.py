@@ -171,7 +171,7 @@ def test_one_bos_stands_before_a_prompt_or_none(tiny_model_dir):
     assert lm.model.config._attn_implementation == "sdpa"
 
 
-def test_a_tokenizer_that_gives_other_than_one_bos_is_told(tiny_model_dir, monkeypatch):
+def test_a_tokenizer_that_gives_other_than_one_bos_is_refused(tiny_model_dir, monkeypatch):
     monkeypatch.setattr(HFLM, "tok_encode", lambda self, text, **options: [self.tokenizer.bos_token_id] * 2 + [5])
-    with pytest.raises(DataError, match="1 BOS tokens belong before a prompt, and 2 are there"):
+    with pytest.raises(DataError, match="a prompt needs 1 BOS tokens, and 2 were found"):
         _hf(tiny_model_dir)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from endprompt_megatron.errors import DataError
-from endprompt_megatron.evaluation.ruler.offline import load_model
 from endprompt_megatron.evaluation.suite import EvaluateConfig, SourcesConfig, SuiteConfig
 from endprompt_megatron.evaluation.tasks import TASKS
+from endprompt_megatron.inference.load import load_model
 from endprompt_megatron.model import backends
 from tests.support.run_recipe import ROOT
 
@@ -171,7 +171,7 @@ def test_long_prompts_lose_their_beginning_as_with_transformers(short):
 def test_what_cannot_be_is_refused(short):
     _, megatron = short
     for settings in ({"do_sample": True, "temperature": 1.0}, {"num_beams": 4}, {"repetition_penalty": 1.5}):
-        with pytest.raises(DataError, match="decodes greedily alone. Set backend=hf"):
+        with pytest.raises(DataError, match="supports greedy decoding only. Set backend=hf"):
             _ask(megatron, "generate_until", (TEXTS[0], settings | {"max_gen_toks": 4}))
     with pytest.raises(DataError, match="64 tokens to generate leave no room in the window of 64"):
         _ask(megatron, "generate_until", (TEXTS[0], {"max_gen_toks": 64}))

@@ -81,12 +81,12 @@ def test_regions_are_those_that_training_shows():
     assert regions == {"near": (0, 235), "gap": (236, 1792), "anchor": (1793, 2047)}
     coverage = coverage_of("endprompt", SampleLayout(236, 20, 2048))
     assert coverage.gaps == [regions["gap"]]
-    with pytest.raises(ConfigError, match="show every distance of a window of 600"):
+    with pytest.raises(ConfigError, match="cover every distance of a window of 600"):
         regions_of_endprompt(400, 40, target_context_length=600)
 
 
 def test_what_cannot_be_probed_is_refused():
-    with pytest.raises(ConfigError, match="none within anchor, distances 1793 to 2047. Probe at the target length 2048"):
+    with pytest.raises(ConfigError, match="none within anchor, distances 1793 to 2047. Use the target length 2048"):
         _make(length=1024)
     with pytest.raises(ConfigError, match="none within near, distances 0 to 29"):
         _make(num_context_tokens=30)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from endprompt_megatron.config.validation import LONG_TEXT_TASKS
+from endprompt_megatron.config.probe_rules import LONG_TEXT_TASKS
 from endprompt_megatron.errors import DataError
 from endprompt_megatron.evaluation.probes.long_text import MOST_FACTS, make_long_texts, read_long_texts
 from endprompt_megatron.model import sdpa

@@ -198,7 +198,7 @@ def test_sliding_windows_score_each_token_once_with_all_the_context_they_promise
 class TestStoredResults:
     """What a run finds in its directory when it starts again."""
 
-    @pytest.fixture()
+    @pytest.fixture
     def probes(self):
         return Probes([], np.zeros((1, 32), dtype=np.int64), ProbesConfig(lengths=[32]), 1)
 
@@ -226,8 +226,8 @@ class TestStoredResults:
         base.mkdir()
         (base / "model.safetensors").write_bytes(b"weights")
         asked = []
-        real = results._ask
-        monkeypatch.setattr(results, "_ask", lambda *arguments: asked.append(1) or real(*arguments))
+        real = results._measure
+        monkeypatch.setattr(results, "_measure", lambda *arguments: asked.append(1) or real(*arguments))
 
         def probe(run: str, label: str, questions=probes):
             options = dict(device=torch.device("cpu"), cache=tmp_path / run / "base.json", kept_beside=base)

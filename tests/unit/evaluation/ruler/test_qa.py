@@ -10,7 +10,7 @@ import pytest
 
 from endprompt_megatron.errors import ConfigError, DataError
 from endprompt_megatron.evaluation.ruler.qa import make_qa_samples, read_questions
-from endprompt_megatron.evaluation.ruler.tasks import score
+from endprompt_megatron.evaluation.ruler.samples import score
 
 
 def words(text: str) -> list[int]:
@@ -113,7 +113,7 @@ def test_what_cannot_be_is_refused(tmp_path, squad):
     (tmp_path / "empty.json").write_text("[]")
     with pytest.raises(DataError, match="holds no question"):
         read_questions("qa_hotpotqa", tmp_path / "empty.json")
-    with pytest.raises(DataError, match="15 of 15 questions fit with their documents, 16 are wanted"):
+    with pytest.raises(DataError, match="15 of 15 questions fit with their documents, 16 are needed"):
         make_qa_samples(words, squad, length=512, count=16)
     with pytest.raises(DataError, match="0 of 15 questions fit"):
         make_qa_samples(words, squad, length=100, count=1)

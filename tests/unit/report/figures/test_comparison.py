@@ -22,12 +22,12 @@ def figures(monkeypatch):
     plt.close("all")
 
 
-def groups_of(tmp_path, *labels: str, told: tuple[str, ...] = ()) -> dict:
-    """A run a label; those of `told` have records that tell the distance."""
+def groups_of(tmp_path, *labels: str, with_distance: tuple[str, ...] = ()) -> dict:
+    """One run per label; those in `with_distance` have records with the distance."""
     groups = {}
     for gain, label in enumerate(labels):
         directory = write_run(tmp_path / label, method=label, seed=1, gain=float(gain))
-        if label in told:
+        if label in with_distance:
             evaluation = json.loads((directory / "evaluation.json").read_text())
             for length, figures in evaluation["systems"]["trained"]["needle"].items():
                 for record in figures["records"]:
@@ -38,7 +38,7 @@ def groups_of(tmp_path, *labels: str, told: tuple[str, ...] = ()) -> dict:
 
 
 def test_a_run_that_tells_distances_is_paired_with_one_that_does_not(tmp_path, figures):
-    groups = groups_of(tmp_path, "control_short_pi", "endprompt", "longlora", told=("longlora",))
+    groups = groups_of(tmp_path, "control_short_pi", "endprompt", "longlora", with_distance=("longlora",))
     plot_scores_by_distance(tmp_path / "d.png", groups, reference="control_short_pi")
     absolute, relative = figures[0].axes[:2]
     drawn = {container.get_label(): container.lines[0] for container in relative.containers}

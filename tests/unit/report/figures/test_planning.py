@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from endprompt_megatron.planning.flops import ModelShape
+from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.planning.layout_search import ClusterRequest, compare_lengths
 from endprompt_megatron.report.figures.planning import plot_lengths
 
 NODE = ClusterRequest(
-    shape=ModelShape(32, 4096, 14336, 32, 8, 128, 128256, tied_embeddings=False), num_gpus=8, gpus_per_node=8, hardware="H100-80GB",
+    architecture=ModelArchitecture(32, 4096, 14336, 32, 8, 128, 128256, 8192, 500000.0, 1e-5, tied_embeddings=False), num_gpus=8, gpus_per_node=8, hardware="H100-80GB",
     precision="bf16", seq_length=8192, global_batch_size=64,
 )  # fmt: skip
 VERMILLION = (0xD5, 0x5E, 0x00)

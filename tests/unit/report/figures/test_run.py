@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def test_systems_with_names_of_their_own_are_told_apart(tmp_path, monkeypatch):
+def test_systems_with_other_names_have_different_styles(tmp_path, monkeypatch):
     from endprompt_megatron.report.figures import run
 
     drawn = []

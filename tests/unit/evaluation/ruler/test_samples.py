@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from endprompt_megatron.errors import ConfigError, DataError
-from endprompt_megatron.evaluation.ruler.tasks import TASKS, make_samples, score, string_match_all, string_match_part
+from endprompt_megatron.evaluation.ruler.samples import FORMS, make_samples, score, string_match_all, string_match_part
 from endprompt_megatron.evaluation.ruler.words import ADJECTIVES, NOUNS, VERBS, WORDS
 
-NEEDLE_TASKS = [name for name in TASKS if name.startswith("niah")]
+NEEDLE_TASKS = [name for name in FORMS if name.startswith("niah")]
 PROSE = [
     "It was a quiet morning in the valley. The miller, who had slept badly, opened his window; nobody passed. Was it Sunday? He could not say.",
     "Later that year they built a second bridge! It was longer than the first one and stood on seven arches of grey stone.",
@@ -48,7 +48,7 @@ def _coded_words(prompt: str) -> list[str]:
     return prompt.partition("most frequent ones. ")[2].partition("\nQuestion:")[0].split()
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", FORMS)
 @given(length=st.integers(600, 5000), seed=st.integers(0, 2**31), with_text=st.booleans())
 @settings(max_examples=12)
 def test_samples_fill_their_length_and_can_be_answered(task, length, seed, with_text):
@@ -67,7 +67,7 @@ def test_samples_fill_their_length_and_can_be_answered(task, length, seed, with_
             assert len(pieces(" ".join(("", *references)))) <= sample.max_new_tokens
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", FORMS)
 @pytest.mark.parametrize("length", [512, 1024, 4096, 16384])
 def test_every_task_works_from_512_tokens_up(task, length):
     """Or says what it would take: never hangs, never overflows."""
@@ -75,13 +75,13 @@ def test_every_task_works_from_512_tokens_up(task, length):
         (sample,) = _samples(task, length, count=1)
     except DataError as error:
         assert length == 512 and task == "common_words"
-        assert 512 < int(re.search(r"to generate take (\d+)", str(error))[1]) < 600
+        assert 512 < int(re.search(r"to generate take (\d+)", str(error))[1]) < 600  # noqa: PT017 # most arguments raise nothing
     else:
         assert len(pieces(sample.prompt)) + sample.max_new_tokens <= length
 
 
 def test_samples_are_a_pure_function_of_the_arguments():
-    for task in TASKS:
+    for task in FORMS:
         arguments = dict(task=task, length=1100, count=3, seed=5)
         made = make_samples(pieces, **arguments)
         assert made == make_samples(pieces, **arguments)
@@ -103,11 +103,11 @@ def test_needles_of_the_keys_that_are_asked_for_and_of_no_other(task, with_text)
         assert sorted(value for key, value in needles if key in asked) == sorted(sample.references)
         assert len({value for _, value in needles}) == len(needles)
         assert len({key for key, _ in needles}) == len(needles) - (3 if task == "niah_multivalue" else 0)
-        assert len(needles) == hidden if TASKS[task].made_of is None else len(needles) > 10
+        assert len(needles) == hidden if FORMS[task].made_of is None else len(needles) > 10
         assert len(asked) == (4 if task == "niah_multiquery" else 1)
         assert sample.prompt.count(sample.references[0]) == 1  # the question does not hold the answer
         assert all(key in sample.prompt.rpartition("Answer:")[2] for key in asked)
-        assert sample.haystack == (TASKS[task].made_of or ("prose, repeated" if with_text else "noise"))
+        assert sample.haystack == (FORMS[task].made_of or ("prose, repeated" if with_text else "noise"))
 
 
 @pytest.mark.parametrize("task", ["niah_single", "niah_multikey", "niah_single_uuid", "niah_multikey_needles"])
@@ -136,7 +136,7 @@ def test_facts_in_prose_stand_between_sentences():
 def test_a_text_that_is_long_enough_is_not_called_repeated():
     (sample,) = _samples("niah_single", 1024, count=1, text=("addresses", PROSE * 20))
     assert sample.haystack == "addresses"
-    with pytest.raises(DataError, match="'nothing' holds no words"):
+    with pytest.raises(DataError, match="'nothing' contains no words"):
         _samples("niah_single", 1024, text=("nothing", [" \n"]))
 
 
@@ -186,11 +186,11 @@ def test_the_three_most_frequent_coded_words():
 def test_what_cannot_be_is_refused():
     with pytest.raises(ConfigError, match="task 'niah': choose from niah_single"):
         _samples("niah", 1024)
-    with pytest.raises(ConfigError, match="begin at 512"):
+    with pytest.raises(ConfigError, match="the shortest length is 512"):
         _samples("niah_single", 511)
     with pytest.raises(DataError, match="its smallest prompt and 128 tokens to generate take"):
         make_samples(list, task="niah_multiquery", length=512, count=1)  # one token a character
-    with pytest.raises(DataError, match="does not count words"):
+    with pytest.raises(DataError, match="Check the tokenizer"):
         make_samples(lambda text: [0] * 5, task="niah_single", length=512, count=1)
 
 

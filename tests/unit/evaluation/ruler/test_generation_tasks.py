@@ -1,4 +1,4 @@
-"""RULER's forms put to a model on Megatron-Core: what it is given and what it writes, against transformers."""
+"""Suite ruler_offline on Megatron-Core: prompts and outputs, against transformers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from endprompt_megatron.config.schema import ParallelConfig
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.evaluation.ruler.offline import MegatronProbes, load_model
-from endprompt_megatron.evaluation.ruler.tasks import make_samples
+from endprompt_megatron.evaluation.ruler.generation_tasks import GenerationTasks
+from endprompt_megatron.evaluation.ruler.samples import make_samples
 from endprompt_megatron.evaluation.suite import EvaluateConfig, SuiteConfig
-from endprompt_megatron.evaluation.tasks import TASKS as KNOWN
+from endprompt_megatron.evaluation.tasks import TASKS
+from endprompt_megatron.inference.load import load_model
 from endprompt_megatron.model import backends
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -19,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def config_of(model_dir, tmp_path, **changes) -> EvaluateConfig:
-    suite = {"name": "probes", "tasks": ["probes"], "lengths": [4096], "samples": 1} | changes.pop("suite", {})
+    suite = {"name": "ruler_offline", "tasks": ["ruler_offline"], "lengths": [4096], "samples": 1} | changes.pop("suite", {})
     changes = {"backend": "megatron", "dtype": "float32", "output_dir": str(tmp_path)} | changes
     return EvaluateConfig(model=str(model_dir), suite=SuiteConfig(**suite), **changes)
 
@@ -28,7 +29,7 @@ def test_prompts_and_answers_are_those_of_transformers(tiny_model_dir, tmp_path)
     """The same prompt, token for token, and the same greedy text as transformers' generate."""
     config = config_of(tiny_model_dir, tmp_path, suite={"lengths": [1024]})
     model = load_model(tiny_model_dir, precision="fp32", backend=backends.resolve("torch"), device=CPU)
-    (found,) = MegatronProbes(config, model, device=CPU).run(KNOWN["probe_variable_tracking"], length=1024, label="t")
+    (found,) = GenerationTasks(config, model, device=CPU).run(TASKS["offline_variable_tracking"], length=1024, label="t")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     (sample,) = make_samples(
         lambda text: tokenizer(text, add_special_tokens=False)["input_ids"], task="variable_tracking", length=1024, count=1
@@ -54,6 +55,6 @@ def test_settings_that_built_in_tasks_cannot_have_are_refused_or_named(tiny_mode
     config = config_of(tiny_model_dir, tmp_path, batch_size=4)
     config.validate()
     assert config.ignored() == ["batch_size=4 is ignored: these tasks run on Megatron-Core"]
-    mixed = config_of(tiny_model_dir, tmp_path, suite={"tasks": ["probes", "ruler"], "apply_chat_template": True})
+    mixed = config_of(tiny_model_dir, tmp_path, suite={"tasks": ["ruler_offline", "ruler"], "apply_chat_template": True})
     mixed.validate()
     assert "suite.apply_chat_template=true is for lm-eval's tasks: the built-in ones are raw prompts" in mixed.ignored()

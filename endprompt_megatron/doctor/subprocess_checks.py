@@ -1,5 +1,4 @@
-"""Questions put to other processes, so that a wheel that crashes on import, or a driver that hangs, is a finding and not the end of the
-examination."""
+"""Checks that run in a subprocess, so that a package that crashes on import or a driver that hangs only fails its own check."""
 
 from __future__ import annotations
 
@@ -15,13 +14,13 @@ _NO_ANSWER = "no answer"
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a process said.
+class ProcessResult:
+    """The output of a subprocess.
 
     Attributes:
-        values: the JSON object that a Python probe printed; empty for failures and for commands.
+        values: the JSON object printed by a Python check; empty for failures and for commands.
         text: standard output.
-        error: in a line, why there is none; "" for success.
+        error: one line that describes the failure; "" for success.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -30,33 +29,33 @@ class Answer:
 
     @property
     def timed_out(self) -> bool:
-        """Whether there was no answer in time."""
+        """Whether the process did not finish in time."""
         return self.error.startswith(_NO_ANSWER)
 
 
-def run_command(*command: str, timeout: float = _TIMEOUT_SECONDS) -> Answer:
-    """Run a program and return its output, or why it failed."""
+def run_command(*command: str, timeout: float = _TIMEOUT_SECONDS) -> ProcessResult:
+    """Run a program and return its output or its error."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
     except OSError as error:
-        return Answer(error=f"{command[0]} cannot be started: {error.strerror}")
+        return ProcessResult(error=f"{command[0]} cannot be started: {error.strerror}")
     except subprocess.TimeoutExpired:
-        return Answer(error=f"{_NO_ANSWER} within {timeout:g} s")
+        return ProcessResult(error=f"{_NO_ANSWER} within {timeout:g} s")
     if done.returncode < 0:
-        return Answer(text=done.stdout, error=f"it crashed with {signal.Signals(-done.returncode).name}")
+        return ProcessResult(text=done.stdout, error=f"it crashed with {signal.Signals(-done.returncode).name}")
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        return Answer(text=done.stdout, error=lines[-1].strip() if lines else f"exit status {done.returncode}")
-    return Answer(text=done.stdout)
+        return ProcessResult(text=done.stdout, error=lines[-1].strip() if lines else f"exit status {done.returncode}")
+    return ProcessResult(text=done.stdout)
 
 
-def run_python(code: str, *, timeout: float = _TIMEOUT_SECONDS) -> Answer:
-    """Run code in a fresh interpreter of this environment; its last line of output is a JSON object."""
-    # -P: the working directory's own folders (datasets/) must not be taken for packages
+def run_python(code: str, *, timeout: float = _TIMEOUT_SECONDS) -> ProcessResult:
+    """Run Python code in a new interpreter of this environment. The last line that the code prints must be a JSON object."""
+    # -P: folders of the working directory (datasets/) must not shadow packages
     answer = run_command(sys.executable, "-P", "-W", "ignore", "-c", code, timeout=timeout)
     if answer.error:
         return answer
-    return Answer(values=json.loads(answer.text.splitlines()[-1]), text=answer.text)
+    return ProcessResult(values=json.loads(answer.text.splitlines()[-1]), text=answer.text)
 
 
 TORCH = """
@@ -76,13 +75,13 @@ import json, megatron.core, megatron.core.dist_checkpointing, megatron.core.mode
 print(json.dumps({"version": megatron.core.__version__}))
 """
 
-# torch first, as in a run: it loads NCCL and cuDNN, which Transformer Engine's library then finds
+# import torch first, as a run does: it loads NCCL and cuDNN, which the library of Transformer Engine needs
 TRANSFORMER_ENGINE = """
 import json, torch, transformer_engine, transformer_engine.pytorch
 print(json.dumps({"version": transformer_engine.__version__}))
 """
 
-# Where it lies and what lies beside it, before anything of it is imported: the apex of PyPI would import a web framework.
+# Locates apex and its files without importing it: the package apex on PyPI would import a web framework.
 APEX_FILES = """
 import importlib.util, json, pathlib
 spec = importlib.util.find_spec("apex")

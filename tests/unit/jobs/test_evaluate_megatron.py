@@ -1,5 +1,5 @@
 """An evaluation on Megatron-Core from its settings to its files, by models that know everything or nothing. Apart from test_evaluate.py and
-test_offline.py because it starts Megatron-Core itself."""
+test_generation_tasks.py because it starts Megatron-Core itself."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 from endprompt_megatron.comparison.paired_evaluations import read_evaluation
 from endprompt_megatron.config.schema import TextSource
 from endprompt_megatron.errors import ConfigError
-from endprompt_megatron.evaluation.ruler import offline
-from endprompt_megatron.evaluation.ruler.tasks import QA_TASKS, TASKS
+from endprompt_megatron.evaluation.ruler import generation_tasks
+from endprompt_megatron.evaluation.ruler.samples import FORMS, QA_TASKS
 from endprompt_megatron.evaluation.suite import EvaluateConfig, PerplexityConfig, SourcesConfig, SuiteConfig
 from endprompt_megatron.jobs.evaluate import evaluate
 from endprompt_megatron.report.suite_comparison import write_suite_comparison
@@ -65,13 +65,13 @@ def asked(monkeypatch, tiny_model_dir):
         return [tokenizer(" ".join(answer), add_special_tokens=False)["input_ids"] if last["knows"] else [] for answer in answers]
 
     for name in ("make_samples", "make_qa_samples"):
-        monkeypatch.setattr(offline, name, remember(getattr(offline, name)))
-    monkeypatch.setattr(offline, "greedy_generate", write)
+        monkeypatch.setattr(generation_tasks, name, remember(getattr(generation_tasks, name)))
+    monkeypatch.setattr(generation_tasks, "greedy_generate", write)
     return last
 
 
 def _evaluate(model: Path, directory: Path, **suite) -> dict:
-    suite = SuiteConfig(**{"name": "probes", "tasks": ["probes"], "lengths": [8192], "samples": 1} | suite)
+    suite = SuiteConfig(**{"name": "ruler_offline", "tasks": ["ruler_offline"], "lengths": [8192], "samples": 1} | suite)
     config = EvaluateConfig(model=str(model), backend="megatron", dtype="float32", device="cpu", output_dir=str(directory), suite=suite)
     assert evaluate(config, command="c")
     return json.loads((directory / "results.json").read_text())
@@ -82,26 +82,26 @@ def test_who_knows_everything_gets_100_and_who_says_nothing_0(tiny_model_dir, tm
     """Of a question's accepted answers the last alone is enough."""
     asked["knows"] = knows
     results = _evaluate(tiny_model_dir, tmp_path / "out", sources=_sources(tmp_path, "squad", "hotpotqa"))
-    assert {entry["task"]: entry["score"] for entry in results["scores"]} == {f"probe_{task}": score for task in (*TASKS, *QA_TASKS)}
+    assert {entry["task"]: entry["score"] for entry in results["scores"]} == {f"offline_{task}": score for task in (*FORMS, *QA_TASKS)}
     assert results["not_run"] == [] and results["conditions"]["dtype"] == "float32"
-    assert f"| probe_niah_single | {score:.1f} | {score:.1f} |" in (tmp_path / "out" / "evaluation.md").read_text()
+    assert f"| offline_niah_single | {score:.1f} | {score:.1f} |" in (tmp_path / "out" / "evaluation.md").read_text()
     assert "of a question's accepted answers any one is enough" in (tmp_path / "out" / "evaluation.md").read_text()
 
 
 def test_tasks_without_their_data_are_named_with_the_way_out(tiny_model_dir, tmp_path, asked, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)  # with a network too: Megatron-Core's tasks fetch nothing
-    results = _evaluate(tiny_model_dir, tmp_path, tasks=["probe_frequent_words", "probe_qa_squad", "probe_qa_hotpotqa"])
-    assert [entry["task"] for entry in results["scores"]] == ["probe_frequent_words"]
+    results = _evaluate(tiny_model_dir, tmp_path, tasks=["offline_frequent_words", "offline_qa_squad", "offline_qa_hotpotqa"])
+    assert [entry["task"] for entry in results["scores"]] == ["offline_frequent_words"]
     reasons = {entry["task"]: entry["reason"] for entry in results["not_run"]}
-    assert "set suite.sources.squad to the file dev-v2.0.json" in reasons["probe_qa_squad"]
-    assert "set suite.sources.hotpotqa to the file hotpot_dev_distractor_v1.json" in reasons["probe_qa_hotpotqa"]
+    assert "set suite.sources.squad to the file dev-v2.0.json" in reasons["offline_qa_squad"]
+    assert "set suite.sources.hotpotqa to the file hotpot_dev_distractor_v1.json" in reasons["offline_qa_hotpotqa"]
 
 
 @pytest.mark.parametrize(("source", "mark"), [("haystack_stand_in", "stand-in haystack"), ("essays", "essays")])
 def test_local_prose_hides_the_facts_and_is_named(tiny_model_dir, tmp_path, asked, source, mark):
-    tasks = ["probe_niah_single", "probe_variable_tracking", "probe_common_words"]
+    tasks = ["offline_niah_single", "offline_variable_tracking", "offline_common_words"]
     results = _evaluate(tiny_model_dir, tmp_path / "out", tasks=tasks, sources=_sources(tmp_path, source))
-    named = [f"probe_niah_single ({mark})", f"probe_variable_tracking ({mark})", "probe_common_words"]  # the last is made of words
+    named = [f"offline_niah_single ({mark})", f"offline_variable_tracking ({mark})", "offline_common_words"]  # the last is made of words
     assert {entry["task"] for entry in results["scores"]} == set(named)
     assert all(entry["score"] == 100.0 for entry in results["scores"])
     assert PROSE[0] in asked["prompts"]["niah_single"] and "The grass is green." not in asked["prompts"]["niah_single"]
@@ -133,7 +133,7 @@ def test_another_held_out_text_of_the_same_name_is_asked_anew(tiny_model_dir, tm
     held_out.write_text(json.dumps({"text": PROSE[0] * 40}) + "\n")
     _evaluate(tiny_model_dir, tmp_path / "out", **asked)
     held_out.write_text(json.dumps({"text": PROSE[1] * 60}) + "\n")
-    with pytest.raises(ConfigError, match="asked under other conditions .*sources was"):
+    with pytest.raises(ConfigError, match="evaluated under other conditions .*sources was"):
         _evaluate(tiny_model_dir, tmp_path / "out", **asked)
 
 

@@ -1,0 +1,162 @@
+"""Rules of the parallel layout and of the batch that it divides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from endprompt_megatron.config.rule import Facts, Rule, next_multiple, one_of
+from endprompt_megatron.config.schema import ParallelConfig, RunConfig
+from endprompt_megatron.planning.architecture import ModelArchitecture
+
+_TENSOR = "parallel.tensor_model_parallel_size"
+_PIPELINE = "parallel.pipeline_model_parallel_size"
+_VIRTUAL = "parallel.virtual_pipeline_model_parallel_size"
+_CONTEXT = "parallel.context_parallel_size"
+_SIZES = (_TENSOR, _PIPELINE, _CONTEXT)
+_BATCH = ("trainer.micro_batch_size", "trainer.global_batch_size")
+
+
+def _has_ranks(facts: Facts) -> bool:
+    return facts.world_size >= 1
+
+
+def _has_sizes(facts: Facts) -> bool:
+    """Whether the other rules can divide by the sizes."""
+    return _has_ranks(facts) and all(facts.value(key) >= 1 for key in _SIZES)
+
+
+def _divides_ranks(facts: Facts) -> bool:
+    return _has_sizes(facts) and facts.world_size % facts.parallel.model_parallel_size == 0
+
+
+def _size(key: str) -> Rule:
+    return Rule((key,), lambda facts: _has_ranks(facts) and facts.value(key) < 1, lambda facts: f"{key}={facts.value(key)}: must be >= 1.")
+
+
+def _divides_heads(kind: str, count: Callable[[ModelArchitecture], int]) -> Rule:
+    def message(facts: Facts) -> str:
+        heads = count(facts.architecture)
+        divisors = [size for size in range(1, heads + 1) if heads % size == 0]
+        return f"{_TENSOR}={facts.value(_TENSOR)}: must divide the model's {heads} {kind}. Choose one of {divisors}."
+
+    return Rule((_TENSOR,), lambda facts: _has_sizes(facts) and count(facts.architecture) % facts.value(_TENSOR) != 0, message)
+
+
+def _virtual_is_unusable(facts: Facts) -> bool:
+    virtual = facts.value(_VIRTUAL)
+    return virtual is not None and (virtual < 1 or facts.value(_PIPELINE) == 1)
+
+
+def _batch_step(facts: Facts) -> int:
+    return facts.config.trainer.micro_batch_size * facts.config.data_parallel_size(facts.world_size)
+
+
+def _batch_is_uneven(facts: Facts) -> bool:
+    trainer = facts.config.trainer
+    return trainer.micro_batch_size < 1 or trainer.global_batch_size < 1 or trainer.global_batch_size % _batch_step(facts) != 0
+
+
+# what cuts the model; nothing about samples and batches
+CUT_RULES = (
+    *(_size(key) for key in _SIZES),
+    _divides_heads("attention heads", lambda architecture: architecture.num_attention_heads),
+    _divides_heads("KV heads", lambda architecture: architecture.num_query_groups),
+    Rule(
+        (_VIRTUAL, _PIPELINE),
+        lambda facts: _has_sizes(facts) and _virtual_is_unusable(facts),
+        lambda facts: f"{_VIRTUAL}={facts.value(_VIRTUAL)}: must be >= 1 and needs pipeline_model_parallel_size > 1. Set it to null.",
+    ),
+    Rule(
+        (_PIPELINE, _VIRTUAL),
+        lambda facts: (
+            _has_sizes(facts)
+            and not _virtual_is_unusable(facts)
+            and facts.architecture.num_layers % (facts.value(_PIPELINE) * (facts.value(_VIRTUAL) or 1)) != 0
+        ),
+        lambda facts: (
+            f"{_PIPELINE}={facts.value(_PIPELINE)} x virtual_pipeline_model_parallel_size={facts.value(_VIRTUAL)}: must divide the "
+            f"model's {facts.architecture.num_layers} layers."
+        ),
+    ),
+    Rule(
+        ("parallel.sequence_parallel", _TENSOR),
+        lambda facts: _has_sizes(facts) and facts.parallel.sequence_parallel and facts.value(_TENSOR) == 1,
+        lambda facts: "parallel.sequence_parallel=true with tensor_model_parallel_size=1: nothing to split. Set it to false.",
+    ),
+    Rule(
+        _SIZES,
+        lambda facts: _has_sizes(facts) and not _divides_ranks(facts),
+        lambda facts: (
+            f"world size {facts.world_size}: must be a multiple of TP x PP x CP = {' x '.join(str(facts.value(key)) for key in _SIZES)} = "
+            f"{facts.parallel.model_parallel_size}. Start that many processes, or set smaller sizes."
+        ),
+    ),
+)
+
+LAYOUT_RULES = (
+    Rule(
+        ("launch.num_nodes", "launch.nproc_per_node"),
+        lambda facts: not _has_ranks(facts),
+        lambda facts: (
+            f"launch.num_nodes={facts.config.launch.num_nodes}, launch.nproc_per_node={facts.config.launch.nproc_per_node}: both must be "
+            f">= 1; null processes are one a GPU."
+        ),
+    ),
+    *CUT_RULES,
+    Rule(
+        (_CONTEXT, "data.seq_length"),
+        lambda facts: _has_sizes(facts) and facts.value(_CONTEXT) > 1 and facts.config.data.seq_length % (2 * facts.value(_CONTEXT)) != 0,
+        lambda facts: (
+            f"{_CONTEXT}={facts.value(_CONTEXT)}: data.seq_length={facts.config.data.seq_length} must be a multiple of "
+            f"2*context_parallel_size={2 * facts.value(_CONTEXT)}. Set "
+            f"data.seq_length={next_multiple(facts.config.data.seq_length, 2 * facts.value(_CONTEXT))}."
+        ),
+    ),
+    Rule(
+        ("parallel.sequence_parallel", "data.seq_length", _TENSOR, _CONTEXT),
+        lambda facts: (
+            _has_sizes(facts)
+            and facts.parallel.sequence_parallel
+            and facts.config.data.seq_length % (facts.value(_TENSOR) * facts.value(_CONTEXT)) != 0
+        ),
+        lambda facts: (
+            f"data.seq_length={facts.config.data.seq_length}: sequence_parallel needs a multiple of "
+            f"{facts.value(_TENSOR) * facts.value(_CONTEXT)}."
+        ),
+    ),
+    Rule(
+        ("parallel.overlap_param_gather", "parallel.use_distributed_optimizer"),
+        lambda facts: _has_sizes(facts) and facts.parallel.overlap_param_gather and not facts.parallel.use_distributed_optimizer,
+        lambda facts: "parallel.overlap_param_gather=true: needs use_distributed_optimizer=true. Set both, or neither.",
+    ),
+    one_of("parallel.recompute_granularity", (None, "selective", "full"), way_out="choose null, selective or full."),
+    Rule(
+        _BATCH,
+        lambda facts: _divides_ranks(facts) and _batch_is_uneven(facts),
+        lambda facts: (
+            f"trainer.global_batch_size={facts.config.trainer.global_batch_size}: must be a positive multiple of micro_batch_size x "
+            f"data-parallel size = {facts.config.trainer.micro_batch_size} x {facts.config.data_parallel_size(facts.world_size)} = "
+            f"{_batch_step(facts)}."
+        ),
+    ),
+    Rule(
+        (_VIRTUAL, _PIPELINE, *_BATCH),
+        lambda facts: (
+            _divides_ranks(facts)
+            and not _batch_is_uneven(facts)
+            and facts.value(_VIRTUAL) is not None
+            and facts.config.num_micro_batches(facts.world_size) % facts.value(_PIPELINE) != 0
+        ),
+        lambda facts: (
+            f"{_VIRTUAL}={facts.value(_VIRTUAL)}: the interleaved schedule needs a number of micro-batches that is a multiple of "
+            f"pipeline_model_parallel_size={facts.value(_PIPELINE)}, not {facts.config.num_micro_batches(facts.world_size)}. Change "
+            f"trainer.global_batch_size or trainer.micro_batch_size."
+        ),
+    ),
+)
+
+
+def cut_problems(parallel: ParallelConfig, *, world_size: int, architecture: ModelArchitecture) -> list[str]:
+    """What is wrong with a model cut in this way over so many ranks, one sentence each; nothing about batches."""
+    facts = Facts(RunConfig(parallel=parallel), world_size, architecture)
+    return [problem for rule in CUT_RULES for problem in rule.problems(facts)]

@@ -1,0 +1,64 @@
+"""What two sittings of one run may differ in."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+# How long a run is, how often it reports, how it is cut over processes, which kernels compute it, what it does about faults, how it is
+# probed; never what is trained.
+RESUMABLE_KEYS = (
+    "dry_run",
+    "control",
+    "output_dir",
+    "cpu_threads",
+    "backend",
+    "parallel",
+    "trainer.max_steps",
+    "trainer.micro_batch_size",
+    "trainer.eval_interval",
+    "trainer.eval_batches",
+    "trainer.save_interval",
+    "trainer.keep_last",
+    "trainer.async_save",
+    "trainer.log_interval",
+    "trainer.bad_step",
+    "trainer.max_bad_steps",
+    "trainer.grad_spike_factor",
+    "data.num_workers",
+    "probes",
+    "evaluation",  # what probes was called
+    "export",
+    "launch",
+)
+# Megatron's distributed and plain optimizers store different things
+FIXED_KEYS = ("parallel.use_distributed_optimizer",)
+
+
+def resume_differences(stored: dict[str, Any], current: dict[str, Any], defaults: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Where two configurations train different things.
+
+    Args:
+        stored, current: of RunConfig.to_dict().
+        defaults: of RunConfig().to_dict(): what a key meant before there was such a key.
+    Returns:
+        (dotted key, stored value, current value) of each key that one run must keep.
+    """
+    return _differences(stored, current, defaults, "")
+
+
+def _differences(stored: dict[str, Any], current: dict[str, Any], defaults: dict[str, Any], prefix: str) -> list[tuple[str, Any, Any]]:
+    found = []
+    for key in sorted(stored.keys() | current.keys()):
+        dotted = f"{prefix}{key}"
+        default = defaults.get(key)
+        was, now = stored.get(key, default), current.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            found += _differences(was, now, default if isinstance(default, dict) else {}, f"{dotted}.")
+        elif not _is_resumable(dotted) and json.dumps(was, default=str) != json.dumps(now, default=str):
+            found.append((dotted, was, now))
+    return found
+
+
+def _is_resumable(dotted: str) -> bool:
+    return dotted not in FIXED_KEYS and any(dotted == key or dotted.startswith(key + ".") for key in RESUMABLE_KEYS)

@@ -1,0 +1,55 @@
+"""Samples: one question or one document of a task, with the model's answer and its score. Records are these dataclasses as JSON lines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answered question.
+
+    Attributes:
+        index: of the sample within its task, the same for every model.
+        score: 0 to 100.
+        output: the text that the model generated. For multiple choice, the log-likelihoods of the choices in nats.
+        references: the accepted answers.
+        prompt_tokens: length of the prompt before truncation; None for multiple choice.
+    """
+
+    index: int
+    score: float
+    output: str
+    references: Any
+    prompt_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class RetrievalSample(Sample):
+    """A question about planted facts. The score is 100 where greedy decoding would produce the whole answer, else 0.
+
+    Attributes:
+        haystack: number of the text that the question is about.
+        parts_right: share of the answer's parts (digits, keys, names) whose tokens are all the most likely ones, 0 to 1.
+        log_probability: of the answer, in nats.
+        depth: of the fact, 0 = start of the text, 1 = end; None for several facts.
+        distance: tokens from the end of the fact to the answer; None for several facts.
+    """
+
+    haystack: int = 0
+    parts_right: float = 0.0
+    log_probability: float = 0.0
+    depth: float | None = None
+    distance: int | None = None
+
+
+@dataclass(frozen=True)
+class DocumentSample(Sample):
+    """A held-out document. The score is its mean negative log-likelihood in nats a token, lower is better.
+
+    Attributes:
+        tokens: number of scored tokens.
+    """
+
+    tokens: int = 0

@@ -71,7 +71,8 @@ def test_experiment_dry_runs_and_fits(name, tmp_path, monkeypatch):
     header = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text().partition("defaults:")[0].splitlines()
     if config.launch.nproc_per_node == 8:  # on a cluster, where the paper's budget is trained
         assert config.trainer.global_batch_size == 64
-        assert config.data.seq_length * 64 * config.trainer.max_steps == pytest.approx(1e9, rel=0.005)
+        seq_length = config.rope.target_context_length if config.method.full_length else config.data.seq_length
+        assert seq_length * 64 * config.trainer.max_steps == pytest.approx(1e9, rel=0.005)
     if config.accelerator == "gpu":
         assert predict.predicted(lines) in header, f"python tools/predict.py {name} writes the line anew"
     assert list(tmp_path.iterdir()) == []
@@ -285,8 +286,9 @@ def test_every_key_of_the_schema_is_read_somewhere():
     from endprompt_megatron.config.schema import RunConfig
 
     sources = [path for folder in ("endprompt_megatron", "recipes") for path in (ROOT / folder).rglob("*.py")]
-    text = "\n".join(path.read_text() for path in sources if path.name not in ("schema.py", "validation.py"))
-    rules = (ROOT / "endprompt_megatron" / "config" / "validation.py").read_text()
+    config = ROOT / "endprompt_megatron" / "config"
+    text = "\n".join(path.read_text() for path in sources if path.parent != config)
+    rules = (config / "validation.py").read_text()
 
     def keys(cls: type) -> list[str]:
         found = []
@@ -298,11 +300,11 @@ def test_every_key_of_the_schema_is_read_somewhere():
         return found
 
     rules_only = {"original_context_length"}  # compared with the base's own window, nothing else
-    resolved = {"full_length"}  # RunConfig.resolve makes data.seq_length of it
+    resolved = {"full_length"}  # config/resolved.py derives data.seq_length from it
     unread = [key for key in keys(RunConfig) if f".{key}" not in text and key not in rules_only | resolved]
     assert unread == []
     assert all(f".{key}" in rules for key in rules_only)
-    assert all(f".{key}" in (ROOT / "endprompt_megatron" / "config" / "schema.py").read_text() for key in resolved)
+    assert all(f".{key}" in (ROOT / "endprompt_megatron" / "config" / "resolved.py").read_text() for key in resolved)
 
 
 def test_unknown_experiment_key_and_type():

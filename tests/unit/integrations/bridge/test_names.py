@@ -20,7 +20,7 @@ def test_both_versions_define_what_is_used(version):
 
 
 def test_nothing_else_is_imported():
-    for path in (ROOT / "endprompt_megatron/bridge").glob("*.py"):
+    for path in (ROOT / "endprompt_megatron/integrations/bridge").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("megatron.bridge"):
                 assert {f"{node.module}:{alias.name}" for alias in node.names} <= USED.keys(), path.name

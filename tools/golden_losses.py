@@ -30,14 +30,18 @@ RUNS = {
 KEYS = ("loss", "grad_norm")
 
 
-def overrides(name: str, directory: Path) -> list[str]:
+# keys of summary.json that differ between two runs of the same code
+_UNEQUAL = {"wall_seconds", "stage_seconds", "tokens_per_second", "peak_memory_gib", "hf_checkpoint"}
+
+
+def overrides(name: str, directory: Path, *, probes: bool = False) -> list[str]:
     """Overrides of recipes/extend.py for the run of one curve, which writes to `directory`."""
     return [
         "+experiment=tiny_random",
         *RUNS[name],
         f"trainer.max_steps={STEPS}",
         "trainer.eval_interval=0",
-        "probes.enabled=false",
+        *([] if probes else ["probes.enabled=false"]),
         "export.verify=false",
         f"output_dir={directory / name}",
         f"data.directory={directory / 'datasets'}",
@@ -51,15 +55,50 @@ def curve(directory: Path) -> dict[str, list[float]]:
     return {key: [record[key] for record in records] for key in KEYS}
 
 
+def _run(tree: Path, name: str, directory: Path, *, probes: bool = False) -> None:
+    command = [sys.executable, "-W", "ignore", str(tree / "recipes" / "extend.py"), *overrides(name, directory, probes=probes)]
+    subprocess.run(command, check=True, cwd=directory, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def differences(tree: Path, name: str, directory: Path) -> list[str]:
+    """Run one experiment, with its probes, in this checkout and in another one, and compare them bit by bit.
+
+    Args:
+        tree: root of the other checkout.
+        name: of RUNS.
+        directory: for both outputs.
+    Returns:
+        The keys of summary.json that differ, and "metrics.jsonl" if the loss or the gradient norm of a step differs.
+    """
+    outputs = []
+    for number, root in enumerate((tree, ROOT)):
+        place = directory / str(number)
+        place.mkdir()
+        _run(root, name, place, probes=True)
+        outputs.append(place / name)
+    before, after = (json.loads((output / "summary.json").read_text()) for output in outputs)
+    found = [key for key in sorted(before.keys() | after.keys()) if key not in _UNEQUAL and before.get(key) != after.get(key)]
+    return found + ["metrics.jsonl"] * (curve(outputs[0]) != curve(outputs[1]))
+
+
 def main() -> int:
-    """Compute the given curves, or all, and write them."""
+    """Compute the given curves, or all, and write them; or compare this checkout with another one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="*", choices=[*RUNS, []], help="curves to rewrite (default: all)")
-    names = parser.parse_args().name or list(RUNS)
+    parser.add_argument("--against", type=Path, metavar="DIR", help="write nothing: compare the runs with those of the checkout DIR")
+    arguments = parser.parse_args()
+    names = arguments.name or list(RUNS)
+    if arguments.against is not None:
+        changed = False
+        for name in names:
+            with tempfile.TemporaryDirectory() as made:
+                found = differences(arguments.against.resolve(), name, Path(made))
+            changed = changed or bool(found)
+            print(f"{name}: {'differs in ' + ', '.join(found) if found else 'bit-equal'}")
+        return int(changed)
     with tempfile.TemporaryDirectory() as made:
         for name in names:
-            command = [sys.executable, "-W", "ignore", str(ROOT / "recipes" / "extend.py"), *overrides(name, Path(made))]
-            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            _run(ROOT, name, Path(made))
             found = curve(Path(made) / name)
             CURVES.mkdir(parents=True, exist_ok=True)
             (CURVES / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")

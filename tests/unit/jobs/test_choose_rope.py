@@ -91,8 +91,8 @@ def test_the_recommendation_follows_its_rule():
     base = _system(20, 2, 20.0, 70.0)
     systems = {"base": base, "pi": _system(2, 1, 40.0), "ntk": _system(19, 17, 20.9, 31.0), "yarn": _system(19, 17, 20.8, 29.0)}
     best, sentences = recommend(systems, native=100)
-    assert best == "yarn" and "17 of 20 questions beyond 100 tokens (base 2)" in sentences[0] and "as it is" in sentences[1]
+    assert best == "yarn" and "17 of 20 questions beyond 100 tokens (base 2)" in sentences[0] and "without training" in sentences[1]
     assert usable_untrained(systems["yarn"], base, native=100) and not usable_untrained(systems["pi"], base, native=100)
     for short in (_system(17, 20, 20.0), _system(20, 15, 20.0), _system(20, 20, 21.1)):  # inside, beyond, perplexity
         assert not usable_untrained(short, base, native=100)
-    assert "train it" in recommend({"base": base, "pi": systems["pi"]}, native=100)[1][1]
+    assert "Train it" in recommend({"base": base, "pi": systems["pi"]}, native=100)[1][1]

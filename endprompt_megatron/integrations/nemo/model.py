@@ -44,6 +44,7 @@ class EndPromptLossReduction(MegatronLossReduction):
     """training.step.weighted_loss as NeMo's loss."""
 
     def forward(self, batch: MicroBatch, forward_out: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch, [], and its figures."""
         return weighted_loss(batch, forward_out)
 
     def reduce(self, losses_reduced_per_micro_batch: list[dict[str, Tensor]]) -> Tensor:

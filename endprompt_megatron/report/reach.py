@@ -80,24 +80,23 @@ def training_sentences(systems: Mapping[str, Any], *, native: int) -> list[str]:
     before, after = systems.get("untrained"), systems.get("trained")
     if not before or not after:
         return []
-    parts, shown = [], False
+    shown: list[str] = []
+    not_shown: list[str] = []
     lengths = sorted(int(length) for length in after.get("perplexity") or {})
     for side, chosen in (("inside", [n for n in lengths if n <= native]), ("beyond", [n for n in lengths if n > native])):
         change = loss_change(before.get("perplexity_blocks") or {}, after.get("perplexity_blocks") or {}, chosen)
         if change:
-            shown |= change.is_shown
-            percent = [100 * math.expm1(value) for value in (change.change, change.low, change.high)]
-            parts.append(f"perplexity {side} {percent[0]:+.1f}% (95% interval {percent[1]:+.1f} to {percent[2]:+.1f})")
+            percent, low, high = (100 * math.expm1(value) for value in (change.change, change.low, change.high))
+            words = f"perplexity {side} {percent:+.1f}% (95% interval {low:+.1f} to {high:+.1f})"
+            (shown if change.is_shown else not_shown).append(words)
     for task, words in PLANTED.items():
         answers = answer_change(before.get(task) or {}, after.get(task) or {}, [n for n in lengths if n > native])
         if answers:
-            shown |= answers.p < 0.05
             right = f"{answers.before} -> {answers.after} of {answers.questions}"
-            parts.append(f"planted {words} beyond {right} (sign test p = {answers.p:.2g})")
-    if not parts:
-        return []
-    effect = "has an effect" if shown else "has no measurable effect at this budget"
-    return [f"Relative to the new RoPE alone, training {effect}: " + "; ".join(parts) + "."]
+            (shown if answers.p < 0.05 else not_shown).append(f"planted {words} beyond {right} (sign test p = {answers.p:.2g})")
+    parts = ["changes " + "; ".join(shown)] if shown else []
+    parts += ["has no measurable effect at this budget on " + "; ".join(not_shown)] if not_shown else []
+    return ["Relative to the new RoPE alone, training " + ". It ".join(parts) + "."] if parts else []
 
 
 def _short(systems: Mapping[str, Mapping[str, Any]], name: str) -> str:

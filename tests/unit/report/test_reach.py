@@ -56,11 +56,11 @@ def test_sentences_hold_every_system_in_order():
 
 def test_the_page_says_in_words_whether_training_added_something():
     last = reach_sentences(SYSTEMS, native=100)[-1]
-    assert last.startswith("Relative to the new RoPE alone, training has an effect: perplexity inside -39.3%")
-    assert "planted words beyond 7 -> 8 of 10 (sign test p = 1)" in last
+    assert last.startswith("Relative to the new RoPE alone, training changes perplexity inside -39.3%")
+    assert "It has no measurable effect at this budget on planted" in last and "planted words beyond 7 -> 8 of 10 (sign test p = 1)" in last
     same = {**SYSTEMS, "trained": SYSTEMS["untrained"]}
     assert reach_sentences(same, native=100)[-1].startswith(
-        "Relative to the new RoPE alone, training has no measurable effect at this budget: "
+        "Relative to the new RoPE alone, training has no measurable effect at this budget on "
     )
     alone = {name: system for name, system in SYSTEMS.items() if name != "untrained"}
     assert not any("training" in line for line in reach_sentences(alone, native=100))

@@ -73,6 +73,19 @@ def _holder(output_dir: Path) -> str:
         return ""
 
 
+def directory_problem(key: str, directory: Path) -> str | None:
+    """Why a path cannot be a directory: a sentence, or None. Whether it can be written is not checked: a dry run may be on another machine.
+
+    Args:
+        key: dotted key that names it, for the sentence.
+        directory: it may be missing, and so may those above it.
+    """
+    nearest = next((path for path in (directory, *directory.absolute().parents) if os.path.lexists(path)), None)
+    if nearest is not None and not nearest.is_dir():
+        return f"{key}={directory}: {'this' if nearest == directory else nearest} is a file. Set {key} to a directory."
+    return None
+
+
 @contextmanager
 def claimed(output_dir: Path, *, doing: str) -> Iterator[Path]:
     """Create the directory if necessary, and lock it inside the block.

@@ -9,12 +9,10 @@ from __future__ import annotations
 import shlex
 import sys
 
-import hydra
-from _entry import DEFAULT_EXPERIMENT, ROOT, exit_on_errors, read_command_line, to_run_config
+from _entry import DEFAULT_EXPERIMENT, exit_on_errors, start, to_run_config
 from omegaconf import DictConfig
 
 
-@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="extend")
 def run(composed: DictConfig) -> None:
     """One comparison."""
     with exit_on_errors():
@@ -25,5 +23,4 @@ def run(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    read_command_line(DEFAULT_EXPERIMENT)
-    run()
+    start(run, "extend", DEFAULT_EXPERIMENT)

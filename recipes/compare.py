@@ -11,12 +11,8 @@ from __future__ import annotations
 import shlex
 import sys
 
-import hydra
-from _entry import ROOT, clear_empty_dicts, exit_on_errors, read_command_line, refuse_former_names, to_dataclass, to_run_config
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from _entry import ROOT, compose, exit_on_errors, start, to_dataclass, to_run_config
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from endprompt_megatron.comparison.study import RunRequest, StudyConfig
 from endprompt_megatron.errors import ConfigError
@@ -32,19 +28,13 @@ def to_study(composed: DictConfig) -> StudyConfig:
 
 def check_run(request: RunRequest) -> None:
     """Compose and validate what a run would be, as recipes/extend.py will."""
-    GlobalHydra.instance().clear()
     try:
-        refuse_former_names(request.overrides)
-        with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            overrides = [*clear_empty_dicts(request.overrides), f"name={request.name}", f"seed={request.seed}"]
-            composed = hydra.compose("extend", overrides=overrides)
-        config = to_run_config(composed)
+        config = to_run_config(compose("extend", [*request.overrides, f"name={request.name}", f"seed={request.seed}"]))
         resolve(config, world_size=planned_world_size(config), runs_here=False)
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+    except ConfigError as error:
         raise ConfigError(f"{request.name} cannot be run: {str(error).strip()}") from error
 
 
-@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="compare")
 def run(composed: DictConfig) -> None:
     """One study."""
     with exit_on_errors():
@@ -61,5 +51,4 @@ def run(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    read_command_line()
-    run()
+    start(run, "compare")

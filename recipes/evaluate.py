@@ -13,8 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import hydra
-from _entry import ROOT, exit_on_errors, read_command_line, to_dataclass
+from _entry import ROOT, exit_on_errors, start, to_dataclass
 from omegaconf import DictConfig, OmegaConf
 
 from endprompt_megatron.errors import ConfigError
@@ -31,13 +30,12 @@ def to_evaluation(composed: DictConfig, model: str | None = None) -> EvaluateCon
     """Converts the composed values. A key or type that the schema does not have raises ConfigError with its dotted name."""
     if model is not None:
         composed.model = model
-    if OmegaConf.is_missing(composed.suite, "name"):
+    if isinstance(composed.suite, DictConfig) and OmegaConf.is_missing(composed.suite, "name"):
         known = ", ".join(sorted(path.stem for path in (ROOT / "conf" / "suite").glob("*.yaml")))
         raise ConfigError(f"no suite is named: add +suite=NAME, one of {known}.")
     return to_dataclass(composed, EvaluateConfig, explained_in="endprompt_megatron/evaluation/suite.py")
 
 
-@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="evaluate")
 def run(composed: DictConfig) -> None:
     """Runs one evaluation."""
     with exit_on_errors():
@@ -58,5 +56,4 @@ if __name__ == "__main__":
     # lm-eval imports a package that is also called evaluate; it must not find this file instead
     sys.path = [path for path in sys.path if not (Path(path) / "evaluate.py").is_file()]
     sys.argv = [text for text in sys.argv if not text.startswith(MODEL)]
-    read_command_line()
-    run()
+    start(run, "evaluate")

@@ -9,15 +9,13 @@ from __future__ import annotations
 import sys
 import warnings
 
-import hydra
-from _entry import DEFAULT_EXPERIMENT, ROOT, exit_on_errors, read_command_line, to_run_config
+from _entry import DEFAULT_EXPERIMENT, exit_on_errors, start, to_run_config
 from omegaconf import DictConfig
 
 from endprompt_megatron.launch import launcher
 from endprompt_megatron.launch.processes import exit_on_stop_signals
 
 
-@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="extend")
 def run(composed: DictConfig) -> None:
     """One run, or its plan."""
     with exit_on_errors():
@@ -41,5 +39,4 @@ def run(composed: DictConfig) -> None:
 
 if __name__ == "__main__":
     exit_on_stop_signals()
-    read_command_line(DEFAULT_EXPERIMENT)
-    run()
+    start(run, "extend", DEFAULT_EXPERIMENT)

@@ -9,17 +9,15 @@ from __future__ import annotations
 import shlex
 import sys
 
-import hydra
-from _entry import ROOT, exit_on_errors, read_command_line, to_dataclass, to_run_config
+from _entry import exit_on_errors, start, to_dataclass, to_run_config
 from omegaconf import DictConfig, OmegaConf
 
-from endprompt_megatron.planning.layout_search import ClusterConfig
+from endprompt_megatron.config.cluster import ClusterConfig
 
 
 def to_cluster(composed: DictConfig) -> ClusterConfig:
     """The group `plan` as a ClusterConfig; a key or type that the schema does not know fails with its dotted name."""
-    resolved = OmegaConf.create(OmegaConf.to_container(composed, resolve=True)["plan"])
-    return to_dataclass(resolved, ClusterConfig, explained_in="endprompt_megatron/planning/layout_search.py", prefix="plan.")
+    return to_dataclass(composed.get("plan"), ClusterConfig, explained_in="endprompt_megatron/config/cluster.py", prefix="plan.")
 
 
 def without_plan(composed: DictConfig) -> DictConfig:
@@ -27,7 +25,6 @@ def without_plan(composed: DictConfig) -> DictConfig:
     return OmegaConf.masked_copy(composed, [key for key in composed if key != "plan"])
 
 
-@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="plan")
 def run(composed: DictConfig) -> None:
     """One plan."""
     with exit_on_errors():
@@ -40,5 +37,4 @@ def run(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    read_command_line("llama3_8b_64k")
-    run()
+    start(run, "plan", "llama3_8b_64k")

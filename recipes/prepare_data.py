@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import hydra
-from _entry import DEFAULT_EXPERIMENT, ROOT, exit_on_errors, read_command_line, to_run_config
+from _entry import DEFAULT_EXPERIMENT, exit_on_errors, start, to_run_config
 from omegaconf import DictConfig
 
 from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config
@@ -18,7 +17,6 @@ from endprompt_megatron.checkpoint.hf.tokenizer import check_token_ids, hash_tok
 from endprompt_megatron.data.corpora import prepare_corpora
 
 
-@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="extend")
 def run(composed: DictConfig) -> None:
     """Prepare the training and validation corpora of one run."""
     with exit_on_errors():
@@ -35,5 +33,4 @@ def run(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    read_command_line(DEFAULT_EXPERIMENT)
-    run()
+    start(run, "extend", DEFAULT_EXPERIMENT)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -108,25 +107,6 @@ def one_of(key: str, choices: Iterable[str | None], *, way_out: str | None = Non
     words = [choice or "null" for choice in allowed]
     listed = way_out or f"choose {', '.join(words[:-1])} or {words[-1]}."
     return Rule((key,), lambda facts: facts.value(key) not in allowed, lambda facts: f"{key}={facts.value(key)}: {listed}")
-
-
-def at_least(key: str, least: float, *, more: str = "", when: Callable[[Facts], bool] = lambda facts: True) -> Rule:
-    """The value is a number of at least `least`; NaN is none.
-
-    Args:
-        more: said after the rule, with what separates it, e.g. " The default is 5.".
-        when: where the rule counts.
-    """
-    return Rule(
-        (key,),
-        lambda facts: when(facts) and not facts.value(key) >= least,
-        lambda facts: f"{key}={facts.value(key)}: must be >= {least:g}{more or '.'}",
-    )
-
-
-def finite(number: float) -> bool:
-    """Whether a number is neither infinite nor NaN."""
-    return math.isfinite(number)
 
 
 def next_multiple(number: int, of: int) -> int:

@@ -1,14 +1,31 @@
-"""The typed schema of a run: one dataclass a conf group, with the type, unit, default and meaning of every key. conf/ holds only
-values; the rules that cross groups are in validation.py."""
+"""The typed schema of a run: one dataclass a conf group, with the type, range, unit, default and meaning of every key. conf/ holds only
+values; the rules that read more than one key are in validation.py."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 from dataclasses import dataclass, field, replace
-from typing import Any, Optional
+from typing import Annotated, Any, Optional
 
-# Optional[...] and not `X | None` below: OmegaConf's structured configs read these annotations.
+from endprompt_megatron.config.ranges import (
+    MOST_POSITIONS,
+    Count,
+    CountOrZero,
+    Name,
+    PathText,
+    Positive,
+    Range,
+    Ranks,
+    Seed,
+    Steps,
+    Text,
+    Tokens,
+    TokensOrZero,
+)
+
+# Optional[...] and not `X | None` below: OmegaConf's structured configs read these annotations, all but the Annotated around
+# them, which ranges.py reads.
 
 
 @dataclass
@@ -24,9 +41,9 @@ class ModelConfig:
             what hf_path is compared with when it is there.
     """
 
-    name: str = "???"
-    hf_path: str = "???"
-    source: Optional[str] = None
+    name: Name = "???"
+    hf_path: PathText = "???"
+    source: Optional[Name] = None
     hf_config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -48,16 +65,16 @@ class MethodConfig:
         attention_groups: of s2, groups of a sample; 1 is full attention.
     """
 
-    name: str = "endprompt"
-    position_scheme: str = "endprompt"
-    end_prompts: list[str] = field(default_factory=lambda: ["EP_1"])
-    end_prompt_length: Optional[int] = None
-    end_prompt_loss_weight: float = 0.1
-    num_chunks: int = 2
+    name: Name = "endprompt"
+    position_scheme: Name = "endprompt"
+    end_prompts: list[Annotated[str, Text(100_000, can_be_blank=True)]] = field(default_factory=lambda: ["EP_1"])
+    end_prompt_length: Optional[Tokens] = None
+    end_prompt_loss_weight: Annotated[float, Range(0, 1000)] = 0.1
+    num_chunks: Tokens = 2
     full_length: bool = False
     trained: bool = True
-    attention: str = "full"
-    attention_groups: int = 4
+    attention: Name = "full"
+    attention_groups: Tokens = 4
 
 
 @dataclass
@@ -74,10 +91,10 @@ class AdapterConfig:
         train_norms: whether the norms' weights train beside them.
     """
 
-    type: str = "none"
-    rank: int = 8
-    alpha: float = 16.0
-    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    type: Name = "none"
+    rank: Count = 8
+    alpha: Positive = 16.0
+    target_modules: list[Name] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
     train_embeddings: bool = True
     train_norms: bool = True
 
@@ -100,32 +117,32 @@ class RopeConfig:
         low_freq_factor, high_freq_factor: of llama3: the ends of the band between divided and kept frequencies.
     """
 
-    type: str = "pi"
-    factor: Optional[float] = None
-    target_context_length: int = "???"  # type: ignore[assignment] # OmegaConf: must be given
-    original_context_length: Optional[int] = None
-    existing_scaling: Optional[str] = None
-    theta: Optional[float] = None
-    ntk_dynamic_factor: Optional[float] = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
+    type: Name = "pi"
+    factor: Optional[Annotated[float, Range(1, MOST_POSITIONS)]] = None
+    target_context_length: Annotated[int, Range(2, MOST_POSITIONS)] = "???"  # type: ignore[assignment] # OmegaConf: must be given
+    original_context_length: Optional[Tokens] = None
+    existing_scaling: Optional[Name] = None
+    theta: Optional[Annotated[float, Range(1, 1e15)]] = None
+    ntk_dynamic_factor: Optional[Annotated[float, Range(0, 1_000_000)]] = None
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
 
 
 @dataclass
 class ParallelConfig:
     """Megatron's parallel layout; data parallelism is what remains of the world size."""
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: Optional[int] = None
-    context_parallel_size: int = 1
+    tensor_model_parallel_size: Ranks = 1
+    pipeline_model_parallel_size: Ranks = 1
+    virtual_pipeline_model_parallel_size: Optional[Ranks] = None
+    context_parallel_size: Ranks = 1
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
-    recompute_granularity: Optional[str] = None
+    recompute_granularity: Optional[Name] = None
 
     @property
     def model_parallel_size(self) -> int:
@@ -145,9 +162,9 @@ class PrecisionConfig:
         num_layers_at_start_in_bf16, num_layers_at_end_in_bf16: of an FP8 precision: layers that stay in bf16.
     """
 
-    name: str = "auto"
-    num_layers_at_start_in_bf16: int = 0
-    num_layers_at_end_in_bf16: int = 0
+    name: Name = "auto"
+    num_layers_at_start_in_bf16: CountOrZero = 0
+    num_layers_at_end_in_bf16: CountOrZero = 0
 
     @property
     def weights(self) -> str:
@@ -166,9 +183,9 @@ class TextSource:
         text_key: column that holds the text.
     """
 
-    path: str = "???"
-    weight: float = 1.0
-    text_key: str = "text"
+    path: PathText = "???"
+    weight: Positive = 1.0
+    text_key: Name = "text"
 
 
 @dataclass
@@ -184,12 +201,12 @@ class DataConfig:
         num_workers: loader processes a rank; 0 loads in the training process.
     """
 
-    directory: str = "datasets"
-    seq_length: int = "???"  # type: ignore[assignment] # OmegaConf: must be given
+    directory: PathText = "datasets"
+    seq_length: Annotated[int, Range(2, MOST_POSITIONS)] = "???"  # type: ignore[assignment] # OmegaConf: must be given
     train: list[TextSource] = field(default_factory=list)
     validation: list[TextSource] = field(default_factory=list)
-    split: str = "98,2,0"
-    num_workers: int = 0
+    split: Name = "98,2,0"
+    num_workers: Annotated[int, Range(0, 1024)] = 0
 
 
 @dataclass
@@ -204,15 +221,15 @@ class OptimConfig:
         clip_grad: largest gradient norm; 0 switches clipping off.
     """
 
-    lr: float = 2e-5
-    min_lr: float = 0.0
-    lr_schedule: str = "constant"
-    warmup_steps: int = 20
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
+    lr: Annotated[float, Range(1e-20, 10)] = 2e-5
+    min_lr: Annotated[float, Range(0, 10)] = 0.0
+    lr_schedule: Name = "constant"
+    warmup_steps: Steps = 20
+    weight_decay: Annotated[float, Range(0, 100)] = 0.0
+    adam_beta1: Annotated[float, Range(0, 1, excludes_most=True)] = 0.9
+    adam_beta2: Annotated[float, Range(0, 1, excludes_most=True)] = 0.95
+    adam_eps: Annotated[float, Range(1e-38, 1)] = 1e-8
+    clip_grad: Annotated[float, Range(0, 1e9)] = 1.0
 
 
 @dataclass
@@ -235,18 +252,18 @@ class TrainerConfig:
         max_bad_steps: how many bad steps in a row `skip` lets pass before it stops too.
     """
 
-    max_steps: int = "???"  # type: ignore[assignment] # OmegaConf: must be given
-    micro_batch_size: int = 1
-    global_batch_size: int = 8
-    eval_interval: int = 0
-    eval_batches: int = 4
-    save_interval: int = 0
-    keep_last: int = 2
-    log_interval: int = 1
+    max_steps: Steps = "???"  # type: ignore[assignment] # OmegaConf: must be given
+    micro_batch_size: Count = 1
+    global_batch_size: Count = 8
+    eval_interval: Steps = 0
+    eval_batches: CountOrZero = 4
+    save_interval: Steps = 0
+    keep_last: CountOrZero = 2
+    log_interval: Annotated[int, Range(1, 1_000_000_000)] = 1
     async_save: bool = False
-    bad_step: str = "stop"
-    grad_spike_factor: float = 0.0
-    max_bad_steps: int = 10
+    bad_step: Name = "stop"
+    grad_spike_factor: Annotated[float, Range(0, 1_000_000)] = 0.0
+    max_bad_steps: Steps = 10
 
 
 @dataclass
@@ -259,7 +276,7 @@ class ProbesConfig:
         lengths: context lengths in tokens, for retrieval and, unless perplexity_lengths says otherwise, for perplexity.
         tasks: forms of retrieval: single, multi_key, multi_value, variable_tracking (evaluation/probes/needle.py: a text of noise for each
             length); word, number (evaluation/probes/long_text.py: facts in held-out prose, read once for all lengths).
-        planted_words, planted_numbers: of word and number: facts in a long text.
+        planted_words, planted_numbers: of word and number: facts in a long text; its writer knows 24 of each.
         long_texts: long texts, each as long as the longest of `lengths`.
         needle_trials: haystacks a length and task; one haystack holds one key (single), one a depth (multi_key, multi_value) or one
             chain of variables (variable_tracking).
@@ -277,21 +294,21 @@ class ProbesConfig:
     """
 
     enabled: bool = True
-    systems: list[str] = field(default_factory=lambda: ["base", "untrained", "trained"])
-    lengths: list[int] = field(default_factory=list)
-    tasks: list[str] = field(default_factory=lambda: ["single"])
-    planted_words: int = 18
-    planted_numbers: int = 4
-    long_texts: int = 1
-    needle_trials: int = 10
-    needle_tokens: int = 0
-    needle_depths: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
-    needle_digits: int = 5
-    perplexity_tail: int = 0
-    perplexity_lengths: list[int] = field(default_factory=list)
-    perplexity_tokens: int = 16384
-    perplexity_stride: int = 0
-    prefill_chunk: int = 4096
+    systems: list[Name] = field(default_factory=lambda: ["base", "untrained", "trained"])
+    lengths: list[Annotated[int, Range(128, MOST_POSITIONS)]] = field(default_factory=list)  # 128: a question and its answer
+    tasks: list[Name] = field(default_factory=lambda: ["single"])
+    planted_words: Annotated[int, Range(1, 24)] = 18
+    planted_numbers: Annotated[int, Range(1, 24)] = 4
+    long_texts: Count = 1
+    needle_trials: Count = 10
+    needle_tokens: Annotated[int, Range(0, 2**40)] = 0
+    needle_depths: list[Annotated[float, Range(0, 1)]] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
+    needle_digits: Annotated[int, Range(1, 18)] = 5
+    perplexity_tail: TokensOrZero = 0
+    perplexity_lengths: list[Annotated[int, Range(2, MOST_POSITIONS)]] = field(default_factory=list)
+    perplexity_tokens: Annotated[int, Range(1, 2**40)] = 16384
+    perplexity_stride: TokensOrZero = 0
+    prefill_chunk: TokensOrZero = 4096
     text: list[TextSource] = field(default_factory=list)
 
 
@@ -305,7 +322,7 @@ class ExportConfig:
     """
 
     verify: bool = True
-    max_shard_gib: float = 4.5
+    max_shard_gib: Annotated[float, Range(0.001, 1_000_000)] = 4.5
 
 
 @dataclass
@@ -320,10 +337,10 @@ class LaunchConfig:
             collective that some rank never joins. Longer than the longest step, save or held-out loss; 0 waits for ever.
     """
 
-    nproc_per_node: Optional[int] = None
-    num_nodes: int = 1
-    gpu: str = "H100-80GB"
-    hang_timeout_minutes: float = 30.0
+    nproc_per_node: Optional[Annotated[int, Range(1, 1024)]] = None
+    num_nodes: Ranks = 1
+    gpu: Name = "H100-80GB"
+    hang_timeout_minutes: Annotated[float, Range(0, 100_000)] = 30.0
 
 
 @dataclass
@@ -342,14 +359,14 @@ class RunConfig:
         cpu_threads: torch threads on a CPU; 0 leaves torch's own choice.
     """
 
-    name: str = "???"
-    output_dir: str = "outputs/${name}"
-    accelerator: str = "auto"
-    backend: str = "auto"
-    seed: int = 1234
+    name: Name = "???"
+    output_dir: PathText = "outputs/${name}"
+    accelerator: Name = "auto"
+    backend: Name = "auto"
+    seed: Seed = 1234
     dry_run: bool = False
     control: bool = False
-    cpu_threads: int = 0
+    cpu_threads: Annotated[int, Range(0, 4096)] = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)

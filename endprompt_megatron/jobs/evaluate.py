@@ -48,7 +48,7 @@ from endprompt_megatron.launch import launcher
 from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore import runtime as mcore_runtime
 from endprompt_megatron.model import backends
-from endprompt_megatron.output_files import claimed, replace_text
+from endprompt_megatron.output_files import claimed, directory_problem, replace_text
 from endprompt_megatron.report.evaluation import write_evaluation
 
 RESULTS = "results.json"
@@ -94,6 +94,9 @@ def prepare(config: EvaluateConfig) -> None:
         DataError: the model's tokenizer cannot be read.
     """
     config.validate()
+    problem = directory_problem("output_dir", config.directory())
+    if problem is not None:
+        raise ConfigError(problem)
     world_size = launcher.planned_world_size(config)
     if config.runs_lm_eval and config.backend != MEGATRON and world_size > 1:
         raise ConfigError(

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from endprompt_megatron.config.cluster import ClusterConfig
+from endprompt_megatron.config.ranges import check_ranges
 from endprompt_megatron.config.schema import ParallelConfig, RunConfig
-from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.jobs import preflight
 from endprompt_megatron.launch import launcher
 from endprompt_megatron.output_files import claimed, replace_text
-from endprompt_megatron.planning.layout_search import ClusterConfig, ClusterRequest, compare_lengths, rank_layouts
+from endprompt_megatron.planning.layout_search import ClusterRequest, compare_lengths, rank_layouts
 from endprompt_megatron.planning.pages import describe_cluster
 
 PAGE, PICTURE = "plan.md", "plan.png"
@@ -61,15 +62,7 @@ def cluster_request(config: RunConfig, options: ClusterConfig) -> ClusterRequest
     Raises:
         ConfigError: of the experiment with its rules, or of the cluster.
     """
-    problems = []
-    if options.rows < 1:
-        problems.append(f"plan.rows={options.rows}: must be >= 1. The default is 10.")
-    if not options.tokens > 0:
-        problems.append(f"plan.tokens={options.tokens:g}: must be greater than 0, e.g. 1e9.")
-    if any(length < 2 for length in options.lengths):
-        problems.append(f"plan.lengths={options.lengths}: windows have at least 2 tokens.")
-    if problems:
-        raise ConfigError(*problems)
+    check_ranges(options, "plan.")
     # a cluster of GPUs is planned, wherever this runs, in any layout: the experiment's own need not suit this cluster
     run = preflight.resolve(replace(config, accelerator="gpu", parallel=ParallelConfig()), world_size=1, runs_here=False)
     in_its_layout = replace(run, config=replace(run.config, parallel=config.parallel), world_size=config.parallel.model_parallel_size)

@@ -15,6 +15,7 @@ import yaml
 from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config, rope_from_hf
 from endprompt_megatron.checkpoint.hf.fingerprint import weights_fingerprint
 from endprompt_megatron.checkpoint.hf.tokenizer import check_token_ids, hash_tokenizer, load_tokenizer
+from endprompt_megatron.config.ranges import range_problems
 from endprompt_megatron.config.resolved import ResolvedRun, fill_in, with_precision
 from endprompt_megatron.config.resume import resume_differences
 from endprompt_megatron.config.rule import Facts
@@ -23,7 +24,7 @@ from endprompt_megatron.config.validation import PROMPT_RULES, find_problems
 from endprompt_megatron.data.prompts import EndPromptSet, tokenize_end_prompts
 from endprompt_megatron.errors import CheckpointError, ConfigError
 from endprompt_megatron.log import get_logger
-from endprompt_megatron.output_files import hold, is_lock, replace_text
+from endprompt_megatron.output_files import directory_problem, hold, is_lock, replace_text
 from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.planning.memory import TrainedParts
 from endprompt_megatron.planning.run_plan import PlanRequest
@@ -32,6 +33,7 @@ from endprompt_megatron.positions.scheme import SCHEMES
 from endprompt_megatron.rope.scaling import RopeScaling
 
 _CONFIG_FILE, _BASE_FILE = "config.yaml", "base.json"
+_DERIVED_FROM = ("rope.", "model.")  # keys that other values are derived from, before the rules are read
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,9 @@ def resolve(config: RunConfig, *, world_size: int, runs_here: bool = True) -> Re
     """
     from endprompt_megatron.mcore import runtime  # torch, which recipes/compare.py has no other use for
 
+    outside = range_problems(config)
+    if any(key.startswith(_DERIVED_FROM) for key in outside):
+        raise ConfigError(*(words for found in outside.values() for words in found))
     architecture, base_rope = known_base(config)
     facts = Facts(config, world_size, architecture, tuple(SCHEMES), base_rope=base_rope)
     filled, notes = fill_in(config, window=facts.window)
@@ -144,9 +149,13 @@ def check_output_dir(config: RunConfig) -> None:
     """Whether the output directory is free, or this run's own. Writes nothing.
 
     Raises:
-        ConfigError: it holds a run with another config, or files that are no run.
+        ConfigError: it holds a run with another config, or files that are no run; or it, or data.directory, cannot be a directory.
     """
     output_dir = Path(config.output_dir)
+    named = {"output_dir": output_dir, "data.directory": Path(config.data.directory)}
+    unusable = [problem for key, path in named.items() if (problem := directory_problem(key, path)) is not None]
+    if unusable:
+        raise ConfigError(*unusable)
     stored_path = output_dir / _CONFIG_FILE
     if stored_path.is_file():
         differing = resume_differences(yaml.safe_load(stored_path.read_text()), config.to_dict(), RunConfig().to_dict())

@@ -4,13 +4,13 @@ EndPrompt's short samples with full-length samples, each in its own best layout.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.planning.layout import Layout
 from endprompt_megatron.planning.memory import MemoryEstimate, TrainedParts, reserve_gib, stage_memory
-from endprompt_megatron.planning.throughput import GPUS_PER_NODE, Hardware, StepTime, get_hardware, has_speed, step_time
+from endprompt_megatron.planning.throughput import Hardware, StepTime, get_hardware, has_speed, step_time
 
 MICRO_BATCH_SIZES = (1, 2, 4)
 # In this order, because the first one that fits is the fastest.
@@ -19,29 +19,6 @@ RECOMPUTE_GRANULARITIES = (None, "selective", "full")
 # whole blocks of tokens.
 _FP8_MULTIPLES = {"fp8": 16, "fp8_attention": 16, "fp8_blockwise": 128, "mxfp8": 32}
 _FP8_ATTENTION_BLOCK = 128
-
-
-@dataclass
-class ClusterConfig:
-    """The group `plan` of recipes/plan.py.
-
-    Attributes:
-        num_gpus: GPUs of the cluster; null uses the experiment's (launch.nproc_per_node x launch.num_nodes).
-        gpus_per_node: GPUs that share NVLink.
-        hardware: a name in the table of planning/throughput.py; null uses launch.gpu.
-        tokens: physical tokens to train on.
-        lengths: windows at which EndPrompt is compared with full-length training. Windows up to the native one are skipped.
-        rows: number of layouts in the table.
-        output_dir: directory of plan.md and plan.png.
-    """
-
-    num_gpus: int | None = None
-    gpus_per_node: int = GPUS_PER_NODE
-    hardware: str | None = None
-    tokens: float = 1e9
-    lengths: list[int] = field(default_factory=lambda: [16384, 32768, 65536, 98304, 131072, 262144])
-    rows: int = 10
-    output_dir: str = "outputs/plan_${name}"
 
 
 @dataclass(frozen=True, kw_only=True)

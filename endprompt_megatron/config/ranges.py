@@ -1,0 +1,214 @@
+"""The range of every number and text of a configuration. A field of a schema states it beside its type, as `Annotated[float, Range(0, 1)]`;
+
+`range_problems` reads it there and says what is wrong. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, get_args, get_type_hints
+
+from endprompt_megatron.errors import ConfigError
+
+# The largest position: RoPE multiplies positions as float32 numbers, which count exactly up to 2^24.
+MOST_POSITIONS = 2**24
+MOST_RANKS = 2**16  # of a job: a dry run makes the groups of all of them in seconds
+_MOST_BYTES_OF_A_PATH, _MOST_BYTES_OF_A_NAME = 4095, 255  # Linux: PATH_MAX without its end, NAME_MAX
+_SHOWN_BITS = 128
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers from `least` to `most`. NaN is in no range.
+
+    Attributes:
+        least, most: ends of the range.
+        excludes_least, excludes_most: whether an end itself is outside.
+    """
+
+    least: float
+    most: float
+    excludes_least: bool = False
+    excludes_most: bool = False
+
+    def holds(self, value: Any) -> bool:
+        """Whether a number is in the range."""
+        return (self.least < value if self.excludes_least else self.least <= value) and (
+            value < self.most if self.excludes_most else value <= self.most
+        )
+
+    def broken_by(self, value: Any) -> str | None:
+        """The rule, if a value breaks it."""
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return "must be a number"
+        if self.holds(value):
+            return None
+        if not (self.excludes_least or self.excludes_most):
+            return f"must be between {_number(self.least)} and {_number(self.most)}"
+        ends = ("greater than" if self.excludes_least else "at least", "less than" if self.excludes_most else "at most")
+        return f"must be {ends[0]} {_number(self.least)} and {ends[1]} {_number(self.most)}"
+
+
+@dataclass(frozen=True)
+class Text:
+    """Texts of 1 to `most` characters that are not blank.
+
+    Attributes:
+        most: characters.
+        can_be_blank: whether white space alone is a text.
+    """
+
+    most: int = 1000
+    can_be_blank: bool = False
+
+    def broken_by(self, value: Any) -> str | None:
+        """The rule, if a value breaks it."""
+        if not isinstance(value, str):
+            return "must be a text"
+        if not value or not (self.can_be_blank or value.strip()):
+            return "must not be empty"
+        if len(value) > self.most:
+            return f"has {len(value)} characters, and may have {self.most}"
+        return None if _is_utf8(value) else "must be UTF-8 text"
+
+
+@dataclass(frozen=True)
+class FilePath:
+    """Paths that a file system can hold."""
+
+    def broken_by(self, value: Any) -> str | None:
+        """The rule, if a value breaks it."""
+        if not isinstance(value, str):
+            return "must be a path"
+        if not value.strip():
+            return "must not be empty"
+        if "\0" in value:
+            return "must not hold the character NUL"
+        if not _is_utf8(value):
+            return "must be UTF-8 text"
+        encoded = value.encode()
+        if len(encoded) > _MOST_BYTES_OF_A_PATH or any(len(part) > _MOST_BYTES_OF_A_NAME for part in encoded.split(b"/")):
+            return f"is too long: a path has at most {_MOST_BYTES_OF_A_PATH} bytes, and {_MOST_BYTES_OF_A_NAME} from / to /"
+        return None
+
+
+Constraint = Range | Text | FilePath
+
+# what several fields are
+Count = Annotated[int, Range(1, 1_000_000)]
+CountOrZero = Annotated[int, Range(0, 1_000_000)]
+Tokens = Annotated[int, Range(1, MOST_POSITIONS)]
+TokensOrZero = Annotated[int, Range(0, MOST_POSITIONS)]
+Ranks = Annotated[int, Range(1, MOST_RANKS)]
+Steps = Annotated[int, Range(0, 1_000_000_000)]
+Seed = Annotated[int, Range(0, 4_000_000_000)]  # numpy's generators take 32 bits, and ranks add to it
+Name = Annotated[str, Text(200)]
+PathText = Annotated[str, FilePath()]
+Positive = Annotated[float, Range(1e-6, 1_000_000)]
+
+
+def quoted(value: Any, *, characters: int = 60) -> str:
+    """A value as a message shows it: at most about so many characters, and visible where it is blank."""
+    if isinstance(value, int) and value.bit_length() > _SHOWN_BITS:
+        return f"(an integer of {value.bit_length()} bits)"
+    if isinstance(value, str):
+        shown = value if value.isprintable() and value.strip() == value != "" else repr(value)
+        return shown if len(shown) <= characters else f"{shown[:characters]}... ({len(value)} characters)"
+    return quoted(str(value), characters=characters) if isinstance(value, dict | list) else str(value)
+
+
+def limits_of(schema: type, prefix: str = "") -> dict[str, Constraint]:
+    """{dotted key: constraint} of a schema. Fields of schemas in lists have the key of the list and their own name."""
+    found = {f"{prefix}{field.name}": constraint for field, constraint in _own_limits(schema)}
+    hints = get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        for inner in (hints[field.name], *get_args(hints[field.name])):
+            if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+                found |= limits_of(inner, f"{prefix}{field.name}.")
+    return found
+
+
+def range_problems(config: Any, prefix: str = "") -> dict[str, list[str]]:
+    """What is outside its range.
+
+    Args:
+        config: an object of a schema.
+        prefix: of its keys.
+    Returns:
+        {dotted key: sentences with the value, the rule and the default}; lists have one key.
+    """
+    problems: dict[str, list[str]] = {}
+    for field, constraint in _own_limits(config.__class__):
+        key = f"{prefix}{field.name}"
+        for value in _each(getattr(config, field.name)):
+            rule = constraint.broken_by(value)
+            if rule is not None:
+                problems.setdefault(key, []).append(f"{key}={quoted(value)}: {rule}.{_default(field)}")
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            problems |= range_problems(value, f"{key}.")
+        elif isinstance(value, list):
+            schemas = [(index, item) for index, item in enumerate(value) if dataclasses.is_dataclass(item)]
+            inside = [words for index, item in schemas for found in range_problems(item, f"{key}[{index}].").values() for words in found]
+            if inside:
+                problems[key] = inside
+    return problems
+
+
+def check_ranges(config: Any, prefix: str = "") -> None:
+    """Check the ranges alone, where no other rule is read.
+
+    Raises:
+        ConfigError: with every value that is outside.
+    """
+    problems = [words for found in range_problems(config, prefix).values() for words in found]
+    if problems:
+        raise ConfigError(*problems)
+
+
+@cache
+def _own_limits(schema: type) -> tuple[tuple[dataclasses.Field[Any], Constraint], ...]:
+    hints = get_type_hints(schema, include_extras=True)
+    found = ((field, _constraint_in(hints[field.name])) for field in dataclasses.fields(schema))
+    return tuple((field, constraint) for field, constraint in found if constraint is not None)
+
+
+def _constraint_in(hint: Any) -> Constraint | None:
+    """The constraint in an annotation: of Annotated[int, C], Optional[Annotated[int, C]] or list[Annotated[int, C]]."""
+    for found in getattr(hint, "__metadata__", ()):
+        if isinstance(found, Constraint):
+            return found
+    return next((found for found in map(_constraint_in, get_args(hint)) if found is not None), None)
+
+
+def _each(value: Any) -> Iterator[Any]:
+    """The numbers or texts of a value: its own, of its list, or of the lists in its dict; none for null."""
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from _each(item) if isinstance(item, list) else (item,)
+    elif isinstance(value, list):
+        yield from value
+    elif value is not None:
+        yield value
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    """Words about the default, with a space before; "" for a key without one."""
+    if field.default in (dataclasses.MISSING, "???"):
+        return ""
+    return f" The default is {'null' if field.default is None else quoted(field.default)}."

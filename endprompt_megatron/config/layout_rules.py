@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from endprompt_megatron.config.ranges import MOST_RANKS
-from endprompt_megatron.config.rule import Facts, Rule, next_multiple, one_of
+from endprompt_megatron.config.rule import Facts, Rule, next_multiple
 from endprompt_megatron.config.schema import ParallelConfig, RunConfig
 from endprompt_megatron.planning.architecture import ModelArchitecture
 
@@ -55,7 +55,6 @@ def _batch_is_uneven(facts: Facts) -> bool:
 
 # what cuts the model; nothing about samples and batches
 CUT_RULES = (
-    one_of("parallel.recompute_granularity", (None, "selective", "full"), way_out="choose null, selective or full."),
     _divides_heads("attention heads", lambda architecture: architecture.num_attention_heads),
     _divides_heads("KV heads", lambda architecture: architecture.num_query_groups),
     Rule(

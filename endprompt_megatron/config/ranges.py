@@ -94,7 +94,18 @@ class FilePath:
         return None
 
 
-Constraint = Range | Text | FilePath
+@dataclass(frozen=True)
+class OneOf:
+    """Names of a list."""
+
+    choices: tuple[str, ...]
+
+    def broken_by(self, value: Any) -> str | None:
+        """The rule, if a value breaks it."""
+        return None if value in self.choices else f"choose {', '.join(self.choices[:-1])} or {self.choices[-1]}"
+
+
+Constraint = Range | Text | FilePath | OneOf
 
 # what several fields are
 Count = Annotated[int, Range(1, 1_000_000)]

@@ -13,6 +13,7 @@ from endprompt_megatron.config.ranges import (
     Count,
     CountOrZero,
     Name,
+    OneOf,
     PathText,
     Positive,
     Range,
@@ -142,7 +143,7 @@ class ParallelConfig:
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
-    recompute_granularity: Optional[Name] = None
+    recompute_granularity: Optional[Annotated[str, OneOf(("selective", "full"))]] = None
 
     @property
     def model_parallel_size(self) -> int:
@@ -361,7 +362,7 @@ class RunConfig:
 
     name: Name = "???"
     output_dir: PathText = "outputs/${name}"
-    accelerator: Name = "auto"
+    accelerator: Annotated[str, OneOf(("auto", "gpu", "cpu"))] = "auto"
     backend: Name = "auto"
     seed: Seed = 1234
     dry_run: bool = False

@@ -313,10 +313,7 @@ _TRAINER_RULES = (
     ),
 )
 
-_RUN_RULES = (
-    one_of("accelerator", ("auto", "gpu", "cpu")),
-    one_of("model.source", (None, "smollm2_135m", "tiny_random"), way_out="choose smollm2_135m, tiny_random or null."),
-)
+_RUN_RULES = (one_of("model.source", (None, "smollm2_135m", "tiny_random"), way_out="choose smollm2_135m, tiny_random or null."),)
 
 RULES = (
     *_EXISTING_SCALING_RULES,

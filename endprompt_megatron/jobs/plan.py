@@ -63,6 +63,7 @@ def cluster_request(config: RunConfig, options: ClusterConfig) -> ClusterRequest
         ConfigError: of the experiment with its rules, or of the cluster.
     """
     check_ranges(options, "plan.")
+    check_ranges(config)  # its layout and accelerator too, which are replaced below
     # a cluster of GPUs is planned, wherever this runs, in any layout: the experiment's own need not suit this cluster
     run = preflight.resolve(replace(config, accelerator="gpu", parallel=ParallelConfig()), world_size=1, runs_here=False)
     in_its_layout = replace(run, config=replace(run.config, parallel=config.parallel), world_size=config.parallel.model_parallel_size)

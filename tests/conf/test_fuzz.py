@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from plan import to_cluster, without_plan  # recipes/plan.py
 
 from endprompt_megatron.config.cluster import ClusterConfig
-from endprompt_megatron.config.ranges import Range, limits_of
+from endprompt_megatron.config.ranges import OneOf, Range, limits_of
 from endprompt_megatron.config.schema import RunConfig
 from endprompt_megatron.errors import USER_ERRORS, ConfigError
 from endprompt_megatron.evaluation.suite import EvaluateConfig
@@ -147,6 +147,8 @@ def _check(workplace: Path, model: Path, recipe: str, key: str, value: str) -> N
             for found in _values(config, name):
                 if isinstance(constraint, Range):
                     assert not math.isnan(found) and constraint.least <= found <= constraint.most, f"{recipe} {text}"
+                elif isinstance(constraint, OneOf):
+                    assert found in constraint.choices, f"{recipe} {text}"
                 else:
                     assert (found.strip() and len(found) < 5000) or name == "method.end_prompts", f"{recipe} {text}"
 
@@ -215,7 +217,7 @@ REFUSED = {
     "plan": (
         "plan.tokens=inf", "plan.tokens=nan", "plan.hardware=\"\"", "plan.hardware=x", "plan.num_gpus=0", "plan.gpus_per_node=0",
         f"plan.num_gpus={10**13}", "plan.rows=0", f"plan.lengths=[{10**13}]", "plan=null", "plan.output_dir=FILE", "plan.output_dir=\"\"",
-        "optim.adam_eps=0",
+        "optim.adam_eps=0", "parallel.recompute_granularity=x", "accelerator=x", f"parallel.context_parallel_size={2**63}",
     ),
 }  # fmt: skip
 

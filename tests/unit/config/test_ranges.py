@@ -11,7 +11,7 @@ import pytest
 
 from endprompt_megatron.comparison.study import StudyConfig
 from endprompt_megatron.config.cluster import ClusterConfig
-from endprompt_megatron.config.ranges import FilePath, Range, Text, check_ranges, limits_of, quoted, range_problems
+from endprompt_megatron.config.ranges import FilePath, OneOf, Range, Text, check_ranges, limits_of, quoted, range_problems
 from endprompt_megatron.config.schema import RunConfig, TextSource
 from endprompt_megatron.config.validation import find_problems
 from endprompt_megatron.errors import ConfigError
@@ -30,6 +30,8 @@ def outside(constraint: Any) -> list[Any]:
         return [*ends, math.nan, math.inf, -math.inf, HUGE, -HUGE, "x"]
     if isinstance(constraint, Text):
         return ["", "x" * (constraint.most + 1), "\udcff", 1, *([] if constraint.can_be_blank else [" "])]
+    if isinstance(constraint, OneOf):
+        return ["", "x", constraint.choices[0].upper()]
     return ["", " \t", "a\0b", "\udcff", "x" * 256, "x/" * 2048, 1]
 
 
@@ -111,6 +113,7 @@ def _value(config: Any, key: str) -> Any:
         (Range(1, 24), 99, "must be between 1 and 24"),
         (Range(0, 1, excludes_most=True), 1.0, "must be at least 0 and less than 1"),
         (Range(0, 1e9, excludes_least=True), 0.0, "must be greater than 0 and at most 1e+09"),
+        (OneOf(("a", "b", "c")), "d", "choose a, b or c"),
         (Text(3), "word", "has 4 characters, and may have 3"),
         (Text(3), " ", "must not be empty"),
         (FilePath(), "x" * 256, "is too long: a path has at most 4095 bytes, and 255 from / to /"),

@@ -76,7 +76,7 @@ def test_a_good_config_passes():
         ({"parallel.pipeline_model_parallel_size": 3}, "pipeline_model_parallel_size=3", "8 layers"),
         ({"parallel.context_parallel_size": 2, "data.seq_length": 510}, "data.seq_length=510", "Set data.seq_length=512"),
         ({"parallel.sequence_parallel": True}, "sequence_parallel=true", "Set it to false"),
-        ({"parallel.recompute_granularity": "some"}, "recompute_granularity=some", "null, selective or full"),
+        ({"parallel.recompute_granularity": "some"}, "recompute_granularity=some", "choose selective or full. The default is null."),
         ({"parallel.context_parallel_size": 2}, "world size 1", "must be a multiple of TP x PP x CP"),
         ({"trainer.global_batch_size": 0}, "trainer.global_batch_size=0", "between 1 and 1000000. The default is 8."),
         ({"trainer.micro_batch_size": 3}, "trainer.global_batch_size=8", "3 x 1 = 3"),

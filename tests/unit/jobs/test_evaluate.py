@@ -203,7 +203,7 @@ def test_missing_backends_say_how_to_install_them(tiny_model_dir, tmp_path, monk
     [
         ({"parallel": ParallelConfig(tensor_model_parallel_size=3), "launch": LaunchConfig(nproc_per_node=3)}, "must divide the model's"),
         ({"parallel": ParallelConfig(pipeline_model_parallel_size=2)}, "must be a multiple of TP x PP x CP"),
-        ({"suite": {"needle": NeedleConfig(depths=[2.0])}}, r"suite.needle.depths=\[2.0\]"),
+        ({"suite": {"needle": NeedleConfig(depths=[2.0])}}, "suite.needle.depths=2.0: must be between 0 and 1"),
         ({"suite": {"tasks": ["needle", "ruler"]}, "launch": LaunchConfig(nproc_per_node=2)}, "run in one process"),
         (
             {"suite": {"tasks": ["perplexity"], "perplexity": PerplexityConfig(stride=512)}},

@@ -138,7 +138,7 @@ def test_wrong_values_are_refused(overrides, words):
 
 def test_wrong_keys_and_types_are_refused():
     for override in ("+plan.gpus=8", "plan.rows=many"):
-        with pytest.raises(ConfigError, match="planning/layout_search.py explains the keys"):
+        with pytest.raises(ConfigError, match="config/cluster.py explains the keys"):
             _compose("+experiment=llama3_8b_64k", override)
 
 

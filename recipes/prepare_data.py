@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config
 from endprompt_megatron.checkpoint.hf.sources import ensure_base_model
 from endprompt_megatron.checkpoint.hf.tokenizer import check_token_ids, hash_tokenizer, load_tokenizer
+from endprompt_megatron.config.ranges import check_ranges
 from endprompt_megatron.data.corpora import prepare_corpora
 
 
@@ -21,6 +22,7 @@ def run(composed: DictConfig) -> None:
     """Prepare the training and validation corpora of one run."""
     with exit_on_errors():
         config = to_run_config(composed)
+        check_ranges(config)
         hf_path = Path(config.model.hf_path)
         ensure_base_model(config.model.source, hf_path)
         tokenizer = load_tokenizer(hf_path)

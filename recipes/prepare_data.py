@@ -1,7 +1,7 @@
-"""Fetch and index a run's training text ahead of it: `python recipes/prepare_data.py [+experiment=NAME] [key=value ...]`.
+"""Download and index the texts of a run before it starts: `python recipes/prepare_data.py [+experiment=NAME] [key=value ...]`.
 
-extend.py does this by itself; here it runs alone, for example on a login node with a network. Prints the prefix of each indexed
-dataset, which another run can name as `indexed:PREFIX`.
+extend.py also does this at its start. Use this recipe to do it separately, for example on a login node with network access. Prints the
+prefix of each indexed dataset; another run can read the dataset as `indexed:PREFIX`.
 """
 
 from __future__ import annotations

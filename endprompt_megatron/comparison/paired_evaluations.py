@@ -20,12 +20,12 @@ SampleId = tuple[int, str]
 
 @dataclass(frozen=True, order=True)
 class Key:
-    """What a score is of.
+    """Identifies a score by suite, task and length.
 
     Attributes:
         suite: e.g. ruler.
         task: name of the task in results.json, which includes the haystack; e.g. niah_single_1. Never parsed.
-        length: of prompts in tokens; 0 where the task has no lengths.
+        length: length of prompts in tokens; 0 where the task has no lengths.
     """
 
     suite: str
@@ -41,7 +41,7 @@ class TaskScore:
         score: mean over samples, in the task's unit.
         samples: {(index, references): score}. The same question has the same key for every model. Questions about one text are not
             independent of each other, so they form one sample, whose score is their mean.
-        conditions: of the evaluation.
+        conditions: conditions of the evaluation.
         entry: the score's entry in results.json, with `task_id` and `haystack`.
     """
 
@@ -55,7 +55,7 @@ Evaluation = Mapping[Key, TaskScore]
 
 
 def read_evaluation(directory: Path) -> dict[Key, TaskScore]:
-    """Reads the scores of one model; empty where there are none.
+    """Reads the scores of one model; empty if there are none.
 
     Args:
         directory: searched recursively for results.json of recipes/evaluate.py.

@@ -24,7 +24,7 @@ class TaskComparison:
         key: task and length.
         score: over the training seeds.
         difference: to the reference, on the samples of both, with each sample's score averaged over the common seeds. It includes the noise
-            of the samples, not that of training. None where no sample is common, or where this model is the reference.
+            of the samples, not that of training. None if no sample is common, or if this model is the reference.
         seeds: number of seeds common to both.
         differing: conditions that differ, so that the difference is not due to the models alone.
     """

@@ -40,7 +40,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Accelerators:
-    """What torch and the driver report.
+    """Output of torch and of the driver about the GPUs.
 
     Attributes:
         torch: output of the torch check.

@@ -1,4 +1,4 @@
-"""The result of one check of a machine: what was observed, its consequence for a run and what to do about it."""
+"""The result of one check of a machine: the observation, its consequence for a run and advice."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ class CheckResult:
     """The result of one check.
 
     Attributes:
-        key: name of the check, as in `--require`.
-        level: OK; LIMITS if some runs cannot use all they need; MISSING if runs that need it cannot run.
+        key: name of the check, used in `--require`.
+        level: OK; LIMITS if some runs lack a feature or resource that they need; MISSING if runs that need the checked component cannot
+            run.
         found: observed versions, sizes or names.
         meaning: consequence for a run; "" if there is none.
-        advice: what to do about it; "" if there is nothing to do.
+        advice: how to fix the problem; "" if no action is needed.
     """
 
     key: str

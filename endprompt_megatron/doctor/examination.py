@@ -1,4 +1,4 @@
-"""Runs all checks, and derives which experiments this machine can run."""
+"""Run all checks and derive from the results which experiments this machine can run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from endprompt_megatron.doctor.packages import (
 from endprompt_megatron.errors import ConfigError
 
 REQUIRED_BY_EVERY_RUN = ("system", "python", "torch", "megatron_core", "transformers")
-# Checks that an image built by docker/Dockerfile must pass. A build host has no GPU, so checks of GPUs are not among them.
+# Checks that an image built by docker/Dockerfile must pass. GPU checks are excluded, because a build host has no GPU.
 REQUIRED_IN_IMAGE = (*REQUIRED_BY_EVERY_RUN, "te", "apex", "nccl", "cudnn")
 _SMALLER = 0.97  # the usable memory of GPUs of one kind differs by a percent or two
 
@@ -31,16 +31,16 @@ YES, PART, UNSURE, NO = "yes", "as one node of several", "perhaps", "no"
 
 @dataclass(frozen=True)
 class Requirements:
-    """What an experiment requires of a machine.
+    """The requirements of an experiment on a machine.
 
     Attributes:
         name: name of the experiment.
-        on_gpu: whether it requires GPUs; False also for accelerator=auto.
+        on_gpu: whether the experiment requires GPUs; False also if accelerator=auto.
         gpus_per_node: GPUs per node.
         nodes: number of nodes.
-        gpu: the kind of GPU it is planned for.
-        gpu_memory_gib: memory of that GPU.
-        precision: value of the config.
+        gpu: name of the planned GPU model.
+        gpu_memory_gib: memory of the planned GPU model in GiB.
+        precision: precision.name of the experiment's config.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Requirements:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an experiment can run on this machine: YES, PART, UNSURE or NO, with a reason unless it is YES."""
+    """Whether an experiment can run on this machine: YES, PART, UNSURE or NO. Every verdict except YES has a reason."""
 
     name: str
     verdict: str
@@ -66,8 +66,8 @@ class Examination:
     """The results of all checks.
 
     Attributes:
-        results: in display order.
-        verdicts: one per experiment.
+        results: results of the checks, in display order.
+        verdicts: one verdict per experiment.
     """
 
     results: tuple[CheckResult, ...]
@@ -75,16 +75,16 @@ class Examination:
 
     @property
     def can_run_nothing(self) -> bool:
-        """Whether no experiment can run, not even in part. Without known experiments: whether a requirement of every run is missing."""
+        """Whether the verdict of every experiment is NO. If there are no experiments, whether a requirement of every run is missing."""
         if not self.verdicts:
             return any(result.key in REQUIRED_BY_EVERY_RUN and result.level == MISSING for result in self.results)
         return all(verdict.verdict == NO for verdict in self.verdicts)
 
     def missing(self, keys: Iterable[str]) -> list[CheckResult]:
-        """The results with these keys whose level is MISSING.
+        """Return the results for `keys` whose level is MISSING.
 
         Raises:
-            ConfigError: a key that no check has.
+            ConfigError: no check has one of the keys.
         """
         by_key = {result.key: result for result in self.results}
         unknown = [key for key in keys if key not in by_key]
@@ -97,7 +97,7 @@ def examine(directory: Path, experiments: Sequence[Requirements], *, network: bo
     """Run all checks on this machine.
 
     Args:
-        directory: parent of outputs/, models/ and datasets/, which may not exist yet.
+        directory: parent of outputs/, models/ and datasets/. These folders may not exist yet.
         experiments: requirements of every experiment.
         network: whether to connect to the Hugging Face hub.
     """

@@ -134,7 +134,7 @@ def _runners(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
 
 
 def provenance_of(model: Path) -> dict[str, Any]:
-    """Content of a model's endprompt.json; empty where the model is no export of this package."""
+    """Content of a model's endprompt.json; empty if the model is no export of this package."""
     path = Path(model) / PROVENANCE_FILE
     return json.loads(path.read_text()) if path.is_file() else {}
 

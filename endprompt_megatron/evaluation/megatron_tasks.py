@@ -20,10 +20,10 @@ class MegatronTasks:
     """Runs tasks of the suites ruler_offline, needle and perplexity. Every process of a job holds one.
 
     Args:
-        config: of the evaluation.
+        config: configuration of the evaluation.
         chunks: this rank's chunks of the model that `config` names, in evaluation mode.
         lengths, texts, trained: see LogProbabilityTasks.
-        device: of the model.
+        device: device of the model.
     """
 
     def __init__(

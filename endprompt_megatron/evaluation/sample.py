@@ -11,7 +11,7 @@ class Sample:
     """One answered question.
 
     Attributes:
-        index: of the sample within its task, the same for every model.
+        index: index of the sample within its task, the same for every model.
         score: 0 to 100.
         output: the text that the model generated. For multiple choice, the log-likelihoods of the choices in nats.
         references: the accepted answers.
@@ -32,8 +32,8 @@ class RetrievalSample(Sample):
     Attributes:
         haystack: number of the text that the question is about.
         parts_right: share of the answer's parts (digits, keys, names) whose tokens are all the most likely ones, 0 to 1.
-        log_probability: of the answer, in nats.
-        depth: of the fact, 0 = start of the text, 1 = end; None for several facts.
+        log_probability: log-probability of the answer, in nats.
+        depth: depth of the fact, 0 = start of the text, 1 = end; None for several facts.
         distance: tokens from the end of the fact to the answer; None for several facts.
     """
 

@@ -63,8 +63,8 @@ class NeedleConfig:
     """Settings of suite needle: retrieval of planted facts.
 
     Attributes:
-        depths: of the facts, 0 = start of the text, 1 = end.
-        digits: of a key.
+        depths: depths of the facts, 0 = start of the text, 1 = end.
+        digits: number of digits of a key.
         num_context_tokens, num_prompt_tokens, target_context_length: a, b and L of the training whose unseen distances (eq. 8-9) the gap
             task measures. null reads them from the model's endprompt.json. Set them to evaluate a base model or a model of another method
             on the same distances.
@@ -128,10 +128,10 @@ class SuiteConfig:
     """Tasks of an evaluation and their settings.
 
     Attributes:
-        name: of the suite, for the output directory and the page.
+        name: name of the suite, for the output directory and the page.
         tasks: task ids, or suites (ruler, longbench, short, ruler_offline, needle, perplexity), which select all of their tasks.
-        lengths: of prompts and windows in tokens, for the tasks that have lengths. null: powers of two from 4096 to the model's window, at
-            most 131072.
+        lengths: lengths of prompts and windows in tokens, for the tasks that have lengths. null: powers of two from 4096 to the model's
+            window, at most 131072.
         samples: number of samples for each task and length (MMLU: for each subject), from the first. null: all samples (RULER: 500);
             ruler_offline: 100; needle: 10 haystacks; perplexity: 8 documents.
         num_fewshot: {task id: worked examples in the prompt}; other tasks keep lm-eval's number.
@@ -236,14 +236,15 @@ class EvaluateConfig:
         output_dir: null: outputs/evaluate/MODEL_SUITE.
         backend: model implementation for lm-eval's tasks: hf (transformers with SDPA) | vllm | megatron. The suites ruler_offline, needle
             and perplexity always run on Megatron-Core.
-        dtype: of the weights: auto (hf and vllm: as stored; Megatron-Core: the default of the machine) | float32 | bfloat16 | float16.
+        dtype: dtype of the weights, auto (hf and vllm: as stored; Megatron-Core: the default of the machine) | float32 | bfloat16 |
+            float16.
         device: for backend hf any device, e.g. cuda:0; for Megatron-Core cpu or cuda. null: a GPU where there is one, else the CPU.
         batch_size: prompts per batch of backend hf; vllm chooses its own.
         tensor_parallel_size: number of GPUs of backend vllm.
         parallel: parallelism of the model on Megatron-Core. The remaining ranks are data-parallel and split the samples.
         launch: processes on Megatron-Core, where neither srun nor torchrun started them. Backends hf and vllm use one process.
         bos: one: exactly one BOS token before a prompt, where the tokenizer has one; none: no BOS.
-        seed: of prompts and few-shot examples. Models that are compared need the same seed.
+        seed: seed of prompts and few-shot examples. Models that are compared need the same seed.
         overwrite: repeat tasks that were evaluated under other conditions, instead of raising an error.
     """
 
@@ -269,7 +270,7 @@ class EvaluateConfig:
         """Checks every rule.
 
         Raises:
-            ConfigError: with a message for every violation.
+            ConfigError: a rule is broken. The error lists every violation.
         """
         problems = self.suite.problems()
         if not (Path(self.model) / "config.json").is_file():

@@ -29,9 +29,9 @@ class Source:
 
     Attributes:
         what: description, for messages.
-        local: what a local path must be.
-        hub: name of its dataset on the Hugging Face hub, from which lm-eval loads it; None where it has none.
-        url: where lm-eval downloads it over HTTP; None where it does not.
+        local: description of the required local path, for messages.
+        hub: name of its dataset on the Hugging Face hub, from which lm-eval loads it; None if there is none.
+        url: URL or site from which lm-eval downloads it over HTTP; None if it is not downloaded over HTTP.
     """
 
     what: str
@@ -119,14 +119,14 @@ def haystack_of(task: Task, paths: Mapping[str, str | None]) -> str:
 
 
 def sources_of(task: Task, paths: Mapping[str, str | None]) -> dict[str, str | None]:
-    """The sources that the task will use, as {source: local path, or None where lm-eval downloads it}."""
+    """The sources that the task will use, as {source: local path, or None if lm-eval downloads it}."""
     names = [HAYSTACK_STAND_IN if name == ESSAYS and uses_stand_in(task, paths) else name for name in task.needs]
     names += [name for name in task.optional_sources if paths.get(name)]
     return {name: paths.get(name) for name in names}
 
 
 def missing_offline(task: Task, paths: Mapping[str, str | None], *, has_punkt: bool) -> str | None:
-    """Why the task cannot run without a network; None where it may run.
+    """Return why the task cannot run without a network; None if it may run.
 
     A dataset of the hub counts as present, because it may be in the cache of the datasets library. Only loading it shows.
 

@@ -37,8 +37,9 @@ class Task:
         group: category within the suite, as the benchmark defines it.
         runner: LM_EVAL, or MEGATRON where Megatron-Core runs the task without lm-eval.
         scored_by: GENERATION (greedy output is compared with references) or LOG_PROBABILITY (of given answers or texts).
-        metric: of one sample. For lm-eval's tasks it is the key of lm-eval's sample; RULER's samples use the length as the key instead.
-        unit: of the score.
+        metric: metric of one sample. For lm-eval's tasks it is the key of lm-eval's sample; RULER's samples use the length as the key
+            instead.
+        unit: unit of the score.
         needs: required text sources, names of task_sources.SOURCES.
         optional_sources: text sources that the task uses where they are given. It runs without them.
         filter: the lm-eval filter whose answers count.
@@ -158,7 +159,7 @@ def name_in_results(task: Task, haystack: str) -> str:
 
 
 def current_name(former: str) -> str | None:
-    """Present name of a suite or task of an earlier release; None where `former` is no such name.
+    """Present name of a suite or task of an earlier release; None if `former` is no such name.
 
     The suite `ruler_offline` was called `probes`, and its tasks `probe_*`.
     """

@@ -40,7 +40,7 @@ class QueriesAndKeys:
 
         Args:
             count: p, pairs a head.
-            seed: of the draw.
+            seed: seed of the draw.
         Returns:
             Both [layers, n, p, d]; each query head is paired with the key/value head of its group.
         """

@@ -42,7 +42,7 @@ def greedy_generate(
         stop_tokens: generation stops after the first of them, which is part of the result.
         should_stop: called with the tokens generated so far; generation stops where it returns True. It must return the same on every rank.
         prefill_chunk: prompt tokens per forward pass; 0 reads a prompt whole.
-        device: of the model.
+        device: device of the model.
         label: for the progress display.
     Returns:
         The generated tokens of each prompt. Padding rows of the vocabulary are never chosen.
@@ -84,7 +84,7 @@ def sequence_log_probabilities(
         model: the model, or this rank's model chunks; in evaluation mode.
         requests: (context, continuation), token ids, at least one each.
         prefill_chunk: context tokens per forward pass; 0 reads a context whole. Continuations are always read whole.
-        device: of the model.
+        device: device of the model.
         label: for the progress display.
     Returns:
         (sum of the log-probabilities of the continuation's tokens in nats, whether each token is the most likely one) per request.
@@ -125,7 +125,7 @@ def answer_logits(
 
     Args:
         forward: the model.
-        trunk: token ids before every question; may be empty where there is a single question.
+        trunk: token ids before every question; may be empty if there is a single question.
         questions: (prompt, answer), each at least one token.
         prefill_chunk: where trunk and questions exceed this number of tokens, the trunk is read in chunks of this size; 0 reads everything
             in one forward pass.

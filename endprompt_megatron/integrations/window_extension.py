@@ -113,7 +113,7 @@ class WindowExtension:
             vp_stage: virtual pipeline stage, or None.
             pre_process, post_process: whether it holds embedding and output layer; None goes by the pipeline stage.
         Raises:
-            ConfigError: as check; or the loss would be taken over tokens.
+            ConfigError: same as `check`, or config.calculate_per_token_loss is set.
             BackendUnavailableError: this machine lacks what `backend` needs.
         """
         if config.calculate_per_token_loss:
@@ -140,7 +140,7 @@ class WindowExtension:
         """The facts about the base's tokenizer that Megatron's dataset code needs.
 
         Raises:
-            ConfigError, DataError, CheckpointError: as check.
+            ConfigError, DataError, CheckpointError: same as `check`.
         """
         return _tokenizer_facts(self.check()[0])
 
@@ -158,7 +158,7 @@ class WindowExtension:
         """The samples that our own trainer would see.
 
         Args:
-            train, validation, num_train_samples, num_validation_samples, split, seed, cache_dir: as of data.dataset.build_datasets.
+            train, validation, num_train_samples, num_validation_samples, split, seed, cache_dir: same as data.dataset.build_datasets.
         Raises:
             ConfigError: no shares or weights that samples can be drawn by.
             DataError: a corpus is missing or too short, or was made with another tokenizer.
@@ -200,9 +200,9 @@ class WindowExtension:
         group.
 
         Args:
-            checkpoint: of Megatron-LM, Megatron-Bridge or NeMo, as checkpoint.torch_dist.find_torch_dist takes it.
+            checkpoint: checkpoint of Megatron-LM, Megatron-Bridge or NeMo, in a form that checkpoint.torch_dist.find_torch_dist accepts.
             destination: directory to make.
-            dtype: of the weights; None keeps theirs.
+            dtype: dtype of the weights; None keeps the dtype of the checkpoint.
         Raises:
             CheckpointError: weights are missing or belong to another model; destination exists.
         """

@@ -1,4 +1,4 @@
-"""What `dry_run=true` does: everything of a job that can be known before it starts, for any number of ranks, on one process without a GPU.
+"""Implements `dry_run=true`: checks and plans a job before it starts, for any number of ranks, in one process without a GPU.
 The process groups are Megatron's own on torch's `fake` backend, the model is the real one on `meta`; nothing is fetched or written."""
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def dry_run(config: RunConfig, *, world_size: int) -> Iterator[str]:
     """Check a job and say what it would do.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         world_size: its ranks.
     Yields:
         Lines without line ends, as they become known.
     Raises:
-        ConfigError, DataError, CheckpointError: what is wrong, or that the job does not fit into its GPUs, with the smallest change that
-            does.
+        ConfigError, DataError, CheckpointError: the configuration or a file is invalid, or the job does not fit into the memory of its
+            GPUs; the message then names the smallest change that makes it fit.
     """
     if global_rank() > 0:
         return  # rank 0 prints the plan
@@ -166,7 +166,7 @@ def spans_nodes(groups: RankGroups, world_size: int, node_size: int) -> bool:
     """Whether some tensor parallel group, whose ranks follow each other, lies on more than one node.
 
     Args:
-        groups: of any rank.
+        groups: process groups of any one rank.
         world_size, node_size: ranks of the job and of a node.
     """
     size = len(groups.tensor)

@@ -61,7 +61,7 @@ class Pair:
 
     Attributes:
         task: row of the table of tasks.
-        length: of its prompts or windows in tokens; None where the task has no lengths.
+        length: length of its prompts or windows in tokens; None if the task has no lengths.
         haystack: one of evaluation.tasks.HAYSTACK_MARKS.
     """
 
@@ -120,7 +120,7 @@ def evaluate(config: EvaluateConfig, *, command: str, lm: Any = None) -> bool:
     """Runs or resumes an evaluation, and writes results.json, records/ and evaluation.md. Every process of a job calls it; rank 0 writes.
 
     Args:
-        config: of the evaluation.
+        config: configuration of the evaluation.
         command: command line that reproduces the evaluation, for the conditions.
         lm: an lm-eval LM that replaces the model, for tests.
     Returns:
@@ -208,7 +208,7 @@ class _Evaluation:
 
     @cached_property
     def text_problem(self) -> str | None:
-        """Why the held-out text cannot be used; None where it can. Downloads a text that is a package."""
+        """Return why the held-out text cannot be used; None if it can. Downloads the text if it comes from a package."""
         perplexity = self.config.suite.perplexity
         try:
             check_corpora(perplexity.text, directory=Path(perplexity.directory))

@@ -1,5 +1,5 @@
-"""The main job: a Hugging Face model in, training on Megatron-Core, a longer-context Hugging Face model out, with probes before and
-after and a report. One call runs it on one process or as one rank of many."""
+"""The main job. It reads a Hugging Face model, trains it on Megatron-Core and writes a Hugging Face model with a longer context window. It
+probes the model before and after training and writes a report. Every rank of a job calls `extend`; a job may have a single rank."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def extend(config: RunConfig) -> dict[str, Any]:
     """Run the main job, or resume it from its output directory.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
     Returns:
-        the summary, as in summary.json.
+        The content of summary.json.
     Raises:
-        ConfigError, DataError, CheckpointError, BackendUnavailableError: before anything is launched or written wherever it can be
-            known by then.
-        TrainingError: a bad step, with trainer.bad_step=stop.
-        RunInterrupted: the run was stopped by SIGTERM or SIGUSR1.
+        ConfigError, DataError, CheckpointError, BackendUnavailableError: a check failed. Checks run before anything is launched or written
+            if possible.
+        TrainingError: a step was bad and trainer.bad_step=stop.
+        RunInterrupted: SIGTERM or SIGUSR1 stopped the run.
     """
     try:
         with StopRequests() as stop:
@@ -82,12 +82,12 @@ def _run(config: RunConfig, stop: StopRequests) -> dict[str, Any]:
         config.parallel,
         accelerator=accelerator,
         seed=config.seed,
-        # longer than the watchdog's, whose report has more detail than a collective's time-out
+        # longer than the watchdog's timeout, because the watchdog's report has more detail than the timeout of a collective
         timeout_minutes=2 * config.launch.hang_timeout_minutes or None,
     )
     try:
         backends.assert_same_everywhere(backend)
-        # ranks time their own CPUs, and could differ
+        # precision=auto is measured on the CPU of each rank and may differ between ranks
         resolved = resolved.with_precision(mcore_runtime.from_rank_zero(config.precision.name))
         config = resolved.config
         fusions = choose_fusions(
@@ -104,20 +104,21 @@ def _run(config: RunConfig, stop: StopRequests) -> dict[str, Any]:
 
 
 def prepare(config: RunConfig) -> tuple[ResolvedRun, preflight.Base]:
-    """Check everything that can be checked before a process group exists. Then make the base model if model.source names one, prepare the
-    text (unless other ranks of a launcher are waiting: they meet first) and takes the output directory.
+    """Run the checks that need no process group, and create the base model if model.source names one. Rank 0 also claims the output
+    directory, and prepares the text if no launcher started it. Under a launcher the other ranks are already waiting, so `_prepare_run`
+    prepares the text after the process group is initialised.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
     Returns:
-        (the resolved run, its base model)
+        (the resolved run, the base model)
     Raises:
-        ConfigError, DataError, CheckpointError, BackendUnavailableError: what is wrong.
+        ConfigError, DataError, CheckpointError, BackendUnavailableError: a check failed.
     """
     world_size = launcher.planned_world_size(config)
     run = preflight.resolve(config, world_size=world_size)
     config, accelerator = run.config, run.accelerator
-    if not launcher.starts_workers(config):  # they look at their own GPUs
+    if not launcher.starts_workers(config):  # workers select their own GPUs
         mcore_runtime.select_device(accelerator)
         backends.resolve(config.backend, accelerator=accelerator, precision=config.precision.name)
     ensure_base_model(config.model.source, Path(config.model.hf_path))
@@ -163,7 +164,7 @@ def _extend(run: Run, started: float) -> dict[str, Any]:
 
 
 def _write_results(run: Run, systems: dict[str, Any], summary: dict[str, Any], probes: Probes | None, export: Path) -> None:
-    """evaluation.json, summary.json, the report, the model card, and the last lines on the terminal."""
+    """Write evaluation.json, summary.json, the report and the model card, and log the results."""
     if probes:
         conditions = {**probes.conditions(), **conditions_of_run(run)}
         _write_json(run.output_dir / "evaluation.json", {"conditions": conditions, "systems": systems})
@@ -180,9 +181,9 @@ def _write_results(run: Run, systems: dict[str, Any], summary: dict[str, Any], p
 
 
 def _prepare_run(run: Run) -> tuple[tuple[Any, Any], dict[str, str], Probes | None]:
-    """(training and validation text, its hashes, probes if this run has any)"""
+    """Prepare the text and the probes. Returns ((training text, validation text), hashes of the text, probes or None)."""
     config = run.config
-    if run.runtime.world_size > 1:  # one rank a host prepares, the others wait and find it done
+    if run.runtime.world_size > 1:  # one rank per host prepares the text; the other ranks wait and then reuse the files
         if run.runtime.local_rank == 0:
             _prepare_text(config, run.base)
             if config.probes.enabled:
@@ -231,7 +232,8 @@ def _base_chunks(run: Run) -> list[EndPromptGPTModel]:
 
 
 def _shares_positions(config: RunConfig, base: preflight.Base) -> bool:
-    """Of the training, and of the control beside it, whose positions are contiguous."""
+    """Whether all samples of a micro-batch have the same positions in training. The control has contiguous positions, which are the same
+    for all samples, so the value can be used for it too."""
     lengths = base.end_prompts.lengths if base.end_prompts else []
     scheme = get_scheme(config.method.position_scheme)
     return scheme.shares_positions(prompt_lengths=lengths, micro_batch_size=config.trainer.micro_batch_size)
@@ -302,7 +304,7 @@ def _train(
 
 
 def _train_control(run: Run, blends: tuple[Any, Any], probes: Probes | None) -> dict[str, Any] | None:
-    """The same training from the same base with contiguous positions and no anchor."""
+    """Train the control from the same base model with contiguous positions and no end prompt, and probe it if probes are enabled."""
     get_logger().info("control: the same training with contiguous positions and no end prompt")
     method = replace(run.config.method, name="control_short_pi", position_scheme="contiguous")
     config = replace(run.config, method=method)
@@ -356,7 +358,7 @@ def _export(run: Run, chunks: list[EndPromptGPTModel], result: TrainingResult, p
 
 
 def _write_model_card(run: Run, export: Path, evaluation: dict[str, Any]) -> None:
-    """Put what was measured into the model card of the export."""
+    """Write the measured results into the model card of the export."""
     results = (
         f"{format_table(evaluation)}\n\nRetrieval of planted facts and perplexity by context length in tokens, at ordinary positions. In "
         f"brackets: parts of the answer right, log-probability of the answer in nats. The experiment `{run.config.name}` makes this table."

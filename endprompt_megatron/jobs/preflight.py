@@ -1,5 +1,5 @@
-"""Everything that can be found wrong before a process group, a file or a GPU is touched: the config's rules, the base model's files, the
-tokenizer, the output directory."""
+"""Checks that run before a process group is initialised, a file is written or a GPU is used. They cover the rules of the configuration, the
+files of the base model, the tokenizer and the output directory."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ _CONFIG_FILE, _BASE_FILE = "config.yaml", "base.json"
 
 @dataclass(frozen=True)
 class Base:
-    """The base model, checked.
+    """A base model whose files have passed the checks.
 
     Attributes:
-        hf_path: its directory.
-        architecture: its numbers.
-        rope: its own frequencies.
-        tokenizer: of transformers.
-        tokenizer_hash: identity of the tokenizer.
-        end_prompts: tokenised cue set; None for schemes without one.
+        hf_path: directory of the model.
+        architecture: sizes of the model.
+        rope: RoPE scaling of the model before the run changes it.
+        tokenizer: the transformers tokenizer.
+        tokenizer_hash: hash that identifies the tokenizer.
+        end_prompts: the tokenised end prompts; None if the position scheme uses none.
     """
 
     hf_path: Path
@@ -56,11 +56,11 @@ class Base:
 
 
 def known_base(config: RunConfig) -> tuple[ModelArchitecture, RopeScaling]:
-    """The base's numbers and frequencies: from its directory where that is there, else from the config's model.hf_config (a dry run
-    before the download, or a model that is fetched on first use).
+    """Return the architecture and the RoPE scaling of the base model. They are read from its directory if it exists, else from
+    model.hf_config of the configuration (in a dry run before the download, or for a model that is fetched on first use).
 
     Raises:
-        CheckpointError: neither is complete, or the two contradict each other.
+        CheckpointError: the description is incomplete, or the directory contradicts model.hf_config.
     """
     hf_path = Path(config.model.hf_path)
     if not hf_path.exists() and config.model.hf_config:
@@ -80,18 +80,18 @@ def known_base(config: RunConfig) -> tuple[ModelArchitecture, RopeScaling]:
 
 
 def resolve(config: RunConfig, *, world_size: int, runs_here: bool = True) -> ResolvedRun:
-    """Check every rule of a run's configuration and fill in what follows from it.
+    """Check the configuration of a run against every rule and fill in the derived values.
 
     Args:
-        config: of the run; is left as it is.
-        world_size: ranks of the job.
-        runs_here: whether this machine runs the job; False for a plan, whose GPUs may be elsewhere.
+        config: configuration of the run; not modified.
+        world_size: number of ranks of the job.
+        runs_here: whether this machine runs the job. With False (a plan for other GPUs), accelerator=gpu does not require a GPU here.
     Raises:
-        ConfigError: with all problems at once.
-        CheckpointError: neither the base model's directory nor model.hf_config describes it, or they contradict each other.
-        BackendUnavailableError: accelerator=gpu, and this machine has none.
+        ConfigError: the configuration breaks a rule. The error lists all problems.
+        CheckpointError: see known_base.
+        BackendUnavailableError: accelerator=gpu and this machine has no GPU.
     """
-    from endprompt_megatron.mcore import runtime  # torch, which recipes/compare.py has no other use for
+    from endprompt_megatron.mcore import runtime  # imports torch, which recipes/compare.py does not need otherwise
 
     architecture, base_rope = known_base(config)
     facts = Facts(config, world_size, architecture, tuple(SCHEMES), base_rope=base_rope)
@@ -109,21 +109,21 @@ def resolve(config: RunConfig, *, world_size: int, runs_here: bool = True) -> Re
 
 
 def _rope_of(config: RunConfig, architecture: ModelArchitecture, base_rope: RopeScaling) -> RopeScaling:
-    """The frequencies that the run trains with, from those of the base."""
+    """Return the RoPE scaling that the run trains with, derived from the scaling of the base model."""
     return base_rope.extended(asdict(config.rope), max_position_embeddings=architecture.max_position_embeddings)
 
 
 def check_base(run: ResolvedRun) -> Base:
-    """The base model's files: config, tokenizer, end prompts, and the header of every safetensors file.
+    """Read and check the files of the base model (config, tokenizer, the header of every safetensors file) and tokenise the end prompts.
 
     Raises:
-        ConfigError, DataError, CheckpointError: what is wrong with them.
+        ConfigError, DataError, CheckpointError: a check failed.
     """
     from endprompt_megatron.checkpoint.hf.weights import check_hf_weights
 
     config, hf_path = run.config, Path(run.config.model.hf_path)
     tokenizer = load_tokenizer(hf_path)
-    architecture, rope = known_base(config)  # of a base that was made since
+    architecture, rope = known_base(config)  # read again: ensure_base_model may have created the model after `resolve`
     end_prompts = None
     if SCHEMES[config.method.position_scheme].uses_end_prompt:
         end_prompts = tokenize_end_prompts(
@@ -141,10 +141,10 @@ def check_base(run: ResolvedRun) -> Base:
 
 
 def check_output_dir(config: RunConfig) -> None:
-    """Whether the output directory is free, or this run's own. Writes nothing.
+    """Check that the output directory is empty, is missing, or holds this run. Writes nothing.
 
     Raises:
-        ConfigError: it holds a run with another config, or files that are no run.
+        ConfigError: the directory holds a run with another configuration, or files but no run.
     """
     output_dir = Path(config.output_dir)
     stored_path = output_dir / _CONFIG_FILE
@@ -163,7 +163,8 @@ def check_output_dir(config: RunConfig) -> None:
 
 
 def _name_apart(name: str, differing: list[tuple[str, Any, Any]]) -> str:
-    """A short name that carries what is different, the same for the same difference."""
+    """Return a short name for a run that differs from `name`. The name contains one or two changed values, or else a hash of the
+    differences, so equal differences give equal names."""
     parts = [f"{key.rpartition('.')[2]}_{now}" for key, _, now in differing if not isinstance(now, dict | list)][:2]
     named = re.sub(r"[^A-Za-z0-9.]+", "_", "_".join([name, *parts])).strip("_")
     digest = hashlib.sha256(json.dumps(differing, default=str).encode()).hexdigest()[:6]
@@ -171,8 +172,9 @@ def _name_apart(name: str, differing: list[tuple[str, Any, Any]]) -> str:
 
 
 def _base_differences(output_dir: Path, differing: list[tuple[str, Any, Any]], now: str) -> list[tuple[str, Any, Any]]:
-    """The base as a difference, where its weights are not those that the run started from; where it lies does not count. Runs of before
-    there was a record of the weights are known by the path."""
+    """Return model.hf_path as a difference if the base model has other weights than at the start of the run, else no difference. The
+    weights are compared by fingerprint, so the model may be moved. If the run recorded no fingerprint, or one cannot be read, paths are
+    compared."""
     was = next((was for key, was, _ in differing if key == "model.hf_path"), now)
     try:
         known = json.loads((output_dir / _BASE_FILE).read_text())["fingerprint"]
@@ -183,13 +185,15 @@ def _base_differences(output_dir: Path, differing: list[tuple[str, Any, Any]], n
 
 
 def claim_output_dir(config: RunConfig, *, take_lock: bool = True) -> None:
-    """Make the run's output directory, with config.yaml in it, or recognise it as this run's. For one process of the job.
+    """Create the output directory of the run, or check that it holds this run, and write config.yaml. Only one process of a job may call
+    this.
 
     Args:
-        config: of the run.
-        take_lock: keep other processes out; false where a process that waits for this one has the lock.
+        config: configuration of the run.
+        take_lock: whether to lock the directory against other processes; False if the parent process holds the lock while it waits for this
+            one.
     Raises:
-        ConfigError: as check_output_dir; another process runs there; or it cannot be written.
+        ConfigError: see check_output_dir; or another process holds the lock, or the directory cannot be written.
     """
     check_output_dir(config)
     output_dir = Path(config.output_dir)
@@ -198,7 +202,7 @@ def claim_output_dir(config: RunConfig, *, take_lock: bool = True) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         if take_lock:
             hold(output_dir, doing="runs there")
-        check_output_dir(config)  # again: the other process may have ended in between
+        check_output_dir(config)  # check again: another process may have written a run before it released the lock
         base_file = output_dir / _BASE_FILE
         if not base_file.is_file():
             replace_text(base_file, json.dumps({"fingerprint": weights_fingerprint(Path(config.model.hf_path))}) + "\n")
@@ -210,11 +214,11 @@ def claim_output_dir(config: RunConfig, *, take_lock: bool = True) -> None:
 
 
 def plan_request(run: ResolvedRun, *, num_prompt_tokens: int | None) -> PlanRequest:
-    """What planning makes a run's plan of.
+    """Return the inputs of the plan of a run.
 
     Args:
-        run: to plan.
-        num_prompt_tokens: b; None while the tokenizer is not at hand.
+        run: the run to plan.
+        num_prompt_tokens: b, number of tokens of the end prompt; None if the tokenizer is not available.
     """
     config, world_size, architecture = run.config, run.world_size, run.architecture
     on_gpu = run.accelerator == "gpu"
@@ -250,7 +254,7 @@ def plan_request(run: ResolvedRun, *, num_prompt_tokens: int | None) -> PlanRequ
 
 
 def trained_parts(config: RunConfig, architecture: ModelArchitecture) -> TrainedParts | None:
-    """What trains, as planning counts it; None where that is everything."""
+    """Return the trainable parameters of a run with adapters; None if every weight is trained."""
     adapter = config.adapter
     if adapter.type == "none":
         return None
@@ -260,7 +264,7 @@ def trained_parts(config: RunConfig, architecture: ModelArchitecture) -> Trained
         "k_proj": key_size,
         "v_proj": key_size,
         "o_proj": architecture.query_size,
-    }  # beside hidden_size
+    }  # of each projection, the dimension that is not hidden_size
     per_layer = sum(adapter.rank * (architecture.hidden_size + sizes[target]) for target in adapter.target_modules)
     return TrainedParts(per_layer, adapter.train_embeddings, adapter.train_norms)
 

@@ -24,7 +24,7 @@ from endprompt_megatron.training.trainer import TrainingResult
 
 @dataclass(frozen=True)
 class Run:
-    """What the steps of one run share."""
+    """State that all stages of one run share."""
 
     resolved: ResolvedRun
     base: preflight.Base
@@ -89,7 +89,7 @@ def _adapter_provenance(config: RunConfig) -> dict[str, Any]:
 
 
 def conditions_of_run(run: Run) -> dict[str, Any]:
-    """The run's conditions that the report states beside the probes'."""
+    """Return the conditions of the run that the report lists next to those of the probes."""
     return {
         "megatron_core": version.megatron_core_version(),
         "torch": torch.__version__,
@@ -118,9 +118,9 @@ def summary_of_run(run: Run, result: TrainingResult, systems: dict[str, Any], ex
     """The flat object that other programs read: summary.json.
 
     Args:
-        run: which.
-        result: of the training.
-        systems: what was probed, by name.
+        run: the run.
+        result: result of the training.
+        systems: {name of the probed model: results}.
         export: directory of the Hugging Face model.
         wall_seconds: from start to end.
     """

@@ -1,4 +1,4 @@
-"""megatron.core.dist_checkpointing.save behind one signature for every supported version."""
+"""Call megatron.core.dist_checkpointing.save with the same arguments in every supported version of megatron-core."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from endprompt_megatron.launch.processes import block_stop_signals, serve_parent
 
 
 def begin_save(sharded_state: dict[str, Any], directory: str, *, asynchronous: bool) -> Any:
-    """Write a sharded state; collective over all ranks.
+    """Write a sharded state. All ranks must call this function.
 
     Args:
         sharded_state: Megatron's sharded tensors and objects.
         directory: empty directory to write to.
-        asynchronous: return a request for AsyncCallsQueue instead of writing now.
+        asynchronous: if True, return a request for AsyncCallsQueue instead of writing the state during the call.
     Returns:
         Megatron's AsyncRequest if asynchronous, else None.
     """
@@ -33,9 +33,9 @@ def begin_save(sharded_state: dict[str, Any], directory: str, *, asynchronous: b
 def _prepare_queue() -> None:
     """Create the queue through which Megatron's writer processes report, with a manager process that ends when this process ends.
 
-    Replaces the manager that dist_checkpointing/strategies/filesystem_async.py (megatron-core 0.16-0.19) starts on first use: it keeps
-    running after its rank was killed, and a stop signal (SIGTERM, SIGUSR1) kills it while its rank still needs it to save. Can be removed
-    when upstream's manager does neither.
+    Replaces the manager that dist_checkpointing/strategies/filesystem_async.py (megatron-core 0.16-0.19) starts on first use. That
+    manager keeps running after its rank is killed, and a stop signal (SIGTERM, SIGUSR1) kills it while its rank still needs it to save a
+    checkpoint. Remove this function when upstream fixes both problems.
     """
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))

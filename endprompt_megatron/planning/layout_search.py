@@ -82,7 +82,7 @@ class Candidate:
     Attributes:
         layout: the layout and its batch.
         memory: memory of the pipeline stage that needs most.
-        reserve_gib: memory to keep free beside the tensors.
+        reserve_gib: memory to keep free in addition to the tensors.
         time: time of a step.
         tokens_per_second: physical tokens per second and GPU.
     """

@@ -98,8 +98,8 @@ class TrainedParts:
 
 
 def reserve_gib(layout: Layout, *, device_memory_gib: float) -> float:
-    """Memory to keep free beside the tensors. An assumption, not a measurement: 1 GiB for CUDA context, kernels and cuBLAS workspaces,
-    0.5 GiB of NCCL buffers for each kind of process group with more than one rank, and 3 % of the device for fragmentation.
+    """Memory to keep free in addition to the tensors. An assumption, not a measurement: 1 GiB for CUDA context, kernels and cuBLAS
+    workspaces, 0.5 GiB of NCCL buffers for each kind of process group with more than one rank, and 3 % of the device for fragmentation.
 
     Args:
         layout: determines which process groups communicate.

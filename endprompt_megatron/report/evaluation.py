@@ -1,5 +1,5 @@
-"""The page of an evaluation: RULER by task and length, LongBench by group and short tasks, each with the paper's numbers; planted facts and
-perplexity; tasks that did not run, with reasons; the conditions. Its only input is results.json."""
+"""Write the page of an evaluation from results.json, its only input. The page shows RULER by task and length, LongBench by group and short
+tasks, each beside the paper's numbers, then planted facts and perplexity, the tasks that did not run with reasons, and the conditions."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ _SHORT_NOTE = "The paper's values are after supervised fine-tuning, with a numbe
 
 
 def write_evaluation(output_dir: Path, results: dict[str, Any], *, pending: int = 0) -> Path:
-    """Writes evaluation.md.
+    """Write evaluation.md.
 
     Args:
-        output_dir: its directory.
+        output_dir: directory in which to write the page and its figures.
         results: content of results.json.
-        pending: number of tasks and lengths that are not finished.
+        pending: number of unfinished pairs of task and length.
     Returns:
         Path of the page.
     """
@@ -166,7 +166,7 @@ def _ruler_offline(scores: list[dict[str, Any]]) -> str:
 
 
 def _scores_by_length(scores: list[dict[str, Any]], rows: list[tuple[Task, str]], lengths: list[int]) -> dict[str, list[float | None]]:
-    """{display name: score at each length} for those (task, haystack) in `rows` that have a score."""
+    """Return {display name: score at each length} for every (task, haystack) in `rows` that has at least one score."""
     found = {(score["task_id"], score["haystack"], score["length"]): score["score"] for score in scores}
     values = {name_in_results(task, haystack): [found.get((task.id, haystack, length)) for length in lengths] for task, haystack in rows}
     return {name: row for name, row in values.items() if any(value is not None for value in row)}
@@ -202,7 +202,7 @@ def _short(scores: list[dict[str, Any]]) -> str:
 
 
 def _intervals(scores: list[dict[str, Any]]) -> str:
-    """Table of every score with its interval, collapsed by default."""
+    """Return a table of all scores with their intervals. The table is collapsed by default."""
     order = list(TASKS)
     rows = []
     for score in sorted(scores, key=lambda score: (order.index(score["task_id"]), score["length"] or 0)):
@@ -231,7 +231,7 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 def _of(count: int, total: int) -> str:
-    """How many of the values of a mean exist; empty where all do."""
+    """Return how many of the `total` values a mean covers, as text; an empty string if it covers all or none."""
     return f" ({count} of {total})" if 0 < count < total else ""
 
 

@@ -129,7 +129,7 @@ def perplexity_windows(conditions: Mapping[str, Any]) -> str:
 
 
 def perplexity_picture(output_dir: Path, panels: Mapping[str, Scores], conditions: Mapping[str, Any]) -> str:
-    """Draws perplexity by window and returns the Markdown of the figure; empty where there are fewer than two lengths."""
+    """Draws perplexity by window and returns the Markdown of the figure; empty if there are fewer than two lengths."""
     systems = {
         label: {"label": label, "perplexity": {str(score["length"]): math.exp(score["score"]) for score in scores}}
         for label, scores in panels.items()

@@ -41,7 +41,7 @@ def write_suite_comparison(
 
     Args:
         output_dir: their directory.
-        name: of the comparison.
+        name: name of the comparison.
         models: {label: {training seed: scores}}, each with at least one score.
         reference: label of the model that the others are compared with.
         commands: command lines that reproduce the page.
@@ -115,7 +115,7 @@ def _mean_of(values: Sequence[Any]) -> Any:
 
 
 def suite_tables(suites: Mapping[str, Sequence[TaskComparison]], reference: str) -> list[str]:
-    """Table of tasks by model with differences to the reference; empty where nothing was evaluated.
+    """Table of tasks by model with differences to the reference; empty if nothing was evaluated.
 
     Args:
         suites: {label: its comparisons}.

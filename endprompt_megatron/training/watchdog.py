@@ -1,4 +1,4 @@
-"""Ends a job if a rank no longer makes progress or another rank has failed, with a message. Otherwise a hung job would keep its nodes."""
+"""End a job with a message if a rank no longer makes progress or another rank has failed. Otherwise a hung job keeps its nodes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from endprompt_megatron.mcore.failures import FailureBoard
 
 
 class Watchdog:
-    """A thread that ends this process if `beat` has not been called for too long, or if another rank has failed: this rank may be waiting
-    for it in a collective, which nothing else interrupts. Use as a context manager.
+    """A thread that ends this process if no call of `beat` arrives in time, or if another rank has failed. In the second case this rank may
+    wait for the failed rank in a collective, and only the end of the process interrupts a collective. Use as a context manager.
 
     Args:
         seconds: longest time between two beats; 0 means no limit.
-        failures: board on which ranks record their failures.
+        failures: board on which ranks record their failures; None disables the check for failed ranks.
     """
 
     def __init__(self, seconds: float, failures: FailureBoard | None = None):
@@ -38,7 +38,7 @@ class Watchdog:
         self._ended.set()
 
     def beat(self, doing: str) -> None:
-        """Report progress. `doing` names the next activity, for the message."""
+        """Report progress. `doing` is the name of the next activity and appears in the error message."""
         self._beaten, self._doing = time.monotonic(), doing
 
     def _watch(self) -> None:

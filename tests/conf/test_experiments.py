@@ -244,7 +244,7 @@ def test_the_methods_of_the_paper_are_all_there():
 
 
 @pytest.mark.parametrize("study", sorted(path.stem for path in (ROOT / "conf" / "study").glob("*.yaml")))
-def test_every_study_asks_for_runs_that_can_be(study, tmp_path, monkeypatch):
+def test_every_study_requests_valid_runs(study, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         asked = to_study(hydra.compose("compare", overrides=[f"+study={study}"]))

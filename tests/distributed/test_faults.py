@@ -86,7 +86,7 @@ def test_killed_at_every_point_of_a_save(place, undisturbed, asynchronous, kills
     assert not list(checkpoints.glob("*.damaged")), "no kill damaged a checkpoint"
 
 
-def test_one_rank_is_asked_and_all_save_and_stop(place, undisturbed):
+def test_one_signalled_rank_makes_all_ranks_save_and_stop(place, undisturbed):
     name = "asked"
     assert end_of(_signalled(_job(place, name, save_interval=0), signal.SIGUSR1, "before a step", 4, [1])) == [EXIT_RESUME, EXIT_RESUME]
     assert len(_losses(place, name)) == 4, "the step is finished and nothing is begun"

@@ -60,7 +60,7 @@ def test_bad_setting(workplace, case):
     assert not (workplace / "run").exists()
 
 
-def test_all_problems_are_told_at_once(workplace):
+def test_all_problems_are_reported_at_once(workplace):
     with pytest.raises(USER_ERRORS) as caught:
         _extend(workplace, "rope.factor=4", "optim.lr=-1", "trainer.global_batch_size=7")
     assert all(key in str(caught.value) for key in ("rope.factor", "optim.lr", "trainer.global_batch_size"))

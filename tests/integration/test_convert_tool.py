@@ -45,7 +45,7 @@ def test_there_and_back_and_shown(hf, tmp_path):
     assert "window 2,048 positions, RoPE llama3, factor 32" in out
 
 
-def test_a_full_disk_is_told_and_survived(hf, tmp_path):
+def test_a_full_disk_is_reported_and_the_same_command_resumes(hf, tmp_path):
     """A file size limit simulates the full disk; without the limit the same command continues."""
     command = [sys.executable, "-W", "ignore", str(TOOL), "hf-to-megatron", str(hf), "megatron", "--no-verify", "--max-shard-size", "100KB"]
     limit = (85_000, 85_000)  # the file of the embedding fits, the files of the feed-forward layers do not

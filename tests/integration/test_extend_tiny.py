@@ -193,7 +193,7 @@ def test_dry_run_refuses_what_does_not_fit(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_model_card_and_provenance_tell_how_it_was_made(finished):
+def test_model_card_and_provenance_record_how_the_model_was_made(finished):
     export = finished / "run" / "hf"
     card, provenance = (export / "README.md").read_text(), json.loads((export / "endprompt.json").read_text())
     for told in (

@@ -81,7 +81,7 @@ def has_punkt() -> bool:
 
 
 def bos_token_of(model_dir: Path) -> str | None:
-    """The tokenizer's BOS token; None where it has none (such models were trained without)."""
+    """The tokenizer's BOS token; None if it has none (such models were trained without)."""
     return load_tokenizer(model_dir).bos_token
 
 
@@ -89,10 +89,10 @@ class Harness:
     """Runs lm-eval's tasks on one model.
 
     Args:
-        config: of the evaluation.
+        config: configuration of the evaluation.
         max_length: maximum tokens of a prompt and its answer together.
         model: the loaded model, for backend megatron; the other backends load their own.
-        device: of that model.
+        device: device of that model.
         lm: an lm-eval LM that replaces the model, for tests.
     """
 
@@ -156,7 +156,7 @@ class Harness:
         return self.config.bos == "one" and bos_token_of(Path(self.config.model)) is not None
 
     def _check_bos(self, lm: Any) -> None:
-        """Counts the BOS tokens that the model really gets, whatever the settings of the tokenizer."""
+        """Check the number of BOS tokens in the model's input, regardless of the tokenizer's settings."""
         required = int(self._needs_bos())
         encodings = {"tok_encode": list(lm.tok_encode(_BOS_CHECK_TEXT))}
         if hasattr(lm, "tok_batch_encode"):
@@ -173,15 +173,15 @@ class Harness:
         """Runs one task.
 
         Args:
-            task: one of lm-eval's.
-            length: of RULER's prompts, in tokens; None for other tasks.
-            window: of the model, in tokens. Prompts and answers of other tasks are truncated to it.
+            task: a task of lm-eval.
+            length: length of RULER's prompts, in tokens; None for other tasks.
+            window: window of the model, in tokens. Prompts and answers of other tasks are truncated to it.
             label: for the progress display.
             log_file: receives the output of lm-eval.
         Returns:
             The scored samples, sorted by index.
         Raises:
-            Exception: whatever lm-eval raises, e.g. where a dataset cannot be loaded or memory runs out.
+            Exception: any exception of lm-eval, e.g. if a dataset cannot be loaded or memory runs out.
         """
         from lm_eval.evaluator import evaluate
 

@@ -36,7 +36,7 @@ class MegatronLM(TemplateLM):
         bos: id put before every prompt that does not begin with it; None for no BOS.
         max_length: maximum tokens of a prompt and its answer together.
         prefill_chunk: prompt tokens per forward pass; 0 reads a prompt whole.
-        device: of the model.
+        device: device of the model.
     """
 
     def __init__(

@@ -61,11 +61,11 @@ def make_gap_haystacks(
 
     Args:
         encode: text -> token ids without special tokens.
-        length: of every haystack, in tokens. Only the target length reaches all regions.
+        length: length of every haystack, in tokens. Only the target length reaches all regions.
         num_context_tokens, num_prompt_tokens, target_context_length: a, b, L of the training.
         trials: haystacks per region.
-        digits: of a key.
-        seed: of keys and depths.
+        digits: number of digits of a key.
+        seed: seed of keys and depths.
     Returns:
         Haystacks for near, gap and anchor of the first trial, then of the second, and so on. Every question has the task "gap".
     Raises:

@@ -44,10 +44,10 @@ def trained_segments(config: EvaluateConfig, provenance: dict[str, Any]) -> Trai
     """Reads the segments from suite.needle, or else from the model's endprompt.json.
 
     Args:
-        config: of the evaluation.
-        provenance: content of the model's endprompt.json; empty where there is none.
+        config: configuration of the evaluation.
+        provenance: content of the model's endprompt.json; empty if there is none.
     Returns:
-        The segments; None where neither has them, where the end prompt moved between samples (eq. 8 does not hold then), or where the
+        The segments; None if neither has them, if the end prompt moved between samples (eq. 8 does not hold then), or if the
         training left no distance unseen.
     """
     named = config.suite.needle
@@ -65,7 +65,7 @@ def log_probability_details(samples: Sequence[Sample], trained: TrainedSegments 
     """Figures of samples that are scored by log-probability, in addition to their score.
 
     Args:
-        samples: of one task and length.
+        samples: samples of one task and length.
         trained: segments whose distances divide the questions into the regions near, gap and anchor (gap.py); None leaves the regions out.
     Returns:
         For questions {"parts_right", "log_probability", "by_depth": {depth: figures}, "by_region": {region: figures}}, with shares from 0
@@ -91,14 +91,14 @@ class LogProbabilityTasks:
     """Runs tasks that are scored by log-probability.
 
     Args:
-        config: of the evaluation.
+        config: configuration of the evaluation.
         chunks: the model, or this rank's chunks, in evaluation mode.
         encode: text -> token ids without special tokens.
         prefix: tokens prefix every text of suite needle: BOS, or none.
         texts: returns an iterator over the held-out documents.
         lengths: all lengths of the evaluation. The same documents are scored at each of them.
-        trained: segments for the gap task; None where they are unknown.
-        device: of the model.
+        trained: segments for the gap task; None if they are unknown.
+        device: device of the model.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class LogProbabilityTasks:
         """Runs one task.
 
         Args:
-            task: of suite needle or perplexity.
+            task: a task of suite needle or perplexity.
             length: tokens of a text with its question and answer, or of a window; None for the gap task.
             label: for the progress display.
         Returns:

@@ -108,9 +108,9 @@ def make_long_texts(
         encode: text -> token ids without special tokens.
         length: t, in tokens.
         facts: {"word" | "number": facts per text}, at most MOST_FACTS. They are evenly spaced, with both kinds mixed.
-        digits: of a number.
+        digits: number of digits of a number.
         count: number of texts.
-        seed: of answers, subjects and their order.
+        seed: seed of answers, subjects and their order.
     Raises:
         DataError: the documents are too short for `count` texts, or the facts take more than half of a text.
     """
@@ -219,7 +219,7 @@ def read_long_texts(
         texts: from make_long_texts.
         lengths: context lengths in tokens, including question and answer, at most that of the texts.
         perplexity_tail: number of tokens before each length whose loss is measured, without planted ones; 0 measures none.
-        device: of the model.
+        device: device of the model.
         label: for the progress display.
         prefill_chunk: tokens per forward pass; 0 reads a text whole.
     Returns:

@@ -60,7 +60,7 @@ class Question:
         units: (start, end) token indices, end exclusive, of the parts of the answer whose share of hits is reported. A part is a digit
             token of a key, a name of a chain, or a whole key where the answer has several. A separate space token that some tokenizers put
             first belongs to no part.
-        depth: of the fact, 0 = start of the text, 1 = end; None for several facts.
+        depth: depth of the fact, 0 = start of the text, 1 = end; None for several facts.
         distance: tokens from the end of the fact to the first token of the answer; None for several facts.
     """
 
@@ -158,10 +158,10 @@ def make_haystacks(
             multi_key (a key at every depth, with a question for each), multi_value (a key of one name at every depth, with one question for
             all), variable_tracking (a chain of assignments at random depths). All but `single` share their haystacks.
         lengths: context lengths in tokens.
-        depths: of the facts, between 0 and 1.
+        depths: depths of the facts, between 0 and 1.
         trials: haystacks per length.
-        digits: of a key.
-        seed: of keys, names and depths.
+        digits: number of digits of a key.
+        seed: seed of keys, names and depths.
         max_tokens: bound on the total tokens of the haystacks of a length, separately for `single` and for the others. At least one
             haystack is made. 0: no bound.
     Raises:
@@ -262,7 +262,7 @@ def score_haystacks(
     Args:
         model: the model, or this rank's model chunks; in evaluation mode.
         haystacks: from make_haystacks.
-        device: of the model.
+        device: device of the model.
         label: for the progress display.
         prefill_chunk: haystacks longer than this are read in chunks of this many tokens; 0 reads them whole.
     Returns:

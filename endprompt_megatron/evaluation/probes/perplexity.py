@@ -85,7 +85,7 @@ def losses_by_window(
         model: the model, or this rank's model chunks; in evaluation mode.
         blocks: int64 [blocks, longest window].
         lengths: window lengths in tokens, none longer than a block.
-        device: of the model.
+        device: device of the model.
         label: for the progress display.
         stride: step of a sliding window in tokens, less than every length. Each token is then scored with at least window - stride tokens
             of context, or with all that its block has. 0: windows do not overlap, and the first token of each is not scored.

@@ -34,9 +34,9 @@ class Probes:
 
     Attributes:
         haystacks: noise texts with planted facts, for retrieval.
-        blocks: held-out tokens, int64 [blocks, longest window], for perplexity; empty where it is measured on long_texts.
+        blocks: held-out tokens, int64 [blocks, longest window], for perplexity; empty if it is measured on long_texts.
         config: the configuration that they were made from.
-        seed: of the needle keys.
+        seed: seed of the needle keys.
         long_texts: held-out prose with planted facts.
     """
 
@@ -113,7 +113,7 @@ def probe_system(
         description: for tables.
         model: the model, or this rank's model chunks, with the RoPE frequencies to probe.
         probes: questions and texts.
-        device: of the model.
+        device: device of the model.
         cache: file with cached results, which rank 0 reads and writes; None neither reads nor writes one.
         kept_beside: directory of the base model, where the system is that base without training. Results are then also cached in
             `<directory>.probes/`, in a file named by a hash of weights, questions, RoPE, precision and code.
@@ -183,7 +183,7 @@ def _shared_file(base: Path, chunk: EndPromptGPTModel, probes: Probes, device: t
 
 
 def _read_shared(shared: Path | None) -> dict[str, Any] | None:
-    """Cached results of another run; None where the file is missing or damaged."""
+    """Cached results of another run; None if the file is missing or damaged."""
     if shared is None or not shared.is_file():
         return None
     try:
@@ -213,7 +213,7 @@ def _settings_of_figures(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(cache: Path | None, conditions: dict[str, Any]) -> dict[str, Any] | None:
-    """The cached result; None where there is none, or where its conditions differ."""
+    """The cached result; None if there is none, or if its conditions differ."""
     if cache is None or not cache.is_file():
         return None
     stored = json.loads(cache.read_text())

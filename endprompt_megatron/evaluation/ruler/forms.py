@@ -94,7 +94,7 @@ class Needles:
         keys: number of keys.
         values: values per key.
         queried: number of keys that the question names.
-        kind: of keys and values: "words", "numbers" (of 7 digits) or "uuids".
+        kind: kind of keys and values: "words", "numbers" (of 7 digits) or "uuids".
         only_needles: the haystack consists of further keys and values instead of text.
     """
 

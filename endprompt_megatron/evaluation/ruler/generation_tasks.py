@@ -26,9 +26,9 @@ class GenerationTasks:
     """Runs tasks that are scored by greedy generation.
 
     Args:
-        config: of the evaluation.
+        config: configuration of the evaluation.
         model: this rank's chunks of the model that `config` names, in evaluation mode.
-        device: of the model.
+        device: device of the model.
     """
 
     def __init__(self, config: EvaluateConfig, model: list[EndPromptGPTModel], *, device: torch.device):
@@ -42,7 +42,7 @@ class GenerationTasks:
         """Runs one task.
 
         Args:
-            task: of suite ruler_offline.
+            task: a task of suite ruler_offline.
             length: maximum tokens of a prompt (including BOS) and its answer together.
             label: for the progress display.
         Returns:

@@ -27,7 +27,7 @@ class QAQuestion:
     """One question of a data set.
 
     Attributes:
-        text: of the question.
+        text: text of the question.
         answers: accepted answers; any one is correct.
         gold: numbers of the question's own documents.
         related: numbers of other documents of the same article. They are added before any others.
@@ -59,7 +59,7 @@ def read_questions(task: str, path: Path) -> QuestionSet:
 
     Args:
         task: qa_squad (SQuAD 1.1 or 2.0; questions without an answer are skipped) or qa_hotpotqa (the distractor setting).
-        path: of the file.
+        path: path of the file.
     Raises:
         ConfigError: the task does not exist.
         DataError: the file is missing, has another format, or contains no question with an answer.
@@ -108,7 +108,7 @@ def make_qa_samples(encode: Encode, questions: QuestionSet, *, length: int, coun
         questions: from read_questions.
         length: maximum tokens of prompt and answer together.
         count: number of samples.
-        seed: of the order of questions and documents.
+        seed: seed of the order of questions and documents.
     Raises:
         DataError: fewer than `count` questions fit.
     """

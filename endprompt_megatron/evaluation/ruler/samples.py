@@ -51,7 +51,7 @@ class RulerSample:
         prompt: raw text, including the answer prefix.
         references: strings that the answer must contain.
         max_new_tokens: number of tokens to generate.
-        depth: of the fact that the question is about, 0 = start of the haystack, 1 = end; None for several facts.
+        depth: depth of the fact that the question is about, 0 = start of the haystack, 1 = end; None for several facts.
         haystack: content of the haystack, for tables: noise, the caller's name of a text, needles, words, coded words or documents.
     """
 
@@ -72,7 +72,7 @@ class RulerForm:
     Attributes:
         write: writes a prompt for a haystack size.
         max_new_tokens: number of tokens to generate.
-        counterpart: RULER's names of the task, with a noise haystack and with essays; None where RULER has no such task.
+        counterpart: RULER's names of the task, with a noise haystack and with essays; None if RULER has no such task.
         smallest: size of the smallest haystack that makes sense.
         made_of: content of the haystack, for forms that do not use the caller's text; None for forms that do.
     """
@@ -110,7 +110,7 @@ def make_samples(
         task: a name in FORMS.
         length: maximum tokens of prompt and answer together, >= 512.
         count: number of samples.
-        seed: of all random draws.
+        seed: seed of all random draws.
         text: (name, documents) to hide facts in; None uses noise sentences. Forms with `made_of` ignore it. Where the text is too short it
             is repeated, and `RulerSample.haystack` then ends with ", repeated".
     Raises:
@@ -189,7 +189,7 @@ def score(task: str, output: str, references: Sequence[str]) -> float:
     Args:
         task: a name in FORMS or QA_TASKS.
         output: the generated text, without the prompt.
-        references: of the sample.
+        references: references of the sample.
     """
     return string_match_part(output, references) if task in QA_TASKS else string_match_all(output, references)
 

@@ -19,13 +19,13 @@ class EndPromptModelProvider(GPTModelProvider):
     """GPTModelProvider whose model is ours. `endprompt_model_provider` fills its numbers from the base.
 
     Attributes:
-        extension: what is extended and how.
+        extension: the base model, its target window and how to extend it.
     """
 
     extension: WindowExtension | None = None
 
     def provide(self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None) -> EndPromptGPTModel:
-        """As WindowExtension.build_chunk."""
+        """Same as WindowExtension.build_chunk."""
         if self.extension is None:
             raise ConfigError("EndPromptModelProvider(extension=None): name what is extended. endprompt_model_provider(extension) does.")
         return self.extension.build_chunk(self, vp_stage=vp_stage, pre_process=pre_process, post_process=post_process)
@@ -43,10 +43,10 @@ def endprompt_model_provider(extension: WindowExtension, **fields: Any) -> EndPr
     """EndPromptModelProvider with the numbers of the base's config.json.
 
     Args:
-        extension: what is extended and how.
-        fields: further fields of GPTModelProvider: layout, recomputation.
+        extension: the base model, its target window and how to extend it.
+        fields: additional fields of GPTModelProvider: layout, recomputation.
     Raises:
-        ConfigError, DataError, CheckpointError: as WindowExtension.check.
+        ConfigError, DataError, CheckpointError: same as WindowExtension.check.
     """
     base, rope = extension.check()
     known: dict[str, Any] = {

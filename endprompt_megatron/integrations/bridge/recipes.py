@@ -1,5 +1,5 @@
-"""A Megatron-Bridge recipe of the paper's setting, Llama 3 from 8K to 64K: `pretrain(llama3_8b_64k(paths), endprompt_forward_step)`. The
-checkpoint is exported by WindowExtension.export_checkpoint."""
+"""Megatron-Bridge recipes for the paper's setting, Llama 3 from 8K to 64K. Run `pretrain(llama3_8b_64k(paths), endprompt_forward_step)`.
+WindowExtension.export_checkpoint exports the checkpoint."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "r
 
 
 def endprompt_recipe(extension: WindowExtension, paths: list[str], **fields: Any) -> ConfigContainer:
-    """Bridge's common pre-training config with EndPrompt's model, data and optimisation: 1,907 steps of 64 samples (1.0B tokens at 8,192),
-    constant lr 2e-5 after 20 steps.
+    """Return Bridge's common pre-training config with EndPrompt's model, data and optimisation. Training takes 1,907 steps of 64 samples
+    (1.0B tokens at a sequence length of 8,192), with a constant learning rate of 2e-5 after 20 warmup steps.
 
     Args:
-        extension: what is extended and how.
-        paths: training text, as EndPromptDatasetProvider takes it.
-        fields: further fields of GPTModelProvider.
+        extension: the base model, its target window and how to extend it.
+        paths: training text, in the format of `paths` of EndPromptDatasetProvider.
+        fields: additional fields of GPTModelProvider.
     Source: EndPrompt (arXiv 2605.14589), section on training.
     """
     config = _pretrain_common()
     config.model = endprompt_model_provider(extension, **fields)
     config.dataset = EndPromptDatasetProvider(extension=extension, paths=paths)
     _set(config.tokenizer, tokenizer_model=extension.hf_path)
-    if hasattr(config.tokenizer, "use_tokenizer_vocab_size"):  # of 0.6
+    if hasattr(config.tokenizer, "use_tokenizer_vocab_size"):  # Megatron-Bridge 0.6 has this field, 0.3 does not
         _set(config.tokenizer, use_tokenizer_vocab_size=False)
     _set(config.train, train_iters=1907, global_batch_size=64, micro_batch_size=1)
     _set(config.optimizer, lr=2e-5, min_lr=2e-5, weight_decay=0.0, adam_beta2=0.95, adam_eps=1e-8)
@@ -39,7 +39,7 @@ def endprompt_recipe(extension: WindowExtension, paths: list[str], **fields: Any
 
 
 def _set(section: Any, **values: Any) -> None:
-    """Set fields that must be there: a dataclass would take a name that it does not know, and ignore it."""
+    """Set existing fields and raise AttributeError for unknown names. Plain assignment would add an unknown field, which Bridge ignores."""
     unknown = sorted(name for name in values if not hasattr(section, name))
     if unknown:
         raise AttributeError(f"{type(section).__name__} of the Megatron-Bridge installed has no {unknown[0]}")

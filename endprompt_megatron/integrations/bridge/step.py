@@ -21,7 +21,7 @@ def endprompt_forward_step(data_iterator: Iterator[dict[str, Tensor]], model: to
     """The same on every pipeline stage: each rotates by the positions of the micro-batch.
 
     Args:
-        data_iterator: of EndPromptDatasetProvider's samples.
+        data_iterator: iterator over the samples of EndPromptDatasetProvider.
         model: a chunk of EndPromptModelProvider's model.
     Returns:
         (loss of each token [b, s] or hidden states, loss function).

@@ -18,13 +18,13 @@ class EndPromptDataModule(llm.PreTrainingDataModule):
 
     Args:
         paths: prefixes of .bin/.idx files (recipes/prepare_data.py makes them), or [weight, prefix, ...], or {"train": ..., "validation":
-            ..., "test": ...} of these, as PreTrainingDataModule takes them; nothing is tested.
-        extension: what is extended and how; its seq_length is that of the samples.
+            ..., "test": ...} of these, in the format of PreTrainingDataModule; there is no test data.
+        extension: the base model, its target window and how to extend it. Its seq_length is the length of the samples.
         tokenizer: what Megatron needs of one. NeMo's own would copy the base with its weights into every checkpoint.
-        seed: of sample order, and of the draws of end prompts and positions.
+        seed: seed of sample order, and of the draws of end prompts and positions.
         split: train,validation,test shares where `paths` names no validation data.
         index_mapping_dir: where Megatron keeps its index caches.
-        micro_batch_size, global_batch_size, num_workers, pin_memory, persistent_workers: as PreTrainingDataModule.
+        micro_batch_size, global_batch_size, num_workers, pin_memory, persistent_workers: same as PreTrainingDataModule.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class EndPromptDataModule(llm.PreTrainingDataModule):
         """Build the datasets of a run; NeMo calls it with the trainer's settings. Every validation takes the same batches.
 
         Raises:
-            ConfigError, DataError: as WindowExtension.build_datasets; or the number of steps or batches is not known beforehand.
+            ConfigError, DataError: same as WindowExtension.build_datasets, or if the number of steps or batches is not known beforehand.
         """
         if trainer_max_steps < 1:  # NeMo's -1 would also let learning rates end at 0
             raise ConfigError(f"max_steps={trainer_max_steps}: the number of samples follows from it. Set the trainer's max_steps.")
@@ -85,7 +85,7 @@ class EndPromptDataModule(llm.PreTrainingDataModule):
         )
         self._test_ds = None
         for dataset in filter(None, (self._train_ds, self._validation_ds)):
-            dataset.collate_fn = collate  # where PreTrainingDataModule looks for one
+            dataset.collate_fn = collate  # PreTrainingDataModule reads this attribute
 
 
 def _blend(prefixes: list[str], weights: list[float] | None) -> Blend:

@@ -59,7 +59,7 @@ class EndPromptLlamaConfig(llm.LlamaConfig):
     """llm.LlamaConfig whose model is ours. `endprompt_llama_config` fills its numbers from the base.
 
     Attributes:
-        extension: what is extended and how.
+        extension: the base model, its target window and how to extend it.
     """
 
     extension: WindowExtension | None = None
@@ -69,7 +69,7 @@ class EndPromptLlamaConfig(llm.LlamaConfig):
     def configure_model(
         self, tokenizer: Any, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
     ) -> EndPromptGPTModel:
-        """As WindowExtension.build_chunk. The tokenizer is not used: the vocabulary is the base's."""
+        """Same as WindowExtension.build_chunk. Ignores the tokenizer, because the vocabulary size is that of the base."""
         if self.extension is None:
             raise ConfigError("EndPromptLlamaConfig(extension=None): name what is extended. endprompt_llama_config(extension) does.")
         stage = (vp_stage or 0) if self.virtual_pipeline_model_parallel_size else None
@@ -80,10 +80,10 @@ def endprompt_llama_config(extension: WindowExtension, **fields: Any) -> EndProm
     """EndPromptLlamaConfig with the numbers of the base's config.json.
 
     Args:
-        extension: what is extended and how.
-        fields: further fields of llm.LlamaConfig, e.g. recompute_granularity.
+        extension: the base model, its target window and how to extend it.
+        fields: additional fields of llm.LlamaConfig, e.g. recompute_granularity.
     Raises:
-        ConfigError, DataError, CheckpointError: as WindowExtension.check.
+        ConfigError, DataError, CheckpointError: same as WindowExtension.check.
     """
     base, rope = extension.check()
     shape = {"vocab_size": base.architecture.vocab_size, "share_embeddings_and_output_weights": base.architecture.tied_embeddings}
@@ -96,7 +96,7 @@ class EndPromptLlamaModel(llm.LlamaModel):
     after them, and replaces them."""
 
     def configure_model(self, vp_stage: int | None = None) -> None:
-        """As llm.GPTModel's, with the weights of the base: each rank reads only its slices."""
+        """Same as llm.GPTModel.configure_model, and then load the weights of the base. Each rank reads only its slices."""
         if hasattr(self, "module"):
             return
         if cpu.cpu_shims_installed():  # NeMo seeds Megatron's generators only where it counts a GPU
@@ -110,7 +110,7 @@ class EndPromptLlamaModel(llm.LlamaModel):
         """Refuse to train with the samples of another extension.
 
         Raises:
-            ConfigError: the data module's is not the model's.
+            ConfigError: the extensions of the data module and of the model differ.
         """
         theirs = getattr(self.trainer.datamodule, "extension", None)
         if theirs != self.config.extension:
@@ -118,7 +118,7 @@ class EndPromptLlamaModel(llm.LlamaModel):
 
     @property
     def training_loss_reduction(self) -> EndPromptLossReduction:
-        """Of a training step, and of the others."""
+        """The loss reduction of training, validation and test steps."""
         return EndPromptLossReduction()
 
     validation_loss_reduction = test_loss_reduction = training_loss_reduction

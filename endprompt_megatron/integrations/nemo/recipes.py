@@ -25,9 +25,9 @@ def llama3_8b_64k(
     """Llama-3-8B on nodes of 8 GPUs of 80 GB, data-parallel.
 
     Args:
-        paths: training text, as EndPromptDataModule takes it.
+        paths: training text, in the format of `paths` of EndPromptDataModule.
         hf_path: Hugging Face directory of the base.
-        dir, name, num_nodes: as NeMo's own recipes.
+        dir, name, num_nodes: same as in NeMo's recipes.
     """
     trainer = llama3_8b.trainer(context_parallelism=1, num_nodes=num_nodes, max_steps=_MAX_STEPS)
     return _recipe(trainer, paths, hf_path, dir, name)
@@ -37,7 +37,7 @@ def llama3_8b_64k(
 def llama3_70b_64k(
     paths: list[str], hf_path: str = "models/llama3_70b", dir: str | None = None, name: str = "endprompt_llama3_70b_64k", num_nodes: int = 8
 ) -> run.Partial:
-    """Llama-3-70B on nodes of 8 GPUs of 80 GB: TP 4, PP 4 with 5 virtual stages, CP 2. Arguments as llama3_8b_64k."""
+    """Llama-3-70B on nodes of 8 GPUs of 80 GB: TP 4, PP 4 with 5 virtual stages, CP 2. Same arguments as llama3_8b_64k."""
     trainer = llama3_70b.trainer(num_nodes=num_nodes, max_steps=_MAX_STEPS)
     return _recipe(trainer, paths, hf_path, dir, name)
 

@@ -24,7 +24,7 @@ def length_picture(output_dir: Path, suite: str, panels: Mapping[str, Scores], c
         panels: {system: its scores}. Only tasks that all systems have count, and none with a stand-in haystack.
         conditions: with native_window and window.
     Returns:
-        Markdown of the figure; empty where there is none.
+        Markdown of the figure; empty if there is none.
     """
     own = {label: [score for score in scores if score["haystack"] != STAND_IN_HAYSTACK] for label, scores in panels.items()}
     common = set.intersection(*({_task_of(score) for score in scores} for scores in own.values()))

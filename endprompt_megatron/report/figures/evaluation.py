@@ -64,12 +64,12 @@ def plot_depth_by_length(
     """Draws one map per system: a value by the depth of a fact and the length of the text.
 
     Args:
-        path: of the PNG.
+        path: path of the PNG.
         panels: {system: {(length in tokens, depth from 0 = start to 1 = end): value}}; missing cells are grey.
         measure: name and unit of the values.
         value_range: values of the darkest and of the lightest colour.
         original_context_length, target_context_length: windows, marked between the columns that they separate.
-        title: of the figure.
+        title: title of the figure.
     Returns:
         path.
     """
@@ -140,10 +140,10 @@ def plot_scores_by_length(
     """Draws scores by length with their intervals, and published curves.
 
     Args:
-        path: of the PNG.
+        path: path of the PNG.
         curves: measured and published ones.
         measure: label of the y axis, from 0 to 100.
-        title: of the figure.
+        title: title of the figure.
         original_context_length, target_context_length: windows to mark.
     Returns:
         path.

@@ -291,7 +291,7 @@ def test_a_split_that_leaves_validation_no_document_is_an_error(corpora):
         build(corpora, split="99,1,0", num_validation_samples=8)  # 1 % of 20 documents
 
 
-def test_sample_order_tells_whether_more_steps_reshuffle(corpora):
+def test_sample_order_shows_whether_more_steps_reshuffle(corpora):
     """Megatron shuffles all epochs together: a longer run keeps the sample order only within one epoch."""
     indexed = IndexedDataset(corpora.lower)
     epoch = int(indexed.sequence_lengths.sum()) // S

@@ -56,7 +56,7 @@ def _run(config: RunConfig) -> str:
     return "\n".join(dry_run(config, world_size=planned_world_size(config)))
 
 
-def test_512_ranks_are_told_group_by_group_and_stage_by_stage():
+def test_512_ranks_are_listed_by_group_and_by_stage():
     sizes = {"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 4, "context_parallel_size": 4, "sequence_parallel": True}
     told = _run(_cluster(LLAMA3_70B, nodes=64, use_distributed_optimizer=True, **sizes))
     for words in (
@@ -84,7 +84,7 @@ def test_tensor_parallel_groups_over_nodes_are_called_out():
     assert "TENSOR PARALLEL GROUPS SPAN NODES of 4" in told
 
 
-def test_interleaved_stages_tell_their_layers_and_adapters_what_trains():
+def test_interleaved_stages_list_their_layers_and_the_parameters_that_train():
     config = _cluster(LLAMA3_8B, pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=4)
     config.adapter = dataclasses.replace(config.adapter, type="lora")
     told = _run(config)

@@ -138,7 +138,7 @@ class TestABaseThatIsStretchedAlready:
             ("qwen2.5-yarn", "type yarn, factor 4.*replace rope.factor=8 drops it and starts from the unscaled window of 128"),
         ],
     )
-    def test_wants_a_choice(self, family, words, tmp_path):
+    def test_requires_a_choice(self, family, words, tmp_path):
         with pytest.raises(ConfigError, match=words):
             checked(self.config(tmp_path, family, "pi", 2.0, 1024, None))
 

@@ -66,7 +66,7 @@ def test_strict_build_fails_for_what_an_image_has_to_bring(doctor, key):
     assert status == 1 and err == f"\nrequired and missing: {key}\n"
 
 
-def test_strict_build_does_not_ask_for_a_gpu(doctor):
+def test_strict_build_does_not_require_a_gpu(doctor):
     """A build host has none."""
     assert doctor(_machine(te=OK, gpu=MISSING, driver=MISSING, fp8=MISSING, verdict=NO), "--strict-build")[0] == 0
 

@@ -67,7 +67,7 @@ def test_a_bound_on_tokens_leaves_at_least_one_haystack(encode):
     made = make_haystacks(encode, **arguments, seed=1, max_tokens=2048)
     assert [haystack.length for haystack in made] == [1024, 1024, 2048, 4096] * 2
     depths = [make_haystacks(encode, **arguments, seed=seed, max_tokens=1)[0].questions[0].depth for seed in (0, 1)]
-    assert depths == [0.2, 0.8]  # a length with one trial asks at another depth with the next seed
+    assert depths == [0.2, 0.8]  # a length with one trial uses another depth with the next seed
 
 
 def test_the_fact_stands_at_its_depth(encode):
@@ -139,7 +139,7 @@ def test_exact_match_is_what_greedy_generation_does(both):
         assert scored["records"] == [[0.5, exact, scored["digit_accuracy"], scored["key_log_probability"], 10]]
 
 
-def test_questions_that_share_a_haystack_score_as_if_asked_alone(both):
+def test_questions_that_share_a_haystack_score_as_they_do_separately(both):
     chunk, reference = both
     random = np.random.default_rng(0)
     tokens = tuple(random.integers(0, 512, 70).tolist())

@@ -21,9 +21,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from endprompt_megatron.errors import EXIT_USER_ERROR, CheckpointError, ConfigError, DataError
-from endprompt_megatron.mcore.optional_packages import treat_broken_as_missing
+from endprompt_megatron.mcore.import_hooks import install_import_hooks
 
-treat_broken_as_missing()  # before megatron.core is imported
+install_import_hooks()  # before megatron.core is imported
 
 
 def main() -> int:

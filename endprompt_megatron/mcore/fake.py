@@ -5,6 +5,7 @@ torch.distributed's `fake` backend (collectives do nothing), Megatron's process 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -58,17 +59,32 @@ def fake_job(parallel: ParallelConfig, *, world_size: int, rank: int) -> Iterato
         raise AssertionError("a process group is already initialized: a fake job must run before the real one starts")
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
-            context_parallel_size=parallel.context_parallel_size,
-            create_gloo_process_groups=False,
-        )
+        with _replaced(parallel_state, "generate_masked_orthogonal_rank_groups", _rank_groups):
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+                pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+                virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+                context_parallel_size=parallel.context_parallel_size,
+                create_gloo_process_groups=False,
+            )
         yield
     finally:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
+
+
+_generate_rank_groups = parallel_state.generate_masked_orthogonal_rank_groups
+
+
+@functools.lru_cache
+def _cached_rank_groups(world_size: int, parallel_size: tuple[int, ...], mask: tuple[bool, ...]) -> list[list[int]]:
+    return _generate_rank_groups(world_size, list(parallel_size), list(mask))
+
+
+def _rank_groups(world_size: int, parallel_size: list[int], mask: list[bool]) -> list[list[int]]:
+    """Same as Megatron's function (parallel_state.py, megatron-core 0.16-0.19), which computes the groups anew for every fake rank. That
+    takes a second for each rank of a job of 4,096."""
+    return [list(group) for group in _cached_rank_groups(world_size, tuple(parallel_size), tuple(mask))]
 
 
 def groups_of_rank(parallel: ParallelConfig, *, world_size: int, rank: int) -> RankGroups:
@@ -130,4 +146,6 @@ class _CudaMeansMeta(TorchFunctionMode):
             kwargs["device"] = _META
         if func is torch.Tensor.uniform_:
             return args[0]
+        if func is torch.arange:  # on meta it runs in Python and imports TorchDynamo, which takes a second
+            kwargs["device"] = "cpu"
         return func(*args, **kwargs)

@@ -19,7 +19,6 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from endprompt_megatron.mcore.context_parallel import chunks_of_rank, gather_sequence
 
@@ -190,6 +189,8 @@ class TorchSDPA(MegatronModule):
             past, own = (key[:first_row], value[:first_row]), (key[first_row:], value[first_row:])
             return self._merge(query, *past, *own, is_causal=True)
         else:  # torch's CPU kernels need a mask here; blocks of rows bound its size
+            from torch.nn.attention.bias import causal_lower_right  # imports TorchDynamo, which takes a second
+
             step = max(1, _MASK_ELEMENTS // key.shape[0])
             blocks = []
             for start in range(0, sequence, step):

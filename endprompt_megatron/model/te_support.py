@@ -54,7 +54,7 @@ def import_transformer_engine() -> tuple[Any, str | None]:
     except ModuleNotFoundError as error:
         if error.name == "transformer_engine" and error.__cause__ is None:
             return None, "transformer_engine is not installed"
-        return None, str(error)  # a missing dependency, or the reason given by mcore.optional_packages
+        return None, str(error)  # a missing dependency, or the reason given by mcore.import_hooks
     except Exception as error:  # RuntimeError: empty meta package; AssertionError: mixed versions; OSError: missing library
         return None, f"transformer_engine cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})"
 

@@ -62,7 +62,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Examination:
+class Diagnosis:
     """The results of all checks.
 
     Attributes:
@@ -93,7 +93,7 @@ class Examination:
         return [by_key[key] for key in keys if by_key[key].level == MISSING]
 
 
-def examine(directory: Path, experiments: Sequence[Requirements], *, network: bool = False) -> Examination:
+def examine(directory: Path, experiments: Sequence[Requirements], *, network: bool = False) -> Diagnosis:
     """Run all checks on this machine.
 
     Args:
@@ -113,7 +113,7 @@ def examine(directory: Path, experiments: Sequence[Requirements], *, network: bo
     ]  # fmt: skip
     if network:
         results.append(check_network())
-    return Examination(tuple(results), tuple(verdicts(experiments, results, seen)))
+    return Diagnosis(tuple(results), tuple(verdicts(experiments, results, seen)))
 
 
 def verdicts(experiments: Sequence[Requirements], results: Sequence[CheckResult], seen: Accelerators) -> list[Verdict]:

@@ -1,5 +1,5 @@
-"""Reads scores of recipes/evaluate.py by task, length and sample. recipes/compare.py uses them for runs whose models were also evaluated on
-RULER, LongBench or other suites."""
+"""Read the scores of recipes/evaluate.py by task, length and sample. recipes/compare.py uses them for runs whose models were also evaluated
+on RULER, LongBench or other suites."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from endprompt_megatron.errors import DataError
 from endprompt_megatron.evaluation.earlier_results import with_identity
 
-FOLDER = "evaluation_suites"  # in the directory of a run: an output_dir of recipes/evaluate.py, or one per suite
+FOLDER = "evaluation_suites"  # folder in the directory of a run; contains one output_dir of recipes/evaluate.py, or one per suite
 _RESULTS = "results.json"
 SampleId = tuple[int, str]
 
@@ -24,8 +24,8 @@ class Key:
 
     Attributes:
         suite: e.g. ruler.
-        task: name of the task in results.json, which includes the haystack; e.g. niah_single_1. Never parsed.
-        length: length of prompts in tokens; 0 where the task has no lengths.
+        task: name of the task in results.json, which includes the haystack, e.g. niah_single_1. The name is never parsed.
+        length: length of prompts in tokens; 0 for tasks without lengths.
     """
 
     suite: str
@@ -55,12 +55,12 @@ Evaluation = Mapping[Key, TaskScore]
 
 
 def read_evaluation(directory: Path) -> dict[Key, TaskScore]:
-    """Reads the scores of one model; empty if there are none.
+    """Read the scores of one model. The result is empty if there are none.
 
     Args:
-        directory: searched recursively for results.json of recipes/evaluate.py.
+        directory: directory that is searched recursively for results.json of recipes/evaluate.py.
     Raises:
-        DataError: a file is damaged or missing, or there are two scores of one task and length.
+        DataError: a file is damaged or missing, or a task and length has two scores.
     """
     found: dict[Key, TaskScore] = {}
     for path in sorted(Path(directory).rglob(_RESULTS)):

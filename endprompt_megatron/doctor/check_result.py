@@ -1,4 +1,4 @@
-"""The result of one check of a machine: the observation, its consequence for a run and advice."""
+"""The result of one check of a machine: an observation, its consequence for a run, and advice."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class CheckResult:
 
     Attributes:
         key: name of the check, used in `--require`.
-        level: OK; LIMITS if some runs lack a feature or resource that they need; MISSING if runs that need the checked component cannot
-            run.
+        level: OK, LIMITS (some runs lack a feature or resource that they need) or MISSING (runs that need the checked component cannot
+            run).
         found: observed versions, sizes or names.
         meaning: consequence for a run; "" if there is none.
         advice: how to fix the problem; "" if no action is needed.
@@ -29,6 +29,6 @@ class CheckResult:
 
 
 def release(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version, for comparison: "2.11.0a0+a6c2.nv26.03" -> (2, 11, 0)."""
+    """Return the leading numbers of a version, for comparisons: "2.11.0a0+a6c2.nv26.03" -> (2, 11, 0)."""
     match = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in match.group().split(".")) if match else ()

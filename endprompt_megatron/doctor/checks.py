@@ -24,22 +24,22 @@ from endprompt_megatron.errors import ConfigError
 REQUIRED_BY_EVERY_RUN = ("system", "python", "torch", "megatron_core", "transformers")
 # Checks that an image built by docker/Dockerfile must pass. GPU checks are excluded, because a build host has no GPU.
 REQUIRED_IN_IMAGE = (*REQUIRED_BY_EVERY_RUN, "te", "apex", "nccl", "cudnn")
-_SMALLER = 0.97  # the usable memory of GPUs of one kind differs by a percent or two
+_SMALLER = 0.97  # tolerance: the usable memory of GPUs of the same model differs by one or two percent
 
 YES, PART, UNSURE, NO = "yes", "as one node of several", "perhaps", "no"
 
 
 @dataclass(frozen=True)
 class Requirements:
-    """The requirements of an experiment on a machine.
+    """Requirements of an experiment.
 
     Attributes:
         name: name of the experiment.
-        on_gpu: whether the experiment requires GPUs; False also if accelerator=auto.
-        gpus_per_node: GPUs per node.
+        on_gpu: whether the experiment requires GPUs; False for accelerator=auto.
+        gpus_per_node: number of GPUs per node.
         nodes: number of nodes.
-        gpu: name of the planned GPU model.
-        gpu_memory_gib: memory of the planned GPU model in GiB.
+        gpu: name of the GPU model that the experiment is planned for.
+        gpu_memory_gib: memory of this GPU model in GiB.
         precision: precision.name of the experiment's config.
     """
 
@@ -54,7 +54,13 @@ class Requirements:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an experiment can run on this machine: YES, PART, UNSURE or NO. Every verdict except YES has a reason."""
+    """Whether an experiment can run on this machine.
+
+    Attributes:
+        name: name of the experiment.
+        verdict: YES, PART (as one of several nodes), UNSURE (a GPU has less memory than planned) or NO.
+        reason: reason for the verdict; "" for YES.
+    """
 
     name: str
     verdict: str
@@ -75,7 +81,7 @@ class Diagnosis:
 
     @property
     def can_run_nothing(self) -> bool:
-        """Whether the verdict of every experiment is NO. If there are no experiments, whether a requirement of every run is missing."""
+        """Whether no experiment can run. Without experiments, whether a check in REQUIRED_BY_EVERY_RUN has the level MISSING."""
         if not self.verdicts:
             return any(result.key in REQUIRED_BY_EVERY_RUN and result.level == MISSING for result in self.results)
         return all(verdict.verdict == NO for verdict in self.verdicts)
@@ -84,7 +90,7 @@ class Diagnosis:
         """Return the results for `keys` whose level is MISSING.
 
         Raises:
-            ConfigError: no check has one of the keys.
+            ConfigError: `keys` contains a key that no check has.
         """
         by_key = {result.key: result for result in self.results}
         unknown = [key for key in keys if key not in by_key]
@@ -97,9 +103,9 @@ def examine(directory: Path, experiments: Sequence[Requirements], *, network: bo
     """Run all checks on this machine.
 
     Args:
-        directory: parent of outputs/, models/ and datasets/. These folders may not exist yet.
+        directory: parent directory of outputs/, models/ and datasets/, which may not exist yet.
         experiments: requirements of every experiment.
-        network: whether to connect to the Hugging Face hub.
+        network: whether to check the connection to the Hugging Face hub.
     """
     # the slow checks run in subprocesses, in parallel
     slow: list[Callable[[], object]] = [query_accelerators, check_megatron_core, check_transformer_engine, check_apex]
@@ -117,7 +123,7 @@ def examine(directory: Path, experiments: Sequence[Requirements], *, network: bo
 
 
 def verdicts(experiments: Sequence[Requirements], results: Sequence[CheckResult], seen: Accelerators) -> list[Verdict]:
-    """Derive from the check results which experiments can run."""
+    """Return one verdict per experiment, derived from the check results."""
     missing = {result.key for result in results if result.level == MISSING}
     absent = [key for key in REQUIRED_BY_EVERY_RUN if key in missing]
     precisions = next((result.found.removeprefix("precision=").split("|") for result in results if result.key == "fp8"), [])

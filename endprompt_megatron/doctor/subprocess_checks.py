@@ -1,4 +1,4 @@
-"""Checks that run in a subprocess. If a package crashes on import or a driver hangs, only the check of that package or driver fails."""
+"""Run checks in subprocesses. If a package crashes on import or a driver hangs, only the check of this package or driver fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ProcessResult:
     """The output of a subprocess.
 
     Attributes:
-        values: JSON object printed by run_python's code; empty if the check failed and for run_command.
+        values: JSON object that the code of run_python printed; empty after a failure, and for run_command.
         text: standard output.
         error: one line that describes the failure; "" if there was none.
     """
@@ -50,7 +50,8 @@ def run_command(*command: str, timeout: float = _TIMEOUT_SECONDS) -> ProcessResu
 
 
 def run_python(code: str, *, timeout: float = _TIMEOUT_SECONDS) -> ProcessResult:
-    """Run Python code in a new interpreter of this environment. The last line of the code's output must be a JSON object."""
+    """Run Python code in a new interpreter of this environment, and return its output or its error. The last line of the output must be a
+    JSON object."""
     # -P: folders of the working directory (datasets/) must not shadow packages
     answer = run_command(sys.executable, "-P", "-W", "ignore", "-c", code, timeout=timeout)
     if answer.error:

@@ -1,5 +1,5 @@
-"""Conditions of an evaluation: everything that its scores depend on, and the hardware and software on which they were measured. Kept scores
-are reused only under equal conditions."""
+"""Determine the conditions of an evaluation: everything that the scores depend on, and the hardware and software of the measurement. Stored
+scores are reused only if the conditions that they depend on are equal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from endprompt_megatron.mcore import runtime
 from endprompt_megatron.mcore.version import megatron_core_version
 
 _RUNNER_CONDITIONS = ("harness", "backend", "dtype")
-# conditions common to all tasks; a change of any of them changes scores
+# conditions that the scores of every task depend on
 _COMMON_CONDITIONS = ("model", "bos", "chat_template", "samples", "seed", "window")
 
 
@@ -31,10 +31,10 @@ class Conditions:
     """Conditions of one evaluation.
 
     Attributes:
-        recorded: conditions that the page and results.json show.
-        runners: {LM_EVAL | MEGATRON: {"harness", "backend", "dtype"}} for those that run a task of this evaluation.
+        recorded: conditions that the page and results.json contain.
+        runners: {LM_EVAL | MEGATRON: {"harness", "backend", "dtype"}} for each runner that this evaluation uses.
         window: max_position_embeddings of the model's config.json, in tokens.
-        suite_settings: {suite: settings that only the scores of its tasks depend on}.
+        suite_settings: {suite: settings that affect only the scores of this suite's tasks}.
     """
 
     recorded: dict[str, Any]
@@ -43,21 +43,21 @@ class Conditions:
     suite_settings: dict[str, dict[str, Any]]
 
     def of_task(self, task: Task, *, settings: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Conditions that the scores of a task depend on, without its text sources.
+        """Return the conditions that the scores of a task depend on, except the task's text sources.
 
         Args:
             task: any task, not only one of this evaluation.
-            settings: settings of its suite; None takes those of this evaluation.
+            settings: settings of the task's suite; None uses those of this evaluation.
         """
         runner = self.runners.get(task.runner, {})
         own = self.suite_settings.get(task.suite, {}) if settings is None else settings
         return runner | {name: self.recorded[name] for name in _COMMON_CONDITIONS} | own
 
     def recorded_with(self, others: list[dict[str, Any]]) -> dict[str, Any]:
-        """`recorded`, extended by the runners and suite settings of scores from earlier starts.
+        """Return `recorded`, extended by the runners and suite settings of scores from earlier starts of the evaluation.
 
         Args:
-            others: conditions of those scores.
+            others: conditions of the scores from earlier starts.
         """
         runners = [*self.runners.values(), *others]
         own = {name: other[name] for other in others for values in self.suite_settings.values() for name in values if name in other}
@@ -66,13 +66,13 @@ class Conditions:
 
 
 def conditions_of(config: EvaluateConfig, *, command: str) -> Conditions:
-    """Determines the conditions of an evaluation.
+    """Return the conditions of an evaluation.
 
     Args:
-        config: validated.
+        config: validated configuration of the evaluation.
         command: command line that reproduces the evaluation.
     Raises:
-        BackendUnavailableError: lm-eval is needed and not installed, or its version is not supported.
+        BackendUnavailableError: lm-eval is needed but not installed, or its version is not supported.
     """
     model = Path(config.model)
     window = int(read_hf_config(model)["max_position_embeddings"])
@@ -115,7 +115,8 @@ def conditions_of(config: EvaluateConfig, *, command: str) -> Conditions:
 
 
 def _runners(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
-    """{LM_EVAL | MEGATRON: its conditions}. The texts are compared with kept scores, so a change of wording makes those stale."""
+    """Return {LM_EVAL | MEGATRON: conditions of the runner}. The texts are compared with those of stored scores, so a change of their wording
+    invalidates stored scores."""
     runners = {}
     if config.runs_lm_eval:
         on_megatron = config.backend == MEGATRON
@@ -134,7 +135,7 @@ def _runners(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
 
 
 def provenance_of(model: Path) -> dict[str, Any]:
-    """Content of a model's endprompt.json; empty if the model is no export of this package."""
+    """Return the content of a model's endprompt.json; empty if this package did not export the model."""
     path = Path(model) / PROVENANCE_FILE
     return json.loads(path.read_text()) if path.is_file() else {}
 
@@ -144,7 +145,7 @@ def _megatron_backend() -> str:
 
 
 def _megatron_dtype(config: EvaluateConfig) -> str:
-    """Data type of Megatron-Core's computation: the configured one, or for auto the default of this machine."""
+    """Return the data type in which Megatron-Core computes: the configured type, or the default of this machine for auto."""
     if config.dtype != "auto":
         return config.dtype
     precision = runtime.resolve_precision("auto", runtime.resolve_accelerator(config.accelerator))

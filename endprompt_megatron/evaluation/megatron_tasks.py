@@ -1,4 +1,4 @@
-"""The tasks that Megatron-Core runs without lm-eval, with the interface of lm_eval_harness.harness.Harness. All of them share one loaded
+"""Run the tasks that Megatron-Core runs without lm-eval. The interface is that of lm_eval_harness.harness.Harness. All tasks share one loaded
 model."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from endprompt_megatron.model.gpt import EndPromptGPTModel
 
 
 class MegatronTasks:
-    """Runs tasks of the suites ruler_offline, needle and perplexity. Every process of a job holds one.
+    """Runs tasks of the suites ruler_offline, needle and perplexity. Every process of a job creates one instance.
 
     Args:
         config: configuration of the evaluation.
@@ -49,5 +49,5 @@ class MegatronTasks:
         )
 
     def run(self, task: Task, **options: Any) -> list[Sample]:
-        """Runs one task; see GenerationTasks.run and LogProbabilityTasks.run."""
+        """Run one task; see GenerationTasks.run and LogProbabilityTasks.run."""
         return (self._generation if task.scored_by == GENERATION else self._log_probability).run(task, **options)

@@ -1,4 +1,4 @@
-"""Loads a Hugging Face checkpoint into Megatron-Core for inference."""
+"""Load a Hugging Face checkpoint into Megatron-Core for inference."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def load_model(
     backend: Backend | None = None,
     parallel: ParallelConfig | None = None,
 ) -> list[EndPromptGPTModel]:
-    """Loads this rank's model chunks in evaluation mode, with the RoPE scaling of the checkpoint's config.json.
+    """Load this rank's model chunks in evaluation mode, with the RoPE scaling of the checkpoint's config.json.
 
-    Megatron's process groups must exist (mcore.runtime.initialize).
+    Megatron's process groups must be initialized first (mcore.runtime.initialize).
 
     Args:
-        model_dir: Hugging Face directory with config.json and safetensors.
+        model_dir: Hugging Face directory with config.json and safetensors files.
         device: device of the weights.
-        precision: fp32 | bf16.
-        backend: layer implementation; None selects it automatically.
-        parallel: parallelism of the model; None keeps it whole on every rank.
+        precision: precision of the model, fp32 | bf16.
+        backend: implementation of the layers; None selects it automatically.
+        parallel: parallelism of the model; None puts the whole model on every rank.
     Returns:
-        The chunks of this rank: one, unless the pipeline schedule is interleaved.
+        Model chunks of this rank. There is one chunk unless the pipeline schedule is interleaved.
     Raises:
         CheckpointError: the directory is incomplete, or its model family is not supported.
     """

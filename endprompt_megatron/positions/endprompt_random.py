@@ -20,7 +20,7 @@ def endprompt_random_positions(
         num_context_tokens: a, number of physical tokens of the context segment, >= 1.
         num_prompt_tokens: b, number of physical tokens of the end prompt, >= 1.
         target_context_length: L, number of positions of the extended window.
-        random: generator for the start.
+        random: generator that draws the start.
     Returns:
         int64 [a + b], strictly increasing; the prompt starts in [a, L - b].
     Raises:

@@ -139,9 +139,8 @@ def plot_scores_by_distance(path: Path, groups: dict[str, list[RunResult]], *, r
                             differences.setdefault(distance, []).append(score - theirs[run.seed][question])
                 _draw(absolute, _octave_bins(scores), styles[label], label, bars=False)
                 _draw(relative, _octave_bins(differences), styles[label], label, of_mean=True)
-            if (
-                max(abs(limit) for limit in relative.get_ylim()) > 10 * _SMALL_DIFFERENCE
-            ):  # on a linear axis, large differences would hide small ones
+            # On a linear axis, large differences would hide small differences.
+            if max(abs(limit) for limit in relative.get_ylim()) > 10 * _SMALL_DIFFERENCE:
                 relative.set_yscale("symlog", linthresh=_SMALL_DIFFERENCE, linscale=0.8)
                 relative.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
                 relative.minorticks_off()
@@ -168,7 +167,7 @@ def _by_question(run: RunResult, task: str) -> dict[_Question, float]:
 def _distances(runs: list[RunResult], task: str) -> dict[tuple[int, _Question], int]:
     """Return {(seed, question): distance from the question back to the fact}. If no run recorded the distance of a question, it is computed
     from depth and length. The computed distance also counts the tokens of the question and of the other facts, so it is too large (by a
-    fifth at 512 tokens, by little from 4K on)."""
+    fifth at 512 tokens, and only slightly from 4K on)."""
     computed, recorded = {}, {}
     for run in runs:
         for length, figures in run.scores(task).items():

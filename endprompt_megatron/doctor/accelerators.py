@@ -137,7 +137,7 @@ def _driver(seen: Accelerators) -> CheckResult:
         return CheckResult("driver", OK, version)
     lowest = _LOWEST_DRIVER.get(release(seen.cuda)[0])
     if lowest is None or release(version) >= lowest:
-        return CheckResult("driver", OK, f"{version}, which supports torch's CUDA {seen.cuda}")
+        return CheckResult("driver", OK, f"{version}; torch was built for CUDA {seen.cuda}")
     needed = ".".join(str(part) for part in lowest)
     level = LIMITS if seen.gpus else MISSING
     return CheckResult(
@@ -168,7 +168,7 @@ def _cudnn(seen: Accelerators) -> CheckResult:
 
 
 def fp8_kinds(capability: tuple[int, int], *, cuda: str) -> list[str]:
-    """Return the FP8 values of `precision` that a run accepts on a GPU. The rules are those of model/te_support.py, without importing torch.
+    """Return the FP8 values of `precision` that a run accepts on a GPU. The rules are those of model/te_support.py; torch is not imported.
 
     Args:
         capability: compute capability of the GPU, (major, minor).
@@ -207,7 +207,7 @@ def _fp8(seen: Accelerators, *, transformer_engine: bool) -> CheckResult:
 
 
 def _links(seen: Accelerators) -> CheckResult:
-    """Check the links between GPUs in the topology matrix of nvidia-smi. NV18 means 18 NVLink connections; PIX to SYS mean paths over PCIe."""
+    """Check the links between GPUs in nvidia-smi's topology matrix. NV18 means 18 NVLink connections; PIX to SYS are paths over PCIe."""
     if len(seen.gpus) < 2:
         return CheckResult("nvlink", OK, "one GPU or none: nothing to connect")
     matrix = run_command("nvidia-smi", "topo", "-m", timeout=60)

@@ -59,7 +59,9 @@ def check_megatron_core() -> CheckResult:
     advice = "Fix the cause in the error (megatron-core imports Transformer Engine if that is installed), or run make venv."
     resiliency = installed("nvidia-resiliency-ext")
     if resiliency is not None and release(resiliency) < RESILIENCY_LOWEST:
-        advice = f"nvidia-resiliency-ext {resiliency} is too old for megatron-core: pip install 'nvidia-resiliency-ext>=0.6', or uninstall it."
+        advice = (
+            f"nvidia-resiliency-ext {resiliency} is too old for megatron-core: pip install 'nvidia-resiliency-ext>=0.6', or uninstall it."
+        )
     return CheckResult("megatron_core", MISSING, f"{version}, but it does not import: {answer.error}", "Nothing trains without it.", advice)
 
 
@@ -90,7 +92,7 @@ def check_vllm() -> CheckResult:
     version = installed("vllm")
     if version is None:
         return CheckResult("vllm", MISSING, "not installed", "Only needed to serve exports, and for backend=vllm of recipes/evaluate.py.")
-    return CheckResult("vllm", OK, version, "Set max_model_len, because vLLM multiplies max_position_embeddings by the factor of linear scaling.")
+    return CheckResult("vllm", OK, version, "Set max_model_len, because vLLM multiplies max_position_embeddings by the linear factor.")
 
 
 def check_transformer_engine() -> CheckResult:

@@ -115,7 +115,7 @@ def conditions_of(config: EvaluateConfig, *, command: str) -> Conditions:
 
 
 def _runners(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
-    """Return {LM_EVAL | MEGATRON: conditions of the runner}. The texts are compared with those of stored scores, so a change of their wording
+    """Return {LM_EVAL | MEGATRON: conditions of the runner}. The texts are compared with those of stored scores, so a change of wording
     invalidates stored scores."""
     runners = {}
     if config.runs_lm_eval:

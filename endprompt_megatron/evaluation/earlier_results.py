@@ -1,5 +1,5 @@
-"""Read scores that earlier releases wrote. These scores lack `task_id` and `haystack`, so this module derives both from the display name. No
-other module parses display names. Delete this module when such results are no longer needed."""
+"""Read scores that earlier releases wrote. These scores lack `task_id` and `haystack`, so this module derives both from the display name.
+No other module parses display names. Delete this module when such results are no longer needed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Run the tasks that Megatron-Core runs without lm-eval. The interface is that of lm_eval_harness.harness.Harness. All tasks share one loaded
-model."""
+"""Run the built-in tasks on Megatron-Core without lm-eval. The interface is that of lm_eval_harness.harness.Harness. All tasks share one
+loaded model."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class SourcesConfig:
 
     Attributes:
         essays: Paul Graham's essays.
-        haystack_stand_in: other prose that replaces the essays. Scores on this prose are marked, and RULER's means leave them out.
+        haystack_stand_in: other prose that replaces the essays. Scores on this prose are marked, and means over RULER's tasks exclude them.
         punkt: NLTK data with tokenizers/punkt_tab.
         squad, hotpotqa: JSON files of these data sets.
         longbench, mmlu, gsm8k, hellaswag, humaneval: copies of the datasets' repositories.
@@ -82,7 +82,7 @@ class NeedleConfig:
         if not self.depths or any(not 0 <= depth <= 1 for depth in self.depths):
             problems.append(f"suite.needle.depths={list(self.depths)}: list at least one depth, each between 0 (start) and 1 (end).")
         if len(set(self.depths)) < len(self.depths):
-            problems.append(f"suite.needle.depths={list(self.depths)}: list each depth once.")
+            problems.append(f"suite.needle.depths={list(self.depths)}: list the depths, each once.")
         if not 1 <= self.digits <= 18:
             problems.append(f"suite.needle.digits={self.digits}: must be 1 to 18. The default is 5.")
         segments = (self.num_context_tokens, self.num_prompt_tokens, self.target_context_length)
@@ -168,7 +168,7 @@ class SuiteConfig:
             problems.append(f"suite.samples={self.samples}: must be >= 1, or null for the default number.")
         if self.lengths is not None:
             if not self.lengths or len(set(self.lengths)) < len(self.lengths):
-                problems.append(f"suite.lengths={list(self.lengths)}: list at least one length and each length once, or set null.")
+                problems.append(f"suite.lengths={list(self.lengths)}: list at least one length, each once, or set null.")
             problems += [
                 f"suite.lengths: {length} tokens; prompts are made for {SHORTEST} to {LONGEST}."
                 for length in self.lengths
@@ -179,8 +179,8 @@ class SuiteConfig:
             uneven = [length for length in self.lengths or [] if length > 0 and longest % length]
             if uneven and not self.perplexity.stride:
                 problems.append(
-                    f"suite.lengths={list(self.lengths or [])}: windows of {uneven[0]} tokens that do not overlap end before token {longest}, "
-                    f"so perplexity would be measured on other tokens at every length. Use divisors of the longest length, or set "
+                    f"suite.lengths={list(self.lengths or [])}: windows of {uneven[0]} tokens that do not overlap end before {longest}, "
+                    f"so perplexity would be measured on different tokens at each length. Use divisors of the longest length, or set "
                     f"suite.perplexity.stride."
                 )
             if not self.perplexity.text:

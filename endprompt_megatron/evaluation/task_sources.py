@@ -45,7 +45,9 @@ SOURCES: dict[str, Source] = {
     HAYSTACK_STAND_IN: Source(
         "other prose in place of Paul Graham's essays", 'a folder of .txt, or of parquet or jsonl files with rows {"text"}'
     ),
-    PUNKT: Source("NLTK's sentence tokenizer punkt_tab", "a folder with tokenizers/punkt_tab, such as that of NLTK_DATA", url="nltk.org"),
+    PUNKT: Source(
+        "NLTK's sentence tokenizer punkt_tab", "a folder with tokenizers/punkt_tab, such as the folder in NLTK_DATA", url="nltk.org"
+    ),
     "squad": Source(
         "SQuAD 2.0, development set",
         "the file dev-v2.0.json",
@@ -145,8 +147,8 @@ def way_out(names: list[str]) -> str:
 def fingerprint(path: Path) -> str:
     """Return the SHA-256 (first 16 hex digits) of a file, or of the files in a folder.
 
-    The hash covers the name, the size, and the first and last MiB of every file, except .md files and hidden files. Hashing 140 GB of weights
-    therefore takes seconds, but a change in only the middle of a file is not detected.
+    The hash covers the name, the size, and the first and last MiB of every file, except .md files and hidden files. Hashing 140 GB of
+    weights therefore takes seconds, but a change in only the middle of a file is not detected.
     """
     path, digest = Path(path).expanduser(), hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:

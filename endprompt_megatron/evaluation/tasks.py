@@ -1,4 +1,4 @@
-"""The table of evaluation tasks, which has one row per task of lm-eval or of Megatron-Core. To add a task, add a row."""
+"""The table of evaluation tasks. Each row is one task, which either lm-eval or Megatron-Core runs. To add a task, add a row."""
 
 from __future__ import annotations
 
@@ -150,8 +150,8 @@ def tasks_of(names: list[str]) -> list[Task]:
 
 
 def name_in_results(task: Task, haystack: str) -> str:
-    """Return the display name of a task's scores: the id, with a mark if the haystack is not the benchmark's. Only earlier_results.py parses
-    display names.
+    """Return the display name of a task's scores: the id, with a mark if the haystack is not the benchmark's. Only earlier_results.py
+    parses display names.
 
     Args:
         haystack: one of HAYSTACK_MARKS.

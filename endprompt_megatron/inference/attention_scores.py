@@ -36,7 +36,7 @@ class QueriesAndKeys:
     keys: FloatArray
 
     def pairs(self, count: int, *, seed: int) -> tuple[FloatArray, FloatArray]:
-        """Return the queries and keys of random pairs of tokens. Each head has its own pairs, and the key's token precedes the query's token.
+        """Return queries and keys of random pairs of tokens. Each head has its own pairs, and the key's token precedes the query's token.
 
         Args:
             count: p, number of pairs per head.
@@ -72,7 +72,7 @@ def collect_queries_and_keys(model: EndPromptGPTModel, token_ids: Sequence[int],
             "pipeline_model_parallel_size to 1."
         )
     if len(token_ids) < 2:
-        raise ConfigError(f"the text has {len(token_ids)} tokens: a query and an earlier key need at least 2. Use a longer text.")
+        raise ConfigError(f"a text of {len(token_ids)} tokens: a query and an earlier key need at least 2. Use a longer text.")
     chosen = tuple(range(len(blocks)) if layers is None else layers)
     unknown = [layer for layer in chosen if not 0 <= layer < len(blocks)]
     if unknown or not chosen:

@@ -40,8 +40,8 @@ def greedy_generate(
         prompts: token ids of each prompt, at least one per prompt.
         max_new_tokens: maximum number of tokens of a continuation, >= 1.
         stop_tokens: ids of tokens that end a continuation. The stop token is part of the result.
-        should_stop: function of the tokens generated so far. Generation stops if it returns True. It must return the same value on every
-            rank.
+        should_stop: function of the tokens generated so far. Generation stops if the function returns True. The function must return the
+            same value on every rank.
         prefill_chunk: number of prompt tokens per forward pass; 0 reads each prompt in one pass.
         device: device of the model.
         label: text of the progress display.

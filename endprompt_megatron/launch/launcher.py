@@ -128,7 +128,7 @@ def run_workers(config: Launched, arguments: list[str]) -> int:
         config: config of the run.
         arguments: the script and its arguments, as in sys.argv.
     Returns:
-        Exit status: 0 if all workers succeed, EXIT_RESUME if they stop after a stop signal, 128 + n if another signal n ends them, otherwise
+        Exit status: 0 if all workers succeed, EXIT_RESUME if they stop after a stop signal, 128 + n if another signal n ends them, or
         that of the first worker that fails (1 if a signal killed it). The last lines of the failed worker's output are logged.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std

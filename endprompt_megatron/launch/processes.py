@@ -1,5 +1,4 @@
-"""Control how processes end and handle stop signals: a run before training installs its own handlers, and the helper processes that a run
-starts."""
+"""Control how a run and its helper processes end and handle stop signals. Training later replaces the signal handlers of the run."""
 
 from __future__ import annotations
 
@@ -76,8 +75,8 @@ def block_stop_signals() -> Iterator[None]:
 
 @functools.cache
 def kill_helpers_at_exit() -> None:
-    """Register a handler that kills the helper processes of this process at its exit. Otherwise Python would send SIGTERM to the helpers at
-    exit, which they ignore, and wait for them forever."""
+    """Register a handler that kills the helper processes when this process exits. The helpers ignore the SIGTERM that Python sends at exit,
+    so Python would wait for them forever."""
     atexit.register(_kill_helpers)  # atexit runs handlers in reverse order, so this handler runs before multiprocessing's own
 
 

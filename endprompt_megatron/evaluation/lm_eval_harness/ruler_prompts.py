@@ -1,12 +1,12 @@
-"""Patches around lm-eval's RULER generators. The patched generators return the configured number of samples, which are the first of the 500
-samples that lm-eval always generates. The samples of a task and length do not depend on earlier tasks. A generator that would loop forever
-raises an error instead.
+"""Patch lm-eval's RULER generators. The patched generators return the configured number of samples, which are the first of the 500 samples
+that lm-eval always generates. The samples of a task and length do not depend on earlier tasks. A generator that would loop forever raises
+an error instead.
 
-Cause of the infinite loop: if a prompt is too long, ruler_vt and ruler_cwe remove ten units (noise sentences or words) while more than ten
-are left, and retry unchanged otherwise. A bare `except` around the retry also catches the exceptions that would end the loop. If ten units
-do not fit the length, the generators continue with zero units: ruler_vt never ends, and ruler_cwe either ends with an empty answer or
-never ends. Whether ten units fit depends on the tokenizer, so the patches measure the length of a prompt with ten units.
-Upstream: lm_eval/tasks/ruler/*_utils.py of lm-eval 0.4.13. Review these patches with every new version.
+The infinite loop has this cause: if a prompt is too long, ruler_vt and ruler_cwe remove ten units (noise sentences or words) and retry. If
+at most ten units are left, they retry without a change. A bare `except` around the retry also catches the exceptions that would end the
+loop. If ten units do not fit the length, the generators continue with zero units: ruler_vt never ends, and ruler_cwe either ends with an
+empty answer or never ends. Whether ten units fit depends on the tokenizer, so the patches measure the length of a prompt with ten units.
+The patched files are lm_eval/tasks/ruler/*_utils.py of lm-eval 0.4.13. Review these patches with every new version.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def generator_of(task: str) -> tuple[str, str]:
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Replace attribute `name` of `owner` with `value` inside the block and restore it afterwards."""
+    """Replace attribute `name` of `owner` with `value` inside the `with` block and restore it afterwards."""
     kept = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -50,7 +50,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def bounded(task: str, module: ModuleType, *, samples: int) -> Iterator[None]:
-    """Inside the block, the task's generator returns at most `samples` samples and raises DataError instead of looping forever.
+    """Inside the `with` block, make the task's generator return at most `samples` samples and raise DataError instead of looping forever.
 
     Args:
         task: id of a RULER task.
@@ -75,7 +75,7 @@ def bounded(task: str, module: ModuleType, *, samples: int) -> Iterator[None]:
 
 @contextmanager
 def _random_state_restored(module: ModuleType) -> Iterator[None]:
-    """Restore the state of all random generators after the block."""
+    """Restore the state of all random generators after the `with` block."""
     own = getattr(module, "RNG", None)
     states = random.getstate(), np.random.get_state(), own and own.getstate()
     try:

@@ -1,5 +1,5 @@
-"""Probes of one system (base, untrained, trained, control). The results are cached in one file per system, so that a resumed run does not
-repeat them. Results of an untrained base are also cached next to the base model, for all runs that start from it."""
+"""Probe one system (base, untrained, trained or control). The results are cached in one file per system, so that a resumed run does not
+repeat the probes. Results of an untrained base are also cached next to the base model, for all runs that start from this base."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from endprompt_megatron.mcore.version import megatron_core_version
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from endprompt_megatron.output_files import replace_text
 
-_KEY = {"single": "needle"}  # task -> key in summary.json and evaluation.json, where it differs
-# Packages that compute the figures of a probe. A change of their code invalidates the results next to a base model.
+_KEY = {"single": "needle"}  # {task: its key in summary.json and evaluation.json} for tasks whose key is not the name of the task
+# Packages that compute the figures of a probe. A change of their code invalidates the results that are cached next to a base model.
 _CODE = ("evaluation", "inference", "model", "rope")
 
 
@@ -34,8 +34,8 @@ class Probes:
 
     Attributes:
         haystacks: noise texts with planted facts, for retrieval.
-        blocks: held-out tokens, int64 [blocks, longest window], for perplexity; empty if it is measured on long_texts.
-        config: the configuration that they were made from.
+        blocks: held-out tokens, int64 [blocks, longest window], for perplexity; empty if perplexity is measured on long_texts.
+        config: configuration of the probes, from which haystacks, blocks and long_texts were made.
         seed: seed of the needle keys.
         long_texts: held-out prose with planted facts.
     """
@@ -47,7 +47,8 @@ class Probes:
     long_texts: Sequence[LongText] = ()
 
     def conditions(self) -> dict[str, Any]:
-        """Conditions of the figures, for pages and for the comparison with cached results. A change of wording invalidates the cache."""
+        """Return the conditions of the figures, for pages and for the comparison with cached results. A change of their wording invalidates
+        cached results."""
         config = self.config
         words: dict[str, Any] = {}
         if self.haystacks:
@@ -75,7 +76,7 @@ class Probes:
         return {**words, "seed": self.seed}
 
     def digest(self) -> str:
-        """SHA-256 of all tokens that are read and scored."""
+        """Return the SHA-256 of all tokens that the model reads or that are scored."""
         tokens = [
             [*one.tokens, *(token for question in one.questions for token in question.prompt + question.answer)] for one in self.haystacks
         ]
@@ -106,16 +107,16 @@ def probe_system(
     cache: Path | None,
     kept_beside: Path | None = None,
 ) -> dict[str, Any]:
-    """Probes one system, or reads its cached results where the conditions are the same. Every rank must call this function.
+    """Probe one system, or read its cached results if they have the same conditions. Every rank must call this function.
 
     Args:
-        name: base | untrained | trained | control.
-        description: for tables.
+        name: name of the system, base | untrained | trained | control.
+        description: label of the system in tables.
         model: the model, or this rank's model chunks, with the RoPE frequencies to probe.
-        probes: questions and texts.
+        probes: questions and texts of the probes.
         device: device of the model.
-        cache: file with cached results, which rank 0 reads and writes; None neither reads nor writes one.
-        kept_beside: directory of the base model, where the system is that base without training. Results are then also cached in
+        cache: file of cached results, which rank 0 reads and writes; None disables this cache.
+        kept_beside: directory of the base model if the system is this base without training, else None. Results are then also cached in
             `<directory>.probes/`, in a file named by a hash of weights, questions, RoPE, precision and code.
     Returns:
         {"label": description, "perplexity": {length: value}, task: {length: figures of score_haystacks or read_long_texts}}. The task
@@ -133,7 +134,7 @@ def probe_system(
         if shared is not None:
             _keep_where_possible(shared, found)
     elif shared is not None:
-        get_logger().info(f"{name}: read from {shared}, no need to probe again")
+        get_logger().info(f"{name}: results read from {shared} instead of probing again")
     result = {"label": description, **found}
     if cache is not None and global_rank() == 0:
         _keep(cache, {"conditions": conditions, "result": result})
@@ -160,7 +161,8 @@ def _measure(name: str, chunks: list[EndPromptGPTModel], probes: Probes, device:
 
 
 def _shared_file(base: Path, chunk: EndPromptGPTModel, probes: Probes, device: torch.device) -> Path:
-    """Cache file for results of an untrained base. Weights are identified by the names, sizes and modification times of their files."""
+    """Return the cache file for results of an untrained base. Weights are identified by the names, sizes and modification times of their
+    files."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(base.glob("*.safetensors"))]
     package = Path(__file__).resolve().parents[1]
     code = hashlib.sha256()
@@ -183,7 +185,7 @@ def _shared_file(base: Path, chunk: EndPromptGPTModel, probes: Probes, device: t
 
 
 def _read_shared(shared: Path | None) -> dict[str, Any] | None:
-    """Cached results of another run; None if the file is missing or damaged."""
+    """Return cached results of another run; None if the file is missing or damaged."""
     if shared is None or not shared.is_file():
         return None
     try:
@@ -206,14 +208,14 @@ def _keep_where_possible(path: Path, value: dict[str, Any]) -> None:
 
 
 def _settings_of_figures(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """The settings that figures depend on: all keys of the config but prefill_chunk, systems and enabled. A key that an older file lacks
-    gets its default."""
+    """Return the settings that the figures depend on: all keys of the config except prefill_chunk, systems and enabled. Keys that an older
+    file lacks get their defaults."""
     every = {**asdict(ProbesConfig()), **evaluation}
     return {key: value for key, value in every.items() if key not in ("prefill_chunk", "systems", "enabled")}
 
 
 def _read(cache: Path | None, conditions: dict[str, Any]) -> dict[str, Any] | None:
-    """The cached result; None if there is none, or if its conditions differ."""
+    """Return the cached result; None if there is none, or if its conditions differ."""
     if cache is None or not cache.is_file():
         return None
     stored = json.loads(cache.read_text())

@@ -8,13 +8,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import hydra
 import pytest
 import torch
 
 from endprompt_megatron.checkpoint.hf.sources import build_tiny_random
 from endprompt_megatron.errors import USER_ERRORS
-from tests.support.run_recipe import ROOT, recipe_command, run_recipe, tiny_overrides
+from tests.support.compose import compose
+from tests.support.run_recipe import recipe_command, run_recipe, tiny_overrides
 
 _CASES = {
     "L within the native window": (["rope.target_context_length=128", "rope.factor=1"], "must be larger than the native window of 128"),
@@ -43,8 +43,7 @@ def _extend(workplace: Path, *more: str) -> None:
     from endprompt_megatron.jobs.extend import extend
 
     threads = torch.get_num_threads()
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composed = hydra.compose("extend", overrides=tiny_overrides(workplace, "run", *more))
+    composed = compose(*tiny_overrides(workplace, "run", *more))
     try:
         extend(to_run_config(composed))
     finally:

@@ -10,10 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hydra
 import pytest
 
 from tests.support.checkout import CHECKOUT, SUBMIT
+from tests.support.compose import compose
 from tests.support.tiny import ROOT
 
 GOLDEN = ROOT / "tests" / "golden" / "slurm"
@@ -93,8 +93,7 @@ def test_sources_are_clean():
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")))
 def test_the_ranks_of_a_layout_are_those_that_hydra_composes(experiment, tmp_path):
     """Without Python on a login node the script reads conf/ itself: one rank more than the layout is refused with its size."""
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        parallel = hydra.compose("extend", overrides=[f"+experiment={experiment}"]).parallel
+    parallel = compose(f"+experiment={experiment}").parallel
     sizes = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size)
     ranks = sizes[0] * sizes[1] * sizes[2]
     done = _submit(tmp_path, "--dry-run", f"--nodes={ranks + 1}", "--gpus-per-node=1", "--", f"+experiment={experiment}", "output_dir=out")

@@ -3,6 +3,7 @@ damaged dataset, or on one of another tokenizer, raises no error but is useless,
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import json
@@ -11,7 +12,7 @@ import re
 import types
 import typing
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -306,13 +307,12 @@ def _write(path: Path, manifest: Manifest) -> None:
 
 def _contradiction(manifest: Manifest) -> str | None:
     """Return what is impossible in a manifest; None for one that `record_files` could have written."""
-    hints = typing.get_type_hints(Manifest)
-    for field in fields(Manifest):
-        value = getattr(manifest, field.name)
-        if not _fits(value, hints[field.name]):
-            return f"{field.name} is {str(value)[:40]!r}"
+    for name, hint in _field_types().items():
+        value = getattr(manifest, name)
+        if not _fits(value, hint):
+            return f"{name} is {str(value)[:40]!r}"
         if type(value) is int and value < 0:
-            return f"{field.name}={value} is negative"
+            return f"{name}={value} is negative"
     if manifest.dtype not in ("uint16", "int32"):
         return f"dtype is {manifest.dtype!r}"
     if manifest.num_tokens * np.dtype(manifest.dtype).itemsize != manifest.bin_bytes:
@@ -320,6 +320,11 @@ def _contradiction(manifest: Manifest) -> str | None:
     pattern = "" if manifest.manifest_version == _WITHOUT_DIGESTS else "[0-9a-f]{64}"
     odd = [name for name in _file_fields("sha256") if not re.fullmatch(pattern, getattr(manifest, name))]
     return f"{odd[0]} is {getattr(manifest, odd[0])[:70]!r} in version {manifest.manifest_version}" if odd else None
+
+
+@functools.cache
+def _field_types() -> dict[str, Any]:
+    return typing.get_type_hints(Manifest)
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -26,12 +26,12 @@ _DIGESTS = "digests.json"
 
 def dataset_contents(prefixes: Sequence[str]) -> list[dict[str, Any]]:
     """Describe the contents of indexed datasets, for the key of `index_cache`: the SHA-256 of the manifest, or sizes and times of change of
-    datasets without one, which another program wrote."""
+    datasets without one, which another program or an earlier release wrote."""
     described: list[dict[str, Any]] = []
     for prefix in prefixes:
         paths = dataset_paths(Path(prefix))
-        if has_manifest(Path(prefix)):
-            manifest = load_manifest(Path(prefix))
+        manifest = load_manifest(Path(prefix)) if has_manifest(Path(prefix)) else None
+        if manifest is not None and manifest.bin_sha256:
             described.append({"prefix": prefix, "bin": manifest.bin_sha256, "idx": manifest.idx_sha256})
         else:
             stats = {kind: paths[kind].stat() for kind in ("bin", "idx")}

@@ -1,14 +1,20 @@
-"""Locks on output directories, so that one process writes at a time, and atomic replacement of text files."""
+"""Locks on output directories, so that one process writes at a time, atomic replacement of text files, and names of temporary files from
+which a later process sees that their writer is dead."""
 
 from __future__ import annotations
 
 import datetime
 import fcntl
+import functools
+import hashlib
 import json
 import os
+import re
+import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +22,8 @@ from endprompt_megatron.errors import ConfigError
 
 _LOCK = ".lock"
 _held: dict[Path, IO[str]] = {}  # by resolved directory
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.tmp(?P<rest>\..*)?", flags=re.DOTALL)
+_in_use: set[Path] = set()  # temporary names of this process, absolute
 
 
 def hold(output_dir: Path, *, doing: str) -> None:
@@ -101,3 +109,104 @@ def replace_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return the name `.NAME.HOST.PID.tmp` beside `path`, under which this process writes what it then renames to `path`.
+
+    HOST and PID are those of this process, see `sweep_leftovers`. Files that belong together may append an ending that begins with a dot.
+    """
+    temporary = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
+    _in_use.add(temporary.absolute())
+    return temporary
+
+
+def final_name(temporary: Path) -> Path | None:
+    """Return the path for which `temporary_name` made this name (any process's, without an ending); None for any other name."""
+    match = _LEFTOVER.fullmatch(temporary.name)
+    return temporary.with_name(match["name"]) if match and not match["rest"] else None
+
+
+@contextmanager
+def scratch_directory(name: str) -> Iterator[Path]:
+    """Create a directory for intermediate files in the system's temporary directory, and delete it after the block. If this process is
+    killed in the block, the next call in another process deletes it.
+
+    Args:
+        name: part of the directory's name.
+    """
+    parent = Path(tempfile.gettempdir())
+    sweep_leftovers(parent)
+    beginning = temporary_name(parent / name)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{beginning.name}.", dir=parent))
+    _in_use.add(scratch.absolute())
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def sweep_leftovers(directory: Path) -> None:
+    """Delete the temporary files and directories in `directory` whose process is dead. No effect where that is not allowed.
+
+    A process is known to be dead from the name `.NAME.HOST.PID.tmp` alone, which `temporary_name` makes:
+
+    - HOST is this host: the first 8 hex digits of SHA-256 of the host name and the number of the pid namespace. Process ids of another
+      host, or of another container with the same host name, say nothing, so their files stay.
+    - PID is no running process (a zombie does not run), or it is this process, which did not make the name: an earlier process had the same
+      id. A file whose PID belongs to an unrelated new process stays until that one ends.
+
+    The age of a file is not considered: tokenising may take days.
+    """
+    try:
+        found = [path for path in directory.iterdir() if path.name.startswith(".")]
+    except OSError:
+        return
+    for path in found:
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None or match["host"] != _host() or not _is_dead(int(match["pid"]), path):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
+
+
+def owner() -> str:
+    """Return `HOST.PID` of this process, as in `temporary_name`."""
+    return f"{_host()}.{os.getpid()}"
+
+
+def is_dead(owner: str) -> bool:
+    """Whether the process that had `owner()` is known to be dead, by the rules of `sweep_leftovers`."""
+    host, _, pid = owner.partition(".")
+    return host == _host() and pid.isdecimal() and not _runs(int(pid))
+
+
+def _is_dead(pid: int, path: Path) -> bool:
+    if pid != os.getpid():
+        return not _runs(pid)
+    own = [name.name for name in _in_use if name.parent == path.parent.absolute()]
+    return not any(path.name == name or path.name.startswith(f"{name}.") for name in own)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    with suppress(OSError, IndexError):  # no /proc
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
+    return True
+
+
+@functools.cache
+def _host() -> str:
+    try:
+        namespace = Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        namespace = 0
+    return hashlib.sha256(f"{socket.gethostname()} {namespace}".encode()).hexdigest()[:8]

@@ -28,8 +28,9 @@ def run(composed: DictConfig) -> None:
         tokenizer = load_tokenizer(hf_path)
         check_token_ids(hf_path, tokenizer, num_rows=architecture_from_hf(read_hf_config(hf_path)).vocab_size)
         options = dict(directory=Path(config.data.directory), tokenizer=tokenizer, tokenizer_hash=hash_tokenizer(hf_path))
+        check = "all" if config.data.verify else "changed"
         for sources in (config.data.train, config.data.validation):
-            blend, _ = prepare_corpora(sources, **options)
+            blend, _ = prepare_corpora(sources, **options, check=check)
             for prefix, weight in zip(blend.prefixes, blend.weights, strict=True):
                 print(f"indexed:{prefix}  weight {weight:g}")
 

@@ -26,6 +26,7 @@ RESUMABLE_KEYS = (
     "trainer.max_bad_steps",
     "trainer.grad_spike_factor",
     "data.num_workers",
+    "data.verify",
     "probes",
     "evaluation",  # what probes was called
     "export",

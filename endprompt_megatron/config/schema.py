@@ -182,6 +182,8 @@ class DataConfig:
         validation: held-out corpora; empty means that `split` cuts them off the training corpora.
         split: Megatron's train,validation,test shares, used where `validation` is empty.
         num_workers: loader processes a rank; 0 loads in the training process.
+        verify: read all indexed datasets and index caches whole at the start and compare their SHA-256 with the recorded ones. Without it
+            a file is read whole only if its size or time of change differs from the recorded one.
     """
 
     directory: str = "datasets"
@@ -190,6 +192,7 @@ class DataConfig:
     validation: list[TextSource] = field(default_factory=list)
     split: str = "98,2,0"
     num_workers: int = 0
+    verify: bool = False
 
 
 @dataclass

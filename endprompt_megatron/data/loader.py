@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from endprompt_megatron.launch.processes import ignore_stop_signals, kill_helpers_at_exit
+from endprompt_megatron.launch.processes import ignore_stop_signals, kill_helpers_at_exit, own_multiprocessing_directory
 
 
 class MicroBatchSampler:
@@ -63,6 +63,7 @@ def micro_batches(dataset: Dataset[Any], sampler: MicroBatchSampler, *, num_work
         num_workers: number of loader processes; 0 loads in this process.
     """
     if num_workers:
+        own_multiprocessing_directory()
         kill_helpers_at_exit()
     return iter(
         DataLoader(

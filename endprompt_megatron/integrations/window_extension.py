@@ -29,7 +29,7 @@ from endprompt_megatron.config.schema import (
 )
 from endprompt_megatron.config.validation import is_split
 from endprompt_megatron.data.dataset import Blend, TokenizerFacts, build_datasets
-from endprompt_megatron.data.preprocess import check_manifest
+from endprompt_megatron.data.manifest import check_manifest
 from endprompt_megatron.errors import ConfigError, DataError
 from endprompt_megatron.jobs import preflight
 from endprompt_megatron.mcore import runtime, version

@@ -13,6 +13,7 @@ from endprompt_megatron.config.rule import Facts
 from endprompt_megatron.config.schema import ParallelConfig, RunConfig
 from endprompt_megatron.config.validation import find_problems
 from endprompt_megatron.data.corpora import inspect_corpora
+from endprompt_megatron.data.manifest import Check
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.jobs import preflight
 from endprompt_megatron.jobs.memory_fit import smallest_change
@@ -223,7 +224,8 @@ def _base_lines(config: RunConfig, base: preflight.Base | None) -> Iterator[str]
 def _data_lines(config: RunConfig, base: preflight.Base | None) -> Iterator[str]:
     data, trainer = config.data, config.trainer
     tokenizer_hash = base.tokenizer_hash if base else None
-    states = inspect_corpora(data.train, directory=Path(data.directory), tokenizer_hash=tokenizer_hash)
+    check: Check = "all" if data.verify else "changed"
+    states = inspect_corpora(data.train, directory=Path(data.directory), tokenizer_hash=tokenizer_hash, check=check)
     total_weight = sum(state.weight for state in states)
     drawn = trainer.max_steps * trainer.global_batch_size * data.seq_length * get_scheme(config.method.position_scheme).text_span
     shares = [1.0, 0.0, 0.0] if data.validation else [float(share) for share in data.split.split(",")]
@@ -232,5 +234,5 @@ def _data_lines(config: RunConfig, base: preflight.Base | None) -> Iterator[str]
         if state.num_tokens:
             epochs = f"; {drawn * state.weight / total_weight / (state.num_tokens * shares[0] / sum(shares)):.2f} epochs"
         yield f"  data         {state.path}: {state.description}{epochs}"
-    for state in inspect_corpora(data.validation, directory=Path(data.directory), tokenizer_hash=tokenizer_hash):
+    for state in inspect_corpora(data.validation, directory=Path(data.directory), tokenizer_hash=tokenizer_hash, check=check):
         yield f"  held out     {state.path}: {state.description}"

@@ -24,12 +24,14 @@ from endprompt_megatron.config.resolved import ResolvedRun
 from endprompt_megatron.config.schema import RunConfig
 from endprompt_megatron.data.corpora import check_corpora, prepare_corpora
 from endprompt_megatron.data.dataset import TokenizerFacts, build_datasets
+from endprompt_megatron.data.manifest import Check
 from endprompt_megatron.evaluation.probes.results import Probes, probe_system
 from endprompt_megatron.jobs import preflight
 from endprompt_megatron.jobs.run_metadata import Run, conditions_of_run, provenance_of_run, summary_of_run
 from endprompt_megatron.jobs.run_probes import check_probe_memory, make_probes
 from endprompt_megatron.jobs.stage_times import StageTimes
 from endprompt_megatron.launch import launcher
+from endprompt_megatron.launch.processes import sweep_multiprocessing_directories
 from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore import runtime as mcore_runtime
 from endprompt_megatron.model import backends
@@ -69,6 +71,7 @@ def extend(config: RunConfig) -> dict[str, Any]:
 
 def _run(config: RunConfig, stop: StopRequests) -> dict[str, Any]:
     started, times = time.monotonic(), StageTimes()
+    sweep_multiprocessing_directories()
     with times.stage("prepare"):
         resolved, base = prepare(config)
     config, accelerator = resolved.config, resolved.accelerator
@@ -127,7 +130,7 @@ def prepare(config: RunConfig) -> tuple[ResolvedRun, preflight.Base]:
     if global_rank() == 0:
         preflight.check_output_dir(config)
         if not launcher.is_worker():
-            _prepare_text(config, base)
+            _prepare_text(config, base, check="all" if config.data.verify else "changed")
             if config.probes.enabled:
                 check_corpora(config.probes.text, directory=Path(config.data.directory))
         preflight.claim_output_dir(config, take_lock=not launcher.launched_by_plain_start())
@@ -183,13 +186,16 @@ def _write_results(run: Run, systems: dict[str, Any], summary: dict[str, Any], p
 def _prepare_run(run: Run) -> tuple[tuple[Any, Any], dict[str, str], Probes | None]:
     """Prepare the text and the probes. Returns ((training text, validation text), hashes of the text, probes or None)."""
     config = run.config
-    if run.runtime.world_size > 1:  # one rank per host prepares the text; the other ranks wait and then reuse the files
+    # one rank per host prepares the text; the other ranks wait and then reuse the files
+    if run.runtime.world_size > 1 or launcher.is_worker():
         if run.runtime.local_rank == 0:
-            _prepare_text(config, run.base)
+            # a plain start has verified the data before it started this process
+            verify = config.data.verify and not launcher.launched_by_plain_start()
+            _prepare_text(config, run.base, check="all" if verify else "changed")
             if config.probes.enabled:
                 check_corpora(config.probes.text, directory=Path(config.data.directory))
         torch.distributed.barrier()
-    blends, data_hashes = _prepare_text(config, run.base)
+    blends, data_hashes = _prepare_text(config, run.base, check="sizes")  # the contents were checked before
     probes = None
     if config.probes.enabled and config.parallel.context_parallel_size == 1:
         probes = make_probes(config, run.base)
@@ -202,13 +208,13 @@ def _prepare_run(run: Run) -> tuple[tuple[Any, Any], dict[str, str], Probes | No
     return blends, data_hashes, probes
 
 
-def _prepare_text(config: RunConfig, base: preflight.Base) -> tuple[tuple[Any, Any], dict[str, str]]:
+def _prepare_text(config: RunConfig, base: preflight.Base, *, check: Check) -> tuple[tuple[Any, Any], dict[str, str]]:
     data = config.data
     options = dict(directory=Path(data.directory), tokenizer=base.tokenizer, tokenizer_hash=base.tokenizer_hash)
-    train, hashes = prepare_corpora(data.train, **options)
+    train, hashes = prepare_corpora(data.train, **options, check=check)
     if not data.validation:
         return (train, None), hashes
-    validation, more = prepare_corpora(data.validation, **options)
+    validation, more = prepare_corpora(data.validation, **options, check=check)
     return (train, validation), {**hashes, **more}
 
 
@@ -289,6 +295,7 @@ def _train(
         end_prompts=run.base.end_prompts,
         end_prompt_loss_weight=config.method.end_prompt_loss_weight,
         num_chunks=config.method.num_chunks,
+        verify=config.data.verify,
     )
     trainer = Trainer(
         config,

@@ -8,16 +8,21 @@ import ctypes
 import functools
 import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
-from multiprocessing import resource_tracker
+from multiprocessing import resource_tracker, util
+from pathlib import Path
 from types import FrameType
 
 from endprompt_megatron.errors import EXIT_RESUME
+from endprompt_megatron.output_files import is_dead, owner
 
 # Signals that stop a run. Slurm sends them to every process of a job step, including helpers.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_OWNER = "owner"  # file in a temporary directory of multiprocessing
 
 
 def exit_on_stop_signals() -> None:
@@ -84,3 +89,25 @@ def _kill_helpers() -> None:
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
+
+
+@functools.cache
+def own_multiprocessing_directory() -> None:
+    """Record this process as the owner of multiprocessing's temporary directory, `pymp-*` in the system's temporary directory, which holds
+    the sockets of helper processes. Call it before the first helper starts: helpers then use this directory instead of their own, and one
+    that is killed leaves none. Python deletes the directory when this process exits, unless it is killed."""
+    # a record that exists is of the process that created the directory, and of which this one is a helper
+    with contextlib.suppress(OSError), Path(util.get_temp_dir(), _OWNER).open("x") as record:
+        record.write(owner())
+
+
+def sweep_multiprocessing_directories() -> None:
+    """Delete the temporary directories of multiprocessing whose owner is dead.
+
+    The owner is the process that `own_multiprocessing_directory` recorded in the directory; `output_files.sweep_leftovers` says when it is
+    known to be dead. A directory without a record stays: it belongs to another program. So does one of another user.
+    """
+    for directory in Path(tempfile.gettempdir()).glob("pymp-*"):
+        with contextlib.suppress(OSError, ValueError):
+            if not directory.is_symlink() and directory.stat().st_uid == os.getuid() and is_dead((directory / _OWNER).read_text()):
+                shutil.rmtree(directory, ignore_errors=True)

@@ -10,7 +10,7 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from endprompt_megatron.launch.processes import block_stop_signals, serve_parent
+from endprompt_megatron.launch.processes import block_stop_signals, own_multiprocessing_directory, serve_parent
 
 
 def begin_save(sharded_state: dict[str, Any], directory: str, *, asynchronous: bool) -> Any:
@@ -38,6 +38,7 @@ def _prepare_queue() -> None:
     checkpoint. Remove this function when upstream fixes both problems.
     """
     if filesystem_async._results_queue is None:
+        own_multiprocessing_directory()
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
         with block_stop_signals():
             manager.start(initializer=serve_parent)

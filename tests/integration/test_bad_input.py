@@ -88,6 +88,26 @@ def test_foreign_tokenizer_against_the_manifest(workplace):
     assert not (workplace / "run").exists()
 
 
+def test_damage_to_prepared_data_that_keeps_size_and_time(workplace):
+    """Found with data.verify=true, by a run and by its dry_run; without it the run gets to its next error."""
+    from endprompt_megatron.checkpoint.hf.tokenizer import hash_tokenizer, load_tokenizer
+    from endprompt_megatron.data.preprocess import prepare_dataset
+
+    model, prefix = workplace / "model", workplace / "prepared"
+    (workplace / "text.jsonl").write_text(json.dumps({"text": "One two three. " * 200}) + "\n")
+    tokenizer = dict(tokenizer=load_tokenizer(model), tokenizer_hash=hash_tokenizer(model))
+    prepare_dataset(workplace / "text.jsonl", output_prefix=prefix, **tokenizer)
+    damaged = workplace / "prepared.bin"
+    stat = damaged.stat()
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\1")
+    os.utime(damaged, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    overrides = [f"data.train=[{{path: 'indexed:{prefix}'}}]", "probes.text=[{path: 'no_such.jsonl'}]"]
+    for more, message in ((["data.verify=true"], "prepared.bin is damaged or was changed"), ([], "no_such.jsonl")):
+        with pytest.raises(USER_ERRORS, match=message):
+            _extend(workplace, *overrides, *more)
+        assert not (workplace / "run").exists()
+
+
 def test_truncated_safetensors(workplace):
     path = workplace / "model" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])

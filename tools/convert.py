@@ -2,7 +2,7 @@
 content of a directory.
 
     python tools/convert.py hf-to-megatron /models/Llama-3.2-1B checkpoints/llama
-    python tools/convert.py megatron-to-hf outputs/my_run exported        # a run's newest checkpoint; or any torch_dist directory
+    python tools/convert.py megatron-to-hf outputs/my_run exported        # newest checkpoint of a run, or any torch_dist directory
     python tools/convert.py verify --hf exported --megatron outputs/my_run
     python tools/convert.py show outputs/my_run
 
@@ -27,7 +27,7 @@ install_import_hooks()  # before megatron.core is imported
 
 
 def main() -> int:
-    """Parse the arguments and run one command. Returns the exit status: 0; 1 if a verification failed; 2 for a user error."""
+    """Parse the arguments and run one command. Return the exit status: 0 for success, 1 if a verification failed, 2 for a user error."""
     arguments = _parser().parse_args()
     try:
         return arguments.run(arguments)
@@ -35,7 +35,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("interrupted: the same command continues where it stopped", file=sys.stderr)
+        print("interrupted: start the same command again to continue", file=sys.stderr)
         return 130
 
 
@@ -89,7 +89,7 @@ def _megatron_to_hf(arguments: argparse.Namespace) -> int:
     )
     rope = f"RoPE {model.rope.type}, factor {model.rope.factor:g} ({model.origin})"
     print(f"wrote {written}: window {model.context_length:,} positions, {rope}")
-    # `model` still names the converted checkpoint, even if the run has written a newer one since
+    # `model` still refers to the converted checkpoint, even if the run has written a newer checkpoint since
     return 0 if arguments.no_verify else _report(written, model, arguments)
 
 
@@ -169,7 +169,7 @@ def _described(arguments: argparse.Namespace):
 
 
 def _report(hf: Path, model, arguments: argparse.Namespace, dtype=None) -> int:
-    """Compare a Hugging Face directory with a torch_dist directory and print the table."""
+    """Compare a Hugging Face directory with a torch_dist directory and print the table. Return 0 if they are equal, else 1."""
     from endprompt_megatron.checkpoint.hf.verify import format_findings, verify_megatron_model
     from endprompt_megatron.config.schema import ParallelConfig
     from endprompt_megatron.mcore import runtime
@@ -212,11 +212,11 @@ def _parser() -> argparse.ArgumentParser:
     writing.add_argument("--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="maximum size of a weights file (default 5GB)")
     writing.add_argument("--plan", action="store_true", help="print files, sizes and memory, and write nothing")
     writing.add_argument("--no-verify", action="store_true", help="do not compare source and result afterwards")
-    writing.add_argument("--no-sync", action="store_true", help="do not fsync: as fast and as safe as cp")
+    writing.add_argument("--no-sync", action="store_true", help="do not call fsync; the conversion is then as fast and as safe as cp")
     meaning = argparse.ArgumentParser(add_help=False)
-    meaning.add_argument("--hf-base", type=Path, metavar="DIR", help="Hugging Face directory of the base, if MEGATRON does not name it")
-    meaning.add_argument("--rope-factor", type=float, metavar="S", help="linear RoPE scaling of a MEGATRON from another program")
-    meaning.add_argument("--target-context-length", type=int, metavar="L", help="context window for --rope-factor")
+    meaning.add_argument("--hf-base", type=Path, metavar="DIR", help="Hugging Face directory of the base, if MEGATRON does not record it")
+    meaning.add_argument("--rope-factor", type=float, metavar="S", help="factor of linear RoPE scaling, if another program wrote MEGATRON")
+    meaning.add_argument("--target-context-length", type=int, metavar="L", help="context window in positions, for use with --rope-factor")
 
     command = commands.add_parser("hf-to-megatron", parents=[writing, verifying], help="Hugging Face -> torch_dist")
     command.add_argument("hf", type=Path, help="Hugging Face directory (config.json alone is enough for --plan)")
@@ -239,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("show", help="show the content of a directory")
     command.add_argument("directory", type=Path)
     command.add_argument("--hf-base", type=Path, metavar="DIR")
-    command.add_argument("--all", action="store_true", help="list every tensor, not one line per kind of tensor")
+    command.add_argument("--all", action="store_true", help="print one line per tensor instead of one line per kind of tensor")
     command.set_defaults(run=_show)
     return parser
 

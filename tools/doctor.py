@@ -1,10 +1,10 @@
-"""Checks which experiments this machine can run, and how to fix what is missing.
+"""Check which experiments this machine can run, and print how to fix missing parts.
 
-    python tools/doctor.py                          # one line per check: ok, limits or missing; then the experiments
-    python tools/doctor.py --require gpu,te,fp8     # also fail if one of these is missing
-    python tools/doctor.py --json --network         # for programs; also connect to the Hugging Face hub
+    python tools/doctor.py                          # print one line per check (ok, limits or missing), then the experiments
+    python tools/doctor.py --require gpu,te,fp8     # also fail if one of these checks is missing
+    python tools/doctor.py --json --network         # print JSON, and also connect to the Hugging Face hub
 
-Exit status: 0; 1 if no experiment can run or something required is missing; 2 for a wrong option.
+The exit status is 0 for success, 1 if no experiment can run or a required check is missing, and 2 for a wrong option.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from endprompt_megatron.errors import EXIT_USER_ERROR, ConfigError  # noqa: E402
 from endprompt_megatron.planning.throughput import HARDWARE  # noqa: E402
 
 _BEST_FIRST = (YES, PART, UNSURE, NO)
-_PLANNED_FOR = "H100-80GB"  # for an experiment without launch.gpu
+_PLANNED_FOR = "H100-80GB"  # GPU of an experiment without launch.gpu
 
 
 def main() -> int:
@@ -50,7 +50,8 @@ def main() -> int:
 
 
 def read_experiments() -> list[Requirements]:
-    """Requirements of every experiment in conf/, composed as in recipes/extend.py; empty if Hydra is not installed."""
+    """Read the requirements of every experiment in conf/, composed as in recipes/extend.py. Return an empty list if Hydra is not
+    installed."""
     try:
         import hydra
         from omegaconf import OmegaConf
@@ -105,10 +106,10 @@ def _record(diagnosis: Diagnosis, missing: list[CheckResult]) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--require", default="", metavar="KEY,...", help="fail if one of these checks is missing; the keys are the second column"
+        "--require", default="", metavar="KEY,...", help="fail if one of these checks is missing; the second column lists the keys"
     )
     parser.add_argument(
-        "--strict-build", action="store_true", help="fail if something is missing that docker/Dockerfile must install; a GPU is not needed"
+        "--strict-build", action="store_true", help="fail if anything is missing that docker/Dockerfile must install; needs no GPU"
     )
     parser.add_argument("--network", action="store_true", help="also connect to the Hugging Face hub")
     parser.add_argument("--directory", default=".", help="parent of outputs/, models/ and datasets/ (default: the working directory)")

@@ -19,9 +19,9 @@ def begin_save(sharded_state: dict[str, Any], directory: str, *, asynchronous: b
     Args:
         sharded_state: Megatron's sharded tensors and objects.
         directory: empty directory to write to.
-        asynchronous: if True, return a request for AsyncCallsQueue instead of writing the state during the call.
+        asynchronous: if True, return a request for AsyncCallsQueue instead of writing during the call.
     Returns:
-        Megatron's AsyncRequest if asynchronous, else None.
+        Megatron's AsyncRequest if `asynchronous` is True, else None.
     """
     _prepare_queue()
     options = {}
@@ -31,11 +31,11 @@ def begin_save(sharded_state: dict[str, Any], directory: str, *, asynchronous: b
 
 
 def _prepare_queue() -> None:
-    """Create the queue through which Megatron's writer processes report, with a manager process that ends when this process ends.
+    """Create the queue on which Megatron's writer processes report their results. Its manager process ends when this process ends.
 
-    Replaces the manager that dist_checkpointing/strategies/filesystem_async.py (megatron-core 0.16-0.19) starts on first use. That
-    manager keeps running after its rank is killed, and a stop signal (SIGTERM, SIGUSR1) kills it while its rank still needs it to save a
-    checkpoint. Remove this function when upstream fixes both problems.
+    This manager replaces the one that dist_checkpointing/strategies/filesystem_async.py (megatron-core 0.16-0.19) starts on first use.
+    Megatron's manager keeps running after its rank is killed. A stop signal (SIGTERM, SIGUSR1) kills it while its rank still needs it to
+    save a checkpoint. Remove this function when upstream fixes both problems.
     """
     if filesystem_async._results_queue is None:
         own_multiprocessing_directory()

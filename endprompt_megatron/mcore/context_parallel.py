@@ -1,9 +1,9 @@
-"""Context-parallel slicing: the token indices of each rank, and an all-gather of the whole sequence in physical order.
+"""Slice a sequence over context-parallel ranks, and all-gather the whole sequence in physical order.
 
 A sequence of S tokens is split into 2c chunks for c ranks. Rank r holds chunks r and 2c-1-r, so every rank has the same share of the causal
 attention FLOPs. Megatron and Transformer Engine use the same layout.
 
-Shapes: S tokens of the whole sequence, s = S / c tokens on this rank, b micro-batch size; tensors are [s, b, ...] as in Megatron.
+Shapes: S tokens of the whole sequence, s = S / c tokens on this rank, b micro-batch size. Tensors are [s, b, ...] as in Megatron.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def chunks_of_rank(rank: int, size: int) -> tuple[int, int]:
-    """Return the indices of the two chunks, out of 2 * size, that a rank holds."""
+    """Return the indices of the two chunks that a rank holds. The sequence has 2 * size chunks."""
     return rank, 2 * size - 1 - rank
 
 
@@ -38,7 +38,7 @@ def gather_sequence(local: Tensor, group: Any) -> Tensor:
         local: tokens of this rank, [s, b, ...].
         group: the context-parallel process group.
     Returns:
-        the tokens of all ranks, [S, b, ...].
+        The tokens of all ranks, [S, b, ...].
     """
     return _GatherSequence.apply(local, group)
 

@@ -1,11 +1,11 @@
-"""Two corrections to what happens while megatron.core is imported. Install them before the first import of megatron.core.
+"""Two corrections to the import of megatron.core. Install them before the first import of megatron.core.
 
 - A broken installation of Transformer Engine counts as missing. An empty meta package, or parts of different versions, raise RuntimeError
-  or AssertionError on import. megatron.core catches only ImportError, and therefore its own import fails, regardless of the backend
-  (megatron-core 0.16-0.19: core/utils.py, core/extensions/transformer_engine.py). Can be removed when upstream catches these errors too.
+  or AssertionError on import. megatron.core catches only ImportError, so its own import fails with every backend (megatron-core 0.16-0.19:
+  core/utils.py, core/extensions/transformer_engine.py). Remove this correction when upstream catches these errors too.
 - Fused functions are compiled when they are first called. Upstream decorates them with torch.compile, which imports TorchDynamo and
-  Inductor: almost half of the import time of every process, including those that never call a fused function (megatron-core 0.16-0.19:
-  core/jit.py). Can be removed when upstream defers it.
+  Inductor. These imports take almost half of the import time of every process, even if the process never calls a fused function
+  (megatron-core 0.16-0.19: core/jit.py). Remove this correction when upstream defers the compilation.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ _JIT = "megatron.core.jit"
 
 
 def install_import_hooks() -> None:
-    """Correct every later import of Transformer Engine and megatron.core, as the module docstring describes. Imports neither of them;
-    further calls do nothing. A broken Transformer Engine then raises ModuleNotFoundError with the reason."""
+    """Install both corrections for later imports of Transformer Engine and megatron.core. A broken Transformer Engine then raises
+    ModuleNotFoundError with the reason. This function imports neither package, and further calls do nothing."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
 def compiled_at_first_call(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: as torch.compile, but compiles when the function is first called. Inside another compiled function it is traced into."""
+    """Decorate a function like torch.compile, but compile it when it is first called. While torch compiles a caller, the call runs the
+    undecorated function, so that the compiler traces into it."""
     import torch
 
     compiled: Callable[..., Any] | None = None
@@ -49,7 +50,7 @@ def compiled_at_first_call(function: Callable[..., Any]) -> Callable[..., Any]:
 
 class _Finder(MetaPathFinder):
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
-        """Find the module as Python does, and wrap the loader of the two modules that need it."""
+        """Find transformer_engine or megatron.core.jit as Python does, and wrap its loader. Return None for all other modules."""
         if name not in (_TRANSFORMER_ENGINE, _JIT):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
@@ -63,7 +64,7 @@ class _WrappedLoader(Loader):
         self._loader = loader
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        """Same as the module's own loader."""
+        """Create the module with the original loader."""
         return self._loader.create_module(spec)
 
     def __getattr__(self, name: str) -> Any:
@@ -72,7 +73,7 @@ class _WrappedLoader(Loader):
 
 class _BrokenAsMissingLoader(_WrappedLoader):
     def exec_module(self, module: ModuleType) -> None:
-        """Same as the package's loader, but raises ModuleNotFoundError for every error."""
+        """Execute the module with the original loader, and raise ModuleNotFoundError for every error."""
         try:
             self._loader.exec_module(module)
         except ModuleNotFoundError:
@@ -84,7 +85,7 @@ class _BrokenAsMissingLoader(_WrappedLoader):
 
 class _DeferringLoader(_WrappedLoader):
     def exec_module(self, module: Any) -> None:
-        """Same as the module's loader; then replaces the decorator, if upstream chose torch.compile."""
+        """Execute the module with the original loader, and replace its `jit_fuser` if that is torch.compile."""
         import torch
 
         self._loader.exec_module(module)

@@ -1,7 +1,7 @@
-"""Fixes for loading checkpoints into Megatron's DistributedOptimizer if it wraps torch's AdamW. Megatron uses torch's AdamW if neither
-Transformer Engine nor Apex is installed. Its loading code does not handle the step count that torch's AdamW stores next to the moments
-(megatron-core 0.16-0.19, optimizer/distrib_optimizer.py). The fixes change optimizer instances and patch no class. They can be removed once
-Megatron-Core loads the state that it saves.
+"""Fixes for loading checkpoints into a Megatron DistributedOptimizer that wraps torch's AdamW. Megatron uses torch's AdamW if neither
+Transformer Engine nor Apex is installed. Megatron's loading code does not handle the step count that torch's AdamW stores next to the
+moments (megatron-core 0.16-0.19, optimizer/distrib_optimizer.py). The fixes change optimizer instances and patch no class. Remove this
+module when Megatron-Core loads the state that it saves.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def make_loadable(optimizer: Any) -> None:
 
 
 def separate_steps(optimizer: Any) -> None:
-    """Give every parameter its own step count. Must be called after `load_state_dict`, in which Megatron assigns one shared tensor to all
-    parameters. AdamW adds 1 to the count of each parameter, so it would increase a shared count several times per step. For a fused
-    optimizer, this function converts the step count to an int, because a checkpoint written with torch's AdamW holds a tensor.
+    """Give every parameter its own step count. Call this function after `load_state_dict`, which assigns one shared tensor to all
+    parameters. AdamW adds 1 to the count of each parameter, so it would increase a shared count several times per step. For FusedAdam of
+    Transformer Engine or Apex, this function converts the step count to an int, because a checkpoint of torch's AdamW holds a tensor.
 
     Args:
         optimizer: optimizer returned by get_megatron_optimizer.
@@ -48,7 +48,7 @@ def separate_steps(optimizer: Any) -> None:
         if isinstance(part.optimizer, torch.optim.AdamW):
             for state in part.optimizer.state.values():
                 state["step"] = state["step"].clone()
-        else:  # FusedAdam of Transformer Engine and Apex stores an int per group; torch's AdamW saves a tensor
+        else:  # FusedAdam stores one int per group
             for group in part.optimizer.param_groups:
                 if "step" in group:
                     group["step"] = int(group["step"])

@@ -1,5 +1,5 @@
-"""TransformerConfig fields of each precision. The FP8 context itself is entered by Megatron's TransformerBlock: once around all layers with
-delayed scaling, and once around each layer with the other recipes."""
+"""TransformerConfig fields of each precision. Megatron's TransformerBlock enters the FP8 context: once around all layers with delayed
+scaling, and once around each layer with the other recipes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def precision_fields(precision: str, bf16_layers: tuple[int, int] = (0, 0)) -> d
 
     Args:
         precision: fp32 | bf16 | fp8 | fp8_attention | fp8_blockwise | mxfp8.
-        bf16_layers: for an FP8 precision, the number of layers at the start and at the end that stay in bf16.
+        bf16_layers: for an FP8 precision, numbers of layers at the start and at the end that stay in bf16.
     """
     dtype = dtype_of(precision)
     fields = {"bf16": dtype == torch.bfloat16, "params_dtype": dtype, "pipeline_dtype": dtype, "autocast_dtype": dtype}

@@ -1,4 +1,4 @@
-"""Dataset provider of EndPrompt for Megatron-Bridge. Its samples equal those of our own trainer for the same data and seed."""
+"""Dataset provider for Megatron-Bridge. The samples equal those of our own trainer for the same data and seed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from endprompt_megatron.integrations.window_extension import WindowExtension
 
 @dataclass(kw_only=True)
 class EndPromptDatasetProvider(DatasetProvider):
-    """Provides training and validation datasets, and no test dataset.
+    """Provides a training and a validation dataset. There is no test dataset.
 
     Attributes:
-        extension: the base model, its target window and how to extend it.
+        extension: base model, target window and method.
         paths, weights: prefixes of .bin/.idx files (written by recipes/prepare_data.py) and their weights. A single path needs no weight.
-        validation_paths, validation_weights: the same for validation. Without paths, `split` takes the validation data from `paths`.
-        split: train,validation,test shares.
+        validation_paths, validation_weights: same as `paths` and `weights`, for validation. Without validation_paths, the validation data
+            is split from `paths`.
+        split: train,validation,test shares for splitting `paths`.
         seed: seed of the sample order and of the random end prompts and positions.
         index_cache_dir: directory of Megatron's index caches.
         dataloader_type: Bridge's type of data loader. "single" reads the dataset once, in the same order as our own trainer.
@@ -48,7 +49,7 @@ class EndPromptDatasetProvider(DatasetProvider):
 
         Raises:
             ConfigError: the number of weights differs from the number of paths.
-            DataError: see WindowExtension.build_datasets.
+            ConfigError, DataError, CheckpointError: same as WindowExtension.build_datasets.
         """
         train, validation = self.extension.build_datasets(
             _blend(self.paths, self.weights),

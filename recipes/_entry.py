@@ -3,6 +3,7 @@ error ends the program."""
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from endprompt_megatron.config.schema import RunConfig, with_expanded_paths  # noqa: E402
-from endprompt_megatron.errors import EXIT_RESUME, EXIT_USER_ERROR, USER_ERRORS, ConfigError, RunInterrupted  # noqa: E402
+from endprompt_megatron.errors import EXIT_INTERRUPTED, EXIT_RESUME, EXIT_USER_ERROR, USER_ERRORS, ConfigError, RunInterrupted  # noqa: E402
 from endprompt_megatron.launch.processes import ignore_stop_signals  # noqa: E402
 from endprompt_megatron.mcore.optional_packages import treat_broken_as_missing  # noqa: E402
 
@@ -97,4 +98,6 @@ def exit_on_errors() -> Iterator[None]:
         print(request, file=sys.stderr)
         sys.exit(EXIT_RESUME)
     except KeyboardInterrupt:
-        sys.exit("interrupted; start the same command again: it goes on where it stood")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not end the clean-up in a traceback
+        print("interrupted; start the same command again: it goes on where it stood", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)

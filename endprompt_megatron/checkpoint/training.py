@@ -60,6 +60,10 @@ class RunState:
     bad_steps: int = 0
     grad_norms: list[float] = field(default_factory=list)
 
+    def identity(self) -> list[Any]:
+        """JSON values that differ between two states of one run with different weights: losses and gradient norms follow from them."""
+        return [self.step, self.consumed_samples, self.sample_order, self.loss_first, self.loss_last, *self.grad_norms]
+
 
 class CheckpointWriter:
     """Writes the checkpoints of one run. Every rank has a writer, and all ranks must call its methods in the same order.

@@ -4,7 +4,6 @@ are reused only under equal conditions."""
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from endprompt_megatron.evaluation.task_sources import fingerprint
 from endprompt_megatron.evaluation.tasks import LM_EVAL, MEGATRON, NEEDLE, PERPLEXITY, Task
 from endprompt_megatron.mcore import runtime
 from endprompt_megatron.mcore.version import megatron_core_version
+from endprompt_megatron.output_files import read_json
 
 _RUNNER_CONDITIONS = ("harness", "backend", "dtype")
 # conditions common to all tasks; a change of any of them changes scores
@@ -134,9 +134,13 @@ def _runners(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
 
 
 def provenance_of(model: Path) -> dict[str, Any]:
-    """Content of a model's endprompt.json; empty where the model is no export of this package."""
+    """Content of a model's endprompt.json; empty where the model is no export of this package.
+
+    Raises:
+        DamagedFileError: the file is damaged.
+    """
     path = Path(model) / PROVENANCE_FILE
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(path, way_out="Export the model again, or copy the file again.") if path.exists() else {}
 
 
 def _megatron_backend() -> str:

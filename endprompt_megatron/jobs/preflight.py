@@ -245,9 +245,11 @@ def _base_differences(output_dir: Path, differing: list[tuple[str, Any, Any]], n
     there was a record of the weights are known by the path."""
     was = next((was for key, was, _ in differing if key == "model.hf_path"), now)
     try:
-        known = read_json(output_dir / _BASE_FILE, way_out="")
-        same = known["fingerprint"] == weights_fingerprint(Path(now)) if _is_base(known) else Path(str(was)).resolve() == Path(now).resolve()
+        known = read_json(output_dir / _BASE_FILE, way_out="").get("fingerprint")
+        same = known == weights_fingerprint(Path(now)) if isinstance(known, str) else None
     except (OSError, DamagedFileError):
+        same = None
+    if same is None:
         same = Path(str(was)).resolve() == Path(now).resolve()
     return [] if same else [("model.hf_path", was, now if was != now else f"{now} with other weights")]
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from endprompt_megatron.config.schema import LaunchConfig
-from endprompt_megatron.errors import EXIT_RESUME, ConfigError
+from endprompt_megatron.errors import EXIT_INTERRUPTED, EXIT_RESUME, ConfigError
 from endprompt_megatron.launch.processes import STOP_SIGNALS, end_with_parent
 from endprompt_megatron.log import get_logger
+from endprompt_megatron.output_files import make_directory
 
 # Ports of job steps: [20000, 32007), below the ephemeral ports of Linux (32768 and up). Their number is prime, so that steps of one job and
 # jobs with neighbouring ids get different ports.
@@ -126,16 +127,17 @@ def run_workers(config: Launched, arguments: list[str]) -> int:
         config: config of the run.
         arguments: script and its arguments, as in sys.argv.
     Returns:
-        Exit status: 0; EXIT_RESUME if the workers stopped after a stop signal; otherwise that of the first failed worker, whose last lines
-        of output are logged.
+        Exit status: 0; EXIT_RESUME if the workers stopped after a stop signal; EXIT_INTERRUPTED after Ctrl-C; otherwise that of the first
+        failed worker, whose last lines of output are logged.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     count = local_processes(config)
-    logs = Path(config.output_dir) / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    output_dir = Path(config.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    logs = make_directory(output_dir / "logs")
     quiet = dict.fromkeys(range(1, count), Std.ALL)
     os.environ[_LAUNCHER] = str(os.getpid())
     launch = LaunchConfig(
@@ -164,7 +166,7 @@ def run_workers(config: Launched, arguments: list[str]) -> int:
         return failure.exitcode if failure.exitcode > 0 else 1
     except SignalException as error:
         get_logger().error(f"stopped by {error.sigval.name}; all workers were ended")
-        return 128 + error.sigval.value
+        return EXIT_INTERRUPTED if error.sigval == signal.SIGINT else 128 + error.sigval.value
     return 0
 
 

@@ -16,6 +16,7 @@ from endprompt_megatron.errors import DamagedFileError
 from endprompt_megatron.output_files import check_not_moved, damaged_name, make_directory, replace_text, set_aside
 
 T = TypeVar("T")
+_RECORD_START = b'{"step": '
 
 
 def global_rank() -> int:
@@ -69,6 +70,8 @@ class MetricsWriter:
         records, damaged = _metrics_lines(self._readable())
         if damaged:
             self._set_aside(damaged)
+        if resume_step and not records:
+            get_logger().warning(f"{self.path} holds no record of the {resume_step} steps before this start")
         # a record of the same step and kind replaces the earlier one: earlier releases wrote validation losses twice after a resume
         self._kept = list({(record["step"], *record): record for record in records if record["step"] <= resume_step}.values())
         replace_text(self.path, "".join(json.dumps(record) + "\n" for record in self._kept))
@@ -147,7 +150,8 @@ def _metrics_lines(content: bytes) -> tuple[list[dict[str, Any]], dict[int, byte
                 raise ValueError("no record of a step")
             records.append(record)
         except (ValueError, RecursionError):
-            if number <= len(lines) and line.strip():
+            is_of_crash = number > len(lines) and _RECORD_START.startswith(line[: len(_RECORD_START)])
+            if line.strip() and not is_of_crash:
                 damaged[number] = line
     return records, damaged
 

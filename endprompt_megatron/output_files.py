@@ -188,12 +188,13 @@ def read_json(path: Path, *, way_out: str) -> dict[str, Any]:
     Raises:
         DamagedFileError: as `read_text`; or it is not JSON, or not an object.
     """
+    text = read_text(path, way_out=way_out)
     try:
-        value = json.loads(read_text(path, way_out=way_out))
+        value = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise DamagedFileError(path, f"is not JSON ({error})", way_out) from error
     if not isinstance(value, dict):
-        raise DamagedFileError(path, f"is not a JSON object but {json.dumps(value)[:40]}", way_out)
+        raise DamagedFileError(path, f"is not a JSON object but {text.strip()[:40]!r}", way_out)
     return value
 
 

@@ -77,6 +77,12 @@ def read_run(directory: Path, *, label: str | None = None, seed: int | None = No
     Raises:
         DataError: the directory has no finished run with probes, or its scores cannot be read.
     """
+    missing = [name for name in _RESULTS if not (Path(directory) / name).exists()]
+    if missing:
+        raise DataError(
+            f"{directory} has no finished run with probes ({' and '.join(missing)} not found). Finish it with recipes/extend.py and "
+            f"probes.enabled=true."
+        )
     summary, evaluation = (_read_result(Path(directory) / name, keys) for name, keys in _RESULTS.items())
     systems = evaluation["systems"]
     own = systems.get("trained" if summary["steps"] else "untrained")
@@ -95,9 +101,7 @@ def read_run(directory: Path, *, label: str | None = None, seed: int | None = No
 
 
 def _read_result(path: Path, keys: dict[str, type | UnionType]) -> dict[str, Any]:
-    way_out = "Finish the run with recipes/extend.py and probes.enabled=true: its command writes the file again."
-    if not path.exists():
-        raise DataError(f"{path.parent} has no finished run with probes ({path.name} is missing). {way_out}")
+    way_out = "Start the run's command again: it resumes and writes the file anew."
     found = read_json(path, way_out=way_out)
     for key, kind in keys.items():
         if not isinstance(found.get(key), kind):

@@ -213,7 +213,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         DamagedFileError: it is not what `claim_output_dir` wrote.
     """
     try:
-        stored = yaml.load(read_text(path, way_out=_WITHOUT_CONFIG), Loader=_SAFE_LOADER)  # noqa: S506 (it is a safe one)
+        stored = yaml.load(read_text(path, way_out=_WITHOUT_CONFIG), Loader=_SAFE_LOADER)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, DamagedFileError):
             raise

@@ -136,7 +136,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise DamagedFileError(path, f"cannot be read ({error})", "Start the run's command again: it sets it aside.") from error
+        raise DamagedFileError(path, f"cannot be read ({error})", "Move it away and start the run's command again.") from error
 
 
 def _metrics_lines(content: bytes) -> tuple[list[dict[str, Any]], dict[int, bytes]]:

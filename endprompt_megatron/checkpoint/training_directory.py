@@ -43,7 +43,7 @@ def begin(final: Path) -> Path:
     output_files.check_not_moved(final.parent.parent)
     for suffix in (_PARTIAL, _RETIRED):
         for leftover in final.parent.glob(f"step_*{suffix}"):
-            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+            shutil.rmtree(leftover)
     final.parent.mkdir(exist_ok=True)
     partial = final.with_name(final.name + _PARTIAL)
     partial.mkdir()

@@ -451,15 +451,6 @@ def test_a_file_where_a_directory_belongs_is_set_aside(tmp_path, warnings, name)
     assert (tmp_path / name).is_dir() and (tmp_path / f"{name}.damaged").read_text() == "mine" and name in warnings.text
 
 
-def test_leftovers_of_a_save_that_are_no_directories_do_not_block_the_next(tmp_path):
-    directory = tmp_path / "checkpoints"
-    _checkpoint(directory, 1)
-    for name in ("step_0000001.partial", "step_0000009.retired"):
-        (directory / name).write_text("")
-    _checkpoint(directory, 2)
-    assert sorted(path.name for path in directory.iterdir()) == ["latest", "step_0000001", "step_0000002"]
-
-
 class TestClaim:
     @pytest.mark.parametrize("left", [["base.json"], ["config.yaml.tmp"], ["base.json", "config.yaml.damaged", ".lock"]])
     def test_goes_on_after_a_crash_in_it(self, tmp_path, tiny_model_dir, left):

@@ -1,5 +1,5 @@
-"""Locks on output directories, so that one process writes at a time, atomic replacement of text files, and names of temporary files from
-which a later process sees that their writer is dead."""
+"""Files of an output directory: locks, so that one process writes at a time; atomic replacement; temporary names from which a later process
+sees that their writer is dead; reading files of an earlier start, which may be damaged; and the error for a directory that was renamed."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import fcntl
 import functools
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.errors import CheckpointError, ConfigError, DamagedFileError
 
 _LOCK = ".lock"
+_DAMAGED = ".damaged"
 _held: dict[Path, IO[str]] = {}  # by resolved directory
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.tmp(?P<rest>\..*)?", flags=re.DOTALL)
 _in_use: set[Path] = set()  # temporary names of this process, absolute
@@ -90,6 +92,7 @@ def claimed(output_dir: Path, *, doing: str) -> Iterator[Path]:
         doing: verb phrase for the message if another process holds the lock.
     Raises:
         ConfigError: the directory cannot be written, or another process holds the lock.
+        CheckpointError: the block failed because the directory was renamed or removed.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -101,11 +104,146 @@ def claimed(output_dir: Path, *, doing: str) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"output_dir={output_dir}: another process {doing}. Wait for it, or stop it.") from None
-        yield output_dir
+        with explained_if_moved(output_dir):
+            yield output_dir
+
+
+def check_not_moved(output_dir: Path) -> None:
+    """Raise CheckpointError if an output directory is no longer where it was when the job started."""
+    if not Path(output_dir).is_dir():
+        raise CheckpointError(
+            f"output_dir={output_dir} was renamed or removed while the job was writing to it. Give it this name again and start the same "
+            f"command again: it continues from what is in there."
+        )
+
+
+@contextmanager
+def explained_if_moved(output_dir: Path) -> Iterator[None]:
+    """Turn any error inside the block into that of `check_not_moved` if the output directory is gone. Code in the block must not create the
+    directory anew."""
+    try:
+        yield
+    except Exception as error:
+        try:
+            check_not_moved(output_dir)
+        except CheckpointError as moved:
+            raise moved from error
+        raise
+
+
+def make_directory(path: Path) -> Path:
+    """Create a directory inside an existing one, and return it. Sets a file of that name aside."""
+    if (path.exists() or path.is_symlink()) and not path.is_dir():
+        set_aside(path, "is no directory")
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def damaged_name(path: Path) -> Path:
+    """The first free name of NAME.damaged, NAME.damaged2, ..."""
+    number, aside = 1, path.with_name(path.name + _DAMAGED)
+    while aside.exists() or aside.is_symlink():
+        number += 1
+        aside = path.with_name(f"{path.name}{_DAMAGED}{number}")
+    return aside
+
+
+def set_aside(path: Path, fault: str, *, consequence: str = "") -> Path:
+    """Rename a damaged file or directory, so that it is kept and not used again, and log a warning.
+
+    Args:
+        path: existing file or directory.
+        fault: what is wrong with it, as a verb phrase.
+        consequence: what the run does without it, as a main clause.
+    Returns:
+        Its new path.
+    """
+    aside = path.rename(damaged_name(path))
+    # by name: the module log imports this one
+    logging.getLogger("endprompt_megatron").warning(
+        f"{path} {fault}. It was renamed to {aside.name}{'; ' if consequence else ''}{consequence}."
+    )
+    return aside
+
+
+def read_text(path: Path, *, way_out: str) -> str:
+    """Return the text of a file that an earlier start wrote.
+
+    Args:
+        path: the file.
+        way_out: what the user can do about a damaged file, as a sentence.
+    Raises:
+        DamagedFileError: it is a directory, empty, not UTF-8, or cannot be read.
+    """
+    try:
+        text = path.read_bytes().decode()
+    except OSError as error:
+        raise DamagedFileError(path, "is a directory" if path.is_dir() else f"cannot be read ({error})", way_out) from error
+    except UnicodeDecodeError as error:
+        raise DamagedFileError(path, f"is not UTF-8 text ({error})", way_out) from error
+    if not text.strip():
+        raise DamagedFileError(path, "is empty", way_out)
+    return text
+
+
+def read_json(path: Path, *, way_out: str) -> dict[str, Any]:
+    """Return the JSON object in a file that an earlier start wrote.
+
+    Args:
+        path, way_out: as for `read_text`.
+    Raises:
+        DamagedFileError: as `read_text`; or it is not JSON, or not an object.
+    """
+    text = read_text(path, way_out=way_out)
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DamagedFileError(path, f"is not JSON ({error})", way_out) from error
+    if not isinstance(value, dict):
+        raise DamagedFileError(path, f"is not a JSON object but {text.strip()[:40]!r}", way_out)
+    return value
+
+
+def read_or_set_aside(path: Path, *, is_valid: Callable[[dict[str, Any]], bool], consequence: str) -> dict[str, Any] | None:
+    """Return the JSON object in a file that can be made again; None if it is missing or damaged. Sets a damaged file aside.
+
+    Args:
+        path: the file.
+        is_valid: returns whether the object has the expected content; an AttributeError, KeyError, TypeError or ValueError counts as False.
+        consequence: as for `set_aside`.
+    """
+    if not path.exists() and not path.is_symlink():
+        return None
+    try:
+        value = read_json(path, way_out="")
+        if _holds(is_valid, value):
+            return value
+        fault = "does not have the content that was written"
+    except DamagedFileError as error:
+        fault = error.fault
+    with suppress(FileNotFoundError):  # another process set it aside
+        set_aside(path, fault, consequence=consequence)
+    return None
+
+
+def _holds(is_valid: Callable[[dict[str, Any]], bool], value: dict[str, Any]) -> bool:
+    try:
+        return is_valid(value)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return False
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 (hex) of a JSON value. Equal for a value that was written to a file and read back."""
+    as_read = json.loads(json.dumps(value))  # its keys are strings
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace the content of a file atomically. A concurrent reader sees the old or the new content, never a part."""
+    """Replace the content of a file atomically. A concurrent reader sees the old or the new content, never a part. Sets a directory of that
+    name aside."""
+    if path.is_dir() and not path.is_symlink():
+        set_aside(path, "is a directory")
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

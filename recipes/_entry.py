@@ -3,6 +3,7 @@ errors into exit statuses."""
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from endprompt_megatron.config.schema import RunConfig, with_expanded_paths  # noqa: E402
-from endprompt_megatron.errors import EXIT_RESUME, EXIT_USER_ERROR, USER_ERRORS, ConfigError, RunInterrupted  # noqa: E402
+from endprompt_megatron.errors import EXIT_INTERRUPTED, EXIT_RESUME, EXIT_USER_ERROR, USER_ERRORS, ConfigError, RunInterrupted  # noqa: E402
 from endprompt_megatron.launch.processes import ignore_stop_signals  # noqa: E402
 from endprompt_megatron.mcore.import_hooks import install_import_hooks  # noqa: E402
 
@@ -98,4 +99,6 @@ def exit_on_errors() -> Iterator[None]:
         print(request, file=sys.stderr)
         sys.exit(EXIT_RESUME)
     except KeyboardInterrupt:
-        sys.exit("interrupted; start the same command again to resume")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not end the clean-up in a traceback
+        print("interrupted; start the same command again to resume", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)

@@ -32,7 +32,7 @@ KEYS = ("loss", "grad_norm")
 
 
 # keys of summary.json whose values differ between two runs of the same code
-_UNEQUAL = {"wall_seconds", "stage_seconds", "tokens_per_second", "peak_memory_gib", "hf_checkpoint"}
+_UNEQUAL = {"wall_seconds", "sittings", "stage_seconds", "tokens_per_second", "peak_memory_gib", "hf_checkpoint"}
 
 
 def overrides(name: str, directory: Path, *, probes: bool = False) -> list[str]:

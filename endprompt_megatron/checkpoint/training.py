@@ -28,6 +28,7 @@ from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore.checkpointing import begin_save
 from endprompt_megatron.mcore.failures import FailureBoard
 from endprompt_megatron.mcore.torch_adam import make_loadable, separate_steps
+from endprompt_megatron.output_files import check_not_moved
 
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 # CheckpointException of torch derives from BaseException; megatron, pickle, zip and json have their own exceptions
@@ -58,6 +59,10 @@ class RunState:
     sample_order: str | None = None
     bad_steps: int = 0
     grad_norms: list[float] = field(default_factory=list)
+
+    def identity(self) -> list[Any]:
+        """JSON values that differ between two states of one run with different weights: losses and gradient norms follow from them."""
+        return [self.step, self.consumed_samples, self.sample_order, self.loss_first, self.loss_last, *self.grad_norms]
 
 
 class CheckpointWriter:
@@ -153,6 +158,10 @@ class CheckpointWriter:
             f"{final} could not be written ({_root_cause(error)}); earlier checkpoints are intact. Free space, or fix the permissions of "
             f"{self.directory}, and start the same command again: it resumes."
         )
+        try:
+            check_not_moved(self.directory.parent)
+        except CheckpointError as moved:
+            message = str(moved)
         if self.failures is not None:
             # if Megatron detected the failure in a collective, all ranks fail here, and only its coordinator has the cause
             has_cause = not isinstance(error, CheckpointException) or bool(error.failures)
@@ -252,16 +261,19 @@ def _fill(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
 
 def _newest_intact(directory: Path) -> Path | None:
     """Return the checkpoint to resume from, the same on every rank; None if there is none."""
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file where the directory of checkpoints belongs: move it away.")
     listed = _gathered(checkpoint_directory.candidates(directory) if global_rank() == 0 else None)[0]
     rank, world_size = global_rank(), torch.distributed.get_world_size()
     damages: list[str] = []
     for position, path in enumerate(listed):
         found = [text for text in _gathered(checkpoint_directory.damage(path, share=rank, shares=world_size)) if text]
         if not found:
-            if position and rank == 0:
+            if rank == 0:
                 for damaged in listed[:position]:
                     checkpoint_directory.set_aside(damaged)
-                checkpoint_directory.point_latest_at(path)
+                if not checkpoint_directory.is_latest(path):
+                    checkpoint_directory.point_latest_at(path)
             for text in damages:
                 get_logger().warning(f"{text}. It was renamed; resuming from {path}.")
             _barrier()

@@ -72,7 +72,7 @@ def read_evaluation(directory: Path) -> dict[Key, TaskScore]:
                 )
                 for entry in results["scores"]
             }
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise DataError(f"{path} or the records it names cannot be read ({error!r}). Run recipes/evaluate.py on it again.") from error
         twice = found.keys() & scores.keys()
         if twice:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import numpy as np
 
 from endprompt_megatron.comparison.paired_evaluations import FOLDER, Evaluation, read_evaluation
 from endprompt_megatron.comparison.runner import RunOutcome
-from endprompt_megatron.errors import ConfigError, DataError
+from endprompt_megatron.errors import ConfigError, DamagedFileError, DataError
 from endprompt_megatron.log import read_metrics
+from endprompt_megatron.output_files import read_json
 
 TASKS = ("needle", "number", "word", "multi_key", "multi_value", "variable_tracking")
 BASE = "base, untouched"
+# file -> keys that are read, and their types
+_RESULTS: dict[str, dict[str, type | UnionType]] = {
+    "summary.json": {
+        "experiment": str, "method": str, "seed": int, "steps": int, "tokens": int, "target_length": int, "rope_factor": int | float,
+    },
+    "evaluation.json": {"systems": dict, "conditions": dict},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,13 +77,13 @@ def read_run(directory: Path, *, label: str | None = None, seed: int | None = No
     Raises:
         DataError: the directory has no finished run with probes, or its scores cannot be read.
     """
-    try:
-        summary = json.loads((Path(directory) / "summary.json").read_text())
-        evaluation = json.loads((Path(directory) / "evaluation.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    missing = [name for name in _RESULTS if not (Path(directory) / name).exists()]
+    if missing:
         raise DataError(
-            f"{directory} has no finished run with probes ({error}). Finish it with recipes/extend.py and probes.enabled=true."
-        ) from error
+            f"{directory} has no finished run with probes ({' and '.join(missing)} not found). Finish it with recipes/extend.py and "
+            f"probes.enabled=true."
+        )
+    summary, evaluation = (_read_result(Path(directory) / name, keys) for name, keys in _RESULTS.items())
     systems = evaluation["systems"]
     own = systems.get("trained" if summary["steps"] else "untrained")
     if own is None:
@@ -90,6 +98,15 @@ def read_run(directory: Path, *, label: str | None = None, seed: int | None = No
         untrained = {**summary, "steps": 0, "tokens": 0}
         results.append(RunResult(BASE, seed, untrained, systems["base"], conditions, math.nan, math.nan))
     return results
+
+
+def _read_result(path: Path, keys: dict[str, type | UnionType]) -> dict[str, Any]:
+    way_out = "Start the run's command again: it resumes and writes the file anew."
+    found = read_json(path, way_out=way_out)
+    for key, kind in keys.items():
+        if not isinstance(found.get(key), kind):
+            raise DamagedFileError(path, f"does not have the content that was written: {key} is {found.get(key)!r}", way_out)
+    return found
 
 
 def fault_of(directory: Path) -> str | None:

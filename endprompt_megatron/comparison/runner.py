@@ -19,6 +19,7 @@ from endprompt_megatron.comparison.study import RunRequest
 from endprompt_megatron.errors import EXIT_RESUME, ConfigError, RunInterrupted
 from endprompt_megatron.launch.processes import STOP_SIGNALS, end_with_parent
 from endprompt_megatron.log import get_logger
+from endprompt_megatron.output_files import read_or_set_aside, replace_text
 
 _RECORD_SUFFIX = ".run.json"
 _POLL_SECONDS = 0.1
@@ -174,18 +175,20 @@ class Runner:
         return self.directory / f"{request.name}{_RECORD_SUFFIX}"
 
     def _record(self, request: RunRequest) -> dict[str, Any] | None:
-        try:
-            return json.loads(self._record_path(request).read_text())
-        except FileNotFoundError:
+        """The record of a run; None without one. A run whose record is damaged counts as interrupted: it resumes from its checkpoint, and
+        rejects another config."""
+        path = self._record_path(request)
+        if not path.exists():
             return None
-        except json.JSONDecodeError:  # truncated: a new start resumes from the checkpoint and rejects another config
-            return {"status": "started"}
+        return read_or_set_aside(path, is_valid=_is_record, consequence="the run is started again and resumes") or {"status": "started"}
 
     def _write_record(self, request: RunRequest, **values: Any) -> None:
-        path = self._record_path(request)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"overrides": list(request.overrides), **values}, indent=2) + "\n")
-        temporary.replace(path)
+        replace_text(self._record_path(request), json.dumps({"overrides": list(request.overrides), **values}, indent=2) + "\n")
+
+
+def _is_record(stored: dict[str, Any]) -> bool:
+    overrides = stored.get("overrides") or []
+    return isinstance(stored["status"], str) and isinstance(overrides, list) and all(isinstance(one, str) for one in overrides)
 
 
 def _quoted(path: Path) -> str:

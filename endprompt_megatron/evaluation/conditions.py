@@ -4,7 +4,6 @@ scores are reused only if the conditions that they depend on are equal."""
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from endprompt_megatron.evaluation.task_sources import fingerprint
 from endprompt_megatron.evaluation.tasks import LM_EVAL, MEGATRON, NEEDLE, PERPLEXITY, Task
 from endprompt_megatron.mcore import runtime
 from endprompt_megatron.mcore.version import megatron_core_version
+from endprompt_megatron.output_files import read_json
 
 _RUNNER_CONDITIONS = ("harness", "backend", "dtype")
 # conditions that the scores of every task depend on
@@ -135,9 +135,13 @@ def _runners(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
 
 
 def provenance_of(model: Path) -> dict[str, Any]:
-    """Return the content of a model's endprompt.json; empty if this package did not export the model."""
+    """Return the content of a model's endprompt.json; empty if this package did not export the model.
+
+    Raises:
+        DamagedFileError: the file is damaged.
+    """
     path = Path(model) / PROVENANCE_FILE
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(path, way_out="Export the model again, or copy the file again.") if path.exists() else {}
 
 
 def _megatron_backend() -> str:

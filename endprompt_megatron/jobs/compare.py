@@ -13,7 +13,7 @@ from endprompt_megatron.comparison.runner import Runner, RunOutcome
 from endprompt_megatron.comparison.study import RunRequest, StudyConfig
 from endprompt_megatron.errors import ConfigError, DataError
 from endprompt_megatron.log import get_logger
-from endprompt_megatron.output_files import claimed
+from endprompt_megatron.output_files import claimed, replace_text
 from endprompt_megatron.report.comparison import Section, write_comparison
 from endprompt_megatron.report.suite_comparison import write_suite_comparison
 
@@ -56,7 +56,7 @@ def compare(
         runner.check(requests)
     _refuse_other_files(output_dir)
     with claimed(output_dir, doing="carries this study out"):
-        (output_dir / _STUDY_FILE).write_text(json.dumps(asdict(study), indent=2) + "\n")
+        replace_text(output_dir / _STUDY_FILE, json.dumps(asdict(study), indent=2) + "\n")
         return _Comparison(study, runner, collected, requests, commands).carry_out()
 
 
@@ -72,7 +72,7 @@ def _compare_evaluations(study: StudyConfig, output_dir: Path, commands: list[st
                 raise DataError(f"evaluations: {label}={directory} holds no results.json of recipes/evaluate.py with a score.")
     _refuse_other_files(output_dir)
     with claimed(output_dir, doing="carries this study out"):
-        (output_dir / _STUDY_FILE).write_text(json.dumps(asdict(study), indent=2) + "\n")
+        replace_text(output_dir / _STUDY_FILE, json.dumps(asdict(study), indent=2) + "\n")
         page = write_suite_comparison(output_dir, study.name, models, reference=study.reference, commands=commands)
     get_logger().info(f"page {page}")
     return True

@@ -3,6 +3,7 @@ stopped. results.json and the page are rewritten after each."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ from endprompt_megatron.launch import launcher
 from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore import runtime as mcore_runtime
 from endprompt_megatron.model import backends
-from endprompt_megatron.output_files import claimed, replace_text
+from endprompt_megatron.output_files import claimed, json_digest, make_directory, read_or_set_aside, replace_text
 from endprompt_megatron.report.evaluation import write_evaluation
 
 RESULTS = "results.json"
@@ -137,8 +138,12 @@ def evaluate(config: EvaluateConfig, *, command: str, lm: Any = None) -> bool:
     if global_rank() > 0:
         return _Evaluation(config, config.directory(), conditions, lm, writes=False).run()
     with claimed(config.directory(), doing="runs this evaluation") as directory:
-        (directory / _RECORDS).mkdir(exist_ok=True)
+        make_directory(directory / _RECORDS)
         return _Evaluation(config, directory, conditions, lm).run()
+
+
+def _file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @dataclass
@@ -306,10 +311,20 @@ class _Evaluation:
 
     @staticmethod
     def _kept(path: Path) -> dict[str, Any] | None:
-        if not path.is_file() or not path.with_suffix(".jsonl").is_file():
+        """The score in a file of records/ and its conditions; None if there is none, or it or its samples are damaged."""
+        samples = path.with_suffix(".jsonl")
+        if not samples.is_file():
             return None
-        kept = json.loads(path.read_text())
-        return {**kept, "score": with_identity(kept["score"])}
+
+        def is_whole(kept: dict[str, Any]) -> bool:
+            """Whether score and samples are as they were written. Records of earlier releases have no digests."""
+            score, conditions, digest = kept["score"], kept["conditions"], kept.get("samples_digest")
+            if not (isinstance(score["score"], int | float) and isinstance(score["task"], str) and isinstance(conditions, dict)):
+                return False
+            return digest is None or (digest == _file_digest(samples) and kept["digest"] == json_digest([conditions, score]))
+
+        kept = read_or_set_aside(path, is_valid=is_whole, consequence="the task is evaluated again")
+        return {**kept, "score": with_identity(kept["score"])} if kept else None
 
     def _run_pair(self, tasks: Harness | MegatronTasks, pair: Pair, label: str) -> None:
         started = time.monotonic()
@@ -361,7 +376,9 @@ class _Evaluation:
         records = self.directory / _RECORDS
         (records / f"{pair.stem}.json").unlink(missing_ok=True)
         replace_text(records / f"{pair.stem}.jsonl", lines)
-        finished = {"conditions": self._conditions_of(pair), "score": score}
+        conditions = self._conditions_of(pair)
+        digests = {"digest": json_digest([conditions, score]), "samples_digest": _file_digest(records / f"{pair.stem}.jsonl")}
+        finished = {"conditions": conditions, "score": score, **digests}
         replace_text(records / f"{pair.stem}.json", json.dumps(finished, indent=1, ensure_ascii=False) + "\n")
 
     def write(self, *, pending: int) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from endprompt_megatron.checkpoint.hf.auxiliary_files import PROVENANCE_FILE
 from endprompt_megatron.checkpoint.hf.exporter import export_hf
+from endprompt_megatron.checkpoint.hf.fingerprint import weights_fingerprint
 from endprompt_megatron.checkpoint.hf.importer import load_hf_weights
 from endprompt_megatron.checkpoint.hf.model_card import MODEL_CARD, model_card
 from endprompt_megatron.checkpoint.hf.peft_adapter import export_peft_adapter
@@ -29,6 +30,7 @@ from endprompt_megatron.evaluation.probes.results import Probes, probe_system
 from endprompt_megatron.jobs import preflight
 from endprompt_megatron.jobs.run_metadata import Run, conditions_of_run, provenance_of_run, summary_of_run
 from endprompt_megatron.jobs.run_probes import check_probe_memory, make_probes
+from endprompt_megatron.jobs.sittings import Sittings
 from endprompt_megatron.jobs.stage_times import StageTimes
 from endprompt_megatron.launch import launcher
 from endprompt_megatron.launch.processes import sweep_multiprocessing_directories
@@ -39,7 +41,7 @@ from endprompt_megatron.model.build import build_model_chunks
 from endprompt_megatron.model.fusions import choose_fusions
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from endprompt_megatron.model.precision import describe_precision
-from endprompt_megatron.output_files import release
+from endprompt_megatron.output_files import check_not_moved, explained_if_moved, make_directory, release, replace_text
 from endprompt_megatron.positions.scheme import get_scheme
 from endprompt_megatron.report.reach import reach_sentences
 from endprompt_megatron.report.run import format_table, format_terminal_table, native_window, write_report
@@ -101,7 +103,8 @@ def _run(config: RunConfig, stop: StopRequests) -> dict[str, Any]:
         )
         precision = describe_precision(config.precision.name, _bf16_layers(config))
         get_logger().info(f"backend {backend.name}: {backend.description}; precision {precision}; {fusions.describe()}")
-        return _extend(Run(resolved, base, output_dir, runtime, backend, fusions, stop, times), started)
+        with explained_if_moved(output_dir), Sittings(output_dir, times, started=started) as sittings:
+            return _extend(Run(resolved, base, output_dir, runtime, backend, fusions, stop, times, sittings))
     finally:
         mcore_runtime.shut_down()
 
@@ -137,7 +140,7 @@ def prepare(config: RunConfig) -> tuple[ResolvedRun, preflight.Base]:
     return run, base
 
 
-def _extend(run: Run, started: float) -> dict[str, Any]:
+def _extend(run: Run) -> dict[str, Any]:
     config = run.config
     with run.times.stage("prepare"):
         blends, data_hashes, probes = _prepare_run(run)
@@ -153,14 +156,16 @@ def _extend(run: Run, started: float) -> dict[str, Any]:
     provenance = provenance_of_run(run, data_hashes)
     with run.times.stage("train"):
         result = _train(run, chunks, blends, run.output_dir, config, provenance)
+    check_not_moved(run.output_dir)
     with run.times.stage("export"):
         export = _export(run, chunks, result, provenance)
     if probes and "trained" in probed and config.method.trained:
         label = f"after {config.method.name}, {result.state.step} steps"
-        systems["trained"] = _probe(run, probes, chunks, "trained", label, rope=run.rope, step=result.state.step)
+        systems["trained"] = _probe(run, probes, chunks, "trained", label, rope=run.rope, state=result.state)
     if config.control and config.method.trained:
         systems["control"] = _train_control(run, blends, probes)
-    summary = summary_of_run(run, result, systems, export, time.monotonic() - started)
+    check_not_moved(run.output_dir)
+    summary = summary_of_run(run, result, systems, export)
     if global_rank() == 0:
         _write_results(run, systems, summary, probes, export)
     return summary
@@ -179,7 +184,8 @@ def _write_results(run: Run, systems: dict[str, Any], summary: dict[str, Any], p
         lines = [format_terminal_table(evaluation), "", *reach_sentences(evaluation["systems"], native=native_window(summary))]
         get_logger().info("\n" + "\n".join(lines))
     spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in summary["stage_seconds"].items())
-    get_logger().info(f"time: {spent}; {summary['wall_seconds']:.0f} s in all")
+    sittings = f", in {summary['sittings']} sittings" if summary["sittings"] > 1 else ""
+    get_logger().info(f"time: {spent}; {summary['wall_seconds']:.0f} s in all{sittings}")
     get_logger().info(f"model {export}\nreport {page}")
 
 
@@ -254,14 +260,19 @@ def _words(rope: RopeScaling) -> str:
 
 
 def _probe(
-    run: Run, probes: Probes, chunks: list[EndPromptGPTModel], name: str, label: str, *, rope: RopeScaling, step: int | None = None
+    run: Run, probes: Probes, chunks: list[EndPromptGPTModel], name: str, label: str, *, rope: RopeScaling, state: RunState | None = None
 ) -> dict[str, Any]:
+    """Probe one system, or read its cached results; `state` is that of its training, None for a base without training."""
     for chunk in chunks:
         chunk.set_rope(rope)
-    cache = run.output_dir / "probes" / (f"{name}.json" if step is None else f"{name}_step_{step:07d}.json")
-    kept_beside = run.base.hf_path if name in ("base", "untrained") else None
+    cache = run.output_dir / "probes" / (f"{name}.json" if state is None else f"{name}_step_{state.step:07d}.json")
+    check_not_moved(run.output_dir)
     with run.times.stage(f"probe {name}"):
-        found = probe_system(name, label, chunks, probes, device=run.runtime.device, cache=cache, kept_beside=kept_beside)
+        found = probe_system(
+            name, label, chunks, probes, device=run.runtime.device, cache=cache,
+            kept_beside=run.base.hf_path if state is None else None,
+            weights=[weights_fingerprint(run.base.hf_path), *(state.identity() if state else [])],
+        )  # fmt: skip
     for chunk in chunks:
         chunk.set_rope(run.rope)
     return found
@@ -316,14 +327,15 @@ def _train_control(run: Run, blends: tuple[Any, Any], probes: Probes | None) -> 
     method = replace(run.config.method, name="control_short_pi", position_scheme="contiguous")
     config = replace(run.config, method=method)
     directory = run.output_dir / "control"
-    directory.mkdir(exist_ok=True)
+    if global_rank() == 0:
+        make_directory(directory)
     with run.times.stage("train control"):
         chunks = _base_chunks(run)
         result = _train(run, chunks, blends, directory, config)
     if probes is None:
         return None
     label = f"control without the anchor, {result.state.step} steps"
-    return _probe(run, probes, chunks, "control", label, rope=run.rope, step=result.state.step)
+    return _probe(run, probes, chunks, "control", label, rope=run.rope, state=result.state)
 
 
 def _export(run: Run, chunks: list[EndPromptGPTModel], result: TrainingResult, provenance: dict[str, Any]) -> Path:
@@ -353,6 +365,7 @@ def _export(run: Run, chunks: list[EndPromptGPTModel], result: TrainingResult, p
         )
         get_logger().info(f"{export} verified with transformers\n{format_findings(findings)}")
     if config.adapter.type == "lora":
+        check_not_moved(run.output_dir)
         adapter = export_peft_adapter(
             chunks,
             run.output_dir / "adapter",
@@ -371,12 +384,8 @@ def _write_model_card(run: Run, export: Path, evaluation: dict[str, Any]) -> Non
         f"brackets: parts of the answer right, log-probability of the answer in nats. The experiment `{run.config.name}` makes this table."
     )
     provenance = json.loads((export / PROVENANCE_FILE).read_text())
-    temporary = export / (MODEL_CARD + ".tmp")
-    temporary.write_text(model_card(provenance, base_hf_path=run.base.hf_path, results=results))
-    temporary.replace(export / MODEL_CARD)
+    replace_text(export / MODEL_CARD, model_card(provenance, base_hf_path=run.base.hf_path, results=results))
 
 
 def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+    replace_text(path, json.dumps(value, indent=2) + "\n")

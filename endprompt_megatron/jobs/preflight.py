@@ -15,15 +15,16 @@ import yaml
 from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config, rope_from_hf
 from endprompt_megatron.checkpoint.hf.fingerprint import weights_fingerprint
 from endprompt_megatron.checkpoint.hf.tokenizer import check_token_ids, hash_tokenizer, load_tokenizer
+from endprompt_megatron.checkpoint.training_directory import RUN_FILE
 from endprompt_megatron.config.resolved import ResolvedRun, fill_in, with_precision
 from endprompt_megatron.config.resume import resume_differences
 from endprompt_megatron.config.rule import Facts
 from endprompt_megatron.config.schema import RunConfig
 from endprompt_megatron.config.validation import PROMPT_RULES, find_problems
 from endprompt_megatron.data.prompts import EndPromptSet, tokenize_end_prompts
-from endprompt_megatron.errors import CheckpointError, ConfigError
+from endprompt_megatron.errors import CheckpointError, ConfigError, DamagedFileError
 from endprompt_megatron.log import get_logger
-from endprompt_megatron.output_files import hold, is_lock, replace_text
+from endprompt_megatron.output_files import hold, is_lock, read_json, read_or_set_aside, read_text, replace_text, set_aside
 from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.planning.memory import TrainedParts
 from endprompt_megatron.planning.run_plan import PlanRequest
@@ -31,7 +32,15 @@ from endprompt_megatron.planning.throughput import GPUS_PER_NODE
 from endprompt_megatron.positions.scheme import SCHEMES
 from endprompt_megatron.rope.scaling import RopeScaling
 
+# libyaml's limits nesting; the one in Python needs seconds for a few thousand brackets
+_SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _CONFIG_FILE, _BASE_FILE = "config.yaml", "base.json"
+# What a run leaves before its first checkpoint; nothing of it is used without its own proof of what it was made of
+_BEFORE_RESULTS = {_BASE_FILE, ".lock", "logs", "probes", "metrics.jsonl", "tensorboard", "sittings.json", "checkpoints"}
+_WITHOUT_CONFIG = (
+    "Neither it nor a checkpoint says which run the directory belongs to: restore the file, or remove the directory to start this run "
+    "anew, or set output_dir to another directory."
+)
 
 
 @dataclass(frozen=True)
@@ -147,9 +156,12 @@ def check_output_dir(config: RunConfig) -> None:
         ConfigError: the directory holds a run with another configuration, or files but no run.
     """
     output_dir = Path(config.output_dir)
-    stored_path = output_dir / _CONFIG_FILE
-    if stored_path.is_file():
-        differing = resume_differences(yaml.safe_load(stored_path.read_text()), config.to_dict(), RunConfig().to_dict())
+    names = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set()
+    if any(map(_is_of_config, names)) or _run_files(output_dir):
+        stored = _stored_config(output_dir)
+        if stored is None:
+            return
+        differing = resume_differences(stored, config.to_dict(), RunConfig().to_dict())
         differing = [one for one in differing if one[0] != "model.hf_path"] + _base_differences(output_dir, differing, config.model.hf_path)
         if differing:
             shown = "; ".join(f"{key}: {was!r} there, {now!r} now" for key, was, now in differing[:5])
@@ -158,8 +170,68 @@ def check_output_dir(config: RunConfig) -> None:
                 f"(trainer.max_steps, intervals and the layout may change). Undo the change, or start a run of its own: add "
                 f"name={_name_apart(config.name, differing)}."
             )
-    elif output_dir.is_dir() and any(not is_lock(path) for path in output_dir.iterdir()):
+    elif any(not is_lock(Path(name)) and name != _BASE_FILE for name in names):
         raise ConfigError(f"output_dir={output_dir} holds files but no config.yaml of a run. Set output_dir to another directory.")
+
+
+def _stored_config(output_dir: Path) -> dict[str, Any] | None:
+    """The configuration of the run in an output directory: from config.yaml or, where that is damaged or a crash left it unwritten, from
+    the newest checkpoint; None where nothing has been made that another run could be mixed up with.
+
+    Raises:
+        ConfigError: config.yaml is damaged, and no checkpoint replaces it.
+    """
+    try:
+        return _read_config(output_dir / _CONFIG_FILE)
+    except DamagedFileError as error:
+        for run_file in _run_files(output_dir):
+            try:
+                return _checked_config(read_json(run_file, way_out="").get("config"), run_file)
+            except DamagedFileError:
+                continue
+        others = [path.name for path in output_dir.iterdir() if path.name not in _BEFORE_RESULTS and not _is_of_config(path.name)]
+        if others or any((output_dir / "checkpoints").glob("step_*")):
+            raise ConfigError(str(error)) from error
+        return None
+
+
+def _is_of_config(name: str) -> bool:
+    """Whether `claim_output_dir` makes a file of this name for the configuration; a crash may leave any of them."""
+    return name in (_CONFIG_FILE, f"{_CONFIG_FILE}.tmp") or name.startswith(f"{_CONFIG_FILE}.damaged")
+
+
+def _run_files(output_dir: Path) -> list[Path]:
+    """run.json of the complete checkpoints, the newest first."""
+    found = (output_dir / "checkpoints").glob(f"step_*/{RUN_FILE}")
+    return sorted((path for path in found if path.parent.name.removeprefix("step_").isdigit()), reverse=True)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Content of a config.yaml.
+
+    Raises:
+        DamagedFileError: it is not what `claim_output_dir` wrote.
+    """
+    try:
+        stored = yaml.load(read_text(path, way_out=_WITHOUT_CONFIG), Loader=_SAFE_LOADER)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, DamagedFileError):
+            raise
+        raise DamagedFileError(path, f"is not YAML ({' '.join(str(error).split())})", _WITHOUT_CONFIG) from error
+    return _checked_config(stored, path)
+
+
+def _checked_config(stored: Any, path: Path) -> dict[str, Any]:
+    defaults = RunConfig().to_dict()
+    if not isinstance(stored, dict):
+        raise DamagedFileError(path, f"does not hold the configuration of a run but {str(stored)[:40]!r}", _WITHOUT_CONFIG)
+    if list(defaults)[-1] not in stored:  # it is written in this order
+        raise DamagedFileError(path, "is cut off: its last keys are missing", _WITHOUT_CONFIG)
+    try:
+        resume_differences(stored, defaults, defaults)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DamagedFileError(path, f"does not hold the configuration of a run ({error})", _WITHOUT_CONFIG) from error
+    return stored
 
 
 def _name_apart(name: str, differing: list[tuple[str, Any, Any]]) -> str:
@@ -177,11 +249,17 @@ def _base_differences(output_dir: Path, differing: list[tuple[str, Any, Any]], n
     compared."""
     was = next((was for key, was, _ in differing if key == "model.hf_path"), now)
     try:
-        known = json.loads((output_dir / _BASE_FILE).read_text())["fingerprint"]
-        same = known == weights_fingerprint(Path(now))
-    except (OSError, ValueError, KeyError, TypeError):
-        same = Path(was).resolve() == Path(now).resolve()
+        known = read_json(output_dir / _BASE_FILE, way_out="").get("fingerprint")
+        same = known == weights_fingerprint(Path(now)) if isinstance(known, str) else None
+    except (OSError, DamagedFileError):
+        same = None
+    if same is None:
+        same = Path(str(was)).resolve() == Path(now).resolve()
     return [] if same else [("model.hf_path", was, now if was != now else f"{now} with other weights")]
+
+
+def _is_base(known: dict[str, Any]) -> bool:
+    return isinstance(known.get("fingerprint"), str)
 
 
 def claim_output_dir(config: RunConfig, *, take_lock: bool = True) -> None:
@@ -204,11 +282,15 @@ def claim_output_dir(config: RunConfig, *, take_lock: bool = True) -> None:
             hold(output_dir, doing="runs there")
         check_output_dir(config)  # check again: another process may have written a run before it released the lock
         base_file = output_dir / _BASE_FILE
-        if not base_file.is_file():
+        anew = f"the base's weights are recorded anew, as those of {config.model.hf_path}"
+        if read_or_set_aside(base_file, is_valid=_is_base, consequence=anew) is None:
             replace_text(base_file, json.dumps({"fingerprint": weights_fingerprint(Path(config.model.hf_path))}) + "\n")
-        temporary = stored_path.with_suffix(".yaml.tmp")
-        temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
-        temporary.replace(stored_path)
+        if stored_path.exists():
+            try:
+                _read_config(stored_path)
+            except DamagedFileError as error:
+                set_aside(stored_path, error.fault, consequence="it is written anew, for the same run")
+        replace_text(stored_path, yaml.safe_dump(config.to_dict(), sort_keys=False))
     except OSError as error:
         raise ConfigError(f"output_dir={output_dir} cannot be written ({error}). Set output_dir to a writable directory.") from error
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from endprompt_megatron.config.schema import LaunchConfig
-from endprompt_megatron.errors import EXIT_RESUME, ConfigError
+from endprompt_megatron.errors import EXIT_INTERRUPTED, EXIT_RESUME, ConfigError
 from endprompt_megatron.launch.processes import STOP_SIGNALS, end_with_parent
 from endprompt_megatron.log import get_logger
+from endprompt_megatron.output_files import make_directory
 
 # The ports of job steps are [20000, 32007), below the ephemeral ports of Linux (32768 and up). The number of ports is prime, so that steps
 # of one job and jobs with neighbouring ids get different ports.
@@ -128,16 +129,18 @@ def run_workers(config: Launched, arguments: list[str]) -> int:
         config: config of the run.
         arguments: the script and its arguments, as in sys.argv.
     Returns:
-        Exit status: 0 if all workers succeed, EXIT_RESUME if they stop after a stop signal, 128 + n if another signal n ends them, or
-        that of the first worker that fails (1 if a signal killed it). The last lines of the failed worker's output are logged.
+        Exit status: 0 if all workers succeed, EXIT_RESUME if they stop after a stop signal, EXIT_INTERRUPTED after Ctrl-C, 128 + n if
+        another signal n ends them, or that of the first worker that fails (1 if a signal killed it). The last lines of the failed worker's
+        output are logged.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     count = local_processes(config)
-    logs = Path(config.output_dir) / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    output_dir = Path(config.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    logs = make_directory(output_dir / "logs")
     quiet = dict.fromkeys(range(1, count), Std.ALL)
     os.environ[_LAUNCHER] = str(os.getpid())
     launch = LaunchConfig(
@@ -166,7 +169,7 @@ def run_workers(config: Launched, arguments: list[str]) -> int:
         return failure.exitcode if failure.exitcode > 0 else 1
     except SignalException as error:
         get_logger().error(f"stopped by {error.sigval.name}; all workers were ended")
-        return 128 + error.sigval.value
+        return EXIT_INTERRUPTED if error.sigval == signal.SIGINT else 128 + error.sigval.value
     return 0
 
 

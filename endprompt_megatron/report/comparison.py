@@ -73,7 +73,6 @@ def write_comparison(
         Path of the page.
     """
     output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     sections = [section for section in sections if section.results]
     suites = [_compared(_ordered(by_label(section.results), study), study.reference) for section in sections]
     parts = [f"# {study.name}: methods compared", _opening(study, sections, pending, commands)]

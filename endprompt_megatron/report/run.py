@@ -3,7 +3,6 @@ steps. It gives no verdict."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from endprompt_megatron.errors import DataError
 from endprompt_megatron.log import read_metrics
+from endprompt_megatron.output_files import read_json, replace_text
 from endprompt_megatron.report.figures.evaluation import plot_depth_by_length
 from endprompt_megatron.report.figures.reach import plot_reach
 from endprompt_megatron.report.figures.run import length_label, plot_loss, plot_needle, plot_perplexity, plot_positions
@@ -33,7 +33,7 @@ def write_report(output_dir: Path) -> Path:
     Returns:
         Path of report.md.
     Raises:
-        DataError: summary.json is missing or is not JSON.
+        DataError: summary.json is missing, or one of the files is damaged.
     """
     output_dir = Path(output_dir)
     summary = _read_json(output_dir / "summary.json")
@@ -56,7 +56,7 @@ def write_report(output_dir: Path) -> Path:
         _what_next(output_dir, summary),
     ]
     path = output_dir / "report.md"
-    path.write_text("\n\n".join(section for section in sections if section) + "\n")
+    replace_text(path, "\n\n".join(section for section in sections if section) + "\n")
     return path
 
 
@@ -176,6 +176,7 @@ def _what_was_done(summary: Mapping[str, Any], evaluation: Mapping[str, Any]) ->
         _optional(summary, "loss_first", "loss_last", text="The training loss went from {:.3f} to {:.3f} nats per token."),
         _optional(summary, "tokens_per_second", text="Training ran at {:,.0f} tokens per second")
         + _optional(summary, "wall_seconds", text=", the whole run took {:,.0f} seconds")
+        + (f" in {summary['sittings']} sittings" if summary.get("sittings", 1) > 1 else "")
         + _optional(summary, "peak_memory_gib", text=" and at most {:.2f} GiB on one rank")
         + f", on {summary['world_size']} process{'' if summary['world_size'] == 1 else 'es'} (backend {summary['backend']}).",
         *_measured_sentences(evaluation),
@@ -340,7 +341,4 @@ def _number(value: Any) -> float | None:
 def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: is not JSON ({error}). Remove it and run again; the run resumes from its checkpoint.") from error
+    return read_json(path, way_out="Remove it and run again; the run resumes from its checkpoint.")

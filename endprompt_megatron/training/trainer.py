@@ -17,11 +17,11 @@ from endprompt_megatron.checkpoint.training import CheckpointWriter, RunState, l
 from endprompt_megatron.config.schema import RunConfig
 from endprompt_megatron.data.dataset import name_samples, sample_order
 from endprompt_megatron.data.loader import MicroBatchSampler, micro_batches
-from endprompt_megatron.errors import RunInterrupted, TrainingError
+from endprompt_megatron.errors import CheckpointError, RunInterrupted, TrainingError
 from endprompt_megatron.log import MetricsWriter, Progress, get_logger
 from endprompt_megatron.mcore.failures import FailureBoard
 from endprompt_megatron.mcore.guarded_step import guarded_step
-from endprompt_megatron.mcore.runtime import Runtime, agree_on_any
+from endprompt_megatron.mcore.runtime import Runtime, agree_on_any, from_rank_zero
 from endprompt_megatron.model.build import wrap_for_training
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from endprompt_megatron.model.lora import count_parameters
@@ -96,7 +96,7 @@ class Trainer:
         self.schedule = get_forward_backward_func()
         checkpoints, described = self.output_dir / "checkpoints", config.to_dict()
         self.state = load_latest_checkpoint(checkpoints, chunks=chunks, optimizer=self.optimizer, config=described) or RunState()
-        failures = FailureBoard()
+        self.failures = failures = FailureBoard()
         self.writer = CheckpointWriter(
             checkpoints,
             chunks=chunks,
@@ -125,6 +125,7 @@ class Trainer:
             RunInterrupted: a stop signal arrived. The step is finished and the checkpoint is written.
             TrainingError: a step was bad under the policy "stop", or there were too many bad steps in a row. The weights and the checkpoint
                 are those before that step.
+            CheckpointError: a checkpoint or the metrics cannot be written, or the output directory was renamed.
         """
         metrics = MetricsWriter(self.output_dir, resume_step=self.state.step)
         try:
@@ -133,6 +134,16 @@ class Trainer:
         finally:
             metrics.close()
         return self._result()
+
+    def _write(self, metrics: MetricsWriter, step: int, record: dict[str, Any]) -> None:
+        """Write a record on rank 0. The other ranks, which then wait for it in a collective, learn of a failure from the board."""
+        try:
+            metrics.write(step, record)
+        except CheckpointError as error:
+            raise CheckpointError(self.failures.publish(str(error))) from error
+        except OSError as error:
+            way_out = "Free space, or fix the permissions, and start the same command again: it resumes."
+            raise CheckpointError(self.failures.publish(f"{metrics.path} could not be written ({error}). {way_out}")) from error
 
     def _train(self, metrics: MetricsWriter) -> None:
         trainer, state = self.config.trainer, self.state
@@ -170,7 +181,7 @@ class Trainer:
                             "consumed_samples": state.consumed_samples,
                             "tokens": state.tokens,
                         }
-                        metrics.write(state.step, record)
+                        self._write(metrics, state.step, record)
                 note = f"loss {figures['loss']:.3f} (context {figures['context_loss']:.3f}, prompt {figures['prompt_loss']:.3f})"
                 progress.advance(1, f"{note}, {rate:,.0f} tokens/s, {peak_memory_gib(self.runtime.device):.1f} GiB")
                 saved = self._due(trainer.save_interval)
@@ -208,7 +219,7 @@ class Trainer:
         first = state.consumed_samples
         samples = name_samples(self.train_dataset, range(first, first + trainer.global_batch_size))
         state.bad_steps += 1
-        metrics.write(state.step + 1, {"bad_step": fault, "samples": samples})
+        self._write(metrics, state.step + 1, {"bad_step": fault, "samples": samples})
         problem = f"step {state.step + 1} is bad: {fault}. Its samples (corpus:index): {', '.join(samples)}."
         if trainer.bad_step == "skip" and state.bad_steps <= trainer.max_bad_steps:
             get_logger().warning(f"{problem} Its update is skipped (trainer.bad_step=skip).")
@@ -299,9 +310,11 @@ class Trainer:
         if self.validation_dataset is None or self.config.trainer.eval_interval == 0:
             return
         if self.state.step == 0 or self._due(self.config.trainer.eval_interval):
+            if from_rank_zero(metrics.has(self.state.step, "validation_loss")):
+                return  # an earlier start of the run stopped after it
             self.watchdog.beat(f"the validation loss after step {self.state.step}")
             figures = self.validation_figures()
-            metrics.write(self.state.step, figures)
+            self._write(metrics, self.state.step, figures)
             get_logger().info(
                 f"step {self.state.step}: held-out loss {figures['validation_loss']:.3f} "
                 f"(context {figures['validation_context_loss']:.3f}, prompt {figures['validation_prompt_loss']:.3f})"

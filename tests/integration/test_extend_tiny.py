@@ -27,7 +27,7 @@ from tests.support.tiny import edit_tensors
 
 SUMMARY_KEYS = {
     "experiment", "method", "seed", "steps", "tokens", "physical_length", "target_length", "rope_factor", "loss_first", "loss_last",
-    "tokens_per_second", "peak_memory_gib", "wall_seconds", "stage_seconds", "backend", "world_size", "hf_checkpoint", "needle_before",
+    "tokens_per_second", "peak_memory_gib", "wall_seconds", "sittings", "stage_seconds", "backend", "world_size", "hf_checkpoint", "needle_before",
     "needle_untrained", "needle_after", "perplexity_before", "perplexity_untrained", "perplexity_after",
 }  # fmt: skip
 
@@ -121,6 +121,10 @@ def test_a_killed_run_resumes_bit_for_bit(finished):
     assert "resuming from" in resumed.stderr
     assert _losses(output) == _losses(finished / "run")
     assert _weights_digest(output) == _weights_digest(finished / "run")
+    validated = [[r for r in read_metrics(place / "metrics.jsonl") if "validation_loss" in r] for place in (output, finished / "run")]
+    assert validated[0] == validated[1] != [], "each once"
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["sittings"] == 2 and sum(summary["stage_seconds"].values()) <= summary["wall_seconds"] + 1
 
 
 def test_more_steps_resume_the_same_run(finished):

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from endprompt_megatron.checkpoint.hf.sources import build_tiny_random
-from endprompt_megatron.errors import EXIT_RESUME
+from endprompt_megatron.errors import EXIT_INTERRUPTED, EXIT_RESUME
 from endprompt_megatron.launch.processes import STOP_SIGNALS
 from endprompt_megatron.log import read_metrics
 from tests.support.run_recipe import recipe_command, run_recipe, start_recipe, tiny_overrides
@@ -171,7 +171,7 @@ def test_no_process_is_left_behind(place, number, forked):
     job = Job(place, f"ended_{number.name}", forked=forked)
     job.wait_for_steps(1)
     job.process.send_signal(number)
-    assert job.end() not in (0, EXIT_RESUME)
+    assert job.end() == (EXIT_INTERRUPTED if number == signal.SIGINT else -number)
     assert "Traceback" not in job.log.read_text()
 
 

@@ -15,14 +15,17 @@ from pathlib import Path
 import pytest
 
 from endprompt_megatron import output_files
-from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.errors import CheckpointError, ConfigError
 from endprompt_megatron.output_files import (
+    claimed,
     final_name,
     hold,
     is_lock,
     owner,
     release,
+    replace_text,
     scratch_directory,
+    set_aside,
     sweep_leftovers,
     temporary_name,
 )
@@ -73,6 +76,24 @@ def test_holding_twice_and_giving_back(tmp_path):
     release(tmp_path)
     assert run_python(code, str(tmp_path)).returncode == 0
     assert is_lock(tmp_path / ".lock") and not is_lock(tmp_path / "config.yaml")
+
+
+def test_a_directory_that_is_renamed_meanwhile_is_one_error(tmp_path):
+    place = tmp_path / "run"
+    with pytest.raises(CheckpointError, match="run was renamed or removed while the job was writing to it.*same command again"):  # noqa: SIM117
+        with claimed(place, doing="runs there"):
+            place.rename(tmp_path / "elsewhere")
+            replace_text(place / "results.json", "{}")
+    assert not place.exists()
+    with pytest.raises(ZeroDivisionError), claimed(place, doing="runs there"):
+        raise ZeroDivisionError
+
+
+def test_damaged_files_get_names_of_their_own(tmp_path):
+    for number in ("", "2", "3"):
+        (tmp_path / "state.json").write_text(f"the {number}.")
+        assert set_aside(tmp_path / "state.json", "is no JSON").name == f"state.json.damaged{number}"
+    assert (tmp_path / "state.json.damaged2").read_text() == "the 2."
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path):

@@ -71,7 +71,7 @@ def find_torch_dist(path: Path) -> Path:
 
 
 def _read_pointer(pointer: Path) -> str:
-    name = pointer.read_text().strip()
+    name = pointer.read_text(errors="replace").strip()
     if not name or name.startswith("."):
         raise CheckpointError(f"{pointer} does not name a checkpoint ({name!r}): write the name of one into it.")
     return name
@@ -82,7 +82,7 @@ def _check_backend(directory: Path) -> Path:
     if description.is_file():
         try:
             backend = json.loads(description.read_text()).get("sharded_backend", "torch_dist")
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{description} is damaged ({error}). Copy it again.") from error
         if backend != "torch_dist":
             raise CheckpointError(

@@ -53,7 +53,7 @@ class StoredChunks:
         """Parse JSON; None if it is invalid, e.g. after a power failure."""
         try:
             return StoredChunks(**json.loads(text))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             return None
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from endprompt_megatron.config.schema import ProbesConfig
+from endprompt_megatron.errors import DamagedFileError
 from endprompt_megatron.evaluation.probes.long_text import LongText, read_long_texts
 from endprompt_megatron.evaluation.probes.needle import Haystack, score_haystacks
 from endprompt_megatron.evaluation.probes.perplexity import perplexity_by_window
@@ -21,7 +22,7 @@ from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore.runtime import from_rank_zero
 from endprompt_megatron.mcore.version import megatron_core_version
 from endprompt_megatron.model.gpt import EndPromptGPTModel
-from endprompt_megatron.output_files import replace_text
+from endprompt_megatron.output_files import json_digest, make_directory, read_json, read_or_set_aside, replace_text
 
 _KEY = {"single": "needle"}  # {task: its key in summary.json and evaluation.json} for tasks whose key is not the name of the task
 # Packages that compute the figures of a probe. A change of their code invalidates the results that are cached next to a base model.
@@ -106,6 +107,7 @@ def probe_system(
     device: torch.device,
     cache: Path | None,
     kept_beside: Path | None = None,
+    weights: Any = None,
 ) -> dict[str, Any]:
     """Probe one system, or read its cached results if they have the same conditions. Every rank must call this function.
 
@@ -118,26 +120,28 @@ def probe_system(
         cache: file of cached results, which rank 0 reads and writes; None disables this cache.
         kept_beside: directory of the base model if the system is this base without training, else None. Results are then also cached in
             `<directory>.probes/`, in a file named by a hash of weights, questions, RoPE, precision and code.
+        weights: JSON value that identifies the weights of the model, for the comparison with cached results.
     Returns:
         {"label": description, "perplexity": {length: value}, task: {length: figures of score_haystacks or read_long_texts}}. The task
         `single` of probes.tasks has the key "needle".
     """
     chunks = model if isinstance(model, list) else [model]
     conditions = {**probes.conditions(), "evaluation": _settings_of_figures(asdict(probes.config)), "system": name}
+    made_of = json_digest({"questions": probes.digest(), "weights": weights, **_rope_identity(chunks[0])})
     shared = _shared_file(kept_beside, chunks[0], probes, device) if kept_beside is not None and global_rank() == 0 else None
-    stored = from_rank_zero(_read(cache, conditions))
+    stored = from_rank_zero(_read(cache, conditions, made_of) if global_rank() == 0 else None)
     if stored is not None:
         return stored
     found = from_rank_zero(_read_shared(shared))
     if found is None:
         found = _measure(name, chunks, probes, device)
         if shared is not None:
-            _keep_where_possible(shared, found)
+            _keep_where_possible(shared, {"result": found, "digest": json_digest(found)})
     elif shared is not None:
         get_logger().info(f"{name}: results read from {shared} instead of probing again")
     result = {"label": description, **found}
     if cache is not None and global_rank() == 0:
-        _keep(cache, {"conditions": conditions, "result": result})
+        _keep(cache, {"conditions": conditions, "made_of": made_of, "result": result, "digest": json_digest(result)})
     return result
 
 
@@ -168,13 +172,11 @@ def _shared_file(base: Path, chunk: EndPromptGPTModel, probes: Probes, device: t
     code = hashlib.sha256()
     for path in sorted(path for folder in _CODE for path in (package / folder).rglob("*.py")):
         code.update(path.read_bytes())
-    live = chunk.rotary_pos_emb.inv_freq.cpu().numpy()
     identity = {
         "weights": files,
         "questions": probes.digest(),
         "evaluation": _settings_of_figures(asdict(probes.config)),
-        "inv_freq": hashlib.sha256(live.tobytes()).hexdigest(),
-        "attention_factor": chunk.rotary_pos_emb.scaling.attention_factor,
+        **_rope_identity(chunk),
         "dtype": str(next(chunk.parameters()).dtype),
         "device": device.type,
         "code": code.hexdigest(),
@@ -184,19 +186,27 @@ def _shared_file(base: Path, chunk: EndPromptGPTModel, probes: Probes, device: t
     return base.with_name(f"{base.name}.probes") / f"{name}.json"
 
 
+def _rope_identity(chunk: EndPromptGPTModel) -> dict[str, Any]:
+    frequencies = chunk.rotary_pos_emb.inv_freq.cpu().numpy()
+    return {
+        "inv_freq": hashlib.sha256(frequencies.tobytes()).hexdigest(),
+        "attention_factor": chunk.rotary_pos_emb.scaling.attention_factor,
+    }
+
+
 def _read_shared(shared: Path | None) -> dict[str, Any] | None:
     """Return cached results of another run; None if the file is missing or damaged."""
-    if shared is None or not shared.is_file():
+    if shared is None:
         return None
     try:
-        found = json.loads(shared.read_text())
-        return found if isinstance(found, dict) and "perplexity" in found else None
-    except (OSError, ValueError):
-        return None
+        stored = read_json(shared, way_out="")
+    except DamagedFileError:
+        return None  # it is replaced
+    return stored.get("result") if stored.get("digest") == json_digest(stored.get("result")) else None
 
 
 def _keep(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     replace_text(path, json.dumps(value, indent=2))
 
 
@@ -214,11 +224,22 @@ def _settings_of_figures(evaluation: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in every.items() if key not in ("prefill_chunk", "systems", "enabled")}
 
 
-def _read(cache: Path | None, conditions: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the cached result; None if there is none, or if its conditions differ."""
-    if cache is None or not cache.is_file():
+def _read(cache: Path | None, conditions: dict[str, Any], made_of: str) -> dict[str, Any] | None:
+    """Return the cached result; None if there is none, if its conditions or inputs differ, or if it is damaged. Sets a damaged file aside.
+    Files of earlier releases have no digests."""
+    if cache is None:
         return None
-    stored = json.loads(cache.read_text())
+    stored = read_or_set_aside(cache, is_valid=_is_result, consequence="the probes are repeated")
+    if stored is None or stored.get("made_of", made_of) != made_of:
+        return None
     before = stored["conditions"]
     same = {**before, "evaluation": _settings_of_figures(before["evaluation"])} == conditions
     return stored["result"] if same else None
+
+
+def _is_result(stored: dict[str, Any]) -> bool:
+    result = stored["result"]
+    whole = (
+        isinstance(result["label"], str) and isinstance(result["perplexity"], dict) and isinstance(stored["conditions"]["evaluation"], dict)
+    )
+    return whole and stored.get("digest", json_digest(result)) == json_digest(result)

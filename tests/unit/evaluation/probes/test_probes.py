@@ -202,8 +202,8 @@ class TestStoredResults:
     def probes(self):
         return Probes([], np.zeros((1, 32), dtype=np.int64), ProbesConfig(lengths=[32]), 1)
 
-    def _probe(self, both, probes, cache, label="found"):
-        return probe_system("base", label, both[0], probes, device=torch.device("cpu"), cache=cache)["label"]
+    def _probe(self, both, probes, cache, label="found", **options):
+        return probe_system("base", label, both[0], probes, device=torch.device("cpu"), cache=cache, **options)["label"]
 
     def test_are_read_back_under_the_same_conditions_only(self, both, probes, tmp_path):
         cache = tmp_path / "base.json"
@@ -212,12 +212,23 @@ class TestStoredResults:
         other = replace(probes, config=ProbesConfig(lengths=[32], perplexity_stride=8))
         assert self._probe(both, other, cache, "slides") == "slides"
 
+    def test_are_of_the_tokens_and_the_weights_that_they_were_made_of(self, both, probes, tmp_path):
+        """The name and the settings of a held-out text stay where its content changes."""
+        cache = tmp_path / "base.json"
+        assert self._probe(both, probes, cache, weights=["a", 1]) == "found"
+        assert self._probe(both, probes, cache, "again", weights=["a", 1]) == "found"
+        assert self._probe(both, probes, cache, "other weights", weights=["a", 2]) == "other weights"
+        other = replace(probes, blocks=np.ones((1, 32), dtype=np.int64))
+        assert self._probe(both, other, cache, "other text", weights=["a", 2]) == "other text"
+        assert self._probe(both, other, cache, "again", weights=["a", 2]) == "other text"
+
     def test_of_a_run_before_a_key_existed_count_as_of_its_default(self, both, probes, tmp_path):
         cache = tmp_path / "base.json"
         self._probe(both, probes, cache)
         stored = json.loads(cache.read_text())
         for key in ("perplexity_stride", "prefill_chunk"):
             stored["conditions"]["evaluation"].pop(key, None)
+        del stored["made_of"], stored["digest"]  # which that release did not write
         cache.write_text(json.dumps(stored))
         assert self._probe(both, probes, cache, "again") == "found"
 

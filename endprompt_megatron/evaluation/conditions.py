@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from endprompt_megatron.checkpoint.hf.auxiliary_files import PROVENANCE_FILE
-from endprompt_megatron.checkpoint.hf.config import read_hf_config
+from endprompt_megatron.checkpoint.hf.config import read_hf_config, window_from_hf
 from endprompt_megatron.evaluation.lm_eval_harness.harness import ANSWER_ROOM, bos_token_of, harness_version
 from endprompt_megatron.evaluation.suite import EvaluateConfig
 from endprompt_megatron.evaluation.task_sources import fingerprint
@@ -73,9 +73,10 @@ def conditions_of(config: EvaluateConfig, *, command: str) -> Conditions:
         command: command line that reproduces the evaluation.
     Raises:
         BackendUnavailableError: lm-eval is needed and not installed, or its version is not supported.
+        CheckpointError: config.json of the model is damaged or does not have its window.
     """
     model = Path(config.model)
-    window = int(read_hf_config(model)["max_position_embeddings"])
+    window = window_from_hf(read_hf_config(model))
     token = bos_token_of(model) if config.bos == "one" else None
     runners = _runners(config)
     answer_room = {

@@ -57,11 +57,13 @@ class Base:
 
 def known_base(config: RunConfig) -> tuple[ModelArchitecture, RopeScaling]:
     """The base's numbers and frequencies: from its directory where that is there, else from the config's model.hf_config (a dry run
-    before the download, or a model that is fetched on first use).
+    before the download, or a model that is fetched on first use). Weights that are there are checked by their headers.
 
     Raises:
-        CheckpointError: neither is complete, or the two contradict each other.
+        CheckpointError: neither is complete, the two contradict each other, or the weights in the directory contradict its config.json.
     """
+    from endprompt_megatron.checkpoint.hf.weights import check_present_weights  # torch
+
     hf_path = Path(config.model.hf_path)
     if not hf_path.exists() and config.model.hf_config:
         return architecture_from_hf(config.model.hf_config), rope_from_hf(config.model.hf_config)
@@ -76,6 +78,7 @@ def known_base(config: RunConfig) -> tuple[ModelArchitecture, RopeScaling]:
                 f"model.hf_path={hf_path} is not the model that model={config.model.name} describes: {name} is {found[name]} there and "
                 f"{expected[name]} in model.hf_config. Point model.hf_path at the right directory, or choose another model."
             )
+    check_present_weights(hf_path, architecture_from_hf(stored))
     return architecture_from_hf(stored), rope_from_hf(stored)
 
 
@@ -119,6 +122,7 @@ def check_base(run: ResolvedRun) -> Base:
     Raises:
         ConfigError, DataError, CheckpointError: what is wrong with them.
     """
+    from endprompt_megatron.checkpoint.hf.transformers_config import check_same_config
     from endprompt_megatron.checkpoint.hf.weights import check_hf_weights
 
     config, hf_path = run.config, Path(run.config.model.hf_path)
@@ -136,6 +140,7 @@ def check_base(run: ResolvedRun) -> Base:
         if problems:
             raise ConfigError(*problems)
     check_hf_weights(hf_path, architecture)
+    check_same_config(hf_path, architecture, rope)
     check_token_ids(hf_path, tokenizer, num_rows=architecture.vocab_size)
     return Base(hf_path, architecture, rope, tokenizer, hash_tokenizer(hf_path), end_prompts)
 

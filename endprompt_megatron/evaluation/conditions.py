@@ -4,7 +4,6 @@ are reused only under equal conditions."""
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ import torch
 
 from endprompt_megatron.checkpoint.hf.auxiliary_files import PROVENANCE_FILE
 from endprompt_megatron.checkpoint.hf.config import read_hf_config, window_from_hf
+from endprompt_megatron.checkpoint.hf.json_files import read_json_object, shown
+from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.evaluation.lm_eval_harness.harness import ANSWER_ROOM, bos_token_of, harness_version
 from endprompt_megatron.evaluation.suite import EvaluateConfig
 from endprompt_megatron.evaluation.task_sources import fingerprint
@@ -21,6 +22,7 @@ from endprompt_megatron.evaluation.tasks import LM_EVAL, MEGATRON, NEEDLE, PERPL
 from endprompt_megatron.mcore import runtime
 from endprompt_megatron.mcore.version import megatron_core_version
 
+_LENGTHS = ("original_context_length", "target_context_length", "seq_length")  # of endprompt.json, in tokens
 _RUNNER_CONDITIONS = ("harness", "backend", "dtype")
 # conditions common to all tasks; a change of any of them changes scores
 _COMMON_CONDITIONS = ("model", "bos", "chat_template", "samples", "seed", "window")
@@ -135,9 +137,23 @@ def _runners(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
 
 
 def provenance_of(model: Path) -> dict[str, Any]:
-    """Content of a model's endprompt.json; empty where the model is no export of this package."""
+    """Content of a model's endprompt.json; empty where the model is no export of this package.
+
+    Raises:
+        CheckpointError: it cannot be read (see read_json_object), or a length in it is not a whole number of tokens, at least 1.
+    """
     path = Path(model) / PROVENANCE_FILE
-    return json.loads(path.read_text()) if path.is_file() else {}
+    values = read_json_object(path) if path.is_file() else {}
+    lengths = [(name, values[name]) for name in _LENGTHS if values.get(name) is not None]
+    prompts = values.get("end_prompt_lengths") or []
+    lengths += [("end_prompt_lengths", length) for length in (prompts if isinstance(prompts, list) else [prompts])]
+    for name, length in lengths:
+        if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length < 2**31:
+            raise CheckpointError(
+                f"{path} has {name}={shown(length)}: must be a whole number from 1 to 2,147,483,647. Copy it again from the model, or "
+                f"remove the file."
+            )
+    return values
 
 
 def _megatron_backend() -> str:

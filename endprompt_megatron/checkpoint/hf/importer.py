@@ -59,7 +59,8 @@ def _fill(
         raise not_finite(int((~torch.isfinite(value)).sum()), places)
     with torch.no_grad():
         parameter.copy_(value)
-    if not is_finite(parameter):
+    # a pass over the result only where it can overflow
+    if torch.finfo(parameter.dtype).max < torch.finfo(value.dtype).max and not is_finite(parameter.detach()):
         raise CheckpointError(
             f"the base model's weights hold {float(value.abs().max()):g}, more than {parameter.dtype} can represent: {places}. Set "
             f"precision=fp32, or use another copy of the weights."

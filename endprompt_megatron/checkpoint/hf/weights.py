@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from endprompt_megatron.checkpoint.hf.json_files import shown
 from endprompt_megatron.checkpoint.hf.mapping import bindings
 from endprompt_megatron.checkpoint.hf.safetensors_io import (
     INDEX_FILE,
@@ -71,8 +72,8 @@ def check_tensors(reader: SafetensorsReader, architecture: ModelArchitecture) ->
         if reader.dtype(name) not in _WEIGHT_DTYPES and not is_ignored(name):
             known = ", ".join(_name(dtype) for dtype in _WEIGHT_DTYPES)
             raise CheckpointError(
-                f"{reader.file_of(name)}: {name} has dtype {_name(reader.dtype(name))}, but weights must be {known}. Quantised models are "
-                f"not supported: use the original weights."
+                f"{reader.file_of(name)}: {shown(name)[1:-1]} has dtype {_name(reader.dtype(name))}, but weights must be {known}. "
+                f"Quantised models are not supported: use the original weights."
             )
     if (reader.hf_path / _ADAPTER_CONFIG).exists():
         raise CheckpointError(
@@ -168,6 +169,7 @@ def _check_unexpected(reader: SafetensorsReader, architecture: ModelArchitecture
         )
     if found:
         raise CheckpointError(
-            f"{reader.hf_path}: {len(found)} tensors are not part of this model of {architecture.num_layers} layers, "
-            f"e.g. {found[0]}. Weights and config.json do not match, or the architecture is another one. Copy both from the same model."
+            f"{reader.hf_path}: {len(found)} tensors are not part of this model of {architecture.num_layers} layers, e.g. "
+            f"{shown(found[0])[1:-1]}. Weights and config.json do not match, or the architecture is another one. Copy both from the same "
+            f"model."
         )

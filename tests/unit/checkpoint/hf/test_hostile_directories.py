@@ -24,7 +24,7 @@ from endprompt_megatron.checkpoint.hf import importer
 from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config, rope_from_hf
 from endprompt_megatron.checkpoint.hf.transformers_config import check_same_config
 from endprompt_megatron.checkpoint.hf.weights import check_hf_weights, check_values, is_finite
-from endprompt_megatron.config.schema import TextSource
+from endprompt_megatron.config.schema import ModelConfig, TextSource
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.evaluation.suite import EvaluateConfig, PerplexityConfig, SuiteConfig
 from endprompt_megatron.inference import load as inference_load
@@ -376,11 +376,12 @@ def test_hostile_weights_are_refused(base, case):
     refuse(base, words)
 
 
-def test_an_index_of_a_damaged_index_file_leads_nowhere_else(base):
-    """Names of tensors in an error are cut: a file cannot fill the terminal."""
-    write_safetensors(base / "model.safetensors", {"n" * 10**6: _entry()}, bytes(16))
-    with pytest.raises(CheckpointError):
-        read(base)
+def test_the_name_of_a_tensor_cannot_fill_the_terminal(base):
+    name = "n" * 10**6
+    edit_tensors(base, lambda tensors: tensors.update({name: torch.zeros(2)}))
+    refuse(base, "1 tensors are not part of this model of 2 layers, e.g. nnn")
+    edit_tensors(base, lambda tensors: tensors.update({name: torch.zeros(2).long()}))
+    refuse(base, "nnn.* has dtype int64")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -474,6 +475,45 @@ class TestEveryTool:
             if name not in ("inference", "dry_run"):
                 tool()
         assert check_values(base, max_bytes=2**40)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[" * 10**4, "nested deeper|is not JSON"),
+        ("[]", "is not a JSON object"),
+        ('{"original_context_length": "128"}', "original_context_length='128': must be a whole number"),
+        ('{"seq_length": 1.5}', "seq_length=1.5: must be a whole number"),
+        ('{"target_context_length": -1}', "target_context_length=-1: must be a whole number"),
+        ('{"end_prompt_lengths": [true]}', "end_prompt_lengths=True: must be a whole number"),
+        ('{"end_prompt_lengths": {"a": 1}}', "end_prompt_lengths=.*: must be a whole number"),
+    ],
+)
+def test_a_hostile_record_of_the_training_is_refused(base, text, words):
+    (base / "endprompt.json").write_text(text)
+    with pytest.raises(CheckpointError, match=words):
+        prepare(TestEveryTool.evaluation(base))
+
+
+def test_the_sizes_of_a_configuration_are_bounded_as_well(tmp_path):
+    """A dry run and a plan build from model.hf_config where there is no directory."""
+    for changes, words in (({"num_hidden_layers": 10**7}, "num_hidden_layers=10000000"), ({"rope_theta": float("nan")}, "rope_theta=nan")):
+        fields = {name: value for name, value in (LLAMA | changes).items() if value is not None}
+        config = config_of(tmp_path / "later", model=ModelConfig("big", str(tmp_path / "later"), hf_config=fields))
+        for tool in (lambda: list(dry_run(config, world_size=1)), lambda: cluster_request(config, ClusterConfig())):  # noqa: B023
+            with pytest.raises(CheckpointError, match=words):
+                tool()
+
+
+def test_the_largest_window_is_read_without_a_table_of_its_size(base, single_process):
+    edit_config(base, max_position_embeddings=2**31 - 1)
+    read(base)
+    tracemalloc.start()
+    (chunk,) = inference_load.load_model(base, device=CPU)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < PEAK_BYTES
+    assert sum(buffer.numel() for buffer in chunk.buffers()) < 10**5
 
 
 LLAMA = {**SIZES, **FAMILIES["llama3"]}

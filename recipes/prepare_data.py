@@ -12,10 +12,10 @@ import hydra
 from _entry import DEFAULT_EXPERIMENT, ROOT, exit_on_errors, read_command_line, to_run_config
 from omegaconf import DictConfig
 
-from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config
 from endprompt_megatron.checkpoint.hf.sources import ensure_base_model
 from endprompt_megatron.checkpoint.hf.tokenizer import check_token_ids, hash_tokenizer, load_tokenizer
 from endprompt_megatron.data.corpora import prepare_corpora
+from endprompt_megatron.jobs.preflight import known_base
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="extend")
@@ -25,8 +25,9 @@ def run(composed: DictConfig) -> None:
         config = to_run_config(composed)
         hf_path = Path(config.model.hf_path)
         ensure_base_model(config.model.source, hf_path)
+        architecture, _ = known_base(config)
         tokenizer = load_tokenizer(hf_path)
-        check_token_ids(hf_path, tokenizer, num_rows=architecture_from_hf(read_hf_config(hf_path)).vocab_size)
+        check_token_ids(hf_path, tokenizer, num_rows=architecture.vocab_size)
         options = dict(directory=Path(config.data.directory), tokenizer=tokenizer, tokenizer_hash=hash_tokenizer(hf_path))
         check = "all" if config.data.verify else "changed"
         for sources in (config.data.train, config.data.validation):

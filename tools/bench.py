@@ -30,6 +30,7 @@ import bench_length
 from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config
 from endprompt_megatron.checkpoint.hf.importer import load_hf_weights
 from endprompt_megatron.checkpoint.hf.verify import load_transformers_model
+from endprompt_megatron.checkpoint.hf.weights import check_hf_weights
 from endprompt_megatron.config.schema import OptimConfig, ParallelConfig
 from endprompt_megatron.mcore import runtime, version
 from endprompt_megatron.model import backends
@@ -49,6 +50,7 @@ def megatron_steps(arguments: argparse.Namespace, batches: list[torch.Tensor]) -
 
     parallel = ParallelConfig()
     architecture = architecture_from_hf(read_hf_config(arguments.model))
+    check_hf_weights(arguments.model, architecture)
     target = 2 * architecture.max_position_embeddings
     chunks = build_model_chunks(
         architecture,

@@ -42,13 +42,16 @@ def main() -> int:
 def _hf_to_megatron(arguments: argparse.Namespace) -> int:
     from endprompt_megatron.checkpoint.convert import DTYPES, hf_to_megatron, plan_conversion
     from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config
+    from endprompt_megatron.checkpoint.hf.weights import check_present_weights
 
     if arguments.plan:
         config = read_hf_config(arguments.hf)
+        architecture = architecture_from_hf(config)
+        check_present_weights(arguments.hf, architecture)
         stored = config.get("torch_dtype") or config.get("dtype")
         dtype = DTYPES[arguments.dtype or (stored if stored in DTYPES else "bfloat16")]
         plan = plan_conversion(
-            architecture_from_hf(config),
+            architecture,
             dtype=dtype,
             max_shard_bytes=arguments.max_shard_size,
             to_megatron=True,
@@ -100,7 +103,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _show(arguments: argparse.Namespace) -> int:
     from endprompt_megatron.checkpoint.hf.config import FAMILIES, architecture_from_hf, read_hf_config, rope_from_hf
     from endprompt_megatron.checkpoint.hf.safetensors_io import SafetensorsReader
-    from endprompt_megatron.checkpoint.hf.weights import count_weights
+    from endprompt_megatron.checkpoint.hf.weights import check_tensors, count_weights
     from endprompt_megatron.checkpoint.torch_dist.read import TorchDistReader
 
     if (arguments.directory / "config.json").is_file():
@@ -112,6 +115,7 @@ def _show(arguments: argparse.Namespace) -> int:
         with SafetensorsReader(arguments.directory) as reader:
             rows = [(name, _name(reader.dtype(name)), str(reader.shape(name))) for name in reader.names()]
             _print_tensors(rows, f"{len(reader.files())} safetensors file(s)", arguments.all)
+            check_tensors(reader, architecture)
         return 0
     with TorchDistReader(arguments.directory) as reader:
         print(f"torch_dist directory {reader.directory}: {reader.layout()}")

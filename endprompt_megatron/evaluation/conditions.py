@@ -12,15 +12,17 @@ from typing import Any
 import torch
 
 from endprompt_megatron.checkpoint.hf.auxiliary_files import PROVENANCE_FILE
-from endprompt_megatron.checkpoint.hf.config import read_hf_config
+from endprompt_megatron.checkpoint.hf.config import read_hf_config, window_from_hf
+from endprompt_megatron.checkpoint.hf.json_files import read_json_object, shown
+from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.evaluation.lm_eval_harness.harness import ANSWER_ROOM, bos_token_of, harness_version
 from endprompt_megatron.evaluation.suite import EvaluateConfig
 from endprompt_megatron.evaluation.task_sources import fingerprint
 from endprompt_megatron.evaluation.tasks import LM_EVAL, MEGATRON, NEEDLE, PERPLEXITY, Task
 from endprompt_megatron.mcore import runtime
 from endprompt_megatron.mcore.version import megatron_core_version
-from endprompt_megatron.output_files import read_json
 
+_LENGTHS = ("original_context_length", "target_context_length", "seq_length")  # of endprompt.json, in tokens
 _RUNNER_CONDITIONS = ("harness", "backend", "dtype")
 # conditions that the scores of every task depend on
 _COMMON_CONDITIONS = ("model", "bos", "chat_template", "samples", "seed", "window")
@@ -73,9 +75,10 @@ def conditions_of(config: EvaluateConfig, *, command: str) -> Conditions:
         command: command line that reproduces the evaluation.
     Raises:
         BackendUnavailableError: lm-eval is needed but not installed, or its version is not supported.
+        CheckpointError: config.json of the model is damaged or has no window.
     """
     model = Path(config.model)
-    window = int(read_hf_config(model)["max_position_embeddings"])
+    window = window_from_hf(read_hf_config(model))
     token = bos_token_of(model) if config.bos == "one" else None
     runners = _runners(config)
     answer_room = {
@@ -138,10 +141,20 @@ def provenance_of(model: Path) -> dict[str, Any]:
     """Return the content of a model's endprompt.json; empty if this package did not export the model.
 
     Raises:
-        DamagedFileError: the file is damaged.
+        CheckpointError: the file cannot be read (see read_json_object), or a length in it is not a whole number of tokens, at least 1.
     """
     path = Path(model) / PROVENANCE_FILE
-    return read_json(path, way_out="Export the model again, or copy the file again.") if path.exists() else {}
+    values = read_json_object(path) if path.exists() else {}
+    lengths = [(name, values[name]) for name in _LENGTHS if values.get(name) is not None]
+    prompts = values.get("end_prompt_lengths") or []
+    lengths += [("end_prompt_lengths", length) for length in (prompts if isinstance(prompts, list) else [prompts])]
+    for name, length in lengths:
+        if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length < 2**31:
+            raise CheckpointError(
+                f"{path} has {name}={shown(length)}: must be a whole number from 1 to 2,147,483,647. Copy it again from the model, or "
+                f"remove the file."
+            )
+    return values
 
 
 def _megatron_backend() -> str:

@@ -8,6 +8,7 @@ import torch
 
 from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config, rope_from_hf
 from endprompt_megatron.checkpoint.hf.importer import load_hf_weights
+from endprompt_megatron.checkpoint.hf.weights import check_hf_weights
 from endprompt_megatron.config.schema import ParallelConfig
 from endprompt_megatron.model.backends import Backend, resolve
 from endprompt_megatron.model.build import build_model_chunks
@@ -35,10 +36,11 @@ def load_model(
     Returns:
         Model chunks of this rank. There is one chunk unless the pipeline schedule is interleaved.
     Raises:
-        CheckpointError: the directory is incomplete, or its model family is not supported.
+        CheckpointError: the directory is incomplete or damaged, or its model family is not supported.
     """
     config = read_hf_config(model_dir)
     architecture = architecture_from_hf(config)
+    check_hf_weights(model_dir, architecture)  # before a model of the sizes in config.json is built
     chunks = build_model_chunks(
         architecture,
         rope=rope_from_hf(config),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from endprompt_megatron.checkpoint.hf.weights import check_values
 from endprompt_megatron.config.precision import FP8_MULTIPLES
 from endprompt_megatron.config.resolved import ResolvedRun
 from endprompt_megatron.config.rule import Facts
@@ -27,6 +28,8 @@ from endprompt_megatron.planning.run_plan import PlanRequest, describe_plan, ful
 from endprompt_megatron.planning.throughput import HARDWARE, has_speed
 from endprompt_megatron.positions.scheme import SCHEMES, get_scheme
 
+_READ_BYTES = 4 * 2**30  # weights up to this size are read here, in seconds; larger ones only when the run loads them
+
 
 def dry_run(config: RunConfig, *, world_size: int) -> Iterator[str]:
     """Check a job and say what it would do.
@@ -45,7 +48,9 @@ def dry_run(config: RunConfig, *, world_size: int) -> Iterator[str]:
     run = preflight.resolve(config, world_size=world_size, runs_here=False)
     config = run.config
     _check_gpu(config)
-    base = preflight.check_base(run) if Path(config.model.hf_path).exists() else None
+    hf_path = Path(config.model.hf_path)
+    base = preflight.check_base(run) if hf_path.exists() else None
+    values_are_read = base is not None and check_values(hf_path, max_bytes=_READ_BYTES)
     if run.accelerator == "cpu":  # this machine is the one that will run it
         from endprompt_megatron.jobs.run_probes import check_probe_memory
 
@@ -60,7 +65,7 @@ def dry_run(config: RunConfig, *, world_size: int) -> Iterator[str]:
     yield from describe_plan(request)
     yield from _group_lines(config, world_size)
     yield from _stage_lines(stages_of(run), run.architecture, config.parallel)
-    yield from _base_lines(config, base)
+    yield from _base_lines(config, base, values_are_read=values_are_read)
     yield from _data_lines(config, base)
     refuse_what_does_not_fit(run, request)
 
@@ -211,10 +216,11 @@ def _layers(stage: PipelineStage) -> str:
     return "layers " + ", ".join(f"{first}..{last}" if first < last else str(first) for first, last in runs)
 
 
-def _base_lines(config: RunConfig, base: preflight.Base | None) -> Iterator[str]:
+def _base_lines(config: RunConfig, base: preflight.Base | None, *, values_are_read: bool) -> Iterator[str]:
     hf_path = config.model.hf_path
     if base is not None:
-        yield f"  base         {hf_path}: config.json, tokenizer and the headers of its weights are those of {config.model.name}"
+        values = "their values are finite" if values_are_read else "their values are checked when the run loads them"
+        yield f"  base         {hf_path}: config.json, tokenizer and the headers of its weights are those of {config.model.name}; {values}"
     elif config.model.source is not None:
         yield f"  base         {hf_path} is not there yet: made on first use ({config.model.source})"
     else:

@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config
+from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config, rope_from_hf
+from endprompt_megatron.checkpoint.hf.transformers_config import check_same_config
+from endprompt_megatron.checkpoint.hf.weights import check_hf_weights
 from endprompt_megatron.comparison.bootstrap import bootstrap_interval
 from endprompt_megatron.config.layout_rules import cut_problems
 from endprompt_megatron.data.corpora import check_corpora, corpus_texts
@@ -92,6 +94,7 @@ def prepare(config: EvaluateConfig) -> None:
     Raises:
         ConfigError: the settings are invalid, or the output directory holds scores under other conditions.
         BackendUnavailableError: lm-eval or the backend is not installed, or the device is a GPU and there is none.
+        CheckpointError: the model's config.json or weights are damaged or not supported.
         DataError: the model's tokenizer cannot be read.
     """
     config.validate()
@@ -103,7 +106,10 @@ def prepare(config: EvaluateConfig) -> None:
         )
     if config.runs_megatron:
         mcore_runtime.resolve_accelerator(config.accelerator)
-        architecture = architecture_from_hf(read_hf_config(Path(config.model)))
+        model, stored = Path(config.model), read_hf_config(Path(config.model))
+        architecture = architecture_from_hf(stored)
+        check_hf_weights(model, architecture)
+        check_same_config(model, architecture, rope_from_hf(stored))
         problems = cut_problems(config.parallel, world_size=world_size, architecture=architecture)
         if problems:
             raise ConfigError(*problems)

@@ -66,11 +66,14 @@ class Base:
 
 def known_base(config: RunConfig) -> tuple[ModelArchitecture, RopeScaling]:
     """Return the architecture and the RoPE scaling of the base model. They are read from its directory if it exists, else from
-    model.hf_config of the configuration (in a dry run before the download, or for a model that is fetched on first use).
+    model.hf_config of the configuration (in a dry run before the download, or for a model that is fetched on first use). Weights that are
+    present are checked by their headers.
 
     Raises:
-        CheckpointError: the description is incomplete, or the directory contradicts model.hf_config.
+        CheckpointError: the description is incomplete, the directory contradicts model.hf_config, or the weights contradict config.json.
     """
+    from endprompt_megatron.checkpoint.hf.weights import check_present_weights  # torch
+
     hf_path = Path(config.model.hf_path)
     if not hf_path.exists() and config.model.hf_config:
         return architecture_from_hf(config.model.hf_config), rope_from_hf(config.model.hf_config)
@@ -85,6 +88,7 @@ def known_base(config: RunConfig) -> tuple[ModelArchitecture, RopeScaling]:
                 f"model.hf_path={hf_path} is not the model that model={config.model.name} describes: {name} is {found[name]} there and "
                 f"{expected[name]} in model.hf_config. Point model.hf_path at the right directory, or choose another model."
             )
+    check_present_weights(hf_path, architecture_from_hf(stored))
     return architecture_from_hf(stored), rope_from_hf(stored)
 
 
@@ -128,6 +132,7 @@ def check_base(run: ResolvedRun) -> Base:
     Raises:
         ConfigError, DataError, CheckpointError: a check failed.
     """
+    from endprompt_megatron.checkpoint.hf.transformers_config import check_same_config
     from endprompt_megatron.checkpoint.hf.weights import check_hf_weights
 
     config, hf_path = run.config, Path(run.config.model.hf_path)
@@ -145,6 +150,7 @@ def check_base(run: ResolvedRun) -> Base:
         if problems:
             raise ConfigError(*problems)
     check_hf_weights(hf_path, architecture)
+    check_same_config(hf_path, architecture, rope)
     check_token_ids(hf_path, tokenizer, num_rows=architecture.vocab_size)
     return Base(hf_path, architecture, rope, tokenizer, hash_tokenizer(hf_path), end_prompts)
 

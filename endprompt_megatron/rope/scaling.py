@@ -273,8 +273,8 @@ class RopeScaling:
         hf_type = scaling.get("rope_type", scaling.get("type", "default"))
         if hf_type not in _HF_KEYS:
             raise CheckpointError(
-                f"config.json has RoPE scaling of type '{hf_type}': supported are {', '.join(_HF_KEYS)}. Start from the model's unscaled "
-                f"base, or remove rope_scaling from a copy of the config if you mean to drop it."
+                f"config.json has RoPE scaling of type {str(hf_type)[:40]!r}: supported are {', '.join(_HF_KEYS)}. Start from the model's "
+                f"unscaled base, or remove rope_scaling from a copy of the config if you mean to drop it."
             )
         unsupported = sorted(key for key in scaling.keys() - _HF_KEYS[hf_type] - _COMMON_KEYS if not _has_no_effect(key, scaling[key]))
         if unsupported and hf_type != "default":

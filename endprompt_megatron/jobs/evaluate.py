@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config
+from endprompt_megatron.checkpoint.hf.no_code import refuse_code
 from endprompt_megatron.comparison.bootstrap import bootstrap_interval
 from endprompt_megatron.config.layout_rules import cut_problems
 from endprompt_megatron.data.corpora import check_corpora, corpus_texts
@@ -92,8 +93,10 @@ def prepare(config: EvaluateConfig) -> None:
         ConfigError: the settings are invalid, or the output directory holds scores under other conditions.
         BackendUnavailableError: lm-eval or the backend is not installed, or the device is a GPU and there is none.
         DataError: the model's tokenizer cannot be read.
+        CheckpointError: the model's files name code.
     """
     config.validate()
+    refuse_code(Path(config.model))
     world_size = launcher.planned_world_size(config)
     if config.runs_lm_eval and config.backend != MEGATRON and world_size > 1:
         raise ConfigError(

@@ -141,14 +141,14 @@ def damage(checkpoint: Path, *, share: int = 0, shares: int = 1) -> str | None:
     return None
 
 
-def set_aside(checkpoint: Path) -> Path | None:
-    """Rename a damaged checkpoint, so that it is not used again; return the new path, or None if the checkpoint does not exist."""
+def set_aside(checkpoint: Path, suffix: str = _DAMAGED) -> Path | None:
+    """Rename a damaged checkpoint or another directory, so that it is not used again; return the new path, or None if it does not exist."""
     if not checkpoint.exists():
         return None
-    number, aside = 1, checkpoint.with_name(checkpoint.name + _DAMAGED)
+    number, aside = 1, checkpoint.with_name(checkpoint.name + suffix)
     while aside.exists():
         number += 1
-        aside = checkpoint.with_name(f"{checkpoint.name}{_DAMAGED}{number}")
+        aside = checkpoint.with_name(f"{checkpoint.name}{suffix}{number}")
     return checkpoint.rename(aside)
 
 

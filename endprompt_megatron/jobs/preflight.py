@@ -114,11 +114,12 @@ def _rope_of(config: RunConfig, architecture: ModelArchitecture, base_rope: Rope
 
 
 def check_base(run: ResolvedRun) -> Base:
-    """The base model's files: config, tokenizer, end prompts, and the header of every safetensors file.
+    """The base model's files: config, tokenizer, end prompts, the header of every safetensors file, and the settings of the export.
 
     Raises:
         ConfigError, DataError, CheckpointError: what is wrong with them.
     """
+    from endprompt_megatron.checkpoint.hf.transformers_model import check_export_settings
     from endprompt_megatron.checkpoint.hf.weights import check_hf_weights
 
     config, hf_path = run.config, Path(run.config.model.hf_path)
@@ -136,6 +137,7 @@ def check_base(run: ResolvedRun) -> Base:
         if problems:
             raise ConfigError(*problems)
     check_hf_weights(hf_path, architecture)
+    check_export_settings(hf_path, run.rope, config.rope.target_context_length)
     check_token_ids(hf_path, tokenizer, num_rows=architecture.vocab_size)
     return Base(hf_path, architecture, rope, tokenizer, hash_tokenizer(hf_path), end_prompts)
 

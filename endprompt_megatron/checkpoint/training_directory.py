@@ -36,7 +36,7 @@ def begin(final: Path) -> Path:
     left, of any step, so no other save may be in progress."""
     for suffix in (_PARTIAL, _RETIRED):
         for leftover in final.parent.glob(f"step_*{suffix}"):
-            shutil.rmtree(leftover)
+            leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
     partial = final.with_name(final.name + _PARTIAL)
     partial.mkdir(parents=True)
     return partial

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from endprompt_megatron.checkpoint.hf.safetensors_io import INDEX_FILE, SafetensorsReader
 from endprompt_megatron.checkpoint.torch_dist.read import METADATA_FILE, check_file_names, find_torch_dist
-from endprompt_megatron.checkpoint.training_directory import candidates, damage
+from endprompt_megatron.checkpoint.training_directory import begin, candidates, damage
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import get_logger
 from endprompt_megatron.output_files import path_inside
@@ -92,6 +92,17 @@ def test_metadata_that_names_files_outside_is_refused(tmp_path, name):
     with pytest.raises(CheckpointError, match="names the file .*stay inside the checkpoint's directory"):
         check_file_names(Metadata({}, storage_data=stored), tmp_path)
     check_file_names(Metadata({}, storage_data={MetadataIndex("weight"): _StorageInfo("__0_0.distcp", 0, 10)}), tmp_path)
+
+
+def test_a_leftover_that_is_a_link_is_removed_and_not_its_target(tmp_path):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "file").write_text("of somebody else")
+    directory = tmp_path / "checkpoints"
+    directory.mkdir()
+    for suffix in (".partial", ".retired"):
+        (directory / f"step_0000001{suffix}").symlink_to(tmp_path / "victim")
+    assert begin(directory / "step_0000002").is_dir()
+    assert [path.name for path in directory.iterdir()] == ["step_0000002.partial"] and (tmp_path / "victim" / "file").is_file()
 
 
 @pytest.mark.parametrize("name", ["../secret", "/dev/zero"])

@@ -90,3 +90,23 @@ def without_questions() -> Iterator[None]:
         yield
     finally:
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
+
+
+@contextmanager
+def without_custom_generate() -> Iterator[None]:
+    """Inside the block a model loads without the file custom_generate/generate.py of its directory.
+
+    transformers 4.57 runs that file of a local directory although trust_remote_code is False. Patches transformers/generation/utils.py; can
+    go with the support of versions before 5.12, which respects the argument.
+    """
+    from transformers.generation.utils import GenerationMixin
+
+    def absent(*_: Any, **__: Any) -> None:
+        raise OSError("custom generation code is not loaded")  # from_pretrained takes it for a directory without the file
+
+    real = GenerationMixin.load_custom_generate
+    GenerationMixin.load_custom_generate = absent
+    try:
+        yield
+    finally:
+        GenerationMixin.load_custom_generate = real

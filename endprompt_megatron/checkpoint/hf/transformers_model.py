@@ -14,7 +14,14 @@ import torch
 
 from endprompt_megatron.checkpoint.hf.auxiliary_files import check_links, exported_generation_config, extended_generation_config
 from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, extended_hf_config, known_fields, read_hf_config
-from endprompt_megatron.checkpoint.hf.no_code import ADAPTER_CONFIG, GENERATION_CONFIG, read_json_object, refuse_code
+from endprompt_megatron.checkpoint.hf.no_code import (
+    ADAPTER_CONFIG,
+    GENERATION_CONFIG,
+    read_json_object,
+    refuse_code,
+    without_custom_generate,
+    without_questions,
+)
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.rope.scaling import RopeScaling
 
@@ -64,15 +71,16 @@ def load_transformers_model(hf_path: Path, dtype: torch.dtype = torch.float32) -
     architecture_from_hf(config)
     built = transformers_config(config, origin=hf_path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            hf_path,
-            config=built,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        with without_questions(), without_custom_generate():
+            model = AutoModelForCausalLM.from_pretrained(
+                hf_path,
+                config=built,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
     except Exception as error:
         raise CheckpointError(f"{hf_path}: transformers cannot load this model ({type(error).__name__}: {error}).") from error
     return model.eval()

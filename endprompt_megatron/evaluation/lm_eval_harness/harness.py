@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from endprompt_megatron.checkpoint.hf.no_code import without_custom_generate, without_questions
 from endprompt_megatron.checkpoint.hf.tokenizer import end_tokens, load_tokenizer
 from endprompt_megatron.errors import BackendUnavailableError, DataError
 from endprompt_megatron.evaluation.lm_eval_harness.ruler_prompts import bounded, generator_of, replaced
@@ -150,7 +151,8 @@ class Harness:
 
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         own |= {"max_length": self.max_length, "device": device, "batch_size": config.batch_size, "attn_implementation": "sdpa"}
-        return HFLM(**own, trust_remote_code=False)
+        with without_questions(), without_custom_generate():
+            return HFLM(**own, trust_remote_code=False)
 
     def _needs_bos(self) -> bool:
         return self.config.bos == "one" and bos_token_of(Path(self.config.model)) is not None

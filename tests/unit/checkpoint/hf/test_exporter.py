@@ -311,6 +311,14 @@ class TestVerify:
         failed = self.failures(exported, changed)
         assert any(check in line for line in failed), failed
 
+    def test_a_failure_on_another_rank_is_a_failure_here(self, exported, monkeypatch):
+        def gather(found: list[str | None], own: str | None) -> None:
+            found[:] = [own, "CheckpointError: one element differs"]
+
+        monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+        with pytest.raises(CheckpointError, match="failed its verification on rank 1: CheckpointError: one element differs"):
+            verify(*exported)
+
     def test_live_weights_that_moved_on_are_found(self, exported, tmp_path):
         model = load_model(exported[1])
         with torch.no_grad():

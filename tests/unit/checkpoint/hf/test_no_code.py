@@ -119,6 +119,14 @@ def test_an_adapter_beside_the_weights_is_not_compared(evil):
         load_transformers_model(model)
 
 
+def test_custom_generation_code_beside_the_weights_does_not_run(evil):
+    """transformers 4.57 runs it in spite of trust_remote_code=False; every directory that `evil` makes holds some."""
+    model = evil(CONFIG, {})
+    assert (model / "custom_generate" / "generate.py").is_file()
+    loaded = load_transformers_model(model)
+    assert loaded.generate.__func__ is type(loaded).generate
+
+
 def test_transformers_raises_where_it_would_ask(evil):
     from transformers import dynamic_module_utils
 

@@ -1,5 +1,6 @@
 """Files of an output directory: locks, so that one process writes at a time; atomic replacement; temporary names from which a later process
-sees that their writer is dead; reading files of an earlier start, which may be damaged; and the error for a directory that was renamed."""
+sees that their writer is dead; reading files of an earlier start, which may be damaged; the check of names that a file gives for other
+files; and the error for a directory that was renamed."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from typing import IO, Any
 from endprompt_megatron.errors import CheckpointError, ConfigError, DamagedFileError
 
 _LOCK = ".lock"
-_DAMAGED = ".damaged"
+DAMAGED = ".damaged"
+_LONGEST_NAME = 255  # bytes, of Linux file systems
 _held: dict[Path, IO[str]] = {}  # by resolved directory
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.tmp(?P<rest>\..*)?", flags=re.DOTALL)
 _in_use: set[Path] = set()  # temporary names of this process, absolute
@@ -139,12 +141,12 @@ def make_directory(path: Path) -> Path:
     return path
 
 
-def damaged_name(path: Path) -> Path:
-    """The first free name of NAME.damaged, NAME.damaged2, ..."""
-    number, aside = 1, path.with_name(path.name + _DAMAGED)
+def damaged_name(path: Path, suffix: str = DAMAGED) -> Path:
+    """Return the first free name of NAME.damaged, NAME.damaged2, ..., or with another suffix."""
+    number, aside = 1, path.with_name(path.name + suffix)
     while aside.exists() or aside.is_symlink():
         number += 1
-        aside = path.with_name(f"{path.name}{_DAMAGED}{number}")
+        aside = path.with_name(f"{path.name}{suffix}{number}")
     return aside
 
 
@@ -237,6 +239,25 @@ def json_digest(value: Any) -> str:
     """SHA-256 (hex) of a JSON value. Equal for a value that was written to a file and read back."""
     as_read = json.loads(json.dumps(value))  # its keys are strings
     return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
+
+
+def path_inside(directory: Path, name: object) -> Path | None:
+    """Path of a file that another file names, e.g. an index or a checkpoint's metadata; None if the name leads out of the directory.
+
+    Compares names only: a symbolic link inside the directory counts as inside.
+
+    Args:
+        directory: directory in which the named file must lie.
+        name: value as read, of any type.
+    Returns:
+        `directory / name`; None unless the name is a non-empty relative path without `..`.
+    """
+    if not isinstance(name, str) or "\0" in name:
+        return None
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts or any(len(os.fsencode(part)) > _LONGEST_NAME for part in parts):
+        return None
+    return Path(directory) / name
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -35,7 +35,7 @@ _SETTLE_SECONDS = 8.0  # the file system finishes earlier deletions and writes i
 _TRANSFORMERS = """
 import sys
 from transformers import AutoModelForCausalLM
-AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").save_pretrained(sys.argv[2])
+AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto", trust_remote_code=False).save_pretrained(sys.argv[2])
 """
 
 

@@ -72,7 +72,7 @@ def _hf_to_megatron(arguments: argparse.Namespace) -> int:
         return 0
     from endprompt_megatron.checkpoint.megatron_model import describe_megatron_model
 
-    return _report(arguments.hf, describe_megatron_model(written), arguments, dtype=DTYPES.get(arguments.dtype))
+    return _report(arguments.hf, describe_megatron_model(written), arguments, dtype=DTYPES.get(arguments.dtype), written=written)
 
 
 def _megatron_to_hf(arguments: argparse.Namespace) -> int:
@@ -93,7 +93,7 @@ def _megatron_to_hf(arguments: argparse.Namespace) -> int:
     rope = f"RoPE {model.rope.type}, factor {model.rope.factor:g} ({model.origin})"
     print(f"wrote {written}: window {model.context_length:,} positions, {rope}")
     # `model` still refers to the converted checkpoint, even if the run has written a newer checkpoint since
-    return 0 if arguments.no_verify else _report(written, model, arguments)
+    return 0 if arguments.no_verify else _report(written, model, arguments, written=written)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -172,8 +172,27 @@ def _described(arguments: argparse.Namespace):
     )
 
 
-def _report(hf: Path, model, arguments: argparse.Namespace, dtype=None) -> int:
-    """Compare a Hugging Face directory with a torch_dist directory and print the table. Return 0 if they are equal, else 1."""
+def _report(hf: Path, model, arguments: argparse.Namespace, dtype=None, written: Path | None = None) -> int:
+    """Compare a Hugging Face directory with a torch_dist directory and print the table. If they differ or cannot be compared, the result of
+    a conversion, `written`, is renamed."""
+    from endprompt_megatron.checkpoint.training_directory import set_aside
+
+    try:
+        passed = _compare(hf, model, arguments, dtype)
+    except Exception:
+        if written is not None:
+            print(f"not verified: the result is in {set_aside(written, '.failed')}", file=sys.stderr)
+        raise
+    if passed:
+        print(f"ok: {hf} is the model of {model.directory} (tokenizer files are not compared)")
+        return 0
+    print(f"FAILED: {hf} is not the model of {model.directory}")
+    if written is not None:
+        print(f"the result is in {set_aside(written, '.failed')}")
+    return 1
+
+
+def _compare(hf: Path, model, arguments: argparse.Namespace, dtype) -> bool:
     from endprompt_megatron.checkpoint.hf.verify import format_findings, verify_megatron_model
     from endprompt_megatron.config.schema import ParallelConfig
     from endprompt_megatron.mcore import runtime
@@ -184,10 +203,7 @@ def _report(hf: Path, model, arguments: argparse.Namespace, dtype=None) -> int:
     finally:
         runtime.shut_down()
     print(format_findings(findings))
-    failed = [finding for finding in findings if not finding.passed]
-    where = model.directory
-    print(f"FAILED: {hf} is not the model of {where}" if failed else f"ok: {hf} is the model of {where} (tokenizer files are not compared)")
-    return 1 if failed else 0
+    return all(finding.passed for finding in findings)
 
 
 def _destination(arguments: argparse.Namespace) -> Path:

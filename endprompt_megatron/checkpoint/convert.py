@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from endprompt_megatron.checkpoint.hf.auxiliary_files import PROVENANCE_FILE, copy_auxiliary_files
-from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, extended_hf_config, read_hf_config, rope_from_hf
+from endprompt_megatron.checkpoint.hf.auxiliary_files import PROVENANCE_FILE, check_links, copy_auxiliary_files, copy_files
+from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, extended_hf_config, known_fields, read_hf_config, rope_from_hf
 from endprompt_megatron.checkpoint.hf.mapping import Binding, bindings
 from endprompt_megatron.checkpoint.hf.model_card import MODEL_CARD, model_card
+from endprompt_megatron.checkpoint.hf.no_code import refuse_code
 from endprompt_megatron.checkpoint.hf.safetensors_io import (
     BLOCK_BYTES,
     FileRange,
@@ -119,6 +120,8 @@ def hf_to_megatron(
         CheckpointError: the source is incomplete or not a supported model, or destination exists or is not writable.
     """
     hf_path = Path(hf_path)
+    refuse_code(hf_path)
+    check_links(hf_path)
     config = read_hf_config(hf_path)
     architecture = architecture_from_hf(config)
     check_hf_weights(hf_path, architecture)
@@ -158,9 +161,8 @@ def hf_to_megatron(
             shutil.rmtree(auxiliary, ignore_errors=True)
             auxiliary.mkdir()
             copy_auxiliary_files(hf_path, auxiliary)
-            for name in ("config.json", MODEL_CARD, PROVENANCE_FILE):
-                if (hf_path / name).is_file():
-                    shutil.copyfile(hf_path / name, auxiliary / name)
+            (auxiliary / "config.json").write_text(json.dumps(known_fields(config), indent=2) + "\n")
+            copy_files(hf_path, auxiliary, (MODEL_CARD, PROVENANCE_FILE))
             return output.finish()
 
 
@@ -187,6 +189,8 @@ def megatron_to_hf(
         CheckpointError: weights are missing or belong to another model, or destination exists or is not writable.
     """
     architecture = model.architecture
+    refuse_code(model.base_hf_path)
+    check_links(model.base_hf_path)
     with open_torch_dist(model.directory, architecture, model.adapter) as reader:
         reader.check(architecture)
         for name in reader.unknown_names(architecture):
@@ -242,9 +246,7 @@ def _write_auxiliary_files(directory: Path, model: MegatronModel, dtype: torch.d
         (directory / PROVENANCE_FILE).write_text(json.dumps(model.provenance, indent=2) + "\n")
         (directory / MODEL_CARD).write_text(model_card(model.provenance, base_hf_path=model.base_hf_path))
         return
-    for name in (MODEL_CARD, PROVENANCE_FILE):
-        if (model.base_hf_path / name).is_file():
-            shutil.copyfile(model.base_hf_path / name, directory / name)
+    copy_files(model.base_hf_path, directory, (MODEL_CARD, PROVENANCE_FILE))
 
 
 def _write_distcp(

@@ -54,7 +54,7 @@ class ResumableDirectory:
         if stored != self._identity:
             for path in self.partial.iterdir():
                 if path.name != _IDENTITY:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, self._identity.encode(), 0)
             os.fsync(self._lock)

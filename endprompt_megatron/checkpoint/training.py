@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from endprompt_megatron.checkpoint import training_directory as checkpoint_directory
-from endprompt_megatron.checkpoint.torch_dist.read import TorchDistReader
+from endprompt_megatron.checkpoint.torch_dist.read import TorchDistReader, check_file_names
 from endprompt_megatron.checkpoint.training_directory import LATEST, RUN_FILE
 from endprompt_megatron.config.resume import resume_differences
 from endprompt_megatron.config.schema import RunConfig
@@ -244,7 +244,9 @@ def load_torch_dist(chunks: list[torch.nn.Module], directory: Path) -> None:
 def _drop_absent_extra_states(requested: dict[str, Any], path: Path, num_chunks: int) -> None:
     """Remove the `_extra_state` objects that the checkpoint lacks from the request: which layers have one depends on the backend that wrote
     the checkpoint. All are empty except Transformer Engine's FP8 scales, which are recomputed."""
-    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    metadata = FileSystemReader(path).read_metadata()
+    check_file_names(metadata, path)
+    stored = metadata.state_dict_metadata
     for index in range(num_chunks):
         state = requested[f"model{index}"]
         for name in [name for name, entry in state.items() if isinstance(entry, ShardedObject) and entry.unique_key not in stored]:

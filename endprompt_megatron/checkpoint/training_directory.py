@@ -18,13 +18,14 @@ import xxhash
 from endprompt_megatron import output_files
 from endprompt_megatron.errors import DamagedFileError
 from endprompt_megatron.log import get_logger
+from endprompt_megatron.output_files import path_inside
 
 LATEST = "latest"
 RUN_FILE = "run.json"
 _CHECKSUMS = "checksums.json"
 _PARTIAL, _REPLACED, _RETIRED = ".partial", ".replaced", ".retired"
 _ALWAYS_THERE = (RUN_FILE, ".metadata", "metadata.json")
-_STEP, _HEX = re.compile(r"step_\d+"), re.compile(r"[0-9a-f]{16}")
+_STEP, _HEX = re.compile(r"step_[0-9]+"), re.compile(r"[0-9a-f]{16}")
 _CHUNK_BYTES = 2**24
 
 
@@ -43,7 +44,7 @@ def begin(final: Path) -> Path:
     output_files.check_not_moved(final.parent.parent)
     for suffix in (_PARTIAL, _RETIRED):
         for leftover in final.parent.glob(f"step_*{suffix}"):
-            shutil.rmtree(leftover)
+            leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
     final.parent.mkdir(exist_ok=True)
     partial = final.with_name(final.name + _PARTIAL)
     partial.mkdir()
@@ -155,23 +156,26 @@ def damage(checkpoint: Path, *, share: int = 0, shares: int = 1) -> str | None:
     if unlisted:
         return f"its {_CHECKSUMS} lacks {', '.join(sorted(unlisted))}"
     for name in sorted(checksums)[share::shares]:
+        path = path_inside(checkpoint, name)
+        if path is None:
+            return f"its {_CHECKSUMS} names {name!r}, which is not a file of this directory"
         try:
-            if _checksum(checkpoint / name) != checksums[name]:
+            if _checksum(path) != checksums[name]:
                 return f"{name} has changed since it was written (its checksum differs)"
         except OSError as error:
             return f"{name} cannot be read ({error})"
     return None
 
 
-def set_aside(checkpoint: Path) -> Path | None:
-    """Rename a damaged checkpoint, so that it is not used again; return the new path, or None if the checkpoint does not exist."""
+def set_aside(checkpoint: Path, suffix: str = output_files.DAMAGED) -> Path | None:
+    """Rename a damaged checkpoint or another directory, so that it is not used again; return the new path, or None if it does not exist."""
     if not checkpoint.exists():
         return None
-    return checkpoint.rename(output_files.damaged_name(checkpoint))
+    return checkpoint.rename(output_files.damaged_name(checkpoint, suffix))
 
 
 def _complete(directory: Path) -> list[Path]:
-    return [path for path in directory.glob("step_*") if path.is_dir() and path.name.removeprefix("step_").isdigit()]
+    return [path for path in directory.glob("step_*") if path.is_dir() and _STEP.fullmatch(path.name)]
 
 
 def _retire(newest: Path, keep_last: int) -> None:

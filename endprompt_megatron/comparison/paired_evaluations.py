@@ -12,6 +12,7 @@ from typing import Any
 
 from endprompt_megatron.errors import DataError
 from endprompt_megatron.evaluation.earlier_results import with_identity
+from endprompt_megatron.output_files import path_inside
 
 FOLDER = "evaluation_suites"  # folder in the directory of a run; contains one output_dir of recipes/evaluate.py, or one per suite
 _RESULTS = "results.json"
@@ -68,7 +69,7 @@ def read_evaluation(directory: Path) -> dict[Key, TaskScore]:
             results = json.loads(path.read_text())
             scores = {
                 Key(entry["suite"], entry["task"], entry["length"] or 0): TaskScore(
-                    float(entry["score"]), _samples(path.parent / entry["records"]), results["conditions"], with_identity(entry)
+                    float(entry["score"]), _samples(_records(path, entry["records"])), results["conditions"], with_identity(entry)
                 )
                 for entry in results["scores"]
             }
@@ -79,6 +80,13 @@ def read_evaluation(directory: Path) -> dict[Key, TaskScore]:
             raise DataError(f"{path}: {min(twice)} is scored elsewhere in {directory} as well. Keep one of them.")
         found |= scores
     return found
+
+
+def _records(results: Path, name: object) -> Path:
+    path = path_inside(results.parent, name)
+    if path is None:
+        raise DataError(f"{results} names the records {name!r}, which are not in its directory. Run recipes/evaluate.py on it again.")
+    return path
 
 
 def _samples(path: Path) -> dict[SampleId, float]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config, rope_from_hf
+from endprompt_megatron.checkpoint.hf.no_code import refuse_code
 from endprompt_megatron.checkpoint.hf.transformers_config import check_same_config
 from endprompt_megatron.checkpoint.hf.weights import check_hf_weights
 from endprompt_megatron.comparison.bootstrap import bootstrap_interval
@@ -96,8 +97,10 @@ def prepare(config: EvaluateConfig) -> None:
         BackendUnavailableError: lm-eval or the backend is not installed, or the device is a GPU and there is none.
         CheckpointError: the model's config.json or weights are damaged or not supported.
         DataError: the model's tokenizer cannot be read.
+        CheckpointError: the model's files name code.
     """
     config.validate()
+    refuse_code(Path(config.model))
     world_size = launcher.planned_world_size(config)
     if config.runs_lm_eval and config.backend != MEGATRON and world_size > 1:
         raise ConfigError(

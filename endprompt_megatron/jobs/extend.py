@@ -340,6 +340,17 @@ def _train_control(run: Run, blends: tuple[Any, Any], probes: Probes | None) -> 
 
 def _export(run: Run, chunks: list[EndPromptGPTModel], result: TrainingResult, provenance: dict[str, Any]) -> Path:
     config = run.config
+
+    def verify(written: Path) -> None:
+        findings = verify_export(
+            chunks,
+            written,
+            architecture=run.base.architecture,
+            rope=run.rope,
+            target_context_length=config.rope.target_context_length,
+        )
+        get_logger().info(f"{run.output_dir / 'hf'} verified with transformers\n{format_findings(findings)}")
+
     export = export_hf(
         chunks,
         run.output_dir / "hf",
@@ -354,16 +365,8 @@ def _export(run: Run, chunks: list[EndPromptGPTModel], result: TrainingResult, p
             "tokens": result.state.tokens,
             "exported_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         },
+        verify=verify if config.export.verify else None,
     )
-    if config.export.verify:
-        findings = verify_export(
-            chunks,
-            export,
-            architecture=run.base.architecture,
-            rope=run.rope,
-            target_context_length=config.rope.target_context_length,
-        )
-        get_logger().info(f"{export} verified with transformers\n{format_findings(findings)}")
     if config.adapter.type == "lora":
         check_not_moved(run.output_dir)
         adapter = export_peft_adapter(

@@ -127,12 +127,14 @@ def _rope_of(config: RunConfig, architecture: ModelArchitecture, base_rope: Rope
 
 
 def check_base(run: ResolvedRun) -> Base:
-    """Read and check the files of the base model (config, tokenizer, the header of every safetensors file) and tokenise the end prompts.
+    """Read and check the files of the base model (config, tokenizer, the header of every safetensors file, and the settings that the export
+    will have) and tokenise the end prompts.
 
     Raises:
         ConfigError, DataError, CheckpointError: a check failed.
     """
     from endprompt_megatron.checkpoint.hf.transformers_config import check_same_config
+    from endprompt_megatron.checkpoint.hf.transformers_model import check_export_settings
     from endprompt_megatron.checkpoint.hf.weights import check_hf_weights
 
     config, hf_path = run.config, Path(run.config.model.hf_path)
@@ -151,6 +153,7 @@ def check_base(run: ResolvedRun) -> Base:
             raise ConfigError(*problems)
     check_hf_weights(hf_path, architecture)
     check_same_config(hf_path, architecture, rope)
+    check_export_settings(hf_path, run.rope, config.rope.target_context_length)
     check_token_ids(hf_path, tokenizer, num_rows=architecture.vocab_size)
     return Base(hf_path, architecture, rope, tokenizer, hash_tokenizer(hf_path), end_prompts)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from endprompt_megatron.checkpoint.hf.sources import build_tiny_random
-from endprompt_megatron.errors import USER_ERRORS
+from endprompt_megatron.errors import USER_ERRORS, CheckpointError
 from tests.support.compose import compose
 from tests.support.run_recipe import recipe_command, run_recipe, tiny_overrides
 
@@ -136,6 +136,19 @@ def test_model_directory_of_another_model(workplace):
     build_tiny_random(workplace / "model", num_layers=4)
     with pytest.raises(USER_ERRORS, match="num_layers is 4 there and 2 in model.hf_config"):
         _extend(workplace)
+
+
+def test_a_model_that_fails_its_verification_is_not_under_its_final_name(workplace, monkeypatch):
+    from endprompt_megatron.jobs import extend
+
+    def fails(chunks, export, **_):
+        raise CheckpointError(f"{export} is not the trained model")
+
+    monkeypatch.setattr(extend, "verify_export", fails)
+    with pytest.raises(CheckpointError, match="run/hf.failed is not the trained model"):
+        _extend(workplace, "trainer.max_steps=1", "probes.enabled=false", "adapter=none")
+    assert (workplace / "run" / "hf.failed" / "model.safetensors").is_file()
+    assert not any((workplace / "run" / name).exists() for name in ("hf", "hf.partial", "summary.json"))
 
 
 @pytest.mark.parametrize(

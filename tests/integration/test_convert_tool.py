@@ -75,6 +75,20 @@ def test_verify_ends_with_one_on_a_difference(convert, hf, tmp_path):
     assert status == 1 and "rotary frequencies (relative)" in out and "FAILED: " in out and "not checked" in out
 
 
+def test_a_conversion_that_fails_its_verification_is_set_aside(convert, hf, tmp_path, monkeypatch):
+    from endprompt_megatron.checkpoint.hf import verify
+
+    real = verify.verify_megatron_model
+    monkeypatch.setattr(verify, "verify_megatron_model", lambda *_, **__: [verify.Finding("tensors", 1.0, 0.0, "model.norm.weight")])
+    status, out, _ = convert("hf-to-megatron", hf, tmp_path / "megatron")
+    assert status == 1 and "FAILED" in out and "megatron.failed" in out
+    (tmp_path / "megatron.failed").rename(tmp_path / "source")
+    monkeypatch.setattr(verify, "verify_megatron_model", lambda hf, model, **options: real(tmp_path, model, **options))
+    status, _, errors = convert("megatron-to-hf", tmp_path / "source", tmp_path / "hf")
+    assert status == 2 and "hf.failed" in errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf.failed", "source"]
+
+
 def test_the_plan_needs_config_json_alone(convert, hf, tmp_path):
     (tmp_path / "config").mkdir()
     big = json.loads((hf / "config.json").read_text()) | {

@@ -75,10 +75,13 @@ _HARMLESS = {
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id", "return_dict",
     "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "torchscript", "problem_type", "id2label", "label2id",
     "name_or_path", "task_specific_params", "transformers.js_config", "is_llama_config", "tokenizer_class",
-    "max_window_layers", "finetuning_task", "prefix", "attn_implementation", "neftune_noise_alpha",
+    "max_window_layers", "finetuning_task", "prefix", "neftune_noise_alpha",
 }  # fmt: skip
 # replaced by top-level fields with names that all versions of transformers read
 _REPLACED = ("rope_parameters", "original_max_position_embeddings", "_name_or_path", "dtype")
+# how a program runs the model, which each program decides itself: never passed to transformers, never exported
+_RUNTIME = {"attn_implementation", "experts_implementation", "custom_generate", "trust_remote_code"}
+_KERNELS = ("attn_implementation", "experts_implementation")
 _LAYERS = {"full_attention"}
 
 
@@ -95,6 +98,30 @@ def read_hf_config(hf_path: Path) -> dict[str, Any]:
             f"(config.json, *.safetensors, tokenizer files), for example one made by `huggingface-cli download MODEL --local-dir DIR`."
         )
     return read_json_object(path)
+
+
+def check_names_no_code(config: dict[str, Any], *, file: str = "config.json") -> None:
+    """Check that a JSON file of a model directory names neither code nor a kernel that transformers would load.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    if config.get("auto_map"):
+        raise CheckpointError(
+            f"{file} has auto_map={str(config['auto_map'])[:80]}, names of Python code in the model's directory: code of a model is "
+            f"never run here (trust_remote_code=False). If the model works without it, delete auto_map from a copy of {file}."
+        )
+    if config.get("configuration_files"):
+        raise CheckpointError(
+            f"{file} has configuration_files={str(config['configuration_files'])[:80]}, by which transformers reads another file instead: "
+            f"delete it from a copy of {file}."
+        )
+    for name in (*_KERNELS, *(f"_{name}" for name in _KERNELS), *(f"_{name}_internal" for name in _KERNELS)):
+        if "/" in str(config.get(name, "")):
+            raise CheckpointError(
+                f"{file} has {name}={str(config[name])[:80]!r}, the name of a kernel to download and run: only this package's own "
+                f"attention is used. Delete {name} from a copy of {file}."
+            )
 
 
 def architecture_from_hf(config: dict[str, Any]) -> ModelArchitecture:
@@ -116,6 +143,7 @@ def architecture_from_hf(config: dict[str, Any]) -> ModelArchitecture:
             f"config.json has the architecture {family.architecture} but model_type={shown(config['model_type'])}, by which transformers "
             f"selects the model: they are different models. Copy it again from the model."
         )
+    check_names_no_code(config)
     _check_fields(config, family)
     try:
         return _read_architecture(config, family)
@@ -219,9 +247,9 @@ def _check_fields(config: dict[str, Any], family: Family) -> None:
         raise CheckpointError(
             f"config.json has {len(layer_types)} layer_types, but num_hidden_layers={num_layers}. Copy it again from the model."
         )
-    known = _SHAPE_FIELDS | _ROPE_FIELDS | _HARMLESS | supported.keys() | {"layer_types", "sliding_window"}
+    known = _known_fields(family)
     for name, value in config.items():
-        if name in known or name.startswith(("_", "unsloth_")) or value is None or value is False:
+        if name in known or name in _RUNTIME or name.startswith(("_", "unsloth_")) or value is None or value is False:
             continue
         raise CheckpointError(
             f"config.json has {shown(name)[1:-1]}={shown(value)}, an unknown field for {family.architecture} that may change the "
@@ -229,18 +257,30 @@ def _check_fields(config: dict[str, Any], family: Family) -> None:
         )
 
 
+def _known_fields(family: Family) -> set[str]:
+    return _SHAPE_FIELDS | _ROPE_FIELDS | _HARMLESS | _COMMON_FIELDS.keys() | family.supported.keys() | {"layer_types", "sliding_window"}
+
+
+def known_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a checked config.json whose meaning is known here, with model_type. Others (private ones of transformers, those of
+    `_RUNTIME`, empty unknown ones) may make transformers act, so they are passed on neither to it nor to exports."""
+    family = FAMILIES[config["architectures"][0]]
+    known = _known_fields(family)
+    return {**{key: value for key, value in config.items() if key in known}, "model_type": family.model_type}
+
+
 def extended_hf_config(base: dict[str, Any], rope: RopeScaling, *, target_context_length: int, dtype: str) -> dict[str, Any]:
-    """Create config.json of the exported model: the base's, with new context window and RoPE fields.
+    """Create config.json of the exported model: the known fields of the base's, with new context window and RoPE fields.
 
     `rope_parameters` of transformers 5 is dropped: 4.57 ignores it silently, and 5.x reads the top-level fields.
 
     Args:
-        base: parsed config.json of the base.
+        base: parsed config.json of the base, which architecture_from_hf accepts.
         rope: RoPE of the trained model.
         target_context_length: L, the new max_position_embeddings.
         dtype: name of the weights' dtype, e.g. "bfloat16".
     """
-    config = {key: value for key, value in base.items() if key not in _REPLACED}
+    config = {key: value for key, value in known_fields(base).items() if key not in _REPLACED}
     config.update(rope.to_hf())
     config["max_position_embeddings"] = int(target_context_length)
     config["torch_dtype"] = dtype

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from endprompt_megatron.checkpoint.hf.json_files import INDEX_BYTES, read_json_object, shown
 from endprompt_megatron.checkpoint.torch_dist.background_sync import BackgroundSync
 from endprompt_megatron.errors import CheckpointError
+from endprompt_megatron.output_files import path_inside
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -312,6 +313,12 @@ def _locate_tensors(hf_path: Path) -> dict[str, Path]:
             weight_map = {name: str(file) for name, file in read_json_object(index, max_bytes=INDEX_BYTES)["weight_map"].items()}
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index} is damaged ({type(error).__name__}: {error}). Copy it again from the model.") from error
+        outside = sorted(file for file in weight_map.values() if path_inside(hf_path, file) is None)
+        if outside:
+            raise CheckpointError(
+                f"{index} names the file {outside[0]!r}: names in it must be relative and stay inside the model's directory. Copy the "
+                f"index again from the model."
+            )
         if (hf_path / SINGLE_FILE).is_file() and set(weight_map.values()) != {SINGLE_FILE}:
             raise CheckpointError(
                 f"{hf_path} has {SINGLE_FILE}, which transformers reads, but {INDEX_FILE} names other files. Remove the outdated ones."

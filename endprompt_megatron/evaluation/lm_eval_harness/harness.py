@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from endprompt_megatron.checkpoint.hf.no_code import without_custom_generate, without_questions
 from endprompt_megatron.checkpoint.hf.tokenizer import end_tokens, load_tokenizer
 from endprompt_megatron.errors import BackendUnavailableError, DataError
 from endprompt_megatron.evaluation.lm_eval_harness.ruler_prompts import bounded, generator_of, replaced
@@ -145,12 +146,13 @@ class Harness:
             # vLLM multiplies max_position_embeddings by the factor of linear scaling, and rejects lengths beyond the resulting window
             os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
             own |= {"max_model_len": self.max_length, "tensor_parallel_size": config.tensor_parallel_size, "seed": config.seed}
-            return VLLM(**own, batch_size="auto")
+            return VLLM(**own, batch_size="auto", trust_remote_code=False)
         from lm_eval.models.huggingface import HFLM
 
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         own |= {"max_length": self.max_length, "device": device, "batch_size": config.batch_size, "attn_implementation": "sdpa"}
-        return HFLM(**own)
+        with without_questions(), without_custom_generate():
+            return HFLM(**own, trust_remote_code=False)
 
     def _needs_bos(self) -> bool:
         return self.config.bos == "one" and bos_token_of(Path(self.config.model)) is not None
@@ -232,6 +234,9 @@ class Harness:
         yield _local_datasets({hub: path for hub, path in local.items() if hub})
         if task.suite == RULER:
             module = self._ruler_module(generator_of(task.id)[0])
+            from lm_eval.tasks.ruler import common_utils
+
+            yield replaced(common_utils, "AutoTokenizer", OwnTokenizer)  # lm-eval loads it with trust_remote_code=True
             for name in ("squad", "hotpotqa"):
                 path, url = paths.get(name), SOURCES[name].url
                 if path and url:
@@ -273,6 +278,15 @@ class Harness:
         if not found:
             raise DataError(f"{task.id}: lm-eval returned no sample with the filter {task.filter!r}.")
         return found
+
+
+class OwnTokenizer:
+    """Replaces transformers' AutoTokenizer in lm-eval's RULER."""
+
+    @staticmethod
+    def from_pretrained(model_dir: str, **_: Any) -> Any:
+        """Same as load_tokenizer."""
+        return load_tokenizer(Path(model_dir))
 
 
 def _references(task: Task, sample: dict[str, Any]) -> Any:

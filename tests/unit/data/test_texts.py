@@ -212,7 +212,7 @@ def edit_source(folder: Path, **changes: object) -> None:
         (lambda folder: (folder / "source.json").write_text("[" * 100_000), "does not hold the text tiny"),
         (lambda folder: (folder / "source.json").write_bytes(b"\xff"), "does not hold the text tiny"),
         (lambda folder: edit_source(folder, files_sha256={}), "does not hold the text tiny"),
-        (lambda folder: edit_source(folder, files_sha256={"../../secret": "0"}), "does not hold the text tiny"),
+        (lambda folder: edit_source(folder, files_sha256={"../../secret": "0", "/dev/zero": "0"}), "does not hold the text tiny"),
         (lambda folder: edit_source(folder, files_sha256={"train.jsonl": None, "heldout.jsonl": None}), "SHA-256 differs"),
     ],
 )

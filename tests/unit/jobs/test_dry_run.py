@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -54,6 +55,16 @@ def _cluster(
 
 def _run(config: RunConfig) -> str:
     return "\n".join(dry_run(config, world_size=planned_world_size(config)))
+
+
+def test_code_in_the_base_is_refused_without_a_question(tiny_model_dir, tmp_path, monkeypatch):
+    base = copy_model(tiny_model_dir, tmp_path / "base")
+    (base / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}))
+    (base / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: (tmp_path / "asked").touch() or "y")
+    with pytest.raises(CheckpointError, match="code of a model is never run here"):
+        _run(config_of(base, tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_512_ranks_are_listed_by_group_and_by_stage():

@@ -87,6 +87,29 @@ def test_ids_beyond_the_embedding_are_refused_with_the_numbers(tiny_model_dir, t
         checked(config_of(base))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("generation_config.json", ["a list"], "generation_config.json is not a JSON object"),
+        ("generation_config.json", {"temperature": "hot"}, "temperature='hot', which is of another type"),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}, "never run here"),
+    ],
+)
+def test_what_the_verification_would_refuse_is_refused_before_training(tiny_model_dir, tmp_path, name, content, words):
+    base = copy_model(tiny_model_dir, tmp_path / "base")
+    (base / name).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=words):
+        checked(config_of(base))
+
+
+def test_a_tokenizer_that_lies_elsewhere_is_refused_before_training(tiny_model_dir, tmp_path):
+    base = copy_model(tiny_model_dir, tmp_path / "base")
+    (base / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    (base / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
+    with pytest.raises(CheckpointError, match="Replace the link by a copy"):
+        checked(config_of(base))
+
+
 def test_added_tokens_without_a_row_are_refused(tiny_model_dir, tmp_path):
     base = copy_model(tiny_model_dir, tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)

@@ -19,6 +19,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from endprompt_megatron.data.prompts import EndPromptSet
 from endprompt_megatron.errors import DataError
+from endprompt_megatron.mcore.unpickling import arrays_without_pickle
 from endprompt_megatron.positions.scheme import SampleLayout, get_scheme
 
 
@@ -163,7 +164,7 @@ def build_datasets(
     Returns:
         (training dataset, validation dataset or None).
     Raises:
-        DataError: the text is too short for one sample.
+        DataError: the text is too short for one sample, or a file of the index cache is no array of numbers.
     """
     common: dict[str, Any] = dict(
         random_seed=seed,
@@ -193,7 +194,10 @@ def build_datasets(
     unused = 0 if len(train.prefixes) > 1 else None
     sizes = [num_train_samples, num_validation_samples if has_validation else unused, unused]
     try:
-        built = BlendedMegatronDatasetBuilder(EndPromptDataset, sizes, lambda: True, config).build()
+        with arrays_without_pickle():
+            built = BlendedMegatronDatasetBuilder(EndPromptDataset, sizes, lambda: True, config).build()
+    except DataError:
+        raise
     except Exception as error:  # Megatron also raises bare Exception
         raise DataError(
             f"Megatron could not cut samples of data.seq_length={seq_length} tokens from {train.prefixes}, with its index cache in "

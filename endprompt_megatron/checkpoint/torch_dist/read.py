@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     TensorStorageMetadata,
@@ -32,10 +31,10 @@ from endprompt_megatron.checkpoint.hf.mapping import FUSED_NAMES, bindings
 from endprompt_megatron.checkpoint.hf.safetensors_io import BLOCK_BYTES, FileRange, empty, read_tensor
 from endprompt_megatron.checkpoint.training_directory import RUN_FILE
 from endprompt_megatron.errors import CheckpointError
+from endprompt_megatron.mcore.unpickling import METADATA_FILE, load_archive, read_metadata
 from endprompt_megatron.model.adapters import is_adapter
 from endprompt_megatron.planning.architecture import ModelArchitecture
 
-METADATA_FILE = ".metadata"
 LAYERS = "decoder.layers."
 _PREFIXES = ("", "module.", "model.")  # NeMo prefixes names with the name of its wrapper
 _NO_WEIGHTS = re.compile(r"(^|\.)(optimizer|random_state|rng_state|rerun_state_machine_state|opt_param_scheduler)\b|_extra_state")
@@ -113,10 +112,7 @@ class TorchDistReader:
     def __init__(self, path: Path, *, reuse_memory: bool = False):
         self._scratch, self._gathered = (torch.empty(BLOCK_BYTES, dtype=torch.uint8) if reuse_memory else None for _ in range(2))
         self.directory = find_torch_dist(path)
-        try:
-            self._metadata = FileSystemReader(self.directory).read_metadata()
-        except Exception as error:
-            raise CheckpointError(f"{self.directory / METADATA_FILE} cannot be read ({type(error).__name__}: {error}).") from error
+        self._metadata = read_metadata(self.directory)
         self._tensors: dict[str, TensorStorageMetadata] = {
             name: entry for name, entry in self._metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
         }
@@ -303,7 +299,8 @@ class TorchDistReader:
         if position is None:  # not stored row by row: rare, so the whole chunk is read
             where = (chunk.path, chunk.position)
             if self._whole is None or self._whole[0] != where:
-                self._whole = (where, torch.load(_FileSlice(self._open(chunk.path), chunk.position, chunk.length), weights_only=True))
+                archive = _FileSlice(self._open(chunk.path), chunk.position, chunk.length)
+                self._whole = (where, load_archive(archive, where=chunk.path))
             whole = self._whole[1]
             return (whole[lead[0]] if lead else whole)[first:last]
         sizes = chunk.sizes[len(lead) :]
@@ -321,12 +318,16 @@ class TorchDistReader:
     def _find_data(self, chunk: _Chunk, dtype: torch.dtype) -> int | None:
         archive = _FileSlice(self._open(chunk.path), chunk.position, chunk.length)
         try:
-            described = torch.load(archive, map_location="meta", weights_only=True)
+            described = load_archive(archive, where=chunk.path, map_location="meta")
             position = chunk.position + _position_in_archive(archive)
+        except CheckpointError:
+            raise
         except _BROKEN_ARCHIVE as error:
             raise CheckpointError(
                 f"{chunk.path} is damaged or truncated at byte {chunk.position} ({type(error).__name__}: {error}). Copy it again."
             ) from error
+        if not isinstance(described, torch.Tensor):
+            raise CheckpointError(f"{chunk.path} holds a {type(described).__name__} at byte {chunk.position} where a tensor is expected.")
         if tuple(described.shape) != chunk.sizes or described.dtype != dtype:
             raise CheckpointError(
                 f"{chunk.path} holds {list(described.shape)} of {described.dtype} where {METADATA_FILE} says {list(chunk.sizes)} of "

@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from endprompt_megatron.checkpoint import training_directory as checkpoint_directory
 from endprompt_megatron.checkpoint.random_state import random_state, set_random_state
@@ -181,8 +182,9 @@ def load_latest_checkpoint(directory: Path, *, chunks: list[torch.nn.Module], op
         _check_same_run(path, record["config"], config)
         same_layout = record["layout"] == _layout()
         requested = _sharded_state(chunks, optimizer, is_loading=True, with_random_state=same_layout)
-        _drop_absent_extra_states(requested, path, len(chunks))
-        loaded = load_sharded(requested, path)
+        metadata = read_metadata(path)
+        _drop_absent_extra_states(requested, metadata, len(chunks))
+        loaded = load_sharded(requested, path, metadata)
         state = RunState(**record["state"])
     except CheckpointError:
         raise
@@ -220,7 +222,7 @@ def load_torch_dist(chunks: list[torch.nn.Module], directory: Path) -> None:
         # without `_extra_state` objects: they contain no weights, and not every program stores them
         requested[f"model{index}"] = {name: entry for name, entry in state.items() if not isinstance(entry, ShardedObject)}
     try:
-        loaded = load_sharded(requested, directory)
+        loaded = load_sharded(requested, directory, read_metadata(directory))
     except CheckpointError:
         raise
     except _ANY_FAILURE as error:
@@ -233,10 +235,10 @@ def load_torch_dist(chunks: list[torch.nn.Module], directory: Path) -> None:
         chunk.load_state_dict(weights, strict=False)
 
 
-def _drop_absent_extra_states(requested: dict[str, Any], path: Path, num_chunks: int) -> None:
+def _drop_absent_extra_states(requested: dict[str, Any], metadata: Metadata, num_chunks: int) -> None:
     """Remove the `_extra_state` objects that the checkpoint lacks from the request: which layers have one depends on the backend that wrote
     the checkpoint. All are empty except Transformer Engine's FP8 scales, which are recomputed."""
-    stored = read_metadata(path).state_dict_metadata
+    stored = metadata.state_dict_metadata
     for index in range(num_chunks):
         state = requested[f"model{index}"]
         for name in [name for name, entry in state.items() if isinstance(entry, ShardedObject) and entry.unique_key not in stored]:

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.launch.processes import block_stop_signals, serve_parent
-from endprompt_megatron.mcore.unpickling import load_archive, read_metadata, replaced
+from endprompt_megatron.mcore.unpickling import load_archive, replaced
 
 
 def begin_save(sharded_state: dict[str, Any], directory: str, *, asynchronous: bool) -> Any:
@@ -41,20 +41,21 @@ def begin_save(sharded_state: dict[str, Any], directory: str, *, asynchronous: b
     return dist_checkpointing.save(sharded_state, directory, async_sharded_save=asynchronous, **options)
 
 
-def load_sharded(sharded_state: dict[str, Any], directory: Path) -> dict[str, Any]:
+def load_sharded(sharded_state: dict[str, Any], directory: Path, metadata: Metadata) -> dict[str, Any]:
     """Load a sharded state; collective over all ranks. Only the classes that mcore.unpickling lists are unpickled.
 
     Args:
         sharded_state: Megatron's sharded tensors and objects, which name what to load.
         directory: torch_dist directory.
+        metadata: content of its `.metadata`, from mcore.unpickling.read_metadata.
     Returns:
         The state with loaded tensors and objects, and the content of common.pt.
     Raises:
-        CheckpointError: a file of the directory names a foreign class or function, or its metadata is damaged.
+        CheckpointError: a file of the directory names a foreign class or function.
         Exception, CheckpointException: whatever Megatron and torch raise for other damage.
     """
     try:
-        with _restricted_loading(Path(directory)):
+        with _restricted_loading(Path(directory), metadata):
             return dist_checkpointing.load(sharded_state, str(directory))
     except CheckpointException as error:  # torch collects the exceptions of all ranks
         for failure, _ in error.failures.values():
@@ -64,7 +65,7 @@ def load_sharded(sharded_state: dict[str, Any], directory: Path) -> dict[str, An
 
 
 @contextlib.contextmanager
-def _restricted_loading(directory: Path) -> Iterator[None]:
+def _restricted_loading(directory: Path, metadata: Metadata) -> Iterator[None]:
     """Inside the block all unpickling of Megatron's and torch's loaders goes through mcore.unpickling.
 
     Replaces FileSystemReader.read_metadata, which calls pickle.load (torch 2.9-2.13, distributed/checkpoint/filesystem.py), and torch.load,
@@ -72,8 +73,6 @@ def _restricted_loading(directory: Path) -> Iterator[None]:
     for common.pt (megatron-core 0.16-0.19, dist_checkpointing/strategies/common.py). The storage client of NVIDIA, which has loaders of its
     own, is turned off. Can be removed when upstream restricts all three.
     """
-
-    metadata = read_metadata(directory)  # here, because torch swallows this error and looks for metadata of single ranks
 
     def metadata_of(reader: FileSystemReader) -> Metadata:
         if getattr(metadata, "storage_meta", None) is None:

@@ -9,8 +9,9 @@ import io
 import pickle
 import re
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 import megatron.core  # noqa: F401  registers megatron.core.safe_globals, the plain classes that Megatron stores in common.pt
 import numpy as np
@@ -86,17 +87,20 @@ class _ForeignClassError(pickle.UnpicklingError):
     """A pickle names a class or function that it may not name."""
 
 
-class _Unpickler(pickle.Unpickler):
-    """Unpickler that looks up only the given names.
+class _Unpickler(pickle._Unpickler):
+    """Unpickler that looks up only the given names. It extends the one written in Python: the one in C allocates any amount of memory for a
+    damaged file, and lets a file set attributes of classes.
 
     Args:
-        stream: the pickle.
+        content: the pickle.
         allowed: (module, qualified name) of each class and function.
     """
 
-    def __init__(self, stream: Any, allowed: frozenset[tuple[str, str]]):
-        super().__init__(stream)
-        self._allowed, self._classes = allowed, dict[type, dict[str, Any]]()
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, content: bytes, allowed: frozenset[tuple[str, str]]):
+        super().__init__(io.BytesIO(content))
+        self._allowed = allowed
 
     def find_class(self, module: str, name: str) -> Any:
         """Same as pickle.Unpickler."""
@@ -106,32 +110,17 @@ class _Unpickler(pickle.Unpickler):
             return _LAYOUTS.__getitem__
         if name in ("_load_from_bytes", "safe_load_from_bytes"):
             return _tensor_storage
-        found = super().find_class(module, name)
-        if isinstance(found, type):
-            self._classes.setdefault(found, dict(vars(found)))
-        return found
+        return super().find_class(module, name)
 
-    def load(self) -> Any:
-        """Same as pickle.Unpickler. A pickle that sets attributes of the classes themselves is refused, and the attributes are restored."""
-        try:
-            return super().load()
-        finally:
-            changed = [f"{cls.__module__}.{name}" for cls, before in self._classes.items() for name in _restore(cls, before)]
-            if changed:
-                raise _ForeignClassError(f"an assignment to {changed[0]}")
+    def load_build(self) -> None:
+        """Set the attributes of an object. A class, function or enum member is shared with the process, so its attributes are not set."""
+        target = self.stack[-2]  # type: ignore[attr-defined] # typeshed describes only the public methods
+        if callable(target) or isinstance(target, Enum):
+            shared = type(target) if isinstance(target, Enum) else target
+            raise _ForeignClassError(f"an assignment to attributes of {shared.__module__}.{shared.__qualname__}")
+        super().load_build()  # type: ignore[misc] # as above
 
-
-def _restore(cls: type, before: dict[str, Any]) -> list[str]:
-    """Restore the attributes of a class to `before`; return the names that had changed."""
-    now, missing = dict(vars(cls)), object()
-    changed = [name for name in now.keys() | before.keys() if now.get(name, missing) is not before.get(name, missing)]
-    changed = [name for name in changed if name != "__slotnames__"]  # copyreg's cache, which pickling in another thread may fill
-    for name in changed:
-        if name in before:
-            setattr(cls, name, before[name])
-        else:
-            delattr(cls, name)
-    return [f"{cls.__qualname__}.{name}" for name in changed]
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 def _tensor_storage(data: bytes) -> Any:
@@ -162,8 +151,7 @@ def read_metadata(directory: Path) -> Metadata:
     """
     path = Path(directory) / METADATA_FILE
     try:
-        with path.open("rb") as stream:
-            metadata = _Unpickler(stream, _METADATA_CLASSES).load()
+        metadata = _Unpickler(path.read_bytes(), _METADATA_CLASSES).load()
         _check_metadata(metadata)
     except _ForeignClassError as error:
         raise CheckpointError(_refusal(path, str(error))) from None
@@ -179,7 +167,11 @@ def _check_metadata(metadata: Any) -> None:
     for key, entry in metadata.state_dict_metadata.items():
         if not isinstance(key, str) or not isinstance(entry, TensorStorageMetadata | BytesStorageMetadata):
             raise ValueError(f"the entry {key!r} is a {type(entry).__name__}")
-    for index, info in (metadata.storage_data or {}).items():
+        if isinstance(entry, TensorStorageMetadata):
+            _check_tensor(key, entry)
+    if not isinstance(metadata.storage_data, dict):
+        raise ValueError(f"its file positions are a {type(metadata.storage_data).__name__}")
+    for index, info in metadata.storage_data.items():
         if not isinstance(index, MetadataIndex) or not isinstance(info, _StorageInfo):
             raise ValueError(f"the file position of {index!r} is a {type(info).__name__}")
         file = PurePosixPath(info.relative_path)
@@ -187,6 +179,14 @@ def _check_metadata(metadata: Any) -> None:
             raise ValueError(f"{index.fqn} lies in {str(file)!r}, but files of a checkpoint lie inside its directory")
         if not all(isinstance(value, int) and value >= 0 for value in (info.offset, info.length)):
             raise ValueError(f"{index.fqn} lies at byte {info.offset!r}, with {info.length!r} bytes")
+
+
+def _check_tensor(key: str, entry: TensorStorageMetadata) -> None:
+    if not isinstance(entry.properties.dtype, torch.dtype):
+        raise ValueError(f"{key} has the dtype {entry.properties.dtype!r}")
+    for sizes in (entry.size, *(numbers for chunk in entry.chunks for numbers in (chunk.offsets, chunk.sizes))):
+        if not isinstance(sizes, tuple) or len(sizes) != len(entry.size) or not all(isinstance(size, int) and size >= 0 for size in sizes):
+            raise ValueError(f"{key} of shape {entry.size!r} has a chunk at or of {sizes!r}")
 
 
 def load_archive(file: Any, *, where: str | Path, map_location: Any = None) -> Any:
@@ -222,7 +222,7 @@ def plain_extra_state(state: Any, *, where: str | Path) -> Any:
         content = load_archive(state, where=where, map_location="cpu")
     elif isinstance(state, torch.Tensor) and state.numel():
         try:
-            content = _Unpickler(io.BytesIO(state.detach().cpu().numpy().tobytes()), _EXTRA_STATE_CLASSES).load()
+            content = _Unpickler(state.detach().cpu().numpy().tobytes(), _EXTRA_STATE_CLASSES).load()
         except _ForeignClassError as error:
             raise CheckpointError(_refusal(where, str(error))) from None
         except Exception as error:

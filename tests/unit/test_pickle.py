@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -37,12 +38,18 @@ _LOADERS = {
 }  # fmt: skip
 
 
+# a file without any of these words needs no parsing
+_WORDS = re.compile("|".join(sorted({rf"\b{name.rpartition('.')[2]}\b" for name in _NAMES | _LOADERS | {*_WITH, *_WITHOUT, *_MODULES}})))
+
+
 def findings(source: str) -> list[str]:
     """'line: name' of all that can unpickle."""
-    tree = ast.parse(source)
+    if not _WORDS.search(source):
+        return []
+    nodes = list(ast.walk(ast.parse(source)))
     names: dict[str, str] = {}
     found = []
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 names[alias.asname or alias.name.split(".")[0]] = alias.name if alias.asname else alias.name.split(".")[0]
@@ -63,7 +70,7 @@ def findings(source: str) -> list[str]:
         return None
 
     harmless = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Call):
             name = dotted(node.func)
             given = {keyword.arg: keyword.value for keyword in node.keywords}
@@ -80,7 +87,7 @@ def findings(source: str) -> list[str]:
                 only = given.get(keyword, ast.Constant(value))
                 if isinstance(only, ast.Constant) and only.value is value and len(node.args) < 3 and None not in given:
                     harmless.add(node.func)
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Name | ast.Attribute) and node not in harmless:
             name = dotted(node)
             if name in _NAMES | _LOADERS | _WITH.keys() | _WITHOUT.keys():
@@ -90,9 +97,10 @@ def findings(source: str) -> list[str]:
 
 def test_nothing_else_unpickles():
     found = {path.as_posix(): findings((ROOT / path).read_text()) for path in FILES}
-    assert len(found) > 300 and DOOR in found and LOADERS in found
+    assert len(found) > 300, "were all files found?"
+    assert DOOR in found and LOADERS in found
     door = {finding.split(": ")[1] for finding in found.pop(DOOR)}
-    assert door == {"pickle.Unpickler", "torch.load", "numpy.load"}, "is this still the door?"
+    assert door == {"pickle._Unpickler", "torch.load", "numpy.load"}, "is this still the door?"
     assert {finding.split(": ")[1] for finding in found.pop(LOADERS)} <= _LOADERS
     for path in PAYLOADS:
         assert found.pop(path), path

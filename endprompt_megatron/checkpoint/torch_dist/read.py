@@ -9,6 +9,7 @@ common.pt. Layers are stored either stacked, `decoder.layers.<name>` with the la
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
@@ -22,10 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import (
-    MetadataIndex,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from endprompt_megatron.checkpoint.hf.mapping import FUSED_NAMES, bindings
 from endprompt_megatron.checkpoint.hf.safetensors_io import BLOCK_BYTES, FileRange, empty, read_tensor
@@ -110,17 +108,26 @@ class TorchDistReader:
     """
 
     def __init__(self, path: Path, *, reuse_memory: bool = False):
-        self._scratch, self._gathered = (torch.empty(BLOCK_BYTES, dtype=torch.uint8) if reuse_memory else None for _ in range(2))
         self.directory = find_torch_dist(path)
         self._metadata = read_metadata(self.directory)
         self._tensors: dict[str, TensorStorageMetadata] = {
             name: entry for name, entry in self._metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
         }
         self._prefix = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix + "decoder.") for name in self._tensors)), "")
+        self._begin(reuse_memory=reuse_memory)
+
+    def _begin(self, *, reuse_memory: bool) -> None:
+        self._scratch, self._gathered = (torch.empty(BLOCK_BYTES, dtype=torch.uint8) if reuse_memory else None for _ in range(2))
         self._chunks: dict[str, list[_Chunk]] = {}
         self._descriptors: dict[Path, int] = {}
         self._positions: dict[tuple[Path, int], int | None] = {}
         self._whole: tuple[Any, torch.Tensor] | None = None
+
+    def for_thread(self) -> TorchDistReader:
+        """Return another reader of the directory for a thread of its own, with `reuse_memory`. It does not parse the metadata again."""
+        other = copy.copy(self)
+        other._begin(reuse_memory=True)
+        return other
 
     def __enter__(self) -> TorchDistReader:
         return self

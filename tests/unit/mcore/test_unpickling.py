@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from endprompt_megatron.errors import CheckpointError, DataError
@@ -83,23 +83,37 @@ class TestMetadata:
             with pytest.raises(CheckpointError, match="which does not belong in a checkpoint"):
                 read_metadata(written(tmp_path, content))
 
-    def test_that_changes_a_class_is_refused_and_undone(self, tmp_path):
-        """The opcode BUILD sets attributes of whatever lies on the stack, classes included."""
-        name = b"ctorch.distributed.checkpoint.metadata\n"
-        before = dict(vars(Metadata))
-        content = b"\x80\x02" + name + b"Metadata\nN}(X\x0a\x00\x00\x00planner_idK\x01X\x06\x00\x00\x00__eq__K\x02u\x86b."
-        with pytest.raises(CheckpointError, match=r"an assignment to torch.distributed.checkpoint.metadata.Metadata\.(planner_id|__eq__)"):
+    @pytest.mark.parametrize(
+        ("target", "name"),
+        [(b"cMODULE\nMetadata\n", "Metadata"), (b"cMODULE\n_MEM_FORMAT_ENCODING\nK\x00\x85R", "_MEM_FORMAT_ENCODING")],
+        ids=["a class", "a member"],
+    )
+    @pytest.mark.parametrize("state", [b"}X\x02\x00\x00\x00__K\x01s", b"N}X\x02\x00\x00\x00__K\x01s\x86"], ids=["a dict", "slots"])
+    def test_that_changes_what_the_process_shares_is_refused(self, tmp_path, state, target, name):
+        """The opcode BUILD sets attributes of whatever lies on the stack."""
+        content = b"\x80\x02" + target.replace(b"MODULE", Metadata.__module__.encode()) + state + b"b."
+        with pytest.raises(CheckpointError, match=f"an assignment to attributes of {Metadata.__module__}.{name}, which does not belong"):
             read_metadata(written(tmp_path, content))
-        assert dict(vars(Metadata)) == before
+        assert not hasattr(Metadata, "__")
+
+    def test_that_asks_for_much_memory_gets_none(self, tmp_path):
+        """pickle.Unpickler allocates 64 GiB for the first and 1 TiB for the second: a flipped bit is enough."""
+        for content in (b"\x80\x02Nr\xff\xff\xff\xff.", b"\x80\x04\x8e\x00\x00\x00\x00\x00\x01\x00\x00."):
+            with pytest.raises(CheckpointError, match=r"\.metadata cannot be read"):
+                read_metadata(written(tmp_path, content))
 
     @pytest.mark.parametrize(
         ("content", "words"),
         [
             (b"", "EOFError"),
-            (b"no pickle", "UnpicklingError"),
+            (b"no pickle", "KeyError"),
             ({}, "it contains dict instead of Metadata"),
             (Metadata({"key": 1}), "the entry 'key' is a int"),
             (Metadata({}, storage_data={"key": 1}), "the file position of 'key' is a int"),
+            (Metadata({}, storage_data=None), "its file positions are a NoneType"),
+            (Metadata({"key": TensorStorageMetadata(TensorProperties(), (2, -1), [])}, storage_data={}), "has a chunk at or of (2, -1)"),
+            (Metadata({"key": TensorStorageMetadata(TensorProperties("x"), (2,), [])}, storage_data={}), "key has the dtype 'x'"),
+            (Metadata({"key": TensorStorageMetadata(TensorProperties(), (2,), [1])}, storage_data={}), "AttributeError"),
             (metadata(relative_path="../a"), "lies in '../a', but files of a checkpoint lie inside its directory"),
             (metadata(relative_path="/etc/passwd"), "lies in '/etc/passwd'"),
             (metadata(relative_path=5), "TypeError"),

@@ -208,10 +208,7 @@ def megatron_to_hf(
                 if output.note_of(file) is not None:
                     progress.advance(len(shards[file]))
                     return
-                with (
-                    open_torch_dist(model.directory, architecture, model.adapter, reuse_memory=True) as own,
-                    output.writing(file) as (path, _),
-                ):
+                with reader.for_thread() as own, output.writing(file) as (path, _):
                     write_shard(path, shards[file], partial(blocks, own), sync=sync)
 
             def blocks(own: TorchDistReader, tensor: TensorPlan) -> Iterator[torch.Tensor | FileRange]:

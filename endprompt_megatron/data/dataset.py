@@ -20,6 +20,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from endprompt_megatron.data.index_cache import dataset_contents, index_cache
 from endprompt_megatron.data.prompts import EndPromptSet
 from endprompt_megatron.errors import DataError
+from endprompt_megatron.mcore.unpickling import arrays_without_pickle
 from endprompt_megatron.positions.scheme import SampleLayout, get_scheme
 
 
@@ -166,7 +167,7 @@ def build_datasets(
     Returns:
         (training dataset, validation dataset or None).
     Raises:
-        DataError: the text is too short for one sample, or the index cache cannot be written.
+        DataError: the text is too short for one sample, the index cache cannot be written, or a file of it is no array of numbers.
     """
     common: dict[str, Any] = dict(
         random_seed=seed,
@@ -202,9 +203,11 @@ def build_datasets(
             "seed": seed,
             "tokenizer": tokenizer.unique_identifiers,
         }
-        with index_cache(cache_dir, key, verify=verify) as path:
+        with index_cache(cache_dir, key, verify=verify) as path, arrays_without_pickle():
             config = EndPromptDatasetConfig(path_to_cache=str(path), **common)
             built = BlendedMegatronDatasetBuilder(EndPromptDataset, sizes, lambda: True, config).build()
+    except DataError:
+        raise
     except Exception as error:  # Megatron also raises bare Exception
         cause = _os_error(error)
         if cause is not None:

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from endprompt_megatron.config.schema import ParallelConfig
 from endprompt_megatron.mcore import version
+from endprompt_megatron.mcore.patching import replaced
 
 _META = torch.device("meta")
 
@@ -62,7 +63,7 @@ def fake_job(parallel: ParallelConfig, *, world_size: int, rank: int) -> Iterato
         raise AssertionError("a process group is already initialized: a fake job must run before the real one starts")
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        with _replaced(parallel_state, "generate_masked_orthogonal_rank_groups", _rank_groups):
+        with replaced(parallel_state, "generate_masked_orthogonal_rank_groups", _rank_groups):
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=parallel.tensor_model_parallel_size,
                 pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -110,22 +111,12 @@ def on_meta() -> Iterator[None]:
     numbers inside the block. This function replaces torch.cuda.current_device() and get_cuda_rng_tracker(), which tensor_parallel/layers.py
     (megatron-core 0.16-0.19) calls. Remove this function when `init_model_with_meta_device` of TransformerConfig covers these layers."""
     with (
-        _replaced(torch.cuda, "current_device", lambda: _META),
-        _replaced(layers, "get_cuda_rng_tracker", _NoRngTracker),
+        replaced(torch.cuda, "current_device", lambda: _META),
+        replaced(layers, "get_cuda_rng_tracker", _NoRngTracker),
         _META,
         _CudaMeansMeta(),
     ):
         yield
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
 
 
 class _NoRngTracker:

@@ -103,7 +103,7 @@ def test_export_means_the_same_to_transformers_4(finished):
         output = finished / f"logits{number}.pt"
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, "-W", "ignore", "-c", program, str(export), str(output)], env=environment, check=True, cwd=finished)
-        results.append(torch.load(output))
+        results.append(torch.load(output, weights_only=True))
     (old, old_logits), (new, new_logits) = results
     assert old.startswith("4.57") and old != new
     assert torch.allclose(old_logits, new_logits, atol=1e-5)

@@ -24,12 +24,13 @@ import torch
 from endprompt_megatron.checkpoint.hf.no_code import without_custom_generate, without_questions
 from endprompt_megatron.checkpoint.hf.tokenizer import end_tokens, load_tokenizer
 from endprompt_megatron.errors import BackendUnavailableError, DataError
-from endprompt_megatron.evaluation.lm_eval_harness.ruler_prompts import bounded, generator_of, replaced
+from endprompt_megatron.evaluation.lm_eval_harness.ruler_prompts import bounded, generator_of
 from endprompt_megatron.evaluation.sample import Sample
 from endprompt_megatron.evaluation.suite import PREFILL_CHUNK, RULER_SAMPLES, EvaluateConfig
 from endprompt_megatron.evaluation.task_sources import SOURCES, is_offline, sources_of
 from endprompt_megatron.evaluation.tasks import ESSAYS, MEGATRON, PUNKT, RULER, Task
 from endprompt_megatron.log import Progress
+from endprompt_megatron.mcore.patching import replaced
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 
 VERSION = "0.4.13"

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from endprompt_megatron.errors import DataError
+from endprompt_megatron.mcore.patching import replaced
 
 # task id -> (lm-eval module, function of the module that generates the samples of one length)
 GENERATORS = {
@@ -35,17 +36,6 @@ _NEEDLES = ("niah_utils", "generate_samples")
 def generator_of(task: str) -> tuple[str, str]:
     """Return (module, function) of lm-eval's sample generator for a RULER task id."""
     return GENERATORS.get(task, _NEEDLES)
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Replace attribute `name` of `owner` with `value` inside the `with` block and restore it afterwards."""
-    kept = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, kept)
 
 
 @contextmanager

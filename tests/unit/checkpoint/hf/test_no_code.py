@@ -141,7 +141,7 @@ def test_lm_evals_ruler_reads_tokenizers_the_same_way(evil, tmp_path):
     from lm_eval.tasks.ruler import common_utils
 
     from endprompt_megatron.evaluation.lm_eval_harness.harness import OwnTokenizer
-    from endprompt_megatron.evaluation.lm_eval_harness.ruler_prompts import replaced
+    from endprompt_megatron.mcore.patching import replaced
 
     model = evil(TOKENIZER, {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"})
     with replaced(common_utils, "AutoTokenizer", OwnTokenizer), pytest.raises(CheckpointError, match="never run here"):

@@ -18,7 +18,6 @@ import xxhash
 from endprompt_megatron import output_files
 from endprompt_megatron.errors import DamagedFileError
 from endprompt_megatron.log import get_logger
-from endprompt_megatron.output_files import path_inside
 
 LATEST = "latest"
 RUN_FILE = "run.json"
@@ -151,16 +150,13 @@ def damage(checkpoint: Path, *, share: int = 0, shares: int = 1) -> str | None:
     except DamagedFileError as error:
         return f"its {_CHECKSUMS} {error.fault}"
     if not all(Path(name).name == name and isinstance(value, str) and _HEX.fullmatch(value) for name, value in checksums.items()):
-        return f"its {_CHECKSUMS} holds something else than the checksums of files"
+        return f"its {_CHECKSUMS} contains something else than the checksums of files of this directory"
     unlisted = {*_ALWAYS_THERE, *(path.name for path in checkpoint.iterdir() if path.suffix in (".distcp", ".pt"))} - checksums.keys()
     if unlisted:
         return f"its {_CHECKSUMS} lacks {', '.join(sorted(unlisted))}"
     for name in sorted(checksums)[share::shares]:
-        path = path_inside(checkpoint, name)
-        if path is None:
-            return f"its {_CHECKSUMS} names {name!r}, which is not a file of this directory"
         try:
-            if _checksum(path) != checksums[name]:
+            if _checksum(checkpoint / name) != checksums[name]:
                 return f"{name} has changed since it was written (its checksum differs)"
         except OSError as error:
             return f"{name} cannot be read ({error})"

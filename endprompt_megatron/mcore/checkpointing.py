@@ -1,5 +1,5 @@
-"""Save and load with megatron.core.dist_checkpointing, with the same arguments in every supported version of megatron-core. Loading unpickles
-only the classes that unpickling.py lists."""
+"""Save and load with megatron.core.dist_checkpointing, with the same arguments in every supported version of megatron-core. Loading
+unpickles only the classes that unpickling.py lists."""
 
 from __future__ import annotations
 

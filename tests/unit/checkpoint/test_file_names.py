@@ -101,4 +101,4 @@ def test_checksums_of_files_outside_are_damage(tmp_path, name):
     checkpoint.mkdir()
     (tmp_path / "secret").write_text("not of this checkpoint")
     (checkpoint / "checksums.json").write_text(json.dumps({name: "0"}))
-    assert "not a file of this directory" in damage(checkpoint)
+    assert "something else than the checksums of files of this directory" in damage(checkpoint)

@@ -1,15 +1,17 @@
-"""What every recipe shares: where the library lies, how the command line is read and composed, how composed values become a typed config,
-and how an error ends the program."""
+"""Code shared by all recipes: adds the repository to sys.path, reads and composes the command line, converts composed values to typed
+configs, and turns errors into exit statuses."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -23,32 +25,39 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from endprompt_megatron.config.ranges import quoted  # noqa: E402
 from endprompt_megatron.config.schema import RunConfig, with_expanded_paths  # noqa: E402
-from endprompt_megatron.errors import EXIT_RESUME, EXIT_USER_ERROR, USER_ERRORS, ConfigError, RunInterrupted  # noqa: E402
+from endprompt_megatron.errors import EXIT_INTERRUPTED, EXIT_RESUME, EXIT_USER_ERROR, USER_ERRORS, ConfigError, RunInterrupted  # noqa: E402
 from endprompt_megatron.launch.processes import ignore_stop_signals  # noqa: E402
-from endprompt_megatron.mcore.optional_packages import treat_broken_as_missing  # noqa: E402
+from endprompt_megatron.mcore.import_hooks import install_import_hooks  # noqa: E402
 
-treat_broken_as_missing()  # before megatron.core is imported
+install_import_hooks()  # before megatron.core is imported
 T = TypeVar("T")
 DEFAULT_EXPERIMENT = "smollm2_135m_16k_cpu"
 _CONF = str(ROOT / "conf")
 _NO_CHOICE = ("", "null", "[]", "{}", "''", '""')
-# where Hydra's messages go on about Hydra
+# starts of the lines of a message that are about Hydra itself
 _OF_HYDRA = ("See https://hydra.cc", "Config search path:", "Set the environment variable HYDRA_FULL_ERROR", "full_key:", "object_type=")
 
 
 def start(job: Callable[[DictConfig], None], config_name: str, default_experiment: str | None = None) -> None:
-    """Run a recipe as a program: read the command line, compose conf/CONFIG_NAME.yaml, and call the job with it.
+    """Run a recipe as a program: read the command line, compose conf/CONFIG_NAME.yaml, and call the job with it. Errors exit with the
+    documented status.
 
     Args:
-        job: function of the recipe; its own errors are its own to translate (exit_on_errors).
+        job: function of the recipe.
         config_name: file of conf/, without its suffix.
-        default_experiment: as read_command_line.
+        default_experiment: same as in read_command_line.
     """
-    read_command_line(default_experiment)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, which it would print with a traceback
+
+    @functools.wraps(job)  # Hydra takes the name of the program from it
+    def job_with_exit_status(composed: DictConfig) -> None:
+        with exit_on_errors():
+            job(composed)
+
     with exit_on_errors():
+        read_command_line(default_experiment)
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, instead of printing them with a traceback
         try:
-            hydra.main(version_base="1.3", config_path=_CONF, config_name=config_name)(job)()
+            hydra.main(version_base="1.3", config_path=_CONF, config_name=config_name)(job_with_exit_status)()
         except Exception as error:
             if any(frame.f_code is job.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
                 raise
@@ -56,13 +65,13 @@ def start(job: Callable[[DictConfig], None], config_name: str, default_experimen
 
 
 def compose(config_name: str, arguments: list[str]) -> DictConfig:
-    """Compose conf/CONFIG_NAME.yaml inside a running program, as its recipe would.
+    """Compose conf/CONFIG_NAME.yaml in a running program, in the same way as start.
 
     Args:
         config_name: file of conf/, without its suffix.
         arguments: overrides, as on the command line.
     Raises:
-        ConfigError: an override cannot be read, or names no key, group or choice.
+        ConfigError: an override cannot be parsed, or names a key, group or choice that conf/ does not have.
     """
     refuse_former_names(arguments)
     refuse_missing_choices(arguments)
@@ -70,12 +79,12 @@ def compose(config_name: str, arguments: list[str]) -> DictConfig:
     try:
         with hydra.initialize_config_dir(_CONF, version_base="1.3"):
             return hydra.compose(config_name, overrides=clear_empty_dicts(arguments))
-    except Exception as error:  # Hydra and OmegaConf raise ValueError, KeyError and others for what was typed, too
+    except Exception as error:  # for wrong overrides, Hydra and OmegaConf raise ValueError, KeyError and others too
         raise ConfigError(in_one_line(error)) from error
 
 
 def in_one_line(error: Exception) -> str:
-    """The message of an error of Hydra's or OmegaConf's, without what it says about itself."""
+    """Return the message of an error of Hydra or OmegaConf as one line, without the lines about Hydra itself."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
     lines = [line.strip() for line in "\n".join(filter(None, (str(error), str(cause or "")))).splitlines()]
     end = next((number for number, line in enumerate(lines) if line.startswith("Config search path:")), len(lines))
@@ -84,30 +93,31 @@ def in_one_line(error: Exception) -> str:
 
 
 def read_command_line(default_experiment: str | None = None) -> None:
-    """Make sys.argv what Hydra is to read.
+    """Rewrite sys.argv for Hydra: add the default experiment and make `key={}` empty a dictionary.
 
-    `key={}` empties a dictionary: by itself Hydra merges {} into the default's, which changes nothing.
+    Hydra itself merges {} into the default value, which changes nothing.
 
     Args:
-        default_experiment: what runs where the command line names no experiment; None for recipes without experiments.
+        default_experiment: added if the command line contains no experiment; None for recipes that take no experiment.
+    Raises:
+        ConfigError: an override uses a name from an earlier release, or leaves a group of conf/ without a choice.
     """
-    with exit_on_errors():
-        refuse_former_names(sys.argv[1:])
-        refuse_missing_choices(sys.argv[1:])
+    refuse_former_names(sys.argv[1:])
+    refuse_missing_choices(sys.argv[1:])
     if default_experiment and not any("experiment=" in argument for argument in sys.argv[1:]):
         sys.argv.append(f"+experiment={default_experiment}")
     sys.argv = clear_empty_dicts(sys.argv)
 
 
-# group or choice of earlier releases -> what it is called now
+# group or choice in earlier releases -> its current name
 _RENAMED = {"evaluation=probes": "probes=standard", "evaluation": "probes", "suite=probes": "suite=ruler_offline"}
 
 
 def refuse_former_names(arguments: list[str]) -> None:
-    """Refuse overrides of keys that earlier releases had.
+    """Check that no override uses a name from an earlier release.
 
     Raises:
-        ConfigError: with the name of today.
+        ConfigError: an override does; the message states the current name.
     """
     for text in arguments:
         bare = text.lstrip("+~")
@@ -117,62 +127,71 @@ def refuse_former_names(arguments: list[str]) -> None:
 
 
 def refuse_missing_choices(arguments: list[str]) -> None:
-    """Refuse `GROUP=null`, `GROUP=[]` and `~GROUP` of the groups in conf/: the first ends Hydra in a traceback, the others leave a group
-    without its values.
+    """Check that every group of conf/ keeps a choice. With `GROUP=null` Hydra raises an error that names no key, and with `GROUP=[]` or
+    `~GROUP` the group has no values.
 
     Raises:
-        ConfigError: with the choices.
+        ConfigError: an override is one of these; the message lists the choices.
     """
     for text in arguments:
         name, equals, choice = text.lstrip("+~").partition("=")
         is_dropped = text.startswith("~") and name in RunConfig.__dataclass_fields__
         if (is_dropped or (equals and choice.strip() in _NO_CHOICE)) and name.isidentifier() and (ROOT / "conf" / name).is_dir():
-            choices = ", ".join(sorted(path.stem for path in (ROOT / "conf" / name).glob("*.yaml")))
-            raise ConfigError(f"{text}: {name} is a group of files in conf/. Choose one of {choices}, or leave {text} out.")
+            raise ConfigError(
+                f"{text}: {name} is a group of files in conf/. Choose one of {', '.join(choices(name))}, or leave {text} out."
+            )
+
+
+def choices(group: str) -> tuple[str, ...]:
+    """Return the names of the files in conf/GROUP, sorted."""
+    return tuple(sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml")))
 
 
 def clear_empty_dicts(arguments: list[str]) -> list[str]:
-    """Overrides with every `key={}` as `~key`."""
+    """Return the overrides with every `key={}` replaced by `~key`."""
     return [f"~{text.removesuffix('={}')}" if text.endswith("={}") else text for text in arguments]
 
 
-def to_dataclass(composed: Any, schema: type[T], *, explained_in: str, prefix: str = "") -> T:
-    """Composed values as the dataclass that types them.
+def to_dataclass(composed: DictConfig, schema: type[T], *, group: str | None = None) -> T:
+    """Convert composed values to the dataclass `schema`.
 
     Args:
-        explained_in: file that explains the keys, for the error.
-        prefix: of the keys, in the error.
+        composed: values as Hydra composes them.
+        schema: dataclass with the keys and types. Error messages name its file.
+        group: key of the values to convert; None converts all values.
     Raises:
-        ConfigError: a key or a type that the schema does not know, with its dotted name; or a group without values.
+        ConfigError: the schema does not have a key, a value has the wrong type, or a group has no values; the message contains the dotted
+            name of the key.
     """
-    if not isinstance(composed, DictConfig):
-        raise ConfigError(f"{prefix.rstrip('.') or 'config'}={quoted(composed)}: must be a group of keys. {explained_in} explains them.")
+    explained_in, prefix = f"{schema.__module__.replace('.', '/')}.py", "" if group is None else f"{group}."
     try:
-        values = OmegaConf.to_container(composed, resolve=True)
+        part = composed if group is None else composed.get(group)
+        if not isinstance(part, DictConfig):
+            raise ConfigError(f"{group}={quoted(part)}: must be a group of keys. {explained_in} explains them.")
+        values = OmegaConf.to_container(part, resolve=True)
         _check_groups_and_switches(values, schema, prefix)
-        return OmegaConf.to_object(OmegaConf.merge(_structured(schema), values if prefix else composed))
+        return OmegaConf.to_object(OmegaConf.merge(_structured(schema), values))
+    except ConfigError:
+        raise
     except OmegaConfBaseException as error:
-        key = f"{prefix}{error.full_key or ('' if prefix else 'config')}"
+        key = error.full_key or group or "config"
+        key = key if f"{key}.".startswith(prefix) else f"{prefix}{key}"  # errors of resolving have the whole key, errors of merging do not
         raise ConfigError(f"{key}: {in_one_line(error)}. {explained_in} explains the keys.") from error
-    except (
-        ArithmeticError,
-        AttributeError,
-        TypeError,
-        ValueError,
-    ) as error:  # also OmegaConf's
-        raise ConfigError(f"{prefix.rstrip('.') or 'config'}: {in_one_line(error)}. {explained_in} explains the keys.") from error
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:  # OmegaConf raises these too
+        raise ConfigError(f"{group or 'config'}: {in_one_line(error)}. {explained_in} explains the keys.") from error
 
 
-@cache
+@functools.cache
 def _structured(schema: type) -> DictConfig:
     return OmegaConf.structured(schema)
 
 
 def _check_groups_and_switches(values: Any, schema: type, prefix: str) -> None:
-    """What OmegaConf lets pass: a group without values has its defaults, and any number or `on` is true.
+    """Check two rules that OmegaConf does not have. OmegaConf gives a group without values its defaults, and takes any number and `on` for
+    true.
 
     Raises:
-        ConfigError: see above.
+        ConfigError: a group has no values, or a value of type bool is neither true nor false.
     """
     hints = get_type_hints(schema)
     for field in dataclasses.fields(schema):
@@ -186,22 +205,35 @@ def _check_groups_and_switches(values: Any, schema: type, prefix: str) -> None:
 
 
 def to_run_config(composed: DictConfig) -> RunConfig:
-    """The composed values of conf/extend.yaml."""
-    config: Any = to_dataclass(composed, RunConfig, explained_in="endprompt_megatron/config/schema.py")
+    """Convert the composed values of conf/extend.yaml to a RunConfig with expanded paths."""
+    config: Any = to_dataclass(composed, RunConfig)
     return with_expanded_paths(config)
+
+
+def command_line(*, without: str | None = None) -> str:
+    """Return the command line of the running recipe, quoted for a shell.
+
+    Args:
+        without: start of the arguments to leave out, or None.
+    """
+    arguments = [text for text in sys.argv[1:] if without is None or not text.startswith(without)]
+    return f"python recipes/{Path(sys.argv[0]).name} {shlex.join(arguments)}"
 
 
 @contextmanager
 def exit_on_errors() -> Iterator[None]:
-    """Inside the block an error that a user can mend ends the program in a sentence, and every way to end has its exit status."""
+    """Exit with the documented status when the block raises: user errors print one line without a traceback, an interrupted run exits with
+    EXIT_RESUME."""
     try:
         yield
     except USER_ERRORS as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except RunInterrupted as request:
-        ignore_stop_signals()  # a second one must not change the exit status
+        ignore_stop_signals()  # a second signal must not change the exit status
         print(request, file=sys.stderr)
         sys.exit(EXIT_RESUME)
     except KeyboardInterrupt:
-        sys.exit("interrupted; start the same command again: it goes on where it stood")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not end the clean-up in a traceback
+        print("interrupted; start the same command again to resume", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)

@@ -1,17 +1,16 @@
 """Compare methods: `python recipes/compare.py +study=NAME [key=value ...]`.
 
-Runs recipes/extend.py for every method and seed of the study (each in a process of its own), and writes one page with means, standard
-deviations, paired tests, costs and pictures. The same command goes on where it stopped. `write_only=true` writes the page from what is
-there; `collect=[outputs/a,outputs/b]` compares runs that you made yourself, `evaluations="['base=DIR','after=DIR']" reference=base`
-what recipes/evaluate.py found of two or more models.
+Runs recipes/extend.py for every method and seed of the study, each in its own process, and writes one page with means, standard deviations,
+paired tests, costs and figures. The same command resumes a stopped study. `write_only=true` starts no runs and writes the page from the
+results that exist. `collect=[outputs/a,outputs/b]` compares runs that were started by hand, and
+`evaluations="['base=DIR','after=DIR']" reference=base` compares results of recipes/evaluate.py for two or more models.
 """
 
 from __future__ import annotations
 
-import shlex
 import sys
 
-from _entry import ROOT, compose, exit_on_errors, start, to_dataclass, to_run_config
+from _entry import ROOT, choices, command_line, compose, start, to_dataclass, to_run_config
 from omegaconf import DictConfig
 
 from endprompt_megatron.comparison.study import RunRequest, StudyConfig
@@ -21,13 +20,8 @@ from endprompt_megatron.jobs.preflight import resolve
 from endprompt_megatron.launch.launcher import planned_world_size
 
 
-def to_study(composed: DictConfig) -> StudyConfig:
-    """The composed values as a StudyConfig; a key or type that the schema does not know fails with its dotted name."""
-    return to_dataclass(composed, StudyConfig, explained_in="endprompt_megatron/comparison/study.py")
-
-
 def check_run(request: RunRequest) -> None:
-    """Compose and validate what a run would be, as recipes/extend.py will."""
+    """Compose and validate the configuration of a run as recipes/extend.py does. Raises ConfigError if the run is invalid."""
     try:
         config = to_run_config(compose("extend", [*request.overrides, f"name={request.name}", f"seed={request.seed}"]))
         resolve(config, world_size=planned_world_size(config), runs_here=False)
@@ -36,16 +30,11 @@ def check_run(request: RunRequest) -> None:
 
 
 def run(composed: DictConfig) -> None:
-    """One study."""
-    with exit_on_errors():
-        study = to_study(composed)
-        finished = compare(
-            study,
-            command=[sys.executable, "-W", "ignore", str(ROOT / "recipes" / "extend.py")],
-            known_methods=tuple(sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))),
-            commands=["python recipes/compare.py " + shlex.join(text for text in sys.argv[1:] if not text.startswith("write_only="))],
-            check=check_run,
-        )
+    """Run one study; exit with status 1 if it did not finish."""
+    study = to_dataclass(composed, StudyConfig)
+    command = [sys.executable, "-W", "ignore", str(ROOT / "recipes" / "extend.py")]
+    commands = [command_line(without="write_only=")]
+    finished = compare(study, command=command, known_methods=choices("method"), commands=commands, check=check_run)
     if not finished and not study.write_only:
         sys.exit(1)
 

@@ -1,6 +1,5 @@
-"""The range of every number and text of a configuration. A field of a schema states it beside its type, as `Annotated[float, Range(0, 1)]`;
-
-`range_problems` reads it there and says what is wrong. Standard library only."""
+"""The ranges of the numbers and texts of a configuration. A field of a schema states its range in its type, as in
+`Annotated[float, Range(0, 1)]`. `range_problems` reads the ranges and returns a message for every value outside."""
 
 from __future__ import annotations
 
@@ -14,18 +13,18 @@ from endprompt_megatron.errors import ConfigError
 
 # The largest position: RoPE multiplies positions as float32 numbers, which count exactly up to 2^24.
 MOST_POSITIONS = 2**24
-MOST_RANKS = 2**16  # of a job: a dry run makes the groups of all of them in seconds
+MOST_RANKS = 2**16  # in a job; a dry run computes the process groups of this many in seconds
 _MOST_BYTES_OF_A_PATH, _MOST_BYTES_OF_A_NAME = 4095, 255  # Linux: PATH_MAX without its end, NAME_MAX
 _SHOWN_BITS = 128
 
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from `least` to `most`. NaN is in no range.
+    """Numbers from `least` to `most`. NaN is in no range.
 
     Attributes:
         least, most: ends of the range.
-        excludes_least, excludes_most: whether an end itself is outside.
+        excludes_least, excludes_most: whether the end itself is outside.
     """
 
     least: float
@@ -34,13 +33,13 @@ class Range:
     excludes_most: bool = False
 
     def holds(self, value: Any) -> bool:
-        """Whether a number is in the range."""
+        """Return whether a number is in the range."""
         return (self.least < value if self.excludes_least else self.least <= value) and (
             value < self.most if self.excludes_most else value <= self.most
         )
 
     def broken_by(self, value: Any) -> str | None:
-        """The rule, if a value breaks it."""
+        """Return the rule as a message if the value breaks it."""
         if isinstance(value, bool) or not isinstance(value, int | float):
             return "must be a number"
         if self.holds(value):
@@ -56,15 +55,15 @@ class Text:
     """Texts of 1 to `most` characters that are not blank.
 
     Attributes:
-        most: characters.
-        can_be_blank: whether white space alone is a text.
+        most: largest number of characters.
+        can_be_blank: whether a text may consist of white space.
     """
 
     most: int = 1000
     can_be_blank: bool = False
 
     def broken_by(self, value: Any) -> str | None:
-        """The rule, if a value breaks it."""
+        """Return the rule as a message if the value breaks it."""
         if not isinstance(value, str):
             return "must be a text"
         if not value or not (self.can_be_blank or value.strip()):
@@ -76,10 +75,10 @@ class Text:
 
 @dataclass(frozen=True)
 class FilePath:
-    """Paths that a file system can hold."""
+    """Paths that Linux accepts."""
 
     def broken_by(self, value: Any) -> str | None:
-        """The rule, if a value breaks it."""
+        """Return the rule as a message if the value breaks it."""
         if not isinstance(value, str):
             return "must be a path"
         if not value.strip():
@@ -96,18 +95,18 @@ class FilePath:
 
 @dataclass(frozen=True)
 class OneOf:
-    """Names of a list."""
+    """One of several names."""
 
     choices: tuple[str, ...]
 
     def broken_by(self, value: Any) -> str | None:
-        """The rule, if a value breaks it."""
+        """Return the rule as a message if the value breaks it."""
         return None if value in self.choices else f"choose {', '.join(self.choices[:-1])} or {self.choices[-1]}"
 
 
 Constraint = Range | Text | FilePath | OneOf
 
-# what several fields are
+# types of several fields
 Count = Annotated[int, Range(1, 1_000_000)]
 CountOrZero = Annotated[int, Range(0, 1_000_000)]
 Tokens = Annotated[int, Range(1, MOST_POSITIONS)]
@@ -121,7 +120,7 @@ Positive = Annotated[float, Range(1e-6, 1_000_000)]
 
 
 def quoted(value: Any, *, characters: int = 60) -> str:
-    """A value as a message shows it: at most about so many characters, and visible where it is blank."""
+    """Return a value for a message: cut to about `characters`, and in quotation marks if it is blank or contains unprintable characters."""
     if isinstance(value, int) and value.bit_length() > _SHOWN_BITS:
         return f"(an integer of {value.bit_length()} bits)"
     if isinstance(value, str):
@@ -131,7 +130,7 @@ def quoted(value: Any, *, characters: int = 60) -> str:
 
 
 def limits_of(schema: type, prefix: str = "") -> dict[str, Constraint]:
-    """{dotted key: constraint} of a schema. Fields of schemas in lists have the key of the list and their own name."""
+    """Return {dotted key: constraint} of a schema. The field `path` of the schemas in a list `train` has the key `train.path`."""
     found = {f"{prefix}{field.name}": constraint for field, constraint in _own_limits(schema)}
     hints = get_type_hints(schema)
     for field in dataclasses.fields(schema):
@@ -142,13 +141,13 @@ def limits_of(schema: type, prefix: str = "") -> dict[str, Constraint]:
 
 
 def range_problems(config: Any, prefix: str = "") -> dict[str, list[str]]:
-    """What is outside its range.
+    """Check the range of every value.
 
     Args:
-        config: an object of a schema.
-        prefix: of its keys.
+        config: an instance of a schema.
+        prefix: prepended to the keys.
     Returns:
-        {dotted key: sentences with the value, the rule and the default}; lists have one key.
+        {dotted key: messages with the value, the range and the default} of the values outside. A list has one key.
     """
     problems: dict[str, list[str]] = {}
     for field, constraint in _own_limits(config.__class__):
@@ -170,10 +169,10 @@ def range_problems(config: Any, prefix: str = "") -> dict[str, list[str]]:
 
 
 def check_ranges(config: Any, prefix: str = "") -> None:
-    """Check the ranges alone, where no other rule is read.
+    """Check the ranges only.
 
     Raises:
-        ConfigError: with every value that is outside.
+        ConfigError: a value is outside its range; there is a message for every such value.
     """
     problems = [words for found in range_problems(config, prefix).values() for words in found]
     if problems:
@@ -188,7 +187,7 @@ def _own_limits(schema: type) -> tuple[tuple[dataclasses.Field[Any], Constraint]
 
 
 def _constraint_in(hint: Any) -> Constraint | None:
-    """The constraint in an annotation: of Annotated[int, C], Optional[Annotated[int, C]] or list[Annotated[int, C]]."""
+    """Return the constraint C of Annotated[int, C], Optional[Annotated[int, C]] or list[Annotated[int, C]]; None without one."""
     for found in getattr(hint, "__metadata__", ()):
         if isinstance(found, Constraint):
             return found
@@ -196,7 +195,7 @@ def _constraint_in(hint: Any) -> Constraint | None:
 
 
 def _each(value: Any) -> Iterator[Any]:
-    """The numbers or texts of a value: its own, of its list, or of the lists in its dict; none for null."""
+    """Yield the numbers or texts of a value: the value itself, or those in its list, or those in the lists of its dictionary."""
     if isinstance(value, dict):
         for item in value.values():
             yield from _each(item) if isinstance(item, list) else (item,)
@@ -219,7 +218,7 @@ def _number(value: float) -> str:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    """Words about the default, with a space before; "" for a key without one."""
+    """Return a sentence about the default after a space, or "" if the key has no default."""
     if field.default in (dataclasses.MISSING, "???"):
         return ""
     return f" The default is {'null' if field.default is None else quoted(field.default)}."

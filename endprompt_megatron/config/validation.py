@@ -1,5 +1,5 @@
-"""The rules of a run's configuration: the ranges of the schema, and one table of all else, checked at once. Each rule names the keys that
-it reads and says what would be right."""
+"""The rules of a run's configuration: the ranges of the schema, and one table of all other rules, checked at once. Each rule names the keys
+that it reads and says what would be right."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _ADAPTER_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def find_problems(facts: Facts) -> list[str]:
-    """Every broken rule, one sentence each: the value, the rule, the way out. A rule of RULES is not read where a key of it is outside its
-    range."""
+    """Return one message per broken rule, with the value, the rule and the way out. A rule of RULES is skipped if one of its keys is
+    outside its range."""
     outside = range_problems(facts.config)
     readable = (rule for rule in RULES if outside.keys().isdisjoint(rule.keys))
     return [words for found in outside.values() for words in found] + [words for rule in readable for words in rule.problems(facts)]
@@ -165,7 +165,7 @@ def _longest_prompt(facts: Facts) -> int:
 
 
 def _most_chunks(facts: Facts) -> int | None:
-    """Tokens that method.num_chunks divides; None where nothing is divided or the length of the prompt is not known."""
+    """Return the number of tokens that are divided into method.num_chunks; None if nothing is divided or the length is not known."""
     lengths = {"pose": facts.config.data.seq_length, "endprompt_pose": _longest_prompt(facts)}
     return lengths.get(facts.method.position_scheme) or None
 

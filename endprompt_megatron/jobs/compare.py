@@ -13,7 +13,7 @@ from endprompt_megatron.comparison.runner import Runner, RunOutcome
 from endprompt_megatron.comparison.study import RunRequest, StudyConfig
 from endprompt_megatron.errors import ConfigError, DataError
 from endprompt_megatron.log import get_logger
-from endprompt_megatron.output_files import claimed
+from endprompt_megatron.output_files import claimed, replace_text
 from endprompt_megatron.report.comparison import Section, write_comparison
 from endprompt_megatron.report.suite_comparison import write_suite_comparison
 
@@ -26,8 +26,8 @@ def compare(
     """Carry a study out, or on; the page is written anew after every run, its pictures at the end.
 
     Args:
-        study: what to compare.
-        command: of recipes/extend.py.
+        study: configuration of the study.
+        command: command line of recipes/extend.py.
         known_methods: names in conf/method.
         commands: that made the page, for the page.
         check: raises ConfigError for a run that cannot work; called before anything starts.
@@ -56,7 +56,7 @@ def compare(
         runner.check(requests)
     _refuse_other_files(output_dir)
     with claimed(output_dir, doing="carries this study out"):
-        (output_dir / _STUDY_FILE).write_text(json.dumps(asdict(study), indent=2) + "\n")
+        replace_text(output_dir / _STUDY_FILE, json.dumps(asdict(study), indent=2) + "\n")
         return _Comparison(study, runner, collected, requests, commands).carry_out()
 
 
@@ -72,7 +72,7 @@ def _compare_evaluations(study: StudyConfig, output_dir: Path, commands: list[st
                 raise DataError(f"evaluations: {label}={directory} holds no results.json of recipes/evaluate.py with a score.")
     _refuse_other_files(output_dir)
     with claimed(output_dir, doing="carries this study out"):
-        (output_dir / _STUDY_FILE).write_text(json.dumps(asdict(study), indent=2) + "\n")
+        replace_text(output_dir / _STUDY_FILE, json.dumps(asdict(study), indent=2) + "\n")
         page = write_suite_comparison(output_dir, study.name, models, reference=study.reference, commands=commands)
     get_logger().info(f"page {page}")
     return True
@@ -109,7 +109,7 @@ class _Comparison:
     stand_ins: list[RunRequest] = field(default_factory=list)
 
     def carry_out(self) -> bool:
-        """As compare."""
+        """Same as `compare`."""
         if not self.study.write_only:
             self.runner.run_all(self.requests, jobs=self.study.jobs, after=self.write)
         if "seconds" in self.study.budgets and not self.pending(self.requests):
@@ -122,7 +122,7 @@ class _Comparison:
         return all(outcome is not None and outcome.failure is None for outcome in outcomes)
 
     def results(self) -> tuple[list[RunResult], list[RunOutcome]]:
-        """Of the token budget: what finished runs measured, and the runs that failed."""
+        """Return (results of the collected and the finished runs, failed runs) for the token budget."""
         results, failed = read_outcomes(outcome for outcome in map(self.runner.outcome, self.requests) if outcome)
         return distinct(self.collected + results), failed
 
@@ -131,7 +131,7 @@ class _Comparison:
         return sum(self.runner.outcome(request) is None for request in requests)
 
     def write(self, *, draw: bool = False) -> None:
-        """The page, from what is there."""
+        """Write the page from the runs that have ended so far."""
         results, failed = self.results()
         sections = [_same_tokens(results)]
         pending = self.pending([*self.requests, *self.stand_ins])

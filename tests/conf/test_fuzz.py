@@ -1,6 +1,7 @@
-"""Overrides that nobody means, on three recipes: each is refused in words or works, and what works is within the ranges of the schema.
+"""Overrides with nonsensical values for three recipes. Each raises a user error or is accepted, and accepted values are within the ranges of
+the schema.
 
-In process, as the recipes do it: compose, convert, check; where that passes, the plan itself is made.
+The tests compose, convert and check the values in this process as the recipes do. If that succeeds, they also compute the plan.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import Any, get_type_hints
 
 import hypothesis
 import pytest
-from _entry import ROOT, compose, to_run_config  # recipes/_entry.py
+from _entry import ROOT, to_run_config  # recipes/_entry.py
+from _entry import compose as compose_of_recipe
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import strategies
 from omegaconf import DictConfig, OmegaConf
-from plan import to_cluster, without_plan  # recipes/plan.py
+from plan import to_configs  # recipes/plan.py
 
 from endprompt_megatron.config.cluster import ClusterConfig
 from endprompt_megatron.config.ranges import OneOf, Range, limits_of
@@ -30,6 +32,7 @@ from endprompt_megatron.jobs.dry_run import dry_run
 from endprompt_megatron.jobs.evaluate import prepare
 from endprompt_megatron.jobs.plan import plan_cluster
 from endprompt_megatron.launch.launcher import planned_world_size
+from tests.support.compose import compose
 
 NASTY = (
     "nan", "inf", "-inf", "-1", "0", "1", "1e300", "-1e300", "1e20", "1e-320", "0.5", str(10**13), str(2**31), str(2**63), str(2**70),
@@ -40,7 +43,7 @@ NASTY = (
 
 
 def keys_of(schema: type, prefix: str = "") -> Iterator[str]:
-    """Dotted keys of a schema, groups included."""
+    """Yield the dotted keys of a schema, including its groups."""
     for name, hint in get_type_hints(schema).items():
         yield f"{prefix}{name}"
         if dataclasses.is_dataclass(hint):
@@ -57,26 +60,25 @@ RECIPES = {
 }
 
 
-@cache
 def _composed(recipe: str) -> DictConfig:
-    return compose(recipe, RECIPES[recipe][1])
+    return compose(*RECIPES[recipe][1], config=recipe)
 
 
 def _override(recipe: str, text: str) -> DictConfig:
-    """What Hydra makes of a value of a key that the files hold: parsed by its grammar, merged into the composed values. Composing anew
-    would take a quarter of a second."""
-    composed = _composed(recipe).copy()
+    """Return the composed values with one more override, which Hydra's grammar parses. Composing with the override would take a fifth of a
+    second."""
+    composed = _composed(recipe)
     try:
         parsed = OverridesParser.create().parse_override(text)
         OmegaConf.update(composed, parsed.key_or_group, parsed.value(), merge=True)
-    except Exception as error:  # as compose: see test_what_hydra_cannot_read
+    except Exception as error:  # as in the recipe: see test_errors_of_hydra_are_one_line
         raise ConfigError(str(error)) from error
     return composed
 
 
 @cache
 def _to_evaluation() -> Callable[..., EvaluateConfig]:
-    """Of recipes/evaluate.py, under another name: lm-eval imports a package that is called evaluate."""
+    """Return to_evaluation of recipes/evaluate.py, imported under another name: lm-eval imports a package with the name evaluate."""
     spec = importlib.util.spec_from_file_location("evaluate_recipe", ROOT / "recipes" / "evaluate.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -85,23 +87,22 @@ def _to_evaluation() -> Callable[..., EvaluateConfig]:
 
 
 def run(recipe: str, composed: DictConfig, model: Path) -> list[Any]:
-    """What a recipe does without training; its configs."""
+    """Do what a recipe does without training, and return its configs."""
     if recipe == "evaluate":
-        config = _to_evaluation()(composed, str(model) if composed.get("model", "???") == "???" else None)
+        config = _to_evaluation()(composed, str(model) if OmegaConf.is_missing(composed, "model") else None)
         prepare(config)
         return [config]
     if recipe == "extend":
         config = to_run_config(composed)
         list(dry_run(config, world_size=planned_world_size(config)))
         return [config]
-    options = to_cluster(composed)
-    config = to_run_config(without_plan(composed))
+    config, options = to_configs(composed)
     plan_cluster(config, options, command="x")
     return [config, options]
 
 
 def _values(config: Any, key: str) -> list[Any]:
-    """Numbers of a dotted key; through lists and dictionaries."""
+    """Return the values of a dotted key, with the contents of lists and dictionaries."""
     found = [config]
     for name in key.split("."):
         found = [getattr(one, name) for one in found]
@@ -118,7 +119,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_each_recipe_accepts_what_the_nasty_values_are_put_into(recipe, workplace, tiny_model_dir, monkeypatch):
+def test_each_recipe_accepts_its_values_without_a_nasty_one(recipe, workplace, tiny_model_dir, monkeypatch):
     monkeypatch.chdir(workplace)
     assert run(recipe, _composed(recipe), tiny_model_dir)
 
@@ -132,7 +133,7 @@ CASES = strategies.sampled_from(sorted(RECIPES)).flatmap(
     max_examples=300, phases=[hypothesis.Phase.generate], suppress_health_check=list(hypothesis.HealthCheck), database=None
 )
 @hypothesis.given(CASES)
-def test_nasty_values(workplace, tiny_model_dir, case):
+def test_a_nasty_value_is_refused_or_within_its_range(workplace, tiny_model_dir, case):
     _check(workplace, tiny_model_dir, *case)
 
 
@@ -154,7 +155,7 @@ def _check(workplace: Path, model: Path, recipe: str, key: str, value: str) -> N
 
 
 def _outcome(recipe: str, text: str, model: Path) -> tuple[str, list[Any]]:
-    """(words of the refusal, []) or ("", configs that the recipe accepts)."""
+    """Return (message of the user error, []) or ("", configs that the recipe accepts)."""
     try:
         return "", run(recipe, _override(recipe, text), model)
     except USER_ERRORS as error:
@@ -179,9 +180,9 @@ def _outcome(recipe: str, text: str, model: Path) -> tuple[str, list[Any]]:
         (f"seed={'9' * 5000}", "integer string conversion"),
     ],
 )
-def test_what_hydra_cannot_compose_is_refused_in_a_line(argument, words):
+def test_errors_of_hydra_are_one_line(argument, words):
     with pytest.raises(ConfigError) as caught:
-        compose("extend", ["+experiment=tiny_random", argument])
+        compose_of_recipe("extend", ["+experiment=tiny_random", argument])
     message = str(caught.value)
     assert words in message and len(message.splitlines()) == 1 and "hydra.cc" not in message
 
@@ -193,9 +194,9 @@ def test_what_hydra_cannot_compose_is_refused_in_a_line(argument, words):
         ("~trainer.max_steps", "trainer.max_steps: "),
     ],
 )
-def test_what_is_composed_and_no_config_is_refused_in_a_line(argument, words):
+def test_errors_of_the_conversion_are_one_line(argument, words):
     with pytest.raises(ConfigError) as caught:
-        to_run_config(compose("extend", ["+experiment=tiny_random", argument]))
+        to_run_config(compose("+experiment=tiny_random", argument))
     message = str(caught.value)
     assert words in message and len(message.splitlines()) == 1
 
@@ -207,23 +208,24 @@ REFUSED = {
         f"trainer.max_steps={10**20}", "rope.original_context_length=0", f"rope.target_context_length={10**13}", "control=5", "control=on",
         "data.train=[{path: \"\"}]", "model.hf_path=\"\"", "data.directory=FILE", "output_dir=FILE", "output_dir=FILE/below",
         "launch.nproc_per_node=0", "launch.num_nodes=100000", "launch.hang_timeout_minutes=-1", "parallel.sequence_parallel=2",
-        "probes.needle_depths=[nan]", "data.split=x", "adapter.target_modules=[x]",
+        "probes.needle_depths=[nan]", "data.split=x", "adapter.target_modules=[x]", "data.train='${name}'", "data.train='${nowhere}'", "rope='${name}'",
     ),
     "evaluate": (
         "launch.nproc_per_node=0", "launch.hang_timeout_minutes=-1", f"seed={2**64}", "output_dir=\"\"", "output_dir=FILE", "device=x",
         "device=xla", "overwrite=5", "suite=null", "suite.needle.depths=[nan]", "suite.samples=0", "parallel.recompute_granularity=x",
-        "parallel.tensor_model_parallel_size=0", "launch=[]",
+        "parallel.tensor_model_parallel_size=0", "launch=[]", "suite='${nowhere}'", "suite.name='${nowhere}'",
     ),
     "plan": (
         "plan.tokens=inf", "plan.tokens=nan", "plan.hardware=\"\"", "plan.hardware=x", "plan.num_gpus=0", "plan.gpus_per_node=0",
         f"plan.num_gpus={10**13}", "plan.rows=0", f"plan.lengths=[{10**13}]", "plan=null", "plan.output_dir=FILE", "plan.output_dir=\"\"",
-        "optim.adam_eps=0", "parallel.recompute_granularity=x", "accelerator=x", f"parallel.context_parallel_size={2**63}",
+        "optim.adam_eps=0", "parallel.recompute_granularity=x", "accelerator=x", "plan='${nowhere}'", "plan.rows='${name}'", "plan.output_dir='${nowhere}'",
+        f"parallel.context_parallel_size={2**63}",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("recipe", "text"), [(recipe, text) for recipe, texts in REFUSED.items() for text in texts])
-def test_values_that_no_run_can_have(recipe, text, workplace, tiny_model_dir, monkeypatch):
+def test_invalid_values_are_refused(recipe, text, workplace, tiny_model_dir, monkeypatch):
     monkeypatch.chdir(workplace)
     key, _, value = text.partition("=")
     with pytest.raises(USER_ERRORS) as caught:
@@ -243,9 +245,9 @@ def test_values_that_no_run_can_have(recipe, text, workplace, tiny_model_dir, mo
         (["launch.num_nodes=1000", "launch.nproc_per_node=1000"], "these are 1000000 ranks, and a job has between 1 and 65536"),
     ],
 )
-def test_values_that_no_run_can_have_together(arguments, words, workplace, tiny_model_dir, monkeypatch):
+def test_invalid_combinations_are_refused(arguments, words, workplace, tiny_model_dir, monkeypatch):
     monkeypatch.chdir(workplace)
-    composed = _composed("extend").copy()
+    composed = _composed("extend")
     for argument in arguments:
         key, _, value = argument.partition("=")
         OmegaConf.update(composed, key, int(value) if value.isdigit() else value)

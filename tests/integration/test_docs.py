@@ -20,16 +20,17 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
-import hydra
 import pytest
-from _entry import ROOT, clear_empty_dicts, refuse_former_names, to_run_config  # recipes/_entry.py
-from compare import check_run, to_study  # recipes/compare.py
-from plan import to_cluster, without_plan  # recipes/plan.py
+from _entry import ROOT, choices, clear_empty_dicts, refuse_former_names, to_dataclass, to_run_config  # recipes/_entry.py
+from compare import check_run  # recipes/compare.py
+from plan import to_configs  # recipes/plan.py
 
+from endprompt_megatron.comparison.study import StudyConfig
 from endprompt_megatron.integrations.window_extension import WindowExtension
 from endprompt_megatron.jobs.plan import cluster_request
 from endprompt_megatron.jobs.preflight import resolve
 from endprompt_megatron.launch.launcher import planned_world_size
+from tests.support.compose import compose
 from tests.support.tools import load_tool
 
 DOCS = ROOT / "docs"
@@ -96,8 +97,7 @@ COMMANDS = [command for page in PAGES for command in _commands_of(page)]
 
 def _compose(config: str, overrides: list[str]) -> Any:
     refuse_former_names(overrides)
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return hydra.compose(config, overrides=clear_empty_dicts(overrides))
+    return compose(*clear_empty_dicts(overrides), config=config)
 
 
 def _with_experiment(overrides: list[str], default: str = "smollm2_135m_16k_cpu") -> list[str]:
@@ -110,13 +110,12 @@ def _check_run(overrides: list[str], world_size: int | None = None) -> None:
 
 
 def _check_plan(overrides: list[str]) -> None:
-    composed = _compose("plan", _with_experiment(overrides, "llama3_8b_64k"))
-    cluster_request(to_run_config(without_plan(composed)), to_cluster(composed))
+    cluster_request(*to_configs(_compose("plan", _with_experiment(overrides, "llama3_8b_64k"))))
 
 
 def _check_study(overrides: list[str]) -> None:
-    study = to_study(_compose("compare", overrides))
-    study.validate(tuple(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")))
+    study = to_dataclass(_compose("compare", overrides), StudyConfig)
+    study.validate(choices("method"))
     if not study.evaluations:
         for request in {request.label: request for request in study.runs()}.values():
             check_run(request)

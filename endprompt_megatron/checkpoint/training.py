@@ -28,6 +28,7 @@ from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore.checkpointing import begin_save
 from endprompt_megatron.mcore.failures import FailureBoard
 from endprompt_megatron.mcore.torch_adam import make_loadable, separate_steps
+from endprompt_megatron.output_files import writing
 
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 # CheckpointException of torch derives from BaseException; megatron, pickle, zip and json have their own exceptions
@@ -252,16 +253,19 @@ def _fill(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
 
 def _newest_intact(directory: Path) -> Path | None:
     """Return the checkpoint to resume from, the same on every rank; None if there is none."""
-    listed = _gathered(checkpoint_directory.candidates(directory) if global_rank() == 0 else None)[0]
+    with writing(directory):  # a rename that a crash prevented is made up for
+        known = checkpoint_directory.candidates(directory) if global_rank() == 0 else None
+    listed = _gathered(known)[0]
     rank, world_size = global_rank(), torch.distributed.get_world_size()
     damages: list[str] = []
     for position, path in enumerate(listed):
         found = [text for text in _gathered(checkpoint_directory.damage(path, share=rank, shares=world_size)) if text]
         if not found:
             if position and rank == 0:
-                for damaged in listed[:position]:
-                    checkpoint_directory.set_aside(damaged)
-                checkpoint_directory.point_latest_at(path)
+                with writing(directory):
+                    for damaged in listed[:position]:
+                        checkpoint_directory.set_aside(damaged)
+                    checkpoint_directory.point_latest_at(path)
             for text in damages:
                 get_logger().warning(f"{text}. It was renamed; resuming from {path}.")
             _barrier()

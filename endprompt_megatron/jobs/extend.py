@@ -32,12 +32,13 @@ from endprompt_megatron.jobs.stage_times import StageTimes
 from endprompt_megatron.launch import launcher
 from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore import runtime as mcore_runtime
+from endprompt_megatron.mcore.failures import FailureBoard
 from endprompt_megatron.model import backends
 from endprompt_megatron.model.build import build_model_chunks
 from endprompt_megatron.model.fusions import choose_fusions
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from endprompt_megatron.model.precision import describe_precision
-from endprompt_megatron.output_files import release
+from endprompt_megatron.output_files import release, replace_text, writing
 from endprompt_megatron.positions.scheme import get_scheme
 from endprompt_megatron.report.reach import reach_sentences
 from endprompt_megatron.report.run import format_table, format_terminal_table, native_window, write_report
@@ -45,6 +46,7 @@ from endprompt_megatron.rope.scaling import RopeScaling
 from endprompt_megatron.training.metrics import peak_memory_gib
 from endprompt_megatron.training.signals import StopRequests
 from endprompt_megatron.training.trainer import Trainer, TrainingResult
+from endprompt_megatron.training.watchdog import Watchdog
 
 
 def extend(config: RunConfig) -> dict[str, Any]:
@@ -57,6 +59,7 @@ def extend(config: RunConfig) -> dict[str, Any]:
     Raises:
         ConfigError, DataError, CheckpointError, BackendUnavailableError: before anything is launched or written wherever it can be
             known by then.
+        OutputError: a file of the output directory cannot be written; what is complete there is kept.
         TrainingError: a bad step, with trainer.bad_step=stop.
         RunInterrupted: the run was stopped by SIGTERM or SIGUSR1.
     """
@@ -98,7 +101,9 @@ def _run(config: RunConfig, stop: StopRequests) -> dict[str, Any]:
         )
         precision = describe_precision(config.precision.name, _bf16_layers(config))
         get_logger().info(f"backend {backend.name}: {backend.description}; precision {precision}; {fusions.describe()}")
-        return _extend(Run(resolved, base, output_dir, runtime, backend, fusions, stop, times), started)
+        failures = FailureBoard()
+        with Watchdog(0, failures):  # rank 0 writes alone: if it cannot, the other ranks wait for it
+            return _extend(Run(resolved, base, output_dir, runtime, backend, fusions, stop, times, failures), started)
     finally:
         mcore_runtime.shut_down()
 
@@ -297,6 +302,7 @@ def _train(
         output_dir=output_dir,
         stop=run.stop,
         provenance=provenance,
+        failures=run.failures,
     )
     return trainer.train()
 
@@ -307,7 +313,8 @@ def _train_control(run: Run, blends: tuple[Any, Any], probes: Probes | None) -> 
     method = replace(run.config.method, name="control_short_pi", position_scheme="contiguous")
     config = replace(run.config, method=method)
     directory = run.output_dir / "control"
-    directory.mkdir(exist_ok=True)
+    with writing(directory):
+        directory.mkdir(exist_ok=True)
     with run.times.stage("train control"):
         chunks = _base_chunks(run)
         result = _train(run, chunks, blends, directory, config)
@@ -362,12 +369,8 @@ def _write_model_card(run: Run, export: Path, evaluation: dict[str, Any]) -> Non
         f"brackets: parts of the answer right, log-probability of the answer in nats. The experiment `{run.config.name}` makes this table."
     )
     provenance = json.loads((export / PROVENANCE_FILE).read_text())
-    temporary = export / (MODEL_CARD + ".tmp")
-    temporary.write_text(model_card(provenance, base_hf_path=run.base.hf_path, results=results))
-    temporary.replace(export / MODEL_CARD)
+    replace_text(export / MODEL_CARD, model_card(provenance, base_hf_path=run.base.hf_path, results=results))
 
 
 def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+    replace_text(path, json.dumps(value, indent=2) + "\n")

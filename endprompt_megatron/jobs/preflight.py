@@ -21,9 +21,9 @@ from endprompt_megatron.config.rule import Facts
 from endprompt_megatron.config.schema import RunConfig
 from endprompt_megatron.config.validation import PROMPT_RULES, find_problems
 from endprompt_megatron.data.prompts import EndPromptSet, tokenize_end_prompts
-from endprompt_megatron.errors import CheckpointError, ConfigError
+from endprompt_megatron.errors import CheckpointError, ConfigError, OutputError
 from endprompt_megatron.log import get_logger
-from endprompt_megatron.output_files import hold, is_lock, replace_text
+from endprompt_megatron.output_files import foreign_files, hold, replace_text
 from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.planning.memory import TrainedParts
 from endprompt_megatron.planning.run_plan import PlanRequest
@@ -158,7 +158,7 @@ def check_output_dir(config: RunConfig) -> None:
                 f"(trainer.max_steps, intervals and the layout may change). Undo the change, or start a run of its own: add "
                 f"name={_name_apart(config.name, differing)}."
             )
-    elif output_dir.is_dir() and any(not is_lock(path) for path in output_dir.iterdir()):
+    elif output_dir.is_dir() and any(path.name != _BASE_FILE for path in foreign_files(output_dir)):  # written before config.yaml
         raise ConfigError(f"output_dir={output_dir} holds files but no config.yaml of a run. Set output_dir to another directory.")
 
 
@@ -202,9 +202,9 @@ def claim_output_dir(config: RunConfig, *, take_lock: bool = True) -> None:
         base_file = output_dir / _BASE_FILE
         if not base_file.is_file():
             replace_text(base_file, json.dumps({"fingerprint": weights_fingerprint(Path(config.model.hf_path))}) + "\n")
-        temporary = stored_path.with_suffix(".yaml.tmp")
-        temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
-        temporary.replace(stored_path)
+        replace_text(stored_path, yaml.safe_dump(config.to_dict(), sort_keys=False))
+    except OutputError:
+        raise  # names the file
     except OSError as error:
         raise ConfigError(f"output_dir={output_dir} cannot be written ({error}). Set output_dir to a writable directory.") from error
 

@@ -15,6 +15,7 @@ from endprompt_megatron.jobs import preflight
 from endprompt_megatron.jobs.stage_times import StageTimes
 from endprompt_megatron.mcore import runtime as mcore_runtime
 from endprompt_megatron.mcore import version
+from endprompt_megatron.mcore.failures import FailureBoard
 from endprompt_megatron.model import backends
 from endprompt_megatron.model.fusions import Fusions
 from endprompt_megatron.rope.scaling import RopeScaling
@@ -34,6 +35,7 @@ class Run:
     fusions: Fusions
     stop: StopRequests
     times: StageTimes
+    failures: FailureBoard
 
     @property
     def config(self) -> RunConfig:

@@ -17,6 +17,7 @@ from endprompt_megatron.config.schema import LaunchConfig
 from endprompt_megatron.errors import EXIT_RESUME, ConfigError
 from endprompt_megatron.launch.processes import STOP_SIGNALS, end_with_parent
 from endprompt_megatron.log import get_logger
+from endprompt_megatron.output_files import writing
 
 # Ports of job steps: [20000, 32007), below the ephemeral ports of Linux (32768 and up). Their number is prime, so that steps of one job and
 # jobs with neighbouring ids get different ports.
@@ -135,7 +136,8 @@ def run_workers(config: Launched, arguments: list[str]) -> int:
 
     count = local_processes(config)
     logs = Path(config.output_dir) / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    with writing(logs):
+        logs.mkdir(parents=True, exist_ok=True)
     quiet = dict.fromkeys(range(1, count), Std.ALL)
     os.environ[_LAUNCHER] = str(os.getpid())
     launch = LaunchConfig(

@@ -11,6 +11,7 @@ from typing import Any
 
 from endprompt_megatron.errors import DataError
 from endprompt_megatron.log import read_metrics
+from endprompt_megatron.output_files import replace_text
 from endprompt_megatron.report.figures.evaluation import plot_depth_by_length
 from endprompt_megatron.report.figures.reach import plot_reach
 from endprompt_megatron.report.figures.run import length_label, plot_loss, plot_needle, plot_perplexity, plot_positions
@@ -55,7 +56,7 @@ def write_report(output_dir: Path) -> Path:
         _what_next(output_dir, summary),
     ]
     path = output_dir / "report.md"
-    path.write_text("\n\n".join(section for section in sections if section) + "\n")
+    replace_text(path, "\n\n".join(section for section in sections if section) + "\n")
     return path
 
 

@@ -59,6 +59,7 @@ class Trainer:
         output_dir: directory for checkpoints and metrics.
         stop: recorder of stop signals; None if the process handles no signals.
         provenance: description of the base and the data, stored in checkpoints.
+        failures: board on which ranks record their failures; None makes one.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Trainer:
         output_dir: Path,
         stop: StopRequests | None = None,
         provenance: dict[str, Any] | None = None,
+        failures: FailureBoard | None = None,
     ):
         self.config, self.runtime, self.chunks = config, runtime, chunks
         self.train_dataset, self.validation_dataset = train_dataset, validation_dataset
@@ -96,7 +98,7 @@ class Trainer:
         self.schedule = get_forward_backward_func()
         checkpoints, described = self.output_dir / "checkpoints", config.to_dict()
         self.state = load_latest_checkpoint(checkpoints, chunks=chunks, optimizer=self.optimizer, config=described) or RunState()
-        failures = FailureBoard()
+        failures = failures or FailureBoard()
         self.writer = CheckpointWriter(
             checkpoints,
             chunks=chunks,
@@ -123,14 +125,15 @@ class Trainer:
 
         Raises:
             RunInterrupted: a stop signal arrived; the step is finished and a checkpoint written.
+            OutputError, CheckpointError: the metrics or a checkpoint cannot be written, here or on another rank.
             TrainingError: a bad step under the policy "stop"; the weights and the checkpoint are those before that step.
         """
-        metrics = MetricsWriter(self.output_dir, resume_step=self.state.step)
-        try:
-            with self.stop.deferred(), self.watchdog:
+        with self.stop.deferred(), self.watchdog:
+            metrics = MetricsWriter(self.output_dir, resume_step=self.state.step)
+            try:
                 self._train(metrics)
-        finally:
-            metrics.close()
+            finally:
+                metrics.close()
         return self._result()
 
     def _train(self, metrics: MetricsWriter) -> None:

@@ -8,14 +8,14 @@ import sys
 import threading
 import time
 
-from endprompt_megatron.errors import EXIT_HUNG, EXIT_USER_ERROR
+from endprompt_megatron.errors import EXIT_HUNG, EXIT_USER_ERROR, OutputError
 from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore.failures import FailureBoard
 
 
 class Watchdog:
     """A thread that ends this process if `beat` has not been called for too long, or if another rank has failed: this rank may be waiting
-    for it in a collective, which nothing else interrupts. Use as a context manager.
+    for it in a collective, which nothing else interrupts. Use as a context manager; an OutputError of the block is published on the board.
 
     Args:
         seconds: longest time between two beats; 0 means no limit.
@@ -34,8 +34,10 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._ended.set()
+        if isinstance(error, OutputError) and self.failures is not None:  # usually of rank 0, which writes alone
+            raise OutputError(self.failures.publish(str(error), error=OutputError.__name__)) from error
 
     def beat(self, doing: str) -> None:
         """Report progress. `doing` names the next activity, for the message."""
@@ -59,8 +61,8 @@ class Watchdog:
                 os._exit(EXIT_HUNG)
 
     def _end_with(self, failure: str) -> None:
-        sys.stderr.write(f"CheckpointError: {failure}\n")
+        assert self.failures is not None
+        sys.stderr.write(f"{self.failures.error}: {failure}\n")
         sys.stderr.flush()
-        if self.failures is not None:
-            self.failures.acknowledge()
+        self.failures.acknowledge()
         os._exit(EXIT_USER_ERROR)

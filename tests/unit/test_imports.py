@@ -15,8 +15,9 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 # A part may import those that stand in a line above its own, and nothing of its own line but itself.
 LAYERS = (
-    ("errors", "log"),
+    ("errors",),
     ("output_files",),
+    ("log",),
     ("positions", "rope", "planning"),
     ("theory",),
     ("config",),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from endprompt_megatron.checkpoint.hf.weights import planned_tensors
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.model.gpt import EndPromptGPTModel
+from endprompt_megatron.output_files import writing
 from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.rope.scaling import RopeScaling
 
@@ -52,6 +54,7 @@ def export_hf(
         destination.
     Raises:
         CheckpointError: destination exists and is not an export.
+        OutputError: the directory cannot be written (on rank 0); an earlier export stays.
     """
     destination = Path(destination)
     if destination.exists() and not (destination / PROVENANCE_FILE).is_file():
@@ -64,26 +67,22 @@ def export_hf(
         "rope_factor": rope.factor,
     }
     provenance = known | provenance
-    partial = destination.with_name(destination.name + ".partial")
     tensors = gather_hf_tensors(chunks, architecture)
     if global_rank() != 0:
         for _ in tensors:
             pass
         barrier()
         return destination
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
     dtype = chunks[0].config.params_dtype
-    _write_weights(tensors, partial, architecture, dtype, max_shard_bytes)
-    config = extended_hf_config(
-        read_hf_config(base_hf_path), rope, target_context_length=target_context_length, dtype=str(dtype).removeprefix("torch.")
-    )
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    copy_auxiliary_files(Path(base_hf_path), partial, target_context_length)
-    (partial / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n")
-    (partial / MODEL_CARD).write_text(model_card(provenance, base_hf_path=base_hf_path))
-    move_into_place(partial, destination)
+    with new_directory(destination) as partial:
+        _write_weights(tensors, partial, architecture, dtype, max_shard_bytes)
+        config = extended_hf_config(
+            read_hf_config(base_hf_path), rope, target_context_length=target_context_length, dtype=str(dtype).removeprefix("torch.")
+        )
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        copy_auxiliary_files(Path(base_hf_path), partial, target_context_length)
+        (partial / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n")
+        (partial / MODEL_CARD).write_text(model_card(provenance, base_hf_path=base_hf_path))
     barrier()
     return destination
 
@@ -184,17 +183,41 @@ def _write_weights(
     write_index(directory, shards)
 
 
-def move_into_place(partial: Path, destination: Path) -> None:
-    """Rename a complete directory to its final name; an earlier export of that name is deleted."""
+@contextmanager
+def new_directory(destination: Path) -> Iterator[Path]:
+    """Yield an empty directory to write to. After the block it gets the name `destination`, and an earlier export of that name is deleted;
+    if the block fails, it is deleted to free its disk space.
+
+    Raises:
+        OutputError: the directory cannot be written; an earlier export stays.
+    """
+    partial = destination.with_name(destination.name + ".partial")
+    with writing(destination):
+        try:
+            if partial.exists():
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True)
+            yield partial
+            _move_into_place(partial, destination)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def _move_into_place(partial: Path, destination: Path) -> None:
     old = destination.with_name(destination.name + ".replaced")
     if old.exists():
         shutil.rmtree(old)
     if destination.exists():
         get_logger().info(f"replacing the earlier export of this run in {destination}")
         destination.rename(old)
-    partial.rename(destination)
-    if old.exists():
-        shutil.rmtree(old)
+    try:
+        partial.rename(destination)
+    except OSError:
+        if old.exists():
+            old.rename(destination)
+        raise
+    shutil.rmtree(old, ignore_errors=True)  # the next export deletes what this leaves
 
 
 def barrier() -> None:

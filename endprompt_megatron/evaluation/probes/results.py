@@ -21,7 +21,7 @@ from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore.runtime import from_rank_zero
 from endprompt_megatron.mcore.version import megatron_core_version
 from endprompt_megatron.model.gpt import EndPromptGPTModel
-from endprompt_megatron.output_files import replace_text
+from endprompt_megatron.output_files import replace_text, writing
 
 _KEY = {"single": "needle"}  # task -> key in summary.json and evaluation.json, where it differs
 # Packages that compute the figures of a probe. A change of their code invalidates the results next to a base model.
@@ -194,7 +194,8 @@ def _read_shared(shared: Path | None) -> dict[str, Any] | None:
 
 
 def _keep(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, json.dumps(value, indent=2))
 
 

@@ -126,3 +126,17 @@ def test_a_rank_that_fails_alone_ends_the_job_with_its_error_on_every_rank(place
         assert "could not be written" in told and cause in told and "earlier checkpoints are intact" in told, told
     checkpoints = place / name / "checkpoints"
     assert damage(checkpoints / (checkpoints / "latest").read_text().strip()) is None
+
+
+def test_rank_zero_that_finds_no_room_for_its_metrics_ends_every_rank_with_the_path(place, undisturbed):
+    """The other rank waits in a collective for rank 0, which writes alone."""
+    job = _job(place, "no_metrics")
+    ranks = start_ranks(WORLD_SIZE, [job | {"worker": "tests.support.disk_worker", "disk": {"rank": 0, "step": 3, "fault": "metrics"}}])
+    assert end_of(ranks) == [EXIT_USER_ERROR, EXIT_USER_ERROR]
+    for process in ranks:
+        told = process.log.read_text()
+        assert f"OutputError: rank 0: {place / 'no_metrics' / 'metrics.jsonl'} could not be written" in told and "File too large" in told, (
+            told
+        )
+    assert end_of(_start(job)) == [0, 0]
+    assert _losses(place, "no_metrics") == undisturbed

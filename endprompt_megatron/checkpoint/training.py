@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -147,11 +149,15 @@ class CheckpointWriter:
         _barrier()
 
     def _fail(self, final: Path, error: BaseException) -> None:
+        cause = _root_cause(error)
+        if "[Errno" not in cause:  # torch reports a full disk as "unexpected pos 704 vs 598"
+            with suppress(OSError):
+                cause += f"; {shutil.disk_usage(self.directory).free / 2**20:,.1f} MiB are free on its disk"
         if global_rank() == 0:
             for partial_directory in self.directory.glob(f"{final.name}.partial"):
                 checkpoint_directory.abandon(partial_directory)
         message = (
-            f"{final} could not be written ({_root_cause(error)}); earlier checkpoints are intact. Free space, or fix the permissions of "
+            f"{final} could not be written ({cause}); earlier checkpoints are intact. Free space, or fix the permissions of "
             f"{self.directory}, and start the same command again: it resumes."
         )
         if self.failures is not None:

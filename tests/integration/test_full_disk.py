@@ -45,7 +45,7 @@ def _losses(output: Path) -> list[tuple[int, float]]:
     return [(record["step"], record["loss"]) for record in read_metrics(output / "metrics.jsonl") if "loss" in record]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.002, 0.1, 0.5, 0.7, 0.9, 0.98])
+@pytest.mark.parametrize("share", [0.0, 0.002, 0.5, 0.8, 0.9, 0.98])
 def test_a_disk_too_small(undisturbed, disk, share):
     needed = sum(path.stat().st_size for path in (undisturbed / "run").rglob("*") if path.is_file())
     overrides = [*tiny_overrides(undisturbed, "run"), f"output_dir={disk(4096 + int(share * needed)) / 'run'}"]
@@ -54,7 +54,11 @@ def test_a_disk_too_small(undisturbed, disk, share):
     assert "Traceback" not in done.stderr, done.stderr
     output = disk(4 * needed) / "run"
     last = done.stderr.strip().splitlines()[-1]
-    assert re.match(r"(Output|Checkpoint|Config)Error: ", last) and str(output) in last and "No space left on device" in last, done.stderr
+    assert (
+        re.match(r"(Output|Checkpoint|Config)Error: ", last)
+        and str(output) in last
+        and re.search(r"No space left on device|\b0\.\d MiB are free", last)
+    ), done.stderr
     resumed = run_recipe(*overrides, cwd=undisturbed)
     assert resumed.returncode == 0, resumed.stderr
     assert _losses(output) == _losses(undisturbed / "run")

@@ -4,14 +4,17 @@ call goes on afterwards."""
 from __future__ import annotations
 
 import ast
+import errno
 import functools
 import json
+import os
 import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from _entry import exit_on_errors
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from endprompt_megatron.checkpoint import convert
@@ -19,14 +22,15 @@ from endprompt_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from endprompt_megatron.checkpoint.hf import sources
 from endprompt_megatron.checkpoint.hf.exporter import export_hf
 from endprompt_megatron.checkpoint.megatron_model import describe_megatron_model
-from endprompt_megatron.comparison.study import StudyConfig
+from endprompt_megatron.comparison import runner
+from endprompt_megatron.comparison.study import RunRequest, StudyConfig
 from endprompt_megatron.config.schema import DataConfig, ModelConfig, ProbesConfig, RopeConfig, RunConfig, TextSource, TrainerConfig
 from endprompt_megatron.data.texts import fetch_texts
 from endprompt_megatron.errors import USER_ERRORS, OutputError
 from endprompt_megatron.evaluation.probes import results
 from endprompt_megatron.jobs import compare, preflight
 from endprompt_megatron.log import MetricsWriter, read_metrics
-from endprompt_megatron.output_files import claimed, hold, release, replace_text
+from endprompt_megatron.output_files import claimed, hold, release, replace_text, temporary_name
 from endprompt_megatron.report import suite_comparison
 from endprompt_megatron.report.figures.run import plt, write_figure
 from tests.support.disk_faults import FULL, OF_NOTHING, READ_ONLY, DiskFault, operations_of
@@ -254,6 +258,31 @@ def test_a_comparison_of_evaluations(tmp_path, monkeypatch, lasting):
     _refuse_each(root, write, restore=lambda: shutil.rmtree(root, ignore_errors=True), whole=lambda: True, lasting=lasting)
 
 
+def test_the_records_and_logs_of_a_study(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "_POLL_SECONDS", 0.01)
+    root, request = tmp_path / "out", RunRequest("endprompt", 1, ())
+    made = runner.Runner(["true"], root / "runs", keep="all", fault_of=lambda directory: None)
+
+    def write():
+        made.run_all([request], jobs=1, after=lambda: None)
+
+    def whole() -> bool:
+        found = made.outcome(request)
+        return found is None or found.failure is None
+
+    assert _refuse_each(root, write, restore=lambda: _emptied(root), whole=whole, lasting=False) == 9
+    assert made.outcome(request) is not None
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.ENOSPC, 2), (errno.EROFS, 2), (errno.EACCES, 2), (errno.ECONNREFUSED, None)])
+def test_a_recipe_ends_in_a_sentence_where_third_party_code_finds_no_room(number, status, capsys):
+    with pytest.raises(SystemExit if status else OSError) as caught, exit_on_errors():
+        raise OSError(number, os.strerror(number), "/some/where/events")
+    if status:
+        assert caught.value.code == status
+        assert f"OutputError: /some/where/events could not be written ([Errno {number}]" in capsys.readouterr().err
+
+
 class TestLeftovers:
     """Of a killed process, swept by the next that has the directory to itself."""
 
@@ -269,6 +298,17 @@ class TestLeftovers:
         (folder / "weights").write_text("")
         with claimed(tmp_path, doing="writes"):
             assert not any(path.exists() for path in (*leftovers, folder)) and all(path.exists() for path in others)
+
+    def test_beside_a_text_only_what_is_known_to_be_dead_goes(self, tmp_path):
+        """Nobody holds the lock of such a directory: other processes may write their texts there."""
+        host = temporary_name(tmp_path / "sotu").name.split(".")[2]
+        dead, living, elsewhere = (
+            tmp_path / f".sotu.{host}.{pid}.tmp" for host, pid in ((host, 2**30), (host, os.getppid()), ("0123abcd", 2**30))
+        )
+        for path in (dead, living, elsewhere):
+            path.mkdir()
+        fetch_texts(["tiny"], tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([living.name, elsewhere.name, "tiny"])
 
 
 # Writers of plain files, each inside a `writing`, a directory that is renamed when it is complete, or a handler of its own.

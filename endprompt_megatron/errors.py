@@ -17,6 +17,20 @@ class DataError(ValueError):
     """A text, tokenizer or indexed dataset that is missing, empty or damaged, or that does not match the others."""
 
 
+class DamagedFileError(DataError):
+    """A file of an output directory that does not have the content that was written.
+
+    Args:
+        path: the file.
+        fault: what is wrong with it, as a verb phrase.
+        way_out: what the user can do, as a sentence.
+    """
+
+    def __init__(self, path: object, fault: str, way_out: str):
+        self.fault = fault
+        super().__init__(f"{path} {fault}. {way_out}")
+
+
 class CheckpointError(_ProblemsError, RuntimeError):
     """A Hugging Face or Megatron checkpoint that is missing, damaged, of another run or model, or already there."""
 
@@ -42,6 +56,7 @@ class RunInterrupted(BaseException):
 USER_ERRORS = (ConfigError, DataError, CheckpointError, OutputError, BackendUnavailableError, TrainingError)
 
 # Exit statuses of a run, in addition to 0 and Python's 1
+EXIT_INTERRUPTED = 1  # Ctrl-C
 EXIT_USER_ERROR = 2
 EXIT_HUNG = 70  # EX_SOFTWARE of sysexits.h
 EXIT_RESUME = 75  # EX_TEMPFAIL of sysexits.h: try again

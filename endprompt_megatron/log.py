@@ -14,9 +14,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from endprompt_megatron.output_files import replace_text, writing
+from endprompt_megatron.errors import DamagedFileError
+from endprompt_megatron.output_files import check_not_moved, damaged_name, make_directory, replace_bytes, replace_text, set_aside, writing
 
 T = TypeVar("T")
+_RECORD_START = b'{"step": '
 
 
 def global_rank() -> int:
@@ -53,6 +55,8 @@ def get_logger() -> logging.Logger:
 class MetricsWriter:
     """Appends one JSON object per line to `metrics.jsonl` and writes its numbers to TensorBoard, on rank 0 only.
 
+    A damaged line of an earlier start is moved to `metrics.jsonl.damaged` and named in a warning; the lines after it stay.
+
     Args:
         output_dir: the run's output directory, for `metrics.jsonl` and `tensorboard/`.
         resume_step: records of later steps, which an interrupted run left, are removed so that each step occurs once.
@@ -62,22 +66,51 @@ class MetricsWriter:
         self.path = Path(output_dir) / "metrics.jsonl"
         self._file: io.FileIO | None = None
         self._tensorboard: _TensorBoard | None = None
+        self._kept: list[dict[str, Any]] = []
         if global_rank() != 0:
             return
-        kept = [record for record in read_metrics(self.path) if record.get("step", 0) <= resume_step]
-        replace_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        records, damaged = _metrics_lines(self._readable())
+        if damaged:
+            self._set_aside(damaged)
+        if resume_step and not records:
+            get_logger().warning(f"{self.path} holds no record of the {resume_step} steps before this start")
+        # a record of the same step and kind replaces the earlier one: earlier releases wrote validation losses twice after a resume
+        self._kept = list({(record["step"], *record): record for record in records if record["step"] <= resume_step}.values())
+        replace_text(self.path, "".join(json.dumps(record) + "\n" for record in self._kept))
         with writing(self.path):
             self._file = self.path.open("ab", buffering=0)
         self._tensorboard = _TensorBoard(Path(output_dir) / "tensorboard", purge_step=resume_step + 1)
+
+    def _readable(self) -> bytes:
+        """Content of the file; sets aside what cannot be read."""
+        try:
+            return self.path.read_bytes()
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            set_aside(self.path, f"cannot be read ({error})", consequence="the new file begins with this start")
+            return b""
+
+    def _set_aside(self, damaged: dict[int, bytes]) -> None:
+        aside = damaged_name(self.path)
+        replace_bytes(aside, b"".join(line + b"\n" for line in damaged.values()))
+        numbers = ", ".join(map(str, damaged))
+        get_logger().warning(f"{self.path}: line {numbers} is damaged. It was moved to {aside.name}; all other lines stay.")
+
+    def has(self, step: int, key: str) -> bool:
+        """Whether an earlier start wrote a record of this step with this key. Rank 0 only; False on other ranks."""
+        return any(record["step"] == step and key in record for record in self._kept)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Append `metrics` for `step`.
 
         Raises:
             OutputError: one of the files cannot be written.
+            CheckpointError: the output directory was renamed; the open file could still be written.
         """
         if self._file is None or self._tensorboard is None:
             return
+        check_not_moved(self.path.parent)
         with writing(self.path):
             _write_all(self._file, (json.dumps({"step": step, **metrics}) + "\n").encode())
         numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float) and not isinstance(value, bool)}
@@ -110,8 +143,8 @@ class _TensorBoard:
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         # TensorBoard reads the files of a directory in the order of their names
         self.path = directory / f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        make_directory(directory)
         with writing(self.path):
-            directory.mkdir(exist_ok=True)
             self._file = self.path.open("ab", buffering=0)
         self._record = io.BytesIO()
         self._writer = RecordWriter(self._record)
@@ -142,15 +175,35 @@ def _write_all(file: io.FileIO, data: bytes) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl. A last line that a crash has truncated is skipped."""
-    records = []
-    if Path(path).exists():
-        for line in Path(path).read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return records
+    """The records of a metrics.jsonl; none if it is missing. Damaged lines are skipped: the next start of the run sets them aside.
+
+    Raises:
+        DamagedFileError: it is a directory or cannot be read.
+    """
+    path = Path(path)
+    try:
+        return _metrics_lines(path.read_bytes())[0]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DamagedFileError(path, f"cannot be read ({error})", "Move it away and start the run's command again.") from error
+
+
+def _metrics_lines(content: bytes) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
+    """(records, {number from 1: damaged line}). The unfinished last line of a crash counts as neither."""
+    records, damaged = [], {}
+    *lines, last = content.split(b"\n")
+    for number, line in enumerate([*lines, last], start=1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or type(record.get("step")) is not int:
+                raise ValueError("no record of a step")
+            records.append(record)
+        except (ValueError, RecursionError):
+            is_of_crash = number > len(lines) and _RECORD_START.startswith(line[: len(_RECORD_START)])
+            if line.strip() and not is_of_crash:
+                damaged[number] = line
+    return records, damaged
 
 
 class Progress:

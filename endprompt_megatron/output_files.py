@@ -1,5 +1,6 @@
-"""Locks on output directories, so that one process writes at a time, atomic replacement of files, names of temporary files from which a
-later process sees that their writer is dead, and the error for what cannot be written."""
+"""Files of an output directory: locks, so that one process writes at a time; atomic replacement; temporary names from which a later process
+sees that their writer is dead; reading files of an earlier start, which may be damaged; the check of names that a file gives for other
+files; and the errors for a directory that was renamed and for a file that cannot be written."""
 
 from __future__ import annotations
 
@@ -9,18 +10,22 @@ import fcntl
 import functools
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from endprompt_megatron.errors import ConfigError, OutputError
+from endprompt_megatron.errors import CheckpointError, ConfigError, DamagedFileError, OutputError
 
 _LOCK = ".lock"
+DAMAGED = ".damaged"
+_LONGEST_NAME = 255  # bytes, of Linux file systems
 _held: dict[Path, IO[str]] = {}  # by resolved directory
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.tmp(?P<rest>\..*)?", flags=re.DOTALL)
 _in_use: set[Path] = set()  # temporary names of this process, absolute
@@ -99,6 +104,7 @@ def claimed(output_dir: Path, *, doing: str) -> Iterator[Path]:
         doing: verb phrase for the message if another process holds the lock.
     Raises:
         ConfigError: the directory cannot be written, or another process holds the lock.
+        CheckpointError: the block failed because the directory was renamed or removed.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -114,7 +120,8 @@ def claimed(output_dir: Path, *, doing: str) -> Iterator[Path]:
             pass
         else:
             _sweep(output_dir)
-        yield output_dir
+        with explained_if_moved(output_dir):
+            yield output_dir
 
 
 def _sweep(output_dir: Path) -> None:
@@ -124,8 +131,173 @@ def _sweep(output_dir: Path) -> None:
             sweep_leftovers(directory, alone=True)
 
 
+def check_not_moved(output_dir: Path) -> None:
+    """Raise CheckpointError if an output directory is no longer where it was when the job started."""
+    if not Path(output_dir).is_dir():
+        raise CheckpointError(
+            f"output_dir={output_dir} was renamed or removed while the job was writing to it. Give it this name again and start the same "
+            f"command again: it continues from what is in there."
+        )
+
+
+@contextmanager
+def explained_if_moved(output_dir: Path) -> Iterator[None]:
+    """Turn any error inside the block into that of `check_not_moved` if the output directory is gone. Code in the block must not create the
+    directory anew."""
+    try:
+        yield
+    except Exception as error:
+        try:
+            check_not_moved(output_dir)
+        except CheckpointError as moved:
+            raise moved from error
+        raise
+
+
+def make_directory(path: Path) -> Path:
+    """Create a directory inside an existing one, and return it. Sets a file of that name aside.
+
+    Raises:
+        OutputError: the directory cannot be created.
+    """
+    if (path.exists() or path.is_symlink()) and not path.is_dir():
+        set_aside(path, "is no directory")
+    with writing(path):
+        path.mkdir(exist_ok=True)
+    return path
+
+
+def damaged_name(path: Path, suffix: str = DAMAGED) -> Path:
+    """Return the first free name of NAME.damaged, NAME.damaged2, ..., or with another suffix."""
+    number, aside = 1, path.with_name(path.name + suffix)
+    while aside.exists() or aside.is_symlink():
+        number += 1
+        aside = path.with_name(f"{path.name}{suffix}{number}")
+    return aside
+
+
+def set_aside(path: Path, fault: str, *, consequence: str = "") -> Path:
+    """Rename a damaged file or directory, so that it is kept and not used again, and log a warning.
+
+    Args:
+        path: existing file or directory.
+        fault: what is wrong with it, as a verb phrase.
+        consequence: what the run does without it, as a main clause.
+    Returns:
+        Its new path.
+    Raises:
+        FileNotFoundError: it does not exist; another process may have renamed it.
+        OutputError: it cannot be renamed.
+    """
+    aside = damaged_name(path)
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise unwritable(aside, error) from error
+    # by name: the module log imports this one
+    logging.getLogger("endprompt_megatron").warning(
+        f"{path} {fault}. It was renamed to {aside.name}{'; ' if consequence else ''}{consequence}."
+    )
+    return aside
+
+
+def read_text(path: Path, *, way_out: str) -> str:
+    """Return the text of a file that an earlier start wrote.
+
+    Args:
+        path: the file.
+        way_out: what the user can do about a damaged file, as a sentence.
+    Raises:
+        DamagedFileError: it is a directory, empty, not UTF-8, or cannot be read.
+    """
+    try:
+        text = path.read_bytes().decode()
+    except OSError as error:
+        raise DamagedFileError(path, "is a directory" if path.is_dir() else f"cannot be read ({error})", way_out) from error
+    except UnicodeDecodeError as error:
+        raise DamagedFileError(path, f"is not UTF-8 text ({error})", way_out) from error
+    if not text.strip():
+        raise DamagedFileError(path, "is empty", way_out)
+    return text
+
+
+def read_json(path: Path, *, way_out: str) -> dict[str, Any]:
+    """Return the JSON object in a file that an earlier start wrote.
+
+    Args:
+        path, way_out: as for `read_text`.
+    Raises:
+        DamagedFileError: as `read_text`; or it is not JSON, or not an object.
+    """
+    text = read_text(path, way_out=way_out)
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DamagedFileError(path, f"is not JSON ({error})", way_out) from error
+    if not isinstance(value, dict):
+        raise DamagedFileError(path, f"is not a JSON object but {text.strip()[:40]!r}", way_out)
+    return value
+
+
+def read_or_set_aside(path: Path, *, is_valid: Callable[[dict[str, Any]], bool], consequence: str) -> dict[str, Any] | None:
+    """Return the JSON object in a file that can be made again; None if it is missing or damaged. Sets a damaged file aside.
+
+    Args:
+        path: the file.
+        is_valid: returns whether the object has the expected content; an AttributeError, KeyError, TypeError or ValueError counts as False.
+        consequence: as for `set_aside`.
+    """
+    if not path.exists() and not path.is_symlink():
+        return None
+    try:
+        value = read_json(path, way_out="")
+        if _holds(is_valid, value):
+            return value
+        fault = "does not have the content that was written"
+    except DamagedFileError as error:
+        fault = error.fault
+    with suppress(FileNotFoundError):  # another process set it aside
+        set_aside(path, fault, consequence=consequence)
+    return None
+
+
+def _holds(is_valid: Callable[[dict[str, Any]], bool], value: dict[str, Any]) -> bool:
+    try:
+        return is_valid(value)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return False
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 (hex) of a JSON value. Equal for a value that was written to a file and read back."""
+    as_read = json.loads(json.dumps(value))  # its keys are strings
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
+
+
+def path_inside(directory: Path, name: object) -> Path | None:
+    """Path of a file that another file names, e.g. an index or a checkpoint's metadata; None if the name leads out of the directory.
+
+    Compares names only: a symbolic link inside the directory counts as inside.
+
+    Args:
+        directory: directory in which the named file must lie.
+        name: value as read, of any type.
+    Returns:
+        `directory / name`; None unless the name is a non-empty relative path without `..`.
+    """
+    if not isinstance(name, str) or "\0" in name:
+        return None
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts or any(len(os.fsencode(part)) > _LONGEST_NAME for part in parts):
+        return None
+    return Path(directory) / name
+
+
 def replace_text(path: Path, text: str) -> None:
-    """Replace the content of a file atomically. A concurrent reader sees the old or the new content, never a part.
+    """Replace the content of a file atomically. A concurrent reader sees the old or the new content, never a part. Sets a directory of that
+    name aside.
 
     Raises:
         OutputError: the file cannot be written; its old content stays.
@@ -135,6 +307,8 @@ def replace_text(path: Path, text: str) -> None:
 
 def replace_bytes(path: Path, data: bytes) -> None:
     """Replace the content of a file, as `replace_text`."""
+    if path.is_dir() and not path.is_symlink():
+        set_aside(path, "is a directory")
     temporary = temporary_name(path)
     with writing(path):
         try:
@@ -153,7 +327,7 @@ def writing(path: Path) -> Iterator[None]:
     Args:
         path: the file or directory.
     Raises:
-        OutputError: with the path, the system's reason and what to do.
+        OutputError: the block raised an OSError. The message has the path, the system's reason and what to do.
     """
     try:
         yield
@@ -164,7 +338,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def unwritable(path: Path, error: OSError) -> OutputError:
-    """The error for a file or directory that an OSError kept from being written, by its reason: no space, no permission, or another."""
+    """Return the error for a file or directory that an OSError prevents from being written. Its message depends on the reason: no space, no
+    permission, or another."""
     if error.errno in _FULL:
         way_out = "Free space on its disk, or raise the quota"
     elif error.errno in _FORBIDDEN:
@@ -177,8 +352,8 @@ def unwritable(path: Path, error: OSError) -> OutputError:
 
 
 def foreign_files(directory: Path) -> list[Path]:
-    """Files of a directory that are neither its lock nor temporary files of this module: what a start that failed at once leaves there does
-    not count."""
+    """Return the files of a directory except its lock and the temporary files of this module, which a start that failed at once may leave
+    there."""
     return [path for path in directory.iterdir() if not is_lock(path) and _LEFTOVER.fullmatch(path.name) is None]
 
 
@@ -190,6 +365,31 @@ def temporary_name(path: Path) -> Path:
     temporary = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
     _in_use.add(temporary.absolute())
     return temporary
+
+
+def final_name(temporary: Path) -> Path | None:
+    """Return the path for which `temporary_name` made this name (any process's, without an ending); None for any other name."""
+    match = _LEFTOVER.fullmatch(temporary.name)
+    return temporary.with_name(match["name"]) if match and not match["rest"] else None
+
+
+@contextmanager
+def scratch_directory(name: str) -> Iterator[Path]:
+    """Create a directory for intermediate files in the system's temporary directory, and delete it after the block. If this process is
+    killed in the block, the next call in another process deletes it.
+
+    Args:
+        name: part of the directory's name.
+    """
+    parent = Path(tempfile.gettempdir())
+    sweep_leftovers(parent)
+    beginning = temporary_name(parent / name)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{beginning.name}.", dir=parent))
+    _in_use.add(scratch.absolute())
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def sweep_leftovers(directory: Path, *, alone: bool = False) -> None:
@@ -206,7 +406,9 @@ def sweep_leftovers(directory: Path, *, alone: bool = False) -> None:
 
     Args:
         directory: directory to sweep, without its subdirectories.
-        alone: this process holds the lock of the directory, so every temporary file that is not its own is of a dead process, of any host.
+        alone: whether this process holds the lock of the directory. If so, every temporary file that is not its own belongs to a dead
+            process, of any host, and is deleted. Files with an ending stay: they belong to a dataset whose preparation the same command may
+            complete.
     """
     try:
         found = [path for path in directory.iterdir() if path.name.startswith(".")]
@@ -214,13 +416,26 @@ def sweep_leftovers(directory: Path, *, alone: bool = False) -> None:
         return
     for path in found:
         match = _LEFTOVER.fullmatch(path.name)
-        if match is None or not ((alone and not _is_own(path)) or (match["host"] == _host() and _is_dead(int(match["pid"]), path))):
+        if match is None or (alone and match["rest"]):
+            continue
+        if not (alone and not _is_own(path)) and not (match["host"] == _host() and _is_dead(int(match["pid"]), path)):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             with suppress(OSError):
                 path.unlink()
+
+
+def owner() -> str:
+    """Return `HOST.PID` of this process, as in `temporary_name`."""
+    return f"{_host()}.{os.getpid()}"
+
+
+def is_dead(owner: str) -> bool:
+    """Whether the process that had `owner()` is known to be dead, by the rules of `sweep_leftovers`."""
+    host, _, pid = owner.partition(".")
+    return host == _host() and pid.isdecimal() and not _runs(int(pid))
 
 
 def _is_own(path: Path) -> bool:

@@ -1,8 +1,9 @@
-"""What every recipe shares: where the library lies, how the command line is read, how composed values become a typed config, and how an
-error ends the program."""
+"""Code shared by all recipes: adds the repository to sys.path, reads the command line, converts composed values to typed configs, and turns
+errors into exit statuses."""
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,23 +17,31 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from endprompt_megatron.config.schema import RunConfig, with_expanded_paths  # noqa: E402
-from endprompt_megatron.errors import EXIT_RESUME, EXIT_USER_ERROR, USER_ERRORS, ConfigError, OutputError, RunInterrupted  # noqa: E402
+from endprompt_megatron.errors import (  # noqa: E402
+    EXIT_INTERRUPTED,
+    EXIT_RESUME,
+    EXIT_USER_ERROR,
+    USER_ERRORS,
+    ConfigError,
+    OutputError,
+    RunInterrupted,
+)
 from endprompt_megatron.launch.processes import ignore_stop_signals  # noqa: E402
-from endprompt_megatron.mcore.optional_packages import treat_broken_as_missing  # noqa: E402
+from endprompt_megatron.mcore.import_hooks import install_import_hooks  # noqa: E402
 from endprompt_megatron.output_files import CANNOT_WRITE, unwritable  # noqa: E402
 
-treat_broken_as_missing()  # before megatron.core is imported
+install_import_hooks()  # before megatron.core is imported
 T = TypeVar("T")
 DEFAULT_EXPERIMENT = "smollm2_135m_16k_cpu"
 
 
 def read_command_line(default_experiment: str | None = None) -> None:
-    """Make sys.argv what Hydra is to read.
+    """Rewrite sys.argv for Hydra: add the default experiment and make `key={}` empty a dictionary.
 
-    `key={}` empties a dictionary: by itself Hydra merges {} into the default's, which changes nothing.
+    Hydra itself merges {} into the default value, which changes nothing.
 
     Args:
-        default_experiment: what runs where the command line names no experiment; None for recipes without experiments.
+        default_experiment: added if the command line contains no experiment; None for recipes that take no experiment.
     """
     with exit_on_errors():
         refuse_former_names(sys.argv[1:])
@@ -41,15 +50,15 @@ def read_command_line(default_experiment: str | None = None) -> None:
     sys.argv = clear_empty_dicts(sys.argv)
 
 
-# group or choice of earlier releases -> what it is called now
+# group or choice in earlier releases -> its current name
 _RENAMED = {"evaluation=probes": "probes=standard", "evaluation": "probes", "suite=probes": "suite=ruler_offline"}
 
 
 def refuse_former_names(arguments: list[str]) -> None:
-    """Refuse overrides of keys that earlier releases had.
+    """Check that no override uses a name from an earlier release.
 
     Raises:
-        ConfigError: with the name of today.
+        ConfigError: an override does; the message states the current name.
     """
     for text in arguments:
         bare = text.lstrip("+~")
@@ -59,18 +68,18 @@ def refuse_former_names(arguments: list[str]) -> None:
 
 
 def clear_empty_dicts(arguments: list[str]) -> list[str]:
-    """Overrides with every `key={}` as `~key`."""
+    """Return the overrides with every `key={}` replaced by `~key`."""
     return [f"~{text.removesuffix('={}')}" if text.endswith("={}") else text for text in arguments]
 
 
 def to_dataclass(composed: DictConfig, schema: type[T], *, explained_in: str, prefix: str = "") -> T:
-    """Composed values as the dataclass that types them.
+    """Convert composed values to the dataclass `schema`.
 
     Args:
-        explained_in: file that explains the keys, for the error.
-        prefix: of the keys, in the error.
+        explained_in: file that explains the keys, named in the error message.
+        prefix: prepended to the key in the error message.
     Raises:
-        ConfigError: a key or a type that the schema does not know, with its dotted name.
+        ConfigError: the schema does not have a key, or a value has the wrong type; the message contains the dotted name of the key.
     """
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), composed))
@@ -80,14 +89,15 @@ def to_dataclass(composed: DictConfig, schema: type[T], *, explained_in: str, pr
 
 
 def to_run_config(composed: DictConfig) -> RunConfig:
-    """The composed values of conf/extend.yaml."""
+    """Convert the composed values of conf/extend.yaml to a RunConfig with expanded paths."""
     config: Any = to_dataclass(composed, RunConfig, explained_in="endprompt_megatron/config/schema.py")
     return with_expanded_paths(config)
 
 
 @contextmanager
 def exit_on_errors() -> Iterator[None]:
-    """Inside the block an error that a user can mend ends the program in a sentence, and every way to end has its exit status."""
+    """Exit with the documented status when the block raises: user errors print one line without a traceback, an interrupted run exits with
+    EXIT_RESUME."""
     try:
         yield
     except USER_ERRORS as error:
@@ -99,8 +109,10 @@ def exit_on_errors() -> Iterator[None]:
         print(f"{OutputError.__name__}: {unwritable(Path(error.filename or 'a file'), error)}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except RunInterrupted as request:
-        ignore_stop_signals()  # a second one must not change the exit status
+        ignore_stop_signals()  # a second signal must not change the exit status
         print(request, file=sys.stderr)
         sys.exit(EXIT_RESUME)
     except KeyboardInterrupt:
-        sys.exit("interrupted; start the same command again: it goes on where it stood")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not end the clean-up in a traceback
+        print("interrupted; start the same command again to resume", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)

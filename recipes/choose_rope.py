@@ -1,7 +1,8 @@
-"""Which RoPE scaling, and is training needed at all? `python recipes/choose_rope.py [+experiment=NAME] [key=value ...]`.
+"""Compare RoPE scalings without training: `python recipes/choose_rope.py [+experiment=NAME] [key=value ...]`.
 
-Applies PI, NTK, YaRN and a raised theta to the untrained base of the experiment (or to yours: model.hf_path=DIR), reads one long held-out
-text with each and writes a table with a recommendation to OUTPUT_DIR_ropes/ropes.md. Nothing is trained.
+Applies PI, NTK, YaRN and a larger theta to the base model of the experiment (or to the model in model.hf_path=DIR), evaluates each on one
+long held-out text, and writes a table with a recommendation to OUTPUT_DIR_ropes/ropes.md. The page states
+whether the recommended scaling needs training.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from omegaconf import DictConfig
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="extend")
 def run(composed: DictConfig) -> None:
-    """One comparison."""
+    """Run one comparison and print its lines."""
     with exit_on_errors():
         config = to_run_config(composed)
         from endprompt_megatron.jobs.choose_rope import compare_ropes

@@ -1,9 +1,9 @@
 """Compare methods: `python recipes/compare.py +study=NAME [key=value ...]`.
 
-Runs recipes/extend.py for every method and seed of the study (each in a process of its own), and writes one page with means, standard
-deviations, paired tests, costs and pictures. The same command goes on where it stopped. `write_only=true` writes the page from what is
-there; `collect=[outputs/a,outputs/b]` compares runs that you made yourself, `evaluations="['base=DIR','after=DIR']" reference=base`
-what recipes/evaluate.py found of two or more models.
+Runs recipes/extend.py for every method and seed of the study, each in its own process, and writes one page with means, standard deviations,
+paired tests, costs and figures. The same command resumes a stopped study. `write_only=true` starts no runs and writes the page from the
+results that exist. `collect=[outputs/a,outputs/b]` compares runs that were started by hand, and
+`evaluations="['base=DIR','after=DIR']" reference=base` compares results of recipes/evaluate.py for two or more models.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from endprompt_megatron.launch.launcher import planned_world_size
 
 
 def to_study(composed: DictConfig) -> StudyConfig:
-    """The composed values as a StudyConfig; a key or type that the schema does not know fails with its dotted name."""
+    """Convert the composed values to a StudyConfig. An unknown key or a wrong type raises ConfigError with the dotted name of the key."""
     return to_dataclass(composed, StudyConfig, explained_in="endprompt_megatron/comparison/study.py")
 
 
 def check_run(request: RunRequest) -> None:
-    """Compose and validate what a run would be, as recipes/extend.py will."""
+    """Compose and validate the configuration of a run as recipes/extend.py does. Raises ConfigError if the run is invalid."""
     GlobalHydra.instance().clear()
     try:
         refuse_former_names(request.overrides)
@@ -46,7 +46,7 @@ def check_run(request: RunRequest) -> None:
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="compare")
 def run(composed: DictConfig) -> None:
-    """One study."""
+    """Run one study; exit with status 1 if it did not finish."""
     with exit_on_errors():
         study = to_study(composed)
         finished = compare(

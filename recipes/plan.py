@@ -1,7 +1,7 @@
 """Plan an experiment for a cluster: `python recipes/plan.py +experiment=NAME [plan.num_gpus=64 plan.hardware=H200 plan.tokens=2e9 ...]`.
 
-Ranks the parallel layouts by predicted time, gives the reason for each layout that cannot run, and plots EndPrompt against full-length
-training by window: memory per GPU and hours. Everything is predicted, on any machine; the results are written to plan.md and plan.png.
+Ranks the parallel layouts by predicted time, gives the reason for each layout that cannot run, and plots memory per GPU and hours of
+EndPrompt and of full-length training by window. All values are predictions, computed without a GPU. Writes plan.md and plan.png.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from endprompt_megatron.planning.layout_search import ClusterConfig
 
 
 def to_cluster(composed: DictConfig) -> ClusterConfig:
-    """The group `plan` as a ClusterConfig; a key or type that the schema does not know fails with its dotted name."""
+    """Convert the group `plan` to a ClusterConfig. An unknown key or a wrong type raises ConfigError with the dotted name of the key."""
     resolved = OmegaConf.create(OmegaConf.to_container(composed, resolve=True)["plan"])
     return to_dataclass(resolved, ClusterConfig, explained_in="endprompt_megatron/planning/layout_search.py", prefix="plan.")
 
 
 def without_plan(composed: DictConfig) -> DictConfig:
-    """The experiment alone, as recipes/extend.py has it."""
+    """Return the composed values without the group `plan`, as recipes/extend.py composes them."""
     return OmegaConf.masked_copy(composed, [key for key in composed if key != "plan"])
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="plan")
 def run(composed: DictConfig) -> None:
-    """One plan."""
+    """Compute one plan and print its lines."""
     with exit_on_errors():
         options = to_cluster(composed)
         from endprompt_megatron.jobs.plan import plan_cluster

@@ -1,4 +1,4 @@
-"""Benchmarks that print measurements with their conditions. They do not pass or fail.
+"""Benchmarks that print measurements with their conditions. A benchmark does not pass or fail.
 
     python tools/bench.py step [--model models/smollm2_135m] [--micro-batch-size 2] [--repeats 15]
     python tools/bench.py length [--lengths 8192 16384] [--seq-length 1024]
@@ -30,6 +30,7 @@ import bench_length
 from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config
 from endprompt_megatron.checkpoint.hf.importer import load_hf_weights
 from endprompt_megatron.checkpoint.hf.verify import load_transformers_model
+from endprompt_megatron.checkpoint.hf.weights import check_hf_weights
 from endprompt_megatron.config.schema import OptimConfig, ParallelConfig
 from endprompt_megatron.mcore import runtime, version
 from endprompt_megatron.model import backends
@@ -43,12 +44,13 @@ _OPTIM = OptimConfig(lr=1e-5)
 
 
 def megatron_steps(arguments: argparse.Namespace, batches: list[torch.Tensor]) -> dict[str, Callable[[], None]]:
-    """Functions that run one training step of the Megatron model, at EndPrompt and at contiguous positions."""
+    """Return functions that run one training step of the Megatron model, at EndPrompt and at contiguous positions."""
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     parallel = ParallelConfig()
     architecture = architecture_from_hf(read_hf_config(arguments.model))
+    check_hf_weights(arguments.model, architecture)
     target = 2 * architecture.max_position_embeddings
     chunks = build_model_chunks(
         architecture,
@@ -95,7 +97,8 @@ def megatron_steps(arguments: argparse.Namespace, batches: list[torch.Tensor]) -
 
 
 def transformers_step(arguments: argparse.Namespace, batches: list[torch.Tensor]) -> Callable[[], None]:
-    """A function that runs one training step of transformers' Llama with SDPA, with the same accumulation, clipping and AdamW."""
+    """Return a function that runs one training step of transformers' Llama with SDPA. Gradient accumulation, clipping and AdamW are the
+    same as for the Megatron model."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.precision]
     model = load_transformers_model(arguments.model, dtype=dtype).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=_OPTIM.lr, weight_decay=0.0, fused=True)
@@ -129,7 +132,7 @@ def bench_step(arguments: argparse.Namespace) -> None:
         in_turn = list(steps.items())
         for name, step in (
             in_turn if repeat % 2 else reversed(in_turn)
-        ):  # alternating order, so that a machine that slows down favours no side
+        ):  # the order alternates, so that a machine that slows down favours no side
             started = time.perf_counter()
             step()
             if repeat >= arguments.warmup:
@@ -158,13 +161,13 @@ def main() -> None:
     """Parse the command line and run one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     benchmarks = parser.add_subparsers(required=True)
-    step = benchmarks.add_parser("step", help="training step, compared with contiguous positions and with transformers")
+    step = benchmarks.add_parser("step", help="time a training step, compared with contiguous positions and with transformers")
     step.add_argument("--model", type=Path, default=Path("models/smollm2_135m"))
     step.add_argument("--seq-length", type=int, default=512)
     step.add_argument("--micro-batch-size", type=int, default=2)
     step.add_argument("--micro-batches", type=int, default=1)
     step.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
-    step.add_argument("--threads", type=int, default=0, help="torch threads; 0 uses the default of torch")
+    step.add_argument("--threads", type=int, default=0, help="number of torch threads; 0 uses torch's default")
     step.add_argument("--repeats", type=int, default=15)
     step.add_argument("--warmup", type=int, default=1)
     step.set_defaults(run=bench_step)

@@ -1,6 +1,6 @@
-"""The benchmark `bench.py convert`: conversion of a synthetic checkpoint with the sizes of Llama-3.2-1B to torch_dist and back, compared
-with `cp` of its files and with loading and save_pretrained in transformers. Every measurement runs in its own process, so that time and
-peak memory are complete."""
+"""The benchmark `bench.py convert`. It converts a synthetic checkpoint with the sizes of Llama-3.2-1B to torch_dist and back, and compares
+the conversions with `cp` of the files and with from_pretrained and save_pretrained in transformers. Every measurement runs in its own
+process, so that it includes the whole time and peak memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from endprompt_megatron.checkpoint.hf.safetensors_io import TensorPlan, plan_sha
 from endprompt_megatron.checkpoint.hf.sources import llama_config
 from endprompt_megatron.checkpoint.hf.weights import planned_tensors
 
-# getrusage may report the peak memory of the parent for a child, so the child reports its own
+# getrusage may report the peak memory of the parent for a child, so the child reports its own peak memory
 _CODE = """
 import atexit, os, re, sys
 atexit.register(lambda: os.write(3, re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read()).group(1).encode()))
@@ -31,16 +31,16 @@ exec(code)
 """
 _PYTHON = [sys.executable, "-W", "ignore", "-c", _CODE.format(root=str(Path(__file__).resolve().parents[1]))]
 _CONVERT = [*_PYTHON, f"import runpy; runpy.run_path({str(Path(__file__).with_name('convert.py'))!r}, run_name='__main__')"]
-_SETTLE_SECONDS = 8.0  # lets the file system finish earlier deletions and writes, so that all measurements start alike
+_SETTLE_SECONDS = 8.0  # the file system finishes earlier deletions and writes in this time, so that all measurements start alike
 _TRANSFORMERS = """
 import sys
 from transformers import AutoModelForCausalLM
-AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").save_pretrained(sys.argv[2])
+AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto", trust_remote_code=False).save_pretrained(sys.argv[2])
 """
 
 
 def write_llama_1b(directory: Path, *, tied: bool, max_shard_bytes: int) -> int:
-    """Write a checkpoint with the sizes of Llama-3.2-1B and random bfloat16 weights; return its size in bytes."""
+    """Write a checkpoint with the sizes of Llama-3.2-1B and random bfloat16 weights. Return its size in bytes."""
     config = llama_config(
         vocab_size=128256,
         hidden_size=2048,
@@ -84,7 +84,7 @@ def bench_convert(arguments: argparse.Namespace) -> None:
     size = write_llama_1b(source, tied=not arguments.untied, max_shard_bytes=arguments.max_shard_bytes)
     shard = ["--no-verify", "--max-shard-size", str(arguments.max_shard_bytes)]
     copying = (["cp", "-r", str(source), str(copy)], [copy])
-    # Every conversion is compared with the copy next to it, because copies later in a round are slower, whichever program makes them.
+    # Every conversion is compared with the nearest copy, because later copies of a round are slower with any program.
     commands = {
         "cp, first": copying,
         "hf-to-megatron, no sync": ([*_CONVERT, "hf-to-megatron", str(source), str(megatron), *shard, "--no-sync"], [megatron]),
@@ -95,12 +95,12 @@ def bench_convert(arguments: argparse.Namespace) -> None:
         "megatron-to-hf": ([*_CONVERT, "megatron-to-hf", str(megatron), str(back), *shard], [back]),
         "transformers": ([*_PYTHON, _TRANSFORMERS, str(source), str(back)], [megatron, back]),
     }
-    # time and memory of the interpreter: the same imports without a conversion
+    # measures the time and memory of the interpreter with the same imports and without a conversion
     idle = [_measure([*_PYTHON, "import endprompt_megatron.checkpoint.convert"]) for _ in range(3)]
     idle_seconds, idle_memory = statistics.median(run[0] for run in idle), min(run[1] for run in idle)
     found: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
     try:
-        for repeat in range(arguments.repeats + 1):  # the first round is not counted, because memory is slow at its first use
+        for repeat in range(arguments.repeats + 1):  # the first round is not counted, because the first use of memory is slow
             for name, (command, leftovers) in commands.items():
                 os.sync()
                 time.sleep(arguments.settle)
@@ -136,7 +136,7 @@ def bench_convert(arguments: argparse.Namespace) -> None:
 
 
 def _measure(command: list[str]) -> tuple[float, int]:
-    """(seconds, peak memory in bytes) of a process; the memory is 0 if the program does not report it."""
+    """Run a process. Return (seconds, peak memory in bytes). The memory is 0 if the program does not report it."""
     reader, writer = os.pipe()
     actions = [(os.POSIX_SPAWN_OPEN, descriptor, os.devnull, os.O_WRONLY, 0) for descriptor in (1, 2)]
     actions.append((os.POSIX_SPAWN_DUP2, writer, 3))
@@ -152,10 +152,10 @@ def _measure(command: list[str]) -> tuple[float, int]:
 
 
 def add_to(benchmarks: argparse._SubParsersAction) -> None:
-    """Add the command line of this benchmark."""
-    convert = benchmarks.add_parser("convert", help="conversion to Megatron and back, compared with cp and with transformers")
-    convert.add_argument("--directory", type=Path, default=Path("outputs/bench_convert"), help="a new directory, removed afterwards")
-    convert.add_argument("--untied", action="store_true", help="a model whose output layer is not tied to the embedding")
+    """Add the subcommand of this benchmark."""
+    convert = benchmarks.add_parser("convert", help="time the conversion to Megatron and back, compared with cp and with transformers")
+    convert.add_argument("--directory", type=Path, default=Path("outputs/bench_convert"), help="new directory, which is removed afterwards")
+    convert.add_argument("--untied", action="store_true", help="convert a model whose output layer is not tied to the embedding")
     convert.add_argument("--max-shard-bytes", type=int, default=10**9)
     convert.add_argument("--repeats", type=int, default=5)
     convert.add_argument("--settle", type=float, default=_SETTLE_SECONDS, help="seconds between measurements")

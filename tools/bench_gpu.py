@@ -1,8 +1,8 @@
-"""The benchmark `bench.py gpu`: training steps of a model with the layer sizes of Llama-3-8B and fewer layers, in every precision that the
-GPU supports, at S tokens and EndPrompt's positions, and full-length training at L. The table shows measurements next to the predictions of
-planning/.
+"""The benchmark `bench.py gpu`. It measures training steps of a model with the layer sizes of Llama-3-8B and fewer layers. For every
+precision that the GPU supports, one variant trains on samples of S tokens at EndPrompt's positions, and a further variant trains on
+full-length samples of L tokens. The table compares the measurements with the predictions of planning/.
 
-Each round builds every variant again, one at a time, so that variants do not share memory and a GPU that slows down favours none.
+Each round builds every variant again, one after another, so that variants do not share memory and a GPU that slows down favours no variant.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ _OPTIM = OptimConfig(lr=1e-4)
 
 
 class Stack:
-    """A model with random weights on one rank, which trains on given tokens.
+    """A model with random weights on one rank that trains on given tokens.
 
     Args:
         architecture: sizes of the model.
         target_context_length: L, the window after RoPE scaling.
-        seq_length: S, tokens of a sample; with fewer than L, samples have EndPrompt's positions.
-        precision, bf16_layers, backend: see build_model_chunks.
-        device: device of the runtime.
+        seq_length: S, number of tokens of a sample. If S equals L, positions are contiguous, otherwise those of EndPrompt.
+        precision, bf16_layers, backend: same as for build_model_chunks.
+        device: device of the model.
         recompute_granularity: value of parallel.recompute_granularity.
         optim: optimizer settings.
         seed: seed of the weights.
@@ -108,7 +108,8 @@ class Stack:
 
     @torch.no_grad()
     def _draw_weights(self, seed: int) -> None:
-        """Draw equal weights for every device and backend: on the CPU, in the order of the common parameter names."""
+        """Draw the weights on the CPU in the order of the common parameter names, so that they are equal for every device and backend.
+        Matrices with more than 2^24 elements are drawn on the device and are not equal."""
         from endprompt_megatron.checkpoint.hf.importer import named_parameters_of_whole_model
 
         generator = torch.Generator().manual_seed(seed)
@@ -117,14 +118,14 @@ class Stack:
                 parameter.fill_(1.0)
             elif parameter.numel() <= 2**24:
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
-            else:  # only in benchmarks, where the values do not matter: much faster
+            else:  # faster on the device; only benchmarks have such matrices, and their values do not matter there
                 parameter.normal_(0.0, 0.02)
 
     def step(self, micro_batches: list[torch.Tensor]) -> float:
-        """Run one optimizer step and return its mean loss.
+        """Run one optimizer step and return the mean loss.
 
         Args:
-            micro_batches: token ids, int64 [b, S + 1] each.
+            micro_batches: token ids of each micro-batch, int64 [b, S + 1].
         """
 
         def forward_step(batches: Any, wrapped: torch.nn.Module) -> tuple[torch.Tensor, Any]:
@@ -152,14 +153,14 @@ class Variant:
 
     Attributes:
         label: description of the variant.
-        precision, bf16_layers: see Stack.
+        precision, bf16_layers: same as for Stack.
         seq_length: S.
-        micro_batches: micro-batches per step.
+        micro_batches: number of micro-batches per step.
         recompute: granularity of recomputation.
         seconds: time of every measured step.
         peak_gib: largest peak memory of all rounds; 0 on a CPU.
-        left_out: why it did not run; "" if it did.
-        status: backend and fusions.
+        left_out: reason why the variant did not run; "" if it ran.
+        status: description of backend and fusions.
     """
 
     label: str
@@ -230,15 +231,15 @@ def _run(variant: Variant, arguments: argparse.Namespace, architecture: ModelArc
 
 
 def hardware_of(gpu: str | None) -> Hardware | None:
-    """The planner's entry for a GPU name of torch, such as "NVIDIA H100 80GB HBM3"; None without a GPU or an entry. Slower (PCIe, NVL) or
-    smaller (40GB) cards of the same name have no entry."""
+    """Return the planner's entry for a GPU name of torch, such as "NVIDIA H100 80GB HBM3", or None without a GPU or an entry. Slower (PCIe,
+    NVL) or smaller (40GB) cards of the same name have no entry."""
     if not gpu or any(word in gpu for word in ("PCIe", "PCIE", "NVL", "40GB")):
         return None
     return next((entry for name, entry in HARDWARE.items() if name.split("-")[0] in gpu), None)
 
 
 def table(variants: list[Variant], architecture: ModelArchitecture, hardware: Hardware | None) -> list[str]:
-    """Markdown rows with measured and predicted values."""
+    """Return the rows of the Markdown table with measured and predicted values."""
     head = (
         "variant", "tokens/s", "predicted", "TFLOP/s", "share of peak", "s/step (min to max)", "steps", "peak memory", "predicted",
     )  # fmt: skip
@@ -271,7 +272,7 @@ def table(variants: list[Variant], architecture: ModelArchitecture, hardware: Ha
 
 
 def page(arguments: argparse.Namespace, variants: list[Variant], architecture: ModelArchitecture) -> str:
-    """The whole page: conditions, table and limits."""
+    """Return the whole page with conditions, table and limits."""
     machine = te_support.this_machine()
     dotted = {name: ".".join(map(str, getattr(machine, name))) or "none" for name in ("te_version", "cuda", "cudnn")}
     where = machine.gpu if runtime.resolve_accelerator(arguments.accelerator) == "gpu" else f"CPU, {torch.get_num_threads()} thread(s)"
@@ -280,16 +281,17 @@ def page(arguments: argparse.Namespace, variants: list[Variant], architecture: M
         "",
         f"{count_parameters(architecture):,} parameters (hidden {architecture.hidden_size}, ffn "
         f"{architecture.ffn_hidden_size}, {architecture.num_attention_heads} heads, {architecture.num_query_groups} KV heads, vocabulary "
-        f"{architecture.vocab_size:,}), random weights, one rank, samples of S tokens at EndPrompt's positions up to L = "
-        f"{arguments.target:,} and samples of {arguments.long or arguments.target:,} tokens (one per step, with full recomputation). "
-        f"Whole optimizer steps: {arguments.micro_batches} micro-batches of one sample, including AdamW; medians over {arguments.rounds} "
-        f"alternating rounds of {arguments.steps} steps, each after {arguments.warmup} warm-up steps.",
+        f"{architecture.vocab_size:,}) with random weights train on one rank. Samples have S tokens at EndPrompt's positions up to L = "
+        f"{arguments.target:,}, or {arguments.long or arguments.target:,} tokens (one sample per step, with full recomputation). "
+        f"A step is a whole optimizer step with {arguments.micro_batches} micro-batches of one sample and AdamW. Times are medians over "
+        f"{arguments.rounds} alternating rounds of {arguments.steps} steps, each after {arguments.warmup} warm-up steps.",
         "",
         *table(variants, architecture, hardware_of(machine.gpu) if where == machine.gpu else None),
         "",
-        "TFLOP/s count the model's FLOPs (causal attention, no recomputation); the share is of the dense peak of the precision's matrix "
-        "products (bf16, or FP8 for every FP8 precision). Predicted: by planning/, for one GPU of this kind. With few layers, output layer "
-        "and optimizer have a larger share of the time than in the whole model, so the times cannot be scaled by the number of layers.",
+        "TFLOP/s count the model's FLOPs (causal attention, no recomputation). The share of peak refers to the dense peak of matrix "
+        "products in this precision (bf16, or FP8 for every FP8 precision). planning/ predicts the values for one GPU of this kind. With "
+        "few layers, output layer and optimizer have a larger share of the time than in the whole model, so the times cannot be scaled by "
+        "the number of layers.",
         "",
         *(f"- {variant.label}: {variant.left_out or variant.status}" for variant in variants),
         "",
@@ -302,7 +304,7 @@ def page(arguments: argparse.Namespace, variants: list[Variant], architecture: M
 
 
 def _problems(arguments: argparse.Namespace) -> list[str]:
-    """Error messages for invalid numbers on the command line."""
+    """Return the error messages for invalid numbers on the command line."""
     least = {"layers": 1, "micro_batches": 1, "steps": 1, "warmup": 0, "rounds": 1}
     problems = [
         f"--{key.replace('_', '-')} {getattr(arguments, key)}: must be {smallest} or more."
@@ -335,7 +337,7 @@ def bench_gpu(arguments: argparse.Namespace) -> None:
     try:
         device = runtime.initialize(ParallelConfig(), accelerator=arguments.accelerator, seed=1).device
     except (BackendUnavailableError, ConfigError) as error:
-        sys.exit(f"{error} To test the benchmark itself here, run bench.py gpu --tiny --accelerator cpu --backend torch")
+        sys.exit(f"{error} To test the benchmark on this machine, run bench.py gpu --tiny --accelerator cpu --backend torch")
     variants = _variants(arguments, architecture)
     for round_ in range(arguments.rounds):
         for variant in variants if round_ % 2 == 0 else variants[::-1]:
@@ -352,20 +354,20 @@ def bench_gpu(arguments: argparse.Namespace) -> None:
 
 
 def add_to(benchmarks: argparse._SubParsersAction) -> None:
-    """Add the command line of this benchmark."""
-    parser = benchmarks.add_parser("gpu", help="training steps on a GPU by precision and at full length, compared with the plan")
+    """Add the subcommand of this benchmark."""
+    parser = benchmarks.add_parser("gpu", help="measure training steps on a GPU by precision and at full length, compared with the plan")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--seq-length", type=int, default=8192, help="S, tokens of a sample")
-    parser.add_argument("--target", type=int, default=65536, help="L, positions of the window")
-    parser.add_argument("--long", type=int, default=65536, help="tokens of the full-length samples; 0 leaves them out")
-    parser.add_argument("--micro-batches", type=int, default=4, help="micro-batches per step, of one sample each")
+    parser.add_argument("--seq-length", type=int, default=8192, help="S, number of tokens of a sample")
+    parser.add_argument("--target", type=int, default=65536, help="L, number of positions of the window")
+    parser.add_argument("--long", type=int, default=65536, help="number of tokens of the full-length samples; 0 skips this variant")
+    parser.add_argument("--micro-batches", type=int, default=4, help="number of micro-batches per step; each has one sample")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["bf16", "fp8", "fp8_attention"])
     parser.add_argument("--backend", choices=["auto", "te", "torch"], default="auto")
     parser.add_argument("--accelerator", choices=["gpu", "cpu"], default="gpu")
     parser.add_argument("--steps", type=int, default=4, help="measured steps per round")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them, not measured")
+    parser.add_argument("--warmup", type=int, default=2, help="unmeasured steps at the start of a round")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--page", type=Path, help="file to write the page to")
     parser.add_argument("--overwrite", action="store_true")
-    parser.add_argument("--tiny", action="store_true", help="a model and lengths for a CPU, to test the benchmark")
+    parser.add_argument("--tiny", action="store_true", help="use a tiny model and short lengths, to test the benchmark on a CPU")
     parser.set_defaults(run=bench_gpu)

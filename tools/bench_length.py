@@ -1,6 +1,6 @@
-"""The benchmark `bench.py length`: time and memory of a step of full-length fine-tuning, compared with a step of EndPrompt on the same
-number of tokens in short samples. Both are runs of recipes/extend.py. They alternate, each in its own process, so that peak memory is
-separate."""
+"""The benchmark `bench.py length`. It measures time and memory of a step of full-length fine-tuning and of a step of EndPrompt on the same
+number of tokens in short samples. Both methods are runs of recipes/extend.py. The runs alternate, and each runs in its own process, so that
+peak memory is measured separately."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 
 def _run(arguments: argparse.Namespace, method: str, length: int, directory: Path) -> tuple[list[float], float]:
-    """(seconds of each measured step, peak memory in GiB) of one run with `length` tokens per step."""
+    """Run one training run with `length` tokens per step. Return (seconds of each measured step, peak memory in GiB)."""
     samples = 1 if method == "full" else length // arguments.seq_length
     command = [
         sys.executable, "-W", "ignore", str(_ROOT / "recipes" / "extend.py"), f"+experiment={arguments.experiment}", f"method={method}",
@@ -41,7 +41,7 @@ def bench_length(arguments: argparse.Namespace) -> None:
     """Run both methods alternately at every length and print medians and ratios."""
     for length in arguments.lengths:
         if length % arguments.seq_length:
-            sys.exit(f"--lengths {length}: must be a multiple of --seq-length {arguments.seq_length}, for equal tokens per step.")
+            sys.exit(f"--lengths {length}: must be a multiple of --seq-length {arguments.seq_length}, so that tokens per step are equal.")
     print(
         f"{arguments.experiment}, samples of {arguments.seq_length} tokens against samples of L tokens, same tokens per step, "
         f"recompute={arguments.recompute}, {arguments.rounds} rounds of {arguments.steps} steps; torch {version('torch')}, "
@@ -68,14 +68,14 @@ def bench_length(arguments: argparse.Namespace) -> None:
 
 
 def add_to(benchmarks: argparse._SubParsersAction) -> None:
-    """Add the command line of this benchmark."""
-    parser = benchmarks.add_parser("length", help="time and memory of a step: full-length fine-tuning at L against EndPrompt at S")
+    """Add the subcommand of this benchmark."""
+    parser = benchmarks.add_parser("length", help="measure time and memory of a step of full-length fine-tuning at L and of EndPrompt at S")
     parser.add_argument("--experiment", default="smollm2_135m_16k_cpu")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[16384], help="L, tokens of a sample of the full-length method")
-    parser.add_argument("--seq-length", type=int, default=1024, help="S, tokens of a sample of EndPrompt")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16384], help="L, number of tokens of a sample of the full-length method")
+    parser.add_argument("--seq-length", type=int, default=1024, help="S, number of tokens of a sample of EndPrompt")
     parser.add_argument("--recompute", choices=["full", "selective", "null"], default="full")
     parser.add_argument("--steps", type=int, default=1, help="measured steps per run")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before them, not measured")
+    parser.add_argument("--warmup", type=int, default=1, help="unmeasured steps at the start of a run")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--override", nargs="*", default=[], help="further overrides of recipes/extend.py")
+    parser.add_argument("--override", nargs="*", default=[], help="additional overrides of recipes/extend.py")
     parser.set_defaults(run=bench_length)

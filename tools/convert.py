@@ -2,7 +2,7 @@
 content of a directory.
 
     python tools/convert.py hf-to-megatron /models/Llama-3.2-1B checkpoints/llama
-    python tools/convert.py megatron-to-hf outputs/my_run exported        # a run's newest checkpoint; or any torch_dist directory
+    python tools/convert.py megatron-to-hf outputs/my_run exported        # newest checkpoint of a run, or any torch_dist directory
     python tools/convert.py verify --hf exported --megatron outputs/my_run
     python tools/convert.py show outputs/my_run
 
@@ -21,13 +21,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from endprompt_megatron.errors import EXIT_USER_ERROR, USER_ERRORS, CheckpointError
-from endprompt_megatron.mcore.optional_packages import treat_broken_as_missing
+from endprompt_megatron.mcore.import_hooks import install_import_hooks
 
-treat_broken_as_missing()  # before megatron.core is imported
+install_import_hooks()  # before megatron.core is imported
 
 
 def main() -> int:
-    """Parse the arguments and run one command. Returns the exit status: 0; 1 if a verification failed; 2 for a user error."""
+    """Parse the arguments and run one command. Return the exit status: 0 for success, 1 if a verification failed, 2 for a user error."""
     arguments = _parser().parse_args()
     try:
         return arguments.run(arguments)
@@ -35,20 +35,23 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("interrupted: the same command continues where it stopped", file=sys.stderr)
+        print("interrupted: start the same command again to continue", file=sys.stderr)
         return 130
 
 
 def _hf_to_megatron(arguments: argparse.Namespace) -> int:
     from endprompt_megatron.checkpoint.convert import DTYPES, hf_to_megatron, plan_conversion
     from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config
+    from endprompt_megatron.checkpoint.hf.weights import check_present_weights
 
     if arguments.plan:
         config = read_hf_config(arguments.hf)
+        architecture = architecture_from_hf(config)
+        check_present_weights(arguments.hf, architecture)
         stored = config.get("torch_dtype") or config.get("dtype")
         dtype = DTYPES[arguments.dtype or (stored if stored in DTYPES else "bfloat16")]
         plan = plan_conversion(
-            architecture_from_hf(config),
+            architecture,
             dtype=dtype,
             max_shard_bytes=arguments.max_shard_size,
             to_megatron=True,
@@ -69,7 +72,7 @@ def _hf_to_megatron(arguments: argparse.Namespace) -> int:
         return 0
     from endprompt_megatron.checkpoint.megatron_model import describe_megatron_model
 
-    return _report(arguments.hf, describe_megatron_model(written), arguments, dtype=DTYPES.get(arguments.dtype))
+    return _report(arguments.hf, describe_megatron_model(written), arguments, dtype=DTYPES.get(arguments.dtype), written=written)
 
 
 def _megatron_to_hf(arguments: argparse.Namespace) -> int:
@@ -89,8 +92,8 @@ def _megatron_to_hf(arguments: argparse.Namespace) -> int:
     )
     rope = f"RoPE {model.rope.type}, factor {model.rope.factor:g} ({model.origin})"
     print(f"wrote {written}: window {model.context_length:,} positions, {rope}")
-    # `model` still names the converted checkpoint, even if the run has written a newer one since
-    return 0 if arguments.no_verify else _report(written, model, arguments)
+    # `model` still refers to the converted checkpoint, even if the run has written a newer checkpoint since
+    return 0 if arguments.no_verify else _report(written, model, arguments, written=written)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -100,7 +103,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _show(arguments: argparse.Namespace) -> int:
     from endprompt_megatron.checkpoint.hf.config import FAMILIES, architecture_from_hf, read_hf_config, rope_from_hf
     from endprompt_megatron.checkpoint.hf.safetensors_io import SafetensorsReader
-    from endprompt_megatron.checkpoint.hf.weights import count_weights
+    from endprompt_megatron.checkpoint.hf.weights import check_tensors, count_weights
     from endprompt_megatron.checkpoint.torch_dist.read import TorchDistReader
 
     if (arguments.directory / "config.json").is_file():
@@ -112,6 +115,7 @@ def _show(arguments: argparse.Namespace) -> int:
         with SafetensorsReader(arguments.directory) as reader:
             rows = [(name, _name(reader.dtype(name)), str(reader.shape(name))) for name in reader.names()]
             _print_tensors(rows, f"{len(reader.files())} safetensors file(s)", arguments.all)
+            check_tensors(reader, architecture)
         return 0
     with TorchDistReader(arguments.directory) as reader:
         print(f"torch_dist directory {reader.directory}: {reader.layout()}")
@@ -168,8 +172,27 @@ def _described(arguments: argparse.Namespace):
     )
 
 
-def _report(hf: Path, model, arguments: argparse.Namespace, dtype=None) -> int:
-    """Compare a Hugging Face directory with a torch_dist directory and print the table."""
+def _report(hf: Path, model, arguments: argparse.Namespace, dtype=None, written: Path | None = None) -> int:
+    """Compare a Hugging Face directory with a torch_dist directory and print the table. If they differ or cannot be compared, the result of
+    a conversion, `written`, is renamed."""
+    from endprompt_megatron.checkpoint.training_directory import set_aside
+
+    try:
+        passed = _compare(hf, model, arguments, dtype)
+    except Exception:
+        if written is not None:
+            print(f"not verified: the result is in {set_aside(written, '.failed')}", file=sys.stderr)
+        raise
+    if passed:
+        print(f"ok: {hf} is the model of {model.directory} (tokenizer files are not compared)")
+        return 0
+    print(f"FAILED: {hf} is not the model of {model.directory}")
+    if written is not None:
+        print(f"the result is in {set_aside(written, '.failed')}")
+    return 1
+
+
+def _compare(hf: Path, model, arguments: argparse.Namespace, dtype) -> bool:
     from endprompt_megatron.checkpoint.hf.verify import format_findings, verify_megatron_model
     from endprompt_megatron.config.schema import ParallelConfig
     from endprompt_megatron.mcore import runtime
@@ -180,10 +203,7 @@ def _report(hf: Path, model, arguments: argparse.Namespace, dtype=None) -> int:
     finally:
         runtime.shut_down()
     print(format_findings(findings))
-    failed = [finding for finding in findings if not finding.passed]
-    where = model.directory
-    print(f"FAILED: {hf} is not the model of {where}" if failed else f"ok: {hf} is the model of {where} (tokenizer files are not compared)")
-    return 1 if failed else 0
+    return all(finding.passed for finding in findings)
 
 
 def _destination(arguments: argparse.Namespace) -> Path:
@@ -212,11 +232,11 @@ def _parser() -> argparse.ArgumentParser:
     writing.add_argument("--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="maximum size of a weights file (default 5GB)")
     writing.add_argument("--plan", action="store_true", help="print files, sizes and memory, and write nothing")
     writing.add_argument("--no-verify", action="store_true", help="do not compare source and result afterwards")
-    writing.add_argument("--no-sync", action="store_true", help="do not fsync: as fast and as safe as cp")
+    writing.add_argument("--no-sync", action="store_true", help="do not call fsync; the conversion is then as fast and as safe as cp")
     meaning = argparse.ArgumentParser(add_help=False)
-    meaning.add_argument("--hf-base", type=Path, metavar="DIR", help="Hugging Face directory of the base, if MEGATRON does not name it")
-    meaning.add_argument("--rope-factor", type=float, metavar="S", help="linear RoPE scaling of a MEGATRON from another program")
-    meaning.add_argument("--target-context-length", type=int, metavar="L", help="context window for --rope-factor")
+    meaning.add_argument("--hf-base", type=Path, metavar="DIR", help="Hugging Face directory of the base, if MEGATRON does not record it")
+    meaning.add_argument("--rope-factor", type=float, metavar="S", help="factor of linear RoPE scaling, if another program wrote MEGATRON")
+    meaning.add_argument("--target-context-length", type=int, metavar="L", help="context window in positions, for use with --rope-factor")
 
     command = commands.add_parser("hf-to-megatron", parents=[writing, verifying], help="Hugging Face -> torch_dist")
     command.add_argument("hf", type=Path, help="Hugging Face directory (config.json alone is enough for --plan)")
@@ -239,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("show", help="show the content of a directory")
     command.add_argument("directory", type=Path)
     command.add_argument("--hf-base", type=Path, metavar="DIR")
-    command.add_argument("--all", action="store_true", help="list every tensor, not one line per kind of tensor")
+    command.add_argument("--all", action="store_true", help="print one line per tensor instead of one line per kind of tensor")
     command.set_defaults(run=_show)
     return parser
 

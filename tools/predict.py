@@ -1,4 +1,4 @@
-"""Update the line `# Predicted: ...` in the header of every experiment on GPUs from a dry run. tests/conf compares the two."""
+"""Update the line `# Predicted: ...` in the header of every GPU experiment with the result of a dry run. tests/conf checks these lines."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ HEADER = "# Predicted: "
 
 
 def predicted(lines: list[str]) -> str:
-    """The header line with memory and time, from the output of a dry run.
+    """Return the header line with memory and time.
 
     Args:
-        lines: lines printed by the dry run.
+        lines: lines printed by a dry run.
+    Raises:
+        ValueError: the lines contain no memory or no time.
     """
     plan = "\n".join(lines)
     memory = re.search(r"^ +memory +about ([\d.]+ GiB) per rank", plan, flags=re.MULTILINE)
@@ -28,8 +30,9 @@ def predicted(lines: list[str]) -> str:
 
 
 def main() -> int:
+    """Update the headers of the given experiments and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="experiments (default: all with the line in their header)")
+    parser.add_argument("names", nargs="*", help="experiments to update (default: all that have the line)")
     arguments = parser.parse_args()
     files = sorted((ROOT / "conf" / "experiment").glob("*.yaml"))
     paths = {path.stem: path for path in files if f"\n{HEADER}" in path.read_text()}
@@ -38,7 +41,7 @@ def main() -> int:
     command = [*recipe, "--multirun", "dry_run=true", f"+experiment={','.join(names)}"]
     with (
         tempfile.TemporaryDirectory() as nowhere
-    ):  # Hydra's multirun writes to the working directory, and a dry run needs no models/ and datasets/
+    ):  # Hydra's multirun writes to the working directory; a dry run needs neither models/ nor datasets/
         done = subprocess.run(command, cwd=nowhere, capture_output=True, text=True)
     plans = re.split(r"^Plan of .*\n", done.stdout, flags=re.MULTILINE)[1:]
     if done.returncode or len(plans) != len(names):

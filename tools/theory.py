@@ -1,5 +1,5 @@
-"""Theory of an extension: the relative distances that occur in training under each position scheme (eq. 8-9), and the slope of a
-checkpoint's attention scores over distance with the bound of eq. 3.
+"""Compute two quantities of the theory of an extension. `coverage` computes which relative distances occur in training under each position
+scheme (eq. 8-9). `smoothness` compares the slopes of a checkpoint's attention scores over distance with the bound of eq. 3.
 
     python tools/theory.py coverage --seq-length 1024 --end-prompt-length 11 --target-context-length 16384
     python tools/theory.py smoothness --hf-path models/smollm2_135m --target-context-length 16384 --text my_text.txt
@@ -53,7 +53,7 @@ _BUILT_IN_TEXT = (
 
 
 def main() -> int:
-    """Run one command and return its exit status: 0, or 2 for an invalid argument."""
+    """Run one command and return the exit status: 0 for success, 2 for a user error."""
     arguments = _parser().parse_args()
     try:
         return arguments.run(arguments)
@@ -108,7 +108,7 @@ def _smoothness(arguments: argparse.Namespace) -> int:
     layout = _layout(arguments)
     gap = gap_of_endprompt(layout.num_context_tokens, layout.num_prompt_tokens, target_context_length=layout.target_context_length)
     if gap is None:
-        raise ConfigError(f"--seq-length={arguments.seq_length}: every distance occurs in training, so there is no gap. Set a shorter one.")
+        raise ConfigError(f"--seq-length={arguments.seq_length}: every distance occurs in training, so there is no gap. Set a smaller one.")
     from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config, rope_from_hf
     from endprompt_megatron.checkpoint.hf.tokenizer import load_tokenizer
 
@@ -151,9 +151,9 @@ def _smoothness(arguments: argparse.Namespace) -> int:
     print(
         f"pairs above the bound of eq. 3: {violations['slope']} of {found.ratio.size} by slope, {violations['curvature']} by curvature\n"
         f"gap of eq. 9: {gap[0]:,} to {gap[1]:,}, {_share(gap, layout):.1%} of all distances. The bound constrains scores up to "
-        f"{reach:.3g} positions from a known one.\n{num_held} of {len(functions.frequencies)} frequencies are low enough for their own "
-        f"bound to reach the middle of the gap; {(outside > 0).mean():.1%} of the pairs have scores in the gap outside the range of "
-        f"observed scores"
+        f"{reach:.3g} positions from a known one.\n{num_held} of {len(functions.frequencies)} frequencies are so low that their own "
+        f"bound reaches the middle of the gap. In the gap, {(outside > 0).mean():.1%} of the pairs have scores outside the range of "
+        f"observed scores."
     )
     from endprompt_megatron.report.figures.theory import plot_smoothness
 
@@ -185,7 +185,7 @@ def _smoothness(arguments: argparse.Namespace) -> int:
 
 
 def _queries_and_keys(arguments: argparse.Namespace, ids: list[int]) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
-    """(layers, queries and keys [layers, heads, pairs, head_dim]) of the checkpoint on a text."""
+    """Run the checkpoint on a text. Return (layers, queries, keys). Queries and keys are [layers, heads, pairs, head_dim]."""
     from endprompt_megatron.config.schema import ParallelConfig
     from endprompt_megatron.inference.attention_scores import collect_queries_and_keys
     from endprompt_megatron.inference.load import load_model
@@ -203,7 +203,7 @@ def _queries_and_keys(arguments: argparse.Namespace, ids: list[int]) -> tuple[tu
 def _examples(
     layers: tuple[int, ...], queries: np.ndarray, keys: np.ndarray, base: RopeScaling, stretched: RopeScaling, found: Smoothness
 ) -> list:
-    """The pair with the median ratio of slope to bound, and the pair with the largest ratio."""
+    """Return two examples: the pair with the median ratio of slope to bound, and the pair with the largest ratio."""
     from endprompt_megatron.report.figures.theory import ScoreExample
 
     order = np.argsort(found.ratio, axis=None)
@@ -232,17 +232,17 @@ def _by_head(layers: tuple[int, ...], found: Smoothness) -> list[dict[str, Any]]
 
 
 def _stretched(arguments: argparse.Namespace, base: RopeScaling, native: int) -> RopeScaling:
-    """The base's frequencies scaled to --target-context-length."""
+    """Return the frequencies of the base, scaled to --target-context-length."""
     target, factor = arguments.target_context_length, arguments.factor
     unscaled = base.unscaled_window(native)
     if factor is not None and not abs(factor * unscaled - target) <= 1e-6 * target:
         raise ConfigError(
-            f"--factor={factor:g}: must equal --target-context-length / window before any stretch = {target} / {unscaled} = "
-            f"{target / unscaled:g}. Leave it out, or set --target-context-length={factor * unscaled:g}."
+            f"--factor={factor:g}: must equal --target-context-length / window before RoPE scaling = {target} / {unscaled} = "
+            f"{target / unscaled:g}. Leave out --factor, or set --target-context-length={factor * unscaled:g}."
         )
     settings = {"type": arguments.rope_type, "factor": 1.0 if arguments.rope_type == "none" else target / unscaled}
     if target < unscaled:
-        raise ConfigError(f"--target-context-length={target}: must be at least the model's own window of {unscaled}. Set a longer one.")
+        raise ConfigError(f"--target-context-length={target}: must be at least the model's own window of {unscaled}. Set a longer window.")
     return base.extended(settings, max_position_embeddings=native)
 
 
@@ -258,14 +258,16 @@ def _text(arguments: argparse.Namespace) -> str:
 def _layout(arguments: argparse.Namespace) -> SampleLayout:
     length, prompt, target = arguments.seq_length, arguments.end_prompt_length, arguments.target_context_length
     if prompt >= length:
-        raise ConfigError(f"--end-prompt-length={prompt}: must be less than --seq-length={length}, which includes it. Set a longer sample.")
+        raise ConfigError(
+            f"--end-prompt-length={prompt}: must be less than --seq-length={length}, which includes the prompt. Set a longer sample."
+        )
     if length > target:
         raise ConfigError(f"--seq-length={length}: must not exceed --target-context-length={target}. Set a shorter sample.")
     return SampleLayout(length - prompt, prompt, target)
 
 
 def _outputs(arguments: argparse.Namespace, stem: str) -> dict[str, Path]:
-    """Paths of the figure and the JSON file, checked before the computation."""
+    """Return the paths of the figure and the JSON file by suffix. Check before the computation that both can be written."""
     directory = arguments.output_dir
     paths = {kind: directory / f"{stem}.{kind}" for kind in ("png", "json")}
     there = [str(path) for path in paths.values() if path.exists()]
@@ -329,7 +331,7 @@ def _positive(text: str) -> int:
 
 
 def _layers(text: str) -> list[int]:
-    """`0,5,10-12` -> [0, 5, 10, 11, 12]."""
+    """Parse a list of layers, for example `0,5,10-12` into [0, 5, 10, 11, 12]."""
     chosen: list[int] = []
     try:
         for part in text.split(","):
@@ -347,26 +349,26 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--seq-length", type=_positive, default=1024, metavar="S", help="tokens of a training sample (default 1024)")
+    shared.add_argument("--seq-length", type=_positive, default=1024, metavar="S", help="tokens per training sample (default 1024)")
     shared.add_argument("--end-prompt-length", type=_positive, default=11, metavar="B", help="tokens of the end prompt (default 11)")
     shared.add_argument("--target-context-length", type=_positive, required=True, metavar="L", help="positions of the extended window")
     shared.add_argument("--seed", type=_whole, default=1234, help="seed of all random draws (default 1234)")
-    shared.add_argument("--output-dir", type=Path, default=Path("outputs/theory"), help="default outputs/theory")
+    shared.add_argument("--output-dir", type=Path, default=Path("outputs/theory"), help="directory to write to (default outputs/theory)")
     shared.add_argument("--overwrite", action="store_true", help="replace existing files")
 
-    command = commands.add_parser("coverage", parents=[shared], help="relative distances in training under every position scheme")
-    command.add_argument("--samples", type=_positive, default=2000, help="samples to draw for each random scheme (default 2000)")
-    command.add_argument("--original-context-length", type=_positive, metavar="N", help="native window, marked in the figure")
+    command = commands.add_parser("coverage", parents=[shared], help="compute the relative distances of every position scheme")
+    command.add_argument("--samples", type=_positive, default=2000, help="number of samples to draw for each random scheme (default 2000)")
+    command.add_argument("--original-context-length", type=_positive, metavar="N", help="native window, which the figure marks")
     command.set_defaults(run=_coverage)
 
-    command = commands.add_parser("smoothness", parents=[shared], help="slopes of a checkpoint's attention scores and the bound of eq. 3")
+    command = commands.add_parser("smoothness", parents=[shared], help="compare slopes of a checkpoint's attention scores with eq. 3")
     command.add_argument("--hf-path", type=Path, required=True, metavar="DIR", help="Hugging Face model directory")
     command.add_argument("--rope-type", choices=SCALING_TYPES, default="pi", help="RoPE scaling (default pi)")
-    command.add_argument("--factor", type=float, metavar="S", help="scaling factor; follows from the target, and is checked if given")
+    command.add_argument("--factor", type=float, metavar="S", help="expected scaling factor; must match the target window")
     command.add_argument("--text", type=Path, metavar="FILE", help="plain text file (default: the Gettysburg Address)")
-    command.add_argument("--tokens", type=_positive, default=512, help="largest number of tokens of the text (default 512)")
-    command.add_argument("--pairs", type=_positive, default=16, help="pairs of tokens per head (default 16)")
-    command.add_argument("--layers", type=_layers, metavar="LIST", help="such as 0,5,10-12 (default: all)")
+    command.add_argument("--tokens", type=_positive, default=512, help="maximum number of tokens of the text (default 512)")
+    command.add_argument("--pairs", type=_positive, default=16, help="number of pairs of tokens per head (default 16)")
+    command.add_argument("--layers", type=_layers, metavar="LIST", help="layers, for example 0,5,10-12 (default: all)")
     command.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="precision of the forward pass (default fp32)")
     command.set_defaults(run=_smoothness)
     return parser

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from endprompt_megatron.checkpoint.hf.auxiliary_files import PROVENANCE_FILE, copy_auxiliary_files
-from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, extended_hf_config, read_hf_config
+from endprompt_megatron.checkpoint.hf.auxiliary_files import PROVENANCE_FILE, check_links, copy_auxiliary_files, copy_files
+from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, extended_hf_config, known_fields, read_hf_config, rope_from_hf
 from endprompt_megatron.checkpoint.hf.mapping import Binding, bindings
 from endprompt_megatron.checkpoint.hf.model_card import MODEL_CARD, model_card
+from endprompt_megatron.checkpoint.hf.no_code import refuse_code
 from endprompt_megatron.checkpoint.hf.safetensors_io import (
     BLOCK_BYTES,
     FileRange,
@@ -32,7 +33,8 @@ from endprompt_megatron.checkpoint.hf.safetensors_io import (
     write_shard,
 )
 from endprompt_megatron.checkpoint.hf.tokenizer import check_token_ids, load_tokenizer
-from endprompt_megatron.checkpoint.hf.weights import check_hf_weights, planned_tensors
+from endprompt_megatron.checkpoint.hf.transformers_config import check_same_config
+from endprompt_megatron.checkpoint.hf.weights import check_hf_weights, is_finite, not_finite, planned_tensors
 from endprompt_megatron.checkpoint.lora_reader import open_torch_dist
 from endprompt_megatron.checkpoint.megatron_model import AUXILIARY_FOLDER, MegatronModel
 from endprompt_megatron.checkpoint.resumable_directory import ResumableDirectory
@@ -118,8 +120,12 @@ def hf_to_megatron(
         CheckpointError: the source is incomplete or not a supported model, or destination exists or is not writable.
     """
     hf_path = Path(hf_path)
-    architecture = architecture_from_hf(read_hf_config(hf_path))
+    refuse_code(hf_path)
+    check_links(hf_path)
+    config = read_hf_config(hf_path)
+    architecture = architecture_from_hf(config)
     check_hf_weights(hf_path, architecture)
+    check_same_config(hf_path, architecture, rope_from_hf(config))
     if (hf_path / "tokenizer.json").is_file():
         check_token_ids(hf_path, load_tokenizer(hf_path), num_rows=architecture.vocab_size)
     _check_tensor_parallel(architecture, tensor_parallel_size)
@@ -155,9 +161,8 @@ def hf_to_megatron(
             shutil.rmtree(auxiliary, ignore_errors=True)
             auxiliary.mkdir()
             copy_auxiliary_files(hf_path, auxiliary)
-            for name in ("config.json", MODEL_CARD, PROVENANCE_FILE):
-                if (hf_path / name).is_file():
-                    shutil.copyfile(hf_path / name, auxiliary / name)
+            (auxiliary / "config.json").write_text(json.dumps(known_fields(config), indent=2) + "\n")
+            copy_files(hf_path, auxiliary, (MODEL_CARD, PROVENANCE_FILE))
             return output.finish()
 
 
@@ -184,6 +189,8 @@ def megatron_to_hf(
         CheckpointError: weights are missing or belong to another model, or destination exists or is not writable.
     """
     architecture = model.architecture
+    refuse_code(model.base_hf_path)
+    check_links(model.base_hf_path)
     with open_torch_dist(model.directory, architecture, model.adapter) as reader:
         reader.check(architecture)
         for name in reader.unknown_names(architecture):
@@ -201,10 +208,7 @@ def megatron_to_hf(
                 if output.note_of(file) is not None:
                     progress.advance(len(shards[file]))
                     return
-                with (
-                    open_torch_dist(model.directory, architecture, model.adapter, reuse_memory=True) as own,
-                    output.writing(file) as (path, _),
-                ):
+                with reader.for_thread() as own, output.writing(file) as (path, _):
                     write_shard(path, shards[file], partial(blocks, own), sync=sync)
 
             def blocks(own: TorchDistReader, tensor: TensorPlan) -> Iterator[torch.Tensor | FileRange]:
@@ -239,9 +243,7 @@ def _write_auxiliary_files(directory: Path, model: MegatronModel, dtype: torch.d
         (directory / PROVENANCE_FILE).write_text(json.dumps(model.provenance, indent=2) + "\n")
         (directory / MODEL_CARD).write_text(model_card(model.provenance, base_hf_path=model.base_hf_path))
         return
-    for name in (MODEL_CARD, PROVENANCE_FILE):
-        if (model.base_hf_path / name).is_file():
-            shutil.copyfile(model.base_hf_path / name, directory / name)
+    copy_files(model.base_hf_path, directory, (MODEL_CARD, PROVENANCE_FILE))
 
 
 def _write_distcp(
@@ -293,23 +295,25 @@ def _megatron_rows(
 def _rows(
     reader: SafetensorsReader | TorchDistReader, name: str, first: int, last: int, dtype: torch.dtype, may_be_ranges: bool = True
 ) -> Iterator[torch.Tensor | FileRange]:
-    """Yield rows of a stored tensor in `dtype`: as a file range if they need no conversion, else in blocks."""
+    """Yield rows of a stored tensor in `dtype`, all finite: as a file range if they need no conversion, else in blocks."""
     stored = reader.dtype(name)
+    if not stored.is_floating_point:
+        raise CheckpointError(f"{name} has dtype {stored}: only floating-point weights can be converted.")
     where = reader.range_of_rows(name, first, last) if may_be_ranges and stored == dtype else None
-    if where is not None:
-        yield where
-        return
     for low, high in row_blocks(last, stored.itemsize * math.prod(reader.shape(name)[1:]), first):
         block = reader.rows(name, low, high)
+        if not is_finite(block):
+            raise not_finite(int((~block.isfinite()).sum()), f"{name}, from row {low:,}")
+        if where is not None:  # the block is in the page cache now, from which the kernel copies it
+            continue
         converted = block.to(dtype)
-        if not stored.is_floating_point:
-            raise CheckpointError(f"{name} has dtype {stored}: only floating-point weights can be converted.")
-        if torch.finfo(dtype).max < torch.finfo(stored).max and not torch.equal(converted.isfinite(), block.isfinite()):
+        if not is_finite(converted):
             raise CheckpointError(
-                f"{name} holds {float(block[block.isfinite()].abs().max()):g}, more than {dtype} can represent: choose "
-                f"--dtype bfloat16 or float32."
+                f"{name} holds {float(block.abs().max()):g}, more than {dtype} can represent: choose --dtype bfloat16 or float32."
             )
         yield converted
+    if where is not None:
+        yield where
 
 
 def _assign_to_files(architecture: ModelArchitecture, dtype: torch.dtype, max_bytes: int, size: int) -> dict[str, list[Binding]]:

@@ -4,7 +4,6 @@ names the base model."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_h
 from endprompt_megatron.checkpoint.torch_dist.read import find_torch_dist
 from endprompt_megatron.checkpoint.training_directory import RUN_FILE
 from endprompt_megatron.config.schema import AdapterConfig
-from endprompt_megatron.errors import CheckpointError
+from endprompt_megatron.errors import CheckpointError, DamagedFileError
+from endprompt_megatron.output_files import read_json
 from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.rope.scaling import RopeScaling
 
@@ -73,7 +73,7 @@ def describe_megatron_model(
             f"--target-context-length={context_length}."
         )
     if run_file.is_file():
-        return _describe_training_run(directory, json.loads(run_file.read_text()), hf_base)
+        return _describe_training_run(directory, _read_run_file(run_file), hf_base)
     if hf_base is None and not auxiliary.is_dir():
         raise CheckpointError(
             f"{directory} does not describe its model (it contains neither {AUXILIARY_FOLDER}/ nor {RUN_FILE}): give the Hugging Face "
@@ -97,6 +97,19 @@ def describe_megatron_model(
         int(context_length or round(architecture.max_position_embeddings * (rope_factor or 1))),
         f"config.json of {base}" + (f", stretched by --rope-factor={rope_factor:g}" if rope_factor is not None else ""),
     )
+
+
+def _read_run_file(path: Path) -> dict[str, Any]:
+    try:
+        record = read_json(path, way_out="")
+        if isinstance(record["config"]["model"], dict) and isinstance(record["config"]["rope"], dict) and isinstance(record["state"], dict):
+            return record
+        fault = "does not have the content that was written"
+    except DamagedFileError as error:
+        fault = error.fault
+    except (KeyError, TypeError) as error:
+        fault = f"does not have the content that was written ({error!r})"
+    raise CheckpointError(f"{path} {fault}. Copy the checkpoint again, or give another checkpoint of the run.")
 
 
 def _describe_training_run(directory: Path, record: dict[str, Any], hf_base: Path | None) -> MegatronModel:

@@ -47,7 +47,7 @@ class ResumableDirectory:
             self._lock = os.open(self.partial / _IDENTITY, os.O_RDWR | os.O_CREAT, 0o644)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._check_destination()  # another process may have finished in the meantime
-            stored = (self.partial / _IDENTITY).read_text()
+            stored = (self.partial / _IDENTITY).read_text(errors="replace")
         except BlockingIOError as error:
             raise CheckpointError(f"{self.partial} is being written by another process: wait until it ends, or stop it.") from error
         except OSError as error:
@@ -67,7 +67,7 @@ class ResumableDirectory:
         assert self._lock is not None
         for path in self.partial.iterdir():
             if path.name != _IDENTITY:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, self._identity.encode(), 0)
         os.fsync(self._lock)
@@ -82,7 +82,7 @@ class ResumableDirectory:
             return
         try:
             ours = "format" in json.loads((self.partial / _IDENTITY).read_text())
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             ours = False
         if not ours:
             raise CheckpointError(
@@ -106,7 +106,7 @@ class ResumableDirectory:
     def note_of(self, name: str) -> str | None:
         """Return the note of a complete file; None if the file must still be written."""
         note = self.partial / (name + _NOTE)
-        return note.read_text() if note.is_file() and (self.partial / name).is_file() else None
+        return note.read_text(errors="replace") if note.is_file() and (self.partial / name).is_file() else None
 
     @contextmanager
     def writing(self, name: str) -> Iterator[tuple[Path, list[str]]]:

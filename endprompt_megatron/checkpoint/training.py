@@ -4,7 +4,6 @@ them, synchronously or in a background process; they can be loaded in the same o
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -12,25 +11,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from endprompt_megatron.checkpoint import training_directory as checkpoint_directory
+from endprompt_megatron.checkpoint.random_state import random_state, set_random_state
 from endprompt_megatron.checkpoint.torch_dist.read import TorchDistReader
 from endprompt_megatron.checkpoint.training_directory import LATEST, RUN_FILE
 from endprompt_megatron.config.resume import resume_differences
 from endprompt_megatron.config.schema import RunConfig
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import get_logger, global_rank
-from endprompt_megatron.mcore.checkpointing import begin_save
+from endprompt_megatron.mcore.checkpointing import begin_save, load_sharded
 from endprompt_megatron.mcore.failures import FailureBoard
 from endprompt_megatron.mcore.torch_adam import make_loadable, separate_steps
-from endprompt_megatron.output_files import writing
+from endprompt_megatron.mcore.unpickling import plain_extra_state, read_metadata
+from endprompt_megatron.output_files import check_not_moved, writing
 
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 # CheckpointException of torch derives from BaseException; megatron, pickle, zip and json have their own exceptions
@@ -61,6 +61,10 @@ class RunState:
     sample_order: str | None = None
     bad_steps: int = 0
     grad_norms: list[float] = field(default_factory=list)
+
+    def identity(self) -> list[Any]:
+        """JSON values that differ between two states of one run with different weights: losses and gradient norms follow from them."""
+        return [self.step, self.consumed_samples, self.sample_order, self.loss_first, self.loss_last, *self.grad_norms]
 
 
 class CheckpointWriter:
@@ -160,6 +164,10 @@ class CheckpointWriter:
             f"{final} could not be written ({cause}); earlier checkpoints are intact. Free space, or fix the permissions of "
             f"{self.directory}, and start the same command again: it resumes."
         )
+        try:
+            check_not_moved(self.directory.parent)
+        except CheckpointError as moved:
+            message = str(moved)
         if self.failures is not None:
             # if Megatron detected the failure in a collective, all ranks fail here, and only its coordinator has the cause
             has_cause = not isinstance(error, CheckpointException) or bool(error.failures)
@@ -189,8 +197,9 @@ def load_latest_checkpoint(directory: Path, *, chunks: list[torch.nn.Module], op
         _check_same_run(path, record["config"], config)
         same_layout = record["layout"] == _layout()
         requested = _sharded_state(chunks, optimizer, is_loading=True, with_random_state=same_layout)
-        _drop_absent_extra_states(requested, path, len(chunks))
-        loaded = dist_checkpointing.load(requested, str(path))
+        metadata = read_metadata(path)
+        _drop_absent_extra_states(requested, metadata, len(chunks))
+        loaded = load_sharded(requested, path, metadata)
         state = RunState(**record["state"])
     except CheckpointError:
         raise
@@ -200,11 +209,11 @@ def load_latest_checkpoint(directory: Path, *, chunks: list[torch.nn.Module], op
             f"another checkpoint into {directory / LATEST}, or choose another output_dir."
         ) from error
     for index, chunk in enumerate(chunks):
-        _fill(chunk, loaded[f"model{index}"])
+        _fill(chunk, loaded[f"model{index}"], path)
     optimizer.load_state_dict(loaded["optimizer"])
     separate_steps(optimizer)
     if same_layout:
-        _set_random_state(loaded["random_state"])
+        set_random_state(loaded["random_state"], where=path)
     else:
         get_logger().info(
             f"{path} was saved in another layout ({record['layout']}; now {_layout()}): weights, optimizer and data position are loaded, "
@@ -228,7 +237,9 @@ def load_torch_dist(chunks: list[torch.nn.Module], directory: Path) -> None:
         # without `_extra_state` objects: they contain no weights, and not every program stores them
         requested[f"model{index}"] = {name: entry for name, entry in state.items() if not isinstance(entry, ShardedObject)}
     try:
-        loaded = dist_checkpointing.load(requested, str(directory))
+        loaded = load_sharded(requested, directory, read_metadata(directory))
+    except CheckpointError:
+        raise
     except _ANY_FAILURE as error:
         raise CheckpointError(f"{directory} cannot be loaded ({_root_cause(error)}).") from error
     for index, chunk in enumerate(chunks):
@@ -239,18 +250,20 @@ def load_torch_dist(chunks: list[torch.nn.Module], directory: Path) -> None:
         chunk.load_state_dict(weights, strict=False)
 
 
-def _drop_absent_extra_states(requested: dict[str, Any], path: Path, num_chunks: int) -> None:
+def _drop_absent_extra_states(requested: dict[str, Any], metadata: Metadata, num_chunks: int) -> None:
     """Remove the `_extra_state` objects that the checkpoint lacks from the request: which layers have one depends on the backend that wrote
     the checkpoint. All are empty except Transformer Engine's FP8 scales, which are recomputed."""
-    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    stored = metadata.state_dict_metadata
     for index in range(num_chunks):
         state = requested[f"model{index}"]
         for name in [name for name, entry in state.items() if isinstance(entry, ShardedObject) and entry.unique_key not in stored]:
             del state[name]
 
 
-def _fill(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
-    """Load all weights of a chunk, and the `_extra_state` objects that exist."""
+def _fill(chunk: torch.nn.Module, state: dict[str, Any], path: Path) -> None:
+    """Load all weights of a chunk, and the `_extra_state` objects that exist, from the checkpoint `path`."""
+    for name in [name for name in state if name.endswith("_extra_state")]:
+        state[name] = plain_extra_state(state[name], where=f"{path}, object {name},")
     missing, unexpected = chunk.load_state_dict(state, strict=False)
     wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
     if wrong:
@@ -259,7 +272,9 @@ def _fill(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
 
 def _newest_intact(directory: Path) -> Path | None:
     """Return the checkpoint to resume from, the same on every rank; None if there is none."""
-    with writing(directory):  # a rename that a crash prevented is made up for
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file where the directory of checkpoints belongs: move it away.")
+    with writing(directory):  # a rename that a crash prevented is done now
         known = checkpoint_directory.candidates(directory) if global_rank() == 0 else None
     listed = _gathered(known)[0]
     rank, world_size = global_rank(), torch.distributed.get_world_size()
@@ -267,11 +282,12 @@ def _newest_intact(directory: Path) -> Path | None:
     for position, path in enumerate(listed):
         found = [text for text in _gathered(checkpoint_directory.damage(path, share=rank, shares=world_size)) if text]
         if not found:
-            if position and rank == 0:
+            if rank == 0:
                 with writing(directory):
                     for damaged in listed[:position]:
                         checkpoint_directory.set_aside(damaged)
-                    checkpoint_directory.point_latest_at(path)
+                    if not checkpoint_directory.is_latest(path):
+                        checkpoint_directory.point_latest_at(path)
             for text in damages:
                 get_logger().warning(f"{text}. It was renamed; resuming from {path}.")
             _barrier()
@@ -323,27 +339,9 @@ def _sharded_state(chunks: list[torch.nn.Module], optimizer: Any, *, is_loading:
     state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=_OPTIMIZER_METADATA)
     if with_random_state:
         state["random_state"] = ShardedObject(
-            "random_state", None if is_loading else _random_state(), (torch.distributed.get_world_size(),), (global_rank(),)
+            "random_state", None if is_loading else random_state(), (torch.distributed.get_world_size(),), (global_rank(),)
         )
     return state
-
-
-def _random_state() -> dict[str, Any]:
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(),
-        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.cuda.set_rng_state(state["cuda"])
-    torch.set_rng_state(state["torch"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
 
 
 def _barrier() -> None:

@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import xxhash
 
+from endprompt_megatron import output_files
+from endprompt_megatron.errors import DamagedFileError
+from endprompt_megatron.log import get_logger
+
 LATEST = "latest"
 RUN_FILE = "run.json"
 _CHECKSUMS = "checksums.json"
-_PARTIAL, _DAMAGED, _REPLACED, _RETIRED = ".partial", ".damaged", ".replaced", ".retired"
+_PARTIAL, _REPLACED, _RETIRED = ".partial", ".replaced", ".retired"
+_ALWAYS_THERE = (RUN_FILE, ".metadata", "metadata.json")
+_STEP, _HEX = re.compile(r"step_[0-9]+"), re.compile(r"[0-9a-f]{16}")
 _CHUNK_BYTES = 2**24
 
 
@@ -28,12 +35,18 @@ def step_directory(directory: Path, step: int) -> Path:
 
 def begin(final: Path) -> Path:
     """Create an empty directory to write the checkpoint `final` into. Deletes the partly written or partly removed checkpoints that crashes
-    left, of any step, so no other save may be in progress."""
+    left, of any step, so no other save may be in progress.
+
+    Raises:
+        CheckpointError: the output directory was renamed; it is not created anew.
+    """
+    output_files.check_not_moved(final.parent.parent)
     for suffix in (_PARTIAL, _RETIRED):
         for leftover in final.parent.glob(f"step_*{suffix}"):
-            shutil.rmtree(leftover)
+            leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
+    final.parent.mkdir(exist_ok=True)
     partial = final.with_name(final.name + _PARTIAL)
-    partial.mkdir(parents=True)
+    partial.mkdir()
     return partial
 
 
@@ -71,23 +84,53 @@ def abandon(partial: Path) -> None:
 
 def point_latest_at(checkpoint: Path) -> None:
     """Atomically write the name of a checkpoint into `latest`."""
+    pointer = checkpoint.parent / LATEST
+    if pointer.is_dir():
+        output_files.set_aside(pointer, "is a directory")
     temporary = checkpoint.parent / (LATEST + ".tmp")
     _write(temporary, checkpoint.name + "\n")
-    temporary.replace(checkpoint.parent / LATEST)
+    temporary.replace(pointer)
     sync_path(checkpoint.parent)
 
 
+def latest_name(directory: Path) -> str | None:
+    """Return the name in `latest`; None if there is no such file.
+
+    Raises:
+        DamagedFileError: it does not hold the name of a checkpoint.
+    """
+    pointer, way_out = directory / LATEST, "Write the name of a checkpoint into it, or remove it to use the newest one."
+    if not pointer.exists():
+        return None
+    name = output_files.read_text(pointer, way_out=way_out).strip()
+    if not _STEP.fullmatch(name):
+        raise DamagedFileError(pointer, f"does not hold the name of a checkpoint but {name[:40]!r}", way_out)
+    return name
+
+
+def is_latest(checkpoint: Path) -> bool:
+    """Whether `latest` holds the name of this checkpoint."""
+    try:
+        return latest_name(checkpoint.parent) == checkpoint.name
+    except DamagedFileError:
+        return False
+
+
 def candidates(directory: Path) -> list[Path]:
-    """Checkpoints to resume from, in order of preference: the one in `latest`, then the others from the newest step down. Call it on one
-    rank only, because it may rename directories."""
+    """Checkpoints to resume from, in order of preference: the one in `latest`, then the others from the newest step down. Ignores a damaged
+    `latest` with a warning. Call it on one rank only, because it may rename directories."""
     for replaced in directory.glob(f"step_*{_REPLACED}"):  # left by a crash between two renames
         final = replaced.with_suffix("")
         if not final.exists():
             replaced.rename(final)
     found = sorted(_complete(directory), reverse=True)
-    pointer = directory / LATEST
-    if pointer.is_file():
-        named = directory / (pointer.read_text().strip() or "nothing")
+    try:
+        name = latest_name(directory)
+    except DamagedFileError as error:
+        get_logger().warning(f"{directory / LATEST} {error.fault}: it is ignored, and the newest intact checkpoint is used")
+        name = None
+    if name is not None:
+        named = directory / name
         later = [path for path in found if path.name > named.name]  # abandoned: the run was reset to an earlier step
         found = [named, *(path for path in found if path != named and path not in later), *later]
     return found
@@ -103,9 +146,14 @@ def damage(checkpoint: Path, *, share: int = 0, shares: int = 1) -> str | None:
     if not checkpoint.is_dir():
         return "it does not exist"
     try:
-        checksums = json.loads((checkpoint / _CHECKSUMS).read_text())
-    except (OSError, ValueError) as error:
-        return f"its {_CHECKSUMS} cannot be read ({error})"
+        checksums = output_files.read_json(checkpoint / _CHECKSUMS, way_out="")
+    except DamagedFileError as error:
+        return f"its {_CHECKSUMS} {error.fault}"
+    if not all(Path(name).name == name and isinstance(value, str) and _HEX.fullmatch(value) for name, value in checksums.items()):
+        return f"its {_CHECKSUMS} contains something else than the checksums of files of this directory"
+    unlisted = {*_ALWAYS_THERE, *(path.name for path in checkpoint.iterdir() if path.suffix in (".distcp", ".pt"))} - checksums.keys()
+    if unlisted:
+        return f"its {_CHECKSUMS} lacks {', '.join(sorted(unlisted))}"
     for name in sorted(checksums)[share::shares]:
         try:
             if _checksum(checkpoint / name) != checksums[name]:
@@ -115,19 +163,15 @@ def damage(checkpoint: Path, *, share: int = 0, shares: int = 1) -> str | None:
     return None
 
 
-def set_aside(checkpoint: Path) -> Path | None:
-    """Rename a damaged checkpoint, so that it is not used again; return the new path, or None if the checkpoint does not exist."""
+def set_aside(checkpoint: Path, suffix: str = output_files.DAMAGED) -> Path | None:
+    """Rename a damaged checkpoint or another directory, so that it is not used again; return the new path, or None if it does not exist."""
     if not checkpoint.exists():
         return None
-    number, aside = 1, checkpoint.with_name(checkpoint.name + _DAMAGED)
-    while aside.exists():
-        number += 1
-        aside = checkpoint.with_name(f"{checkpoint.name}{_DAMAGED}{number}")
-    return checkpoint.rename(aside)
+    return checkpoint.rename(output_files.damaged_name(checkpoint, suffix))
 
 
 def _complete(directory: Path) -> list[Path]:
-    return [path for path in directory.glob("step_*") if path.is_dir() and path.name.removeprefix("step_").isdigit()]
+    return [path for path in directory.glob("step_*") if path.is_dir() and _STEP.fullmatch(path.name)]
 
 
 def _retire(newest: Path, keep_last: int) -> None:

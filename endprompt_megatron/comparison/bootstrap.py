@@ -1,5 +1,5 @@
-"""Uncertainty of scores and of their differences: bootstrap intervals over samples, paired comparison of two models on the same samples,
-and intervals over seeds."""
+"""Compute the uncertainty of scores and of their differences: bootstrap intervals over samples, paired comparisons of two models on the
+same samples, and intervals over seeds."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from endprompt_megatron.errors import DataError
 _SampleId = TypeVar("_SampleId", bound=Hashable)
 CONFIDENCE = 0.95
 _RESAMPLES = 9999
-_BATCH = 2**22  # resampled values in memory at a time
+_BATCH = 2**22  # number of resampled values in memory at a time
 _FEWEST_SEEDS = 3
 
 
 def bootstrap_interval(
     values: Sequence[float], *, confidence: float = CONFIDENCE, seed: int = 0, resamples: int = _RESAMPLES
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean.
+    """Return the percentile bootstrap interval of the mean.
 
-    Equal values give (mean, mean), because all resamples are equal. This does not mean certainty, especially for few samples that all score
-    0 or 100.
+    Equal values give (mean, mean), because all resamples are equal. Such an interval does not mean that the mean is certain, especially for
+    a few samples that all score 0 or 100.
 
     Args:
         values: one score per sample; at least two, because one value has no spread.
-        confidence: between 0 and 1.
+        confidence: confidence level, between 0 and 1.
         seed: seed of the resampling.
         resamples: number of resamples.
     Returns:
@@ -57,14 +57,14 @@ def bootstrap_interval(
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """One model against another on the same samples.
+    """Comparison of two models on the same samples.
 
     Attributes:
-        difference: first minus second, mean over common samples.
+        difference: score of the first model minus score of the second, mean over common samples.
         interval: percentile bootstrap interval of the difference over samples; NaN for fewer than two samples.
-        p: two-sided sign-flip permutation test with the sample as unit; NaN for fewer than two samples.
+        p: p-value of a two-sided sign-flip permutation test with the sample as unit; NaN for fewer than two samples.
         samples: number of samples common to both.
-        left_out: number of samples that only one of them has.
+        left_out: number of samples that only one of the models has.
     """
 
     difference: float
@@ -84,7 +84,7 @@ def paired_comparison(
         confidence: confidence level of the interval.
         seed: seed of the resampling.
     Raises:
-        DataError: no common sample.
+        DataError: the models have no common sample.
     """
     common = [sample for sample in first if sample in second]
     if not common:
@@ -120,13 +120,13 @@ class SeedSummary:
 
 
 def combine_seeds(values: Sequence[float], *, confidence: float = CONFIDENCE) -> SeedSummary:
-    """Mean, deviation and interval over seeds.
+    """Return the mean, the deviation and the interval over seeds.
 
-    The interval is Student's, because a bootstrap over so few units is far too narrow (three seeds have ten different resamples). For two
-    seeds it would be 18 standard deviations wide and therefore useless, so it is NaN.
+    The interval is Student's t interval, because a bootstrap interval over so few seeds is far too narrow (three seeds have ten different
+    resamples). For two seeds, the t interval would be 18 standard deviations wide and therefore useless, so the function returns NaN.
 
     Args:
-        values: one score per seed; NaN for one that was not measured.
+        values: one score per seed; NaN for a score that was not measured.
         confidence: confidence level of the interval.
     """
     found = summarize(list(values))

@@ -1,5 +1,5 @@
-"""Reads scores of recipes/evaluate.py by task, length and sample. recipes/compare.py uses them for runs whose models were also evaluated on
-RULER, LongBench or other suites."""
+"""Read the scores of recipes/evaluate.py by task, length and sample. recipes/compare.py uses them for runs whose models were also evaluated
+on RULER, LongBench or other suites."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from typing import Any
 
 from endprompt_megatron.errors import DataError
 from endprompt_megatron.evaluation.earlier_results import with_identity
+from endprompt_megatron.output_files import path_inside
 
-FOLDER = "evaluation_suites"  # in the directory of a run: an output_dir of recipes/evaluate.py, or one per suite
+FOLDER = "evaluation_suites"  # folder in the directory of a run; contains one output_dir of recipes/evaluate.py, or one per suite
 _RESULTS = "results.json"
 SampleId = tuple[int, str]
 
 
 @dataclass(frozen=True, order=True)
 class Key:
-    """What a score is of.
+    """Identifies a score by suite, task and length.
 
     Attributes:
         suite: e.g. ruler.
-        task: name of the task in results.json, which includes the haystack; e.g. niah_single_1. Never parsed.
-        length: of prompts in tokens; 0 where the task has no lengths.
+        task: name of the task in results.json, which includes the haystack, e.g. niah_single_1. The name is never parsed.
+        length: length of prompts in tokens; 0 for tasks without lengths.
     """
 
     suite: str
@@ -41,7 +42,7 @@ class TaskScore:
         score: mean over samples, in the task's unit.
         samples: {(index, references): score}. The same question has the same key for every model. Questions about one text are not
             independent of each other, so they form one sample, whose score is their mean.
-        conditions: of the evaluation.
+        conditions: conditions of the evaluation.
         entry: the score's entry in results.json, with `task_id` and `haystack`.
     """
 
@@ -55,12 +56,12 @@ Evaluation = Mapping[Key, TaskScore]
 
 
 def read_evaluation(directory: Path) -> dict[Key, TaskScore]:
-    """Reads the scores of one model; empty where there are none.
+    """Read the scores of one model. The result is empty if there are none.
 
     Args:
-        directory: searched recursively for results.json of recipes/evaluate.py.
+        directory: directory that is searched recursively for results.json of recipes/evaluate.py.
     Raises:
-        DataError: a file is damaged or missing, or there are two scores of one task and length.
+        DataError: a file is damaged or missing, or a task and length has two scores.
     """
     found: dict[Key, TaskScore] = {}
     for path in sorted(Path(directory).rglob(_RESULTS)):
@@ -68,17 +69,24 @@ def read_evaluation(directory: Path) -> dict[Key, TaskScore]:
             results = json.loads(path.read_text())
             scores = {
                 Key(entry["suite"], entry["task"], entry["length"] or 0): TaskScore(
-                    float(entry["score"]), _samples(path.parent / entry["records"]), results["conditions"], with_identity(entry)
+                    float(entry["score"]), _samples(_records(path, entry["records"])), results["conditions"], with_identity(entry)
                 )
                 for entry in results["scores"]
             }
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise DataError(f"{path} or the records it names cannot be read ({error!r}). Run recipes/evaluate.py on it again.") from error
         twice = found.keys() & scores.keys()
         if twice:
             raise DataError(f"{path}: {min(twice)} is scored elsewhere in {directory} as well. Keep one of them.")
         found |= scores
     return found
+
+
+def _records(results: Path, name: object) -> Path:
+    path = path_inside(results.parent, name)
+    if path is None:
+        raise DataError(f"{results} names the records {name!r}, which are not in its directory. Run recipes/evaluate.py on it again.")
+    return path
 
 
 def _samples(path: Path) -> dict[SampleId, float]:

@@ -1,4 +1,4 @@
-"""Compares models by their scores of recipes/evaluate.py, for each task and length. Seeds are combined, and differences are paired by
+"""Compare models by their scores of recipes/evaluate.py, for each task and length. Seeds are combined, and differences are paired by
 sample."""
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ class TaskComparison:
     """A model's score in one task at one length, and its difference to a reference.
 
     Attributes:
-        key: task and length.
-        score: over the training seeds.
-        difference: to the reference, on the samples of both, with each sample's score averaged over the common seeds. It includes the noise
-            of the samples, not that of training. None where no sample is common, or where this model is the reference.
+        key: suite, task and length.
+        score: score over the training seeds.
+        difference: difference to the reference on the samples that both have, with each sample's score averaged over the common seeds. Its
+            interval includes the noise of the samples but not the noise of training. None if no sample is common, or if this model is the
+            reference.
         seeds: number of seeds common to both.
-        differing: conditions that differ, so that the difference is not due to the models alone.
+        differing: names of the evaluation conditions that differ. If there are any, the difference is not due to the models alone.
     """
 
     key: Key
@@ -37,11 +38,11 @@ class TaskComparison:
 
 
 def compare_evaluations(models: Mapping[str, Mapping[int, Evaluation]], reference: str) -> dict[str, list[TaskComparison]]:
-    """Compares every model with the reference in each of its tasks and lengths.
+    """Compare every model with the reference in each task and length of the model.
 
     Args:
         models: {label: {training seed: scores}}.
-        reference: a label. Where it has no scores, there are no differences.
+        reference: label of the reference. Tasks for which the reference has no score get no difference.
     Returns:
         {label: comparisons, sorted by suite, task and length}.
     """
@@ -64,7 +65,7 @@ def _task_comparison(key: Key, model: Mapping[int, Evaluation], reference: Mappi
 
 
 def _differing(key: Key, own: TaskScore, other: TaskScore) -> set[str]:
-    """Names of the conditions in which two scores of a task differ."""
+    """Return the names of the conditions in which two scores of a task differ."""
     conditions, others = own.conditions, other.conditions
     found = {name for name in _COMPARED_CONDITIONS if conditions.get(name) != others.get(name)}
     settings = [("num_fewshot", own.entry["task_id"])] + ([("perplexity", "stride")] if key.suite == PERPLEXITY else [])
@@ -75,7 +76,7 @@ def _differing(key: Key, own: TaskScore, other: TaskScore) -> set[str]:
 
 
 def _mean_over_seeds(seeds: Iterable[Mapping[SampleId, float]]) -> dict[SampleId, float]:
-    """Mean score of every sample that all seeds have."""
+    """Return the mean score of every sample that all seeds have."""
     scored: Sequence[Mapping[SampleId, float]] = list(seeds)
     if not scored:
         return {}

@@ -1,5 +1,5 @@
-"""Runs the runs of a study, each in its own process. Finished runs are kept; failed runs are recorded with a reason and repeated by the
-next start; a stop signal is forwarded to the active runs."""
+"""Execute the runs of a study, each in its own process. Finished runs are kept. Failed runs are recorded with a reason, and the next start
+repeats them. A stop signal is forwarded to the active runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from endprompt_megatron.comparison.study import RunRequest
 from endprompt_megatron.errors import EXIT_RESUME, ConfigError, RunInterrupted
 from endprompt_megatron.launch.processes import STOP_SIGNALS, end_with_parent
 from endprompt_megatron.log import get_logger
-from endprompt_megatron.output_files import replace_text, writing
+from endprompt_megatron.output_files import read_or_set_aside, replace_text, writing
 
 _RECORD_SUFFIX = ".run.json"
 _POLL_SECONDS = 0.1
@@ -28,12 +28,12 @@ _WEIGHTS = {"evaluation": ("checkpoints", "hf", "adapter"), "model": ("checkpoin
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """How a run ended.
+    """The outcome of a run.
 
     Attributes:
-        request: the run.
-        directory: its output directory.
-        failure: its error message; None if it has finished.
+        request: request of the run.
+        directory: output directory of the run.
+        failure: error message; None if the run has finished.
     """
 
     request: RunRequest
@@ -52,12 +52,12 @@ class _Running:
 
 
 class Runner:
-    """Runs one or more requests at a time.
+    """Executes requests, one or several at a time.
 
     Args:
-        command: command of recipes/extend.py; overrides are appended.
+        command: command that starts recipes/extend.py; overrides are appended to it.
         directory: parent of the runs' output directories, logs and records.
-        keep: evaluation | model | all (StudyConfig.keep); determines what is deleted when a run has finished.
+        keep: evaluation | model | all (StudyConfig.keep); determines what is deleted after a run has finished.
         fault_of: function of an output directory that returns why its results cannot be read, or None.
     """
 
@@ -84,7 +84,7 @@ class Runner:
             raise ConfigError(*problems)
 
     def outcome(self, request: RunRequest) -> RunOutcome | None:
-        """The outcome of a run, or None if it has not been started or was interrupted."""
+        """Return the outcome of a run, or None if the run has not been started or was interrupted."""
         stored = self._record(request)
         if not stored or stored["status"] == "started":
             return None
@@ -92,7 +92,7 @@ class Runner:
         return RunOutcome(request, directory, stored.get("failure") or self.fault_of(directory))
 
     def steps_of(self, request: RunRequest) -> int | None:
-        """trainer.max_steps of an existing run, or None if it was never started."""
+        """Return trainer.max_steps of an existing run, or None if the run was never started or does not override it."""
         stored = self._record(request)
         return RunRequest.steps_in(stored.get("overrides") or []) if stored else None
 
@@ -101,7 +101,7 @@ class Runner:
 
         Args:
             jobs: number of parallel runs.
-            after: called after the end of every run.
+            after: function that is called after every run.
         Raises:
             OutputError: a record or a log cannot be written.
             RunInterrupted: a stop signal arrived. It was forwarded to the active runs, which the next start resumes.
@@ -118,7 +118,7 @@ class Runner:
         received: list[int] = []
 
         def forward(number: int, frame: object) -> None:
-            """Signal handler that forwards stop signals to the active runs."""
+            """Forward a stop signal to the active runs."""
             received.append(number)
             for run in running:
                 with suppress(ProcessLookupError):
@@ -135,9 +135,9 @@ class Runner:
                     self._finish(run, stopped=bool(received))
                     try:
                         after()
-                    except OSError as error:  # the remaining runs matter more than the page
+                    except OSError as error:  # a page that cannot be written must not stop the remaining runs
                         get_logger().warning(f"the page could not be written: {error}")
-        except KeyboardInterrupt:  # the terminal sent it to the runs as well
+        except KeyboardInterrupt:  # the terminal has sent the interrupt to the runs as well
             for run in running:
                 run.process.wait()
             raise
@@ -164,7 +164,7 @@ class Runner:
     def _finish(self, run: _Running, *, stopped: bool) -> None:
         directory, status = self.directory / run.request.name, run.process.returncode
         if status == EXIT_RESUME or (stopped and -status in STOP_SIGNALS):
-            return  # its record stays "started"
+            return  # the record keeps the status "started"
         failure = f"exit status {status}: {_error_line(run)}" if status else self.fault_of(directory)
         self._write_record(run.request, status="failed" if failure else "finished", failure=failure)
         get_logger().info(f"{run.note}: {run.request.name} {failure or 'finished'} after {time.monotonic() - run.started:.0f} s")
@@ -179,25 +179,30 @@ class Runner:
         return self.directory / f"{request.name}{_RECORD_SUFFIX}"
 
     def _record(self, request: RunRequest) -> dict[str, Any] | None:
-        try:
-            return json.loads(self._record_path(request).read_text())
-        except FileNotFoundError:
+        """The record of a run; None without one. A run whose record is damaged counts as interrupted: it resumes from its checkpoint, and
+        rejects another config."""
+        path = self._record_path(request)
+        if not path.exists():
             return None
-        except json.JSONDecodeError:  # truncated: the run resumes from its checkpoint, and rejects another config
-            return {"status": "started"}
+        return read_or_set_aside(path, is_valid=_is_record, consequence="the run is started again and resumes") or {"status": "started"}
 
     def _write_record(self, request: RunRequest, **values: Any) -> None:
         replace_text(self._record_path(request), json.dumps({"overrides": list(request.overrides), **values}, indent=2) + "\n")
 
 
+def _is_record(stored: dict[str, Any]) -> bool:
+    overrides = stored.get("overrides") or []
+    return isinstance(stored["status"], str) and isinstance(overrides, list) and all(isinstance(one, str) for one in overrides)
+
+
 def _quoted(path: Path) -> str:
-    """A path as the value of an override. Hydra's grammar accepts most characters only in quotes."""
+    """Return a path as the value of an override. Hydra's grammar accepts most characters only in quotes."""
     text = str(path)
     return text if re.fullmatch(r"[\w./-]+", text, re.ASCII) else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _error_line(run: _Running) -> str:
-    """The last line of a run's log that names an error, or its last line."""
+    """Return the last line of a run's log that names an error, or the last line if no line does."""
     text = run.log.read_bytes()[run.log_offset :].decode(errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     named = [line for line in lines if "Error" in line.split(":")[0]]

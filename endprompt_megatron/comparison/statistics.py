@@ -1,5 +1,5 @@
-"""Paired tests of methods against a reference: a t-test with the seed as unit (each seed repeats training and probes), and a sign-flip
-permutation test with the haystack as unit (both models read the same haystack)."""
+"""Paired tests of methods against a reference. A t-test has the seed as unit, because each seed repeats training and probes. A sign-flip
+permutation test has the haystack as unit, because both models read the same haystacks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Summary:
 
 
 def summarize(values: list[float]) -> Summary:
-    """Mean and standard deviation of the values, without NaNs."""
+    """Return the mean and standard deviation of the values. NaN values are ignored."""
     known = [value for value in values if not math.isnan(value)]
     if not known:
         return Summary(math.nan, math.nan, 0)
@@ -37,15 +37,16 @@ class PairedTest:
     """Comparison of a method with the reference in one measure.
 
     Attributes:
-        label: the method.
-        measure: log_perplexity, in nats per token (lower is better), or a task, by the log-probability of the answer in nats (higher is
-            better); means over lengths.
+        label: label of the method.
+        measure: log_perplexity in nats per token (lower is better), or the name of a task, which stands for the log-probability of its
+            answers in nats (higher is better). Both are means over lengths.
         difference: method minus reference on common questions, mean over common seeds.
         seeds: number of common seeds.
-        p_seeds: p of a two-sided paired t-test over seeds; NaN with fewer than two.
-        haystacks: number of haystacks that both read (0 for perplexity).
-        p_haystacks: p of a two-sided sign-flip permutation test of the difference over haystacks; NaN with fewer than two. It covers the
-            variation between haystacks but not between training runs, so it is about these trained models only.
+        p_seeds: p-value of a two-sided paired t-test over seeds; NaN with fewer than two seeds.
+        haystacks: number of haystacks that both models read (0 for perplexity).
+        p_haystacks: p-value of a two-sided sign-flip permutation test of the difference over haystacks; NaN with fewer than two haystacks.
+            The test covers the variation between haystacks but not between training runs, so its result holds only for these trained
+            models.
     """
 
     label: str
@@ -61,7 +62,7 @@ def paired_tests(groups: dict[str, list[RunResult]], reference: str) -> list[Pai
     """Compare every label with the reference in every measure that both have.
 
     Args:
-        groups: {label: runs}, from results.by_label.
+        groups: {label: runs}, as returned by results.by_label.
         reference: a key of groups.
     """
     theirs = {run.seed: run for run in groups.get(reference, [])}
@@ -89,8 +90,9 @@ def paired_tests(groups: dict[str, list[RunResult]], reference: str) -> list[Pai
 
 
 def _shares(run: RunResult, other: RunResult, measure: str) -> np.ndarray:
-    """Contribution of each haystack (for perplexity: each window) to the difference of two runs. The sum is the mean over common lengths of
-    the mean over the haystacks of a length. Empty if the runs have no common questions."""
+    """Return the contribution of each haystack (for perplexity, of each window) to the difference of two runs. The contributions add up to
+    the mean over common lengths of the mean difference over the haystacks of a length. The result is empty if the runs have no common
+    questions."""
     if measure not in TASKS:
         own, others = run.perplexity(), other.perplexity()
         windows = sorted(own.keys() & others.keys())
@@ -106,8 +108,8 @@ def _shares(run: RunResult, other: RunResult, measure: str) -> np.ndarray:
 
 
 def _by_haystack(depths: list[float | None], differences: list[float], *, several: bool) -> list[float]:
-    """Mean difference per haystack. The questions of one haystack have ascending depths, so a depth that is not larger than the previous
-    one starts a new haystack."""
+    """Return the mean difference per haystack. With `several`, a haystack may have several questions. Their depths ascend, so a depth that
+    is not larger than the previous depth starts a new haystack. Without `several`, every question has its own haystack."""
     haystacks: list[list[float]] = []
     previous: float | None = None
     for depth, difference in zip(depths, differences, strict=True):
@@ -127,8 +129,8 @@ def _t_test(differences: list[float]) -> float:
 
 
 def sign_flip_test(differences: np.ndarray) -> float:
-    """Two-sided p of the sum of differences under sign flips: all flips if there are few differences, otherwise random ones. NaN for fewer
-    than two differences."""
+    """Return the two-sided p-value of the sum of differences under sign flips; NaN for fewer than two differences. The test uses all flips
+    if there are few differences, and random flips otherwise."""
     if len(differences) < 2:
         return math.nan
     test = stats.permutation_test(

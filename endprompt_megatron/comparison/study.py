@@ -1,4 +1,4 @@
-"""The config of a study: methods, seeds and reference, with its rules and the list of its runs."""
+"""The config of a study. It contains the methods, seeds and reference, checks them, and lists the runs."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ class StudyConfig:
 
     Attributes:
         name: name of the study.
-        output_dir: directory for its runs, its page and its figures.
-        base_experiment: name in conf/experiment that every run starts from; may be null if `collect` lists all runs.
-        methods: labels of rows: names in conf/method, or other labels with a `method=` in `overrides_of`.
+        output_dir: directory for the runs, the page and the figures of the study.
+        base_experiment: name of the experiment in conf/experiment that every run starts from; may be null if `collect` lists all runs.
+        methods: labels of rows. A label is a name in conf/method, or any other name with a `method=` in `overrides_of`.
         seeds: seeds of every method without an entry in seeds_of.
-        seeds_of: {label: seeds}.
+        seeds_of: {label: seeds of this method}.
         overrides: overrides of recipes/extend.py for every run.
         overrides_of: {label: further overrides}.
-        reference: label that the other methods are tested against.
-        budgets: tokens: every run as configured; seconds: methods with faster or slower steps than the reference are also trained for
-            as many steps as fit into its time.
+        reference: label of the method with which the others are compared.
+        budgets: `tokens` trains every run as configured. `seconds` also trains methods with faster or slower steps than the reference for
+            as many steps as fit into the training time of the reference.
         same_time_within: relative difference up to which the times of two methods count as equal.
-        jobs: number of parallel runs. They share the machine, so limit cpu_threads of each.
-        keep: what to keep of a finished run: evaluation (no weights), model (the export), all (training checkpoints too).
-        write_only: start no run, and write the page from existing results.
+        jobs: number of parallel runs. They share the machine, so limit cpu_threads of each run.
+        keep: what to keep of a finished run. `evaluation` keeps no weights, `model` keeps the export, and `all` also keeps training
+            checkpoints.
+        write_only: whether to start no run and write the page from existing results.
         collect: output directories of other runs, as DIR (the label is the run's method) or LABEL=DIR.
         evaluations: output directories of recipes/evaluate.py, as LABEL=DIR, to compare instead of runs. Directories with the same label
             are evaluations of several training seeds.
@@ -104,7 +105,7 @@ class StudyConfig:
             raise ConfigError(*problems)
 
     def evaluated(self) -> dict[str, list[str]]:
-        """`evaluations` by label, in their order."""
+        """Return the directories in `evaluations` by label, in their order."""
         found: dict[str, list[str]] = {}
         for entry in self.evaluations:
             label, _, directory = entry.rpartition("=")
@@ -125,7 +126,7 @@ class StudyConfig:
             raise ConfigError(*problems)
 
     def unused(self) -> list[str]:
-        """Warnings about labels in seeds_of and overrides_of that are not in methods."""
+        """Return warnings about labels in seeds_of and overrides_of that are not in methods."""
         return [
             f"{key}.{label} is not used: {label} is not in methods"
             for key in ("seeds_of", "overrides_of")
@@ -133,7 +134,7 @@ class StudyConfig:
         ]
 
     def runs(self) -> list[RunRequest]:
-        """The runs of the token budget, ordered by seed, so that early results already compare all methods."""
+        """Return the runs of the token budget, ordered by seed, so that early results already compare all methods."""
         requests = [
             RunRequest(label, seed, tuple(self._overrides(label)))
             for label in self.methods
@@ -152,7 +153,7 @@ class RunRequest:
     """One run of a study.
 
     Attributes:
-        label: its row in tables.
+        label: label of the run's row in tables.
         seed: seed of weights, sample order, positions and probes.
         overrides: overrides of recipes/extend.py, without seed and output_dir.
         budget: tokens | seconds.
@@ -165,16 +166,16 @@ class RunRequest:
 
     @property
     def name(self) -> str:
-        """Name of its directory."""
+        """Name of the run's directory."""
         return f"{self.label}_seed{self.seed}" + ("" if self.budget == "tokens" else f"_same_{self.budget}")
 
     def with_steps(self, steps: int) -> RunRequest:
-        """The same run with another number of optimizer steps."""
+        """Return the same run with another number of optimizer steps."""
         kept = tuple(text for text in self.overrides if not text.startswith(_STEPS))
         return replace(self, overrides=(*kept, f"{_STEPS}{steps}"))
 
     @staticmethod
     def steps_in(overrides: list[str]) -> int | None:
-        """The number of optimizer steps in the overrides; the last override counts. None without one."""
+        """Return the number of optimizer steps in the overrides, or None if no override sets it. The last override counts."""
         named = [text.removeprefix(_STEPS) for text in overrides if text.startswith(_STEPS)]
         return int(named[-1]) if named else None

@@ -1,5 +1,5 @@
-"""Effect of training in one run: the trained model against the same base with the new RoPE and no training, on the same questions and
-held-out tokens."""
+"""Measure the effect of training in one run. The trained model is compared with the base that has the new RoPE and no training, on the
+same questions and held-out tokens."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class PairedChange:
     """Change of a measure with its 95% interval over paired units.
 
     Attributes:
-        change: mean of after minus before.
-        low, high: bootstrap interval over units.
+        change: value after training minus value before, mean over units.
+        low, high: bootstrap interval of the change over units.
         units: number of units.
     """
 
@@ -42,8 +42,8 @@ class AnswerChange:
     Attributes:
         before, after: number of right answers.
         questions: number of questions.
-        p: two-sided sign test over the questions that only one system answered. Questions about one fact at several lengths count
-            separately although they are not independent, so p may be too small.
+        p: p-value of a two-sided sign test over the questions that only one system answered right. Questions about one fact at several
+            lengths count separately although they are not independent, so p may be too small.
     """
 
     before: int
@@ -53,7 +53,7 @@ class AnswerChange:
 
 
 def answer_change(before: Mapping[str, Any], after: Mapping[str, Any], lengths: Iterable[int]) -> AnswerChange | None:
-    """Compare {length: scores with records} of two systems at these lengths; None if they have no common questions."""
+    """Compare {length: scores with records} of two systems at these lengths. Return None if the systems have no common questions."""
     pairs: list[tuple[bool, bool]] = []
     for length in lengths:
         mine, theirs = (list((system.get(str(length)) or {}).get("records") or []) for system in (after, before))
@@ -68,8 +68,8 @@ def answer_change(before: Mapping[str, Any], after: Mapping[str, Any], lengths: 
 
 
 def loss_change(before: Mapping[str, Any], after: Mapping[str, Any], lengths: Iterable[int]) -> PairedChange | None:
-    """Compare {length: [mean loss of a block of tokens]} of two systems at these lengths, in nats per token; None if they scored different
-    tokens."""
+    """Compare {length: [mean loss of a block of tokens]} of two systems at these lengths, in nats per token. Return None if the systems
+    scored different tokens."""
     differences: list[float] = []
     for length in lengths:
         mine, theirs = after.get(str(length)) or [], before.get(str(length)) or []

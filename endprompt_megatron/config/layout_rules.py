@@ -157,6 +157,6 @@ LAYOUT_RULES = (
 
 
 def cut_problems(parallel: ParallelConfig, *, world_size: int, architecture: ModelArchitecture) -> list[str]:
-    """What is wrong with a model cut in this way over so many ranks, one sentence each; nothing about batches."""
+    """Return one sentence per problem of a layout with `world_size` ranks for this architecture. Does not check batch sizes."""
     facts = Facts(RunConfig(parallel=parallel), world_size, architecture)
     return [problem for rule in CUT_RULES for problem in rule.problems(facts)]

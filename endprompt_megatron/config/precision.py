@@ -1,5 +1,6 @@
-"""What makes a choice of precision or of kernels wrong, in words: the limits of Transformer Engine's FP8 that follow from numbers alone, so
-that a dry run on a laptop finds them. What depends on the machine (GPU, cuDNN, versions) is model/te_support.py's.
+"""Rules that reject invalid choices of precision or kernels, with error messages. They cover the limits of Transformer Engine's FP8 that
+depend only on the configuration and the model's sizes, so that a dry run on a laptop finds violations. model/te_support.py checks the
+limits that depend on the machine (GPU, cuDNN, versions).
 
 Sources: megatron-core 0.16-0.19 (transformer_config.py, fp8_utils.py, transformer_block.py) and Transformer Engine 2.20
 (pytorch/utils.py: assert_dim_for_fp8_exec; is_quantizable of its block-scaled tensors; common/fused_attn: FP8 backend).
@@ -9,11 +10,11 @@ from __future__ import annotations
 
 from endprompt_megatron.config.rule import Facts, Rule, next_multiple, one_of
 
-# What the dimensions of a matrix product have to be multiples of: FP8 tensor cores take 16, one scale covers 128 or 32 numbers
+# The dimensions of a matrix product must be multiples of these: 16 for FP8 tensor cores; 128 or 32 where one scale covers that many numbers
 FP8_MULTIPLES = {"fp8": 16, "fp8_attention": 16, "fp8_blockwise": 128, "mxfp8": 32}
 PRECISIONS = ("auto", "bf16", "fp32", *FP8_MULTIPLES)
 BACKENDS = ("auto", "te", "torch")
-# cuDNN's FP8 attention trains with this head size, over blocks of as many tokens
+# cuDNN's FP8 attention supports only this head size in training, and it processes blocks of this many tokens
 _FP8_ATTENTION_HEAD_DIM = 128
 _FP8_ATTENTION_BLOCK = 128
 
@@ -30,7 +31,7 @@ def _is_fp8(facts: Facts) -> bool:
 
 
 def _is_cut(facts: Facts) -> bool:
-    """Whether the sizes that FP8's rules divide by are there."""
+    """Whether the precision is FP8 and all sizes that the FP8 rules divide by are at least 1."""
     sizes = (facts.parallel.tensor_model_parallel_size, facts.parallel.context_parallel_size, facts.config.trainer.micro_batch_size)
     return _is_fp8(facts) and min(sizes) >= 1
 
@@ -40,7 +41,7 @@ def _is_fp8_attention(facts: Facts) -> bool:
 
 
 def _token_cut(facts: Facts) -> int:
-    """Ranks that share the tokens of a sample."""
+    """Return the number of ranks over which the tokens of a sample are split."""
     parallel = facts.parallel
     return parallel.context_parallel_size * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
 
@@ -106,7 +107,8 @@ def _bf16_layers_do_not_fit(facts: Facts) -> bool:
 
 
 def _attention_step(facts: Facts) -> int:
-    """Tokens that a sample must be a multiple of: the ring of context parallelism calls the kernel on halves of a rank's tokens."""
+    """Return the required multiple of the sample length. Context parallelism calls the kernel on halves of a rank's tokens (ring
+    attention)."""
     context = facts.parallel.context_parallel_size
     return _FP8_ATTENTION_BLOCK * (2 * context if context > 1 else 1)
 

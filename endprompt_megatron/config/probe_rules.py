@@ -1,4 +1,4 @@
-"""Rules of the probes: what a run measures by itself."""
+"""Rules for the probes, the measurements that a run makes before and after training."""
 
 from __future__ import annotations
 

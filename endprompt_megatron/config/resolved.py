@@ -21,7 +21,7 @@ class ResolvedRun:
             of methods that fix them. Nothing writes to it.
         world_size: ranks of the job.
         accelerator: gpu | cpu.
-        architecture: of the base model.
+        architecture: architecture of the base model.
         base_rope: frequencies of the base model.
         rope: frequencies that the run trains with.
     """
@@ -53,7 +53,7 @@ def fill_in(config: RunConfig, *, window: int) -> tuple[RunConfig, list[str]]:
     """Derive what follows from other values: rope.factor, rope.ntk_dynamic_factor, the length and the steps of methods that fix them.
 
     Args:
-        config: is left as it is.
+        config: configuration to complete; not modified.
         window: positions that rope.factor counts from.
     Returns:
         (a copy with the derived values, a sentence for every setting that is given and not used)

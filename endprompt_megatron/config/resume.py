@@ -1,12 +1,12 @@
-"""What two sittings of one run may differ in."""
+"""Find the configuration changes with which a run cannot be resumed."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-# How long a run is, how often it reports, how it is cut over processes, which kernels compute it, what it does about faults, how it is
-# probed; never what is trained.
+# A resumed run may change its length, its reporting intervals, its parallel layout, its kernels, its handling of faults and its probes, but
+# not what it trains.
 RESUMABLE_KEYS = (
     "dry_run",
     "control",
@@ -26,6 +26,7 @@ RESUMABLE_KEYS = (
     "trainer.max_bad_steps",
     "trainer.grad_spike_factor",
     "data.num_workers",
+    "data.verify",
     "probes",
     "evaluation",  # what probes was called
     "export",
@@ -36,11 +37,11 @@ FIXED_KEYS = ("parallel.use_distributed_optimizer",)
 
 
 def resume_differences(stored: dict[str, Any], current: dict[str, Any], defaults: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Where two configurations train different things.
+    """Return the differences between two configurations that change what is trained.
 
     Args:
-        stored, current: of RunConfig.to_dict().
-        defaults: of RunConfig().to_dict(): what a key meant before there was such a key.
+        stored, current: results of RunConfig.to_dict().
+        defaults: RunConfig().to_dict(). A key that is missing in `stored` or `current` has its default value.
     Returns:
         (dotted key, stored value, current value) of each key that one run must keep.
     """

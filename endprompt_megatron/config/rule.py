@@ -14,12 +14,12 @@ from endprompt_megatron.rope.scaling import RopeScaling
 
 @dataclass(frozen=True)
 class Facts:
-    """What the rules read.
+    """The input of the rules.
 
     Attributes:
-        config: of the run, derived values filled in (config/resolved.py).
+        config: configuration of the run, with derived values filled in (config/resolved.py).
         world_size: ranks of the job.
-        architecture: of the base model.
+        architecture: architecture of the base model.
         schemes: names of the registered position schemes.
         prompt_lengths: b of each end prompt of the cue set, in tokens; None before the tokenizer is read.
         base_rope: frequencies of the base model; None for unscaled ones.
@@ -39,17 +39,17 @@ class Facts:
 
     @property
     def rope(self) -> RopeConfig:
-        """What a position means."""
+        """The RoPE settings."""
         return self.config.rope
 
     @property
     def method(self) -> MethodConfig:
-        """Where tokens sit and what the loss weighs."""
+        """The method settings: positions of tokens and weights of the loss."""
         return self.config.method
 
     @property
     def probes(self) -> ProbesConfig:
-        """What the run measures by itself."""
+        """The settings of the probes, the measurements that a run makes before and after training."""
         return self.config.probes
 
     @property
@@ -95,7 +95,7 @@ class Rule:
     message: Callable[[Facts], str | list[str]]
 
     def problems(self, facts: Facts) -> list[str]:
-        """What is wrong; empty where the rule holds."""
+        """Return the error messages; empty if the facts comply with the rule."""
         if not self.broken(facts):
             return []
         found = self.message(facts)

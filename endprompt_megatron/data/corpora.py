@@ -12,14 +12,8 @@ from typing import Any
 
 from endprompt_megatron.config.schema import TextSource
 from endprompt_megatron.data.dataset import Blend
-from endprompt_megatron.data.preprocess import (
-    check_manifest,
-    has_manifest,
-    load_manifest,
-    local_files,
-    prepare_dataset,
-    read_texts,
-)
+from endprompt_megatron.data.manifest import Check, check_manifest, complete_interrupted, has_manifest, load_manifest
+from endprompt_megatron.data.preprocess import local_files, prepare_dataset, read_texts
 from endprompt_megatron.data.texts import SOURCES, fetch_texts
 from endprompt_megatron.errors import ConfigError, DataError
 
@@ -43,13 +37,16 @@ class CorpusState:
     description: str
 
 
-def prepare_corpora(sources: list[TextSource], *, directory: Path, tokenizer: Any, tokenizer_hash: str) -> tuple[Blend, dict[str, str]]:
+def prepare_corpora(
+    sources: list[TextSource], *, directory: Path, tokenizer: Any, tokenizer_hash: str, check: Check = "changed"
+) -> tuple[Blend, dict[str, str]]:
     """Fetch and index the corpora that do not exist yet.
 
     Args:
         sources: corpora of the config.
         directory: directory of texts and indexed datasets.
         tokenizer, tokenizer_hash: tokenizer of the base model, and its hash.
+        check: which files of existing datasets to read whole, see `manifest.check_manifest`.
     Returns:
         (blend, {prefix: SHA-256 of its manifest's inputs}) in the order of the sources.
     Raises:
@@ -59,7 +56,8 @@ def prepare_corpora(sources: list[TextSource], *, directory: Path, tokenizer: An
     for source in sources:
         if source.path.startswith(_INDEXED):
             prefix = Path(source.path.removeprefix(_INDEXED))
-            manifest = check_manifest(prefix, tokenizer_hash=tokenizer_hash)
+            complete_interrupted(prefix.parent)
+            manifest = check_manifest(prefix, tokenizer_hash=tokenizer_hash, check=check)
         else:
             prefix = _prefix(source, directory, tokenizer_hash)
             manifest = prepare_dataset(
@@ -68,27 +66,31 @@ def prepare_corpora(sources: list[TextSource], *, directory: Path, tokenizer: An
                 tokenizer_hash=tokenizer_hash,
                 output_prefix=prefix,
                 text_key=source.text_key,
+                check=check,
             )
         prefixes.append(str(prefix))
         hashes[str(prefix)] = manifest.identity()
     return Blend(prefixes, [source.weight for source in sources]), hashes
 
 
-def inspect_corpora(sources: list[TextSource], *, directory: Path, tokenizer_hash: str | None) -> list[CorpusState]:
+def inspect_corpora(
+    sources: list[TextSource], *, directory: Path, tokenizer_hash: str | None, check: Check = "changed"
+) -> list[CorpusState]:
     """Return the state of each corpus, without fetching, tokenising or writing anything.
 
     Args:
         sources: corpora of the config.
         directory: directory of texts and indexed datasets.
         tokenizer_hash: hash of the base model's tokenizer; None if the tokenizer is not available yet.
+        check: which files to read whole, see `manifest.check_manifest`.
     Raises:
         ConfigError: unknown package name.
         DataError: an indexed dataset is damaged or was made with another tokenizer.
     """
-    return [_inspect(source, Path(directory), tokenizer_hash) for source in sources]
+    return [_inspect(source, Path(directory), tokenizer_hash, check) for source in sources]
 
 
-def _inspect(source: TextSource, directory: Path, tokenizer_hash: str | None) -> CorpusState:
+def _inspect(source: TextSource, directory: Path, tokenizer_hash: str | None, check: Check) -> CorpusState:
     def state(description: str, num_tokens: int | None = None) -> CorpusState:
         return CorpusState(source.path, source.weight, num_tokens, description)
 
@@ -103,7 +105,10 @@ def _inspect(source: TextSource, directory: Path, tokenizer_hash: str | None) ->
         except DataError as error:
             return state(f"does not exist yet: needed before the run ({error})")
     if prefix is not None and has_manifest(prefix):
-        manifest = load_manifest(prefix) if tokenizer_hash is None else check_manifest(prefix, tokenizer_hash=tokenizer_hash)
+        if tokenizer_hash is None:
+            manifest = load_manifest(prefix)
+        else:
+            manifest = check_manifest(prefix, tokenizer_hash=tokenizer_hash, check=check, record=False)
         return state(f"{manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens in {prefix}", manifest.num_tokens)
     if source.path.startswith(_PACKAGE):
         name, part = _package_part(source.path)

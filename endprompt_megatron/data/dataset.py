@@ -17,8 +17,10 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from endprompt_megatron.data.index_cache import dataset_contents, index_cache
 from endprompt_megatron.data.prompts import EndPromptSet
 from endprompt_megatron.errors import DataError
+from endprompt_megatron.mcore.unpickling import arrays_without_pickle
 from endprompt_megatron.positions.scheme import SampleLayout, get_scheme
 
 
@@ -150,6 +152,7 @@ def build_datasets(
     end_prompts: EndPromptSet | None,
     end_prompt_loss_weight: float,
     num_chunks: int = 2,
+    verify: bool = False,
 ) -> tuple[Any, Any]:
     """Build the training and validation datasets with Megatron's blended builder.
 
@@ -160,15 +163,15 @@ def build_datasets(
         num_train_samples, num_validation_samples: number of samples; 0 validation samples build no validation dataset.
         seed: seed of the order of documents and samples, and of the draws of prompts and positions.
         cache_dir: directory of Megatron's index caches.
+        verify: read all files of the index cache whole and compare them with their SHA-256, see `index_cache`.
     Returns:
         (training dataset, validation dataset or None).
     Raises:
-        DataError: the text is too short for one sample.
+        DataError: the text is too short for one sample, the index cache cannot be written, or a file of it is no array of numbers.
     """
     common: dict[str, Any] = dict(
         random_seed=seed,
         sequence_length=seq_length * get_scheme(position_scheme).text_span,
-        path_to_cache=str(cache_dir),
         tokenizer=tokenizer,
         reset_position_ids=False,
         reset_attention_mask=False,
@@ -183,27 +186,50 @@ def build_datasets(
     )
     has_validation = num_validation_samples > 0
     if validation is not None:
-        blends = [train.as_megatron(), validation.as_megatron() if has_validation else None, None]
-        config = EndPromptDatasetConfig(blend_per_split=blends, **common)
+        common["blend_per_split"] = [train.as_megatron(), validation.as_megatron() if has_validation else None, None]
     else:
-        config = EndPromptDatasetConfig(blend=train.as_megatron(), split=split, **common)
-    if validation is None:
+        common |= {"blend": train.as_megatron(), "split": split}
         _check_split(train, split, has_validation=has_validation)
     # Megatron requires size 0 for an unused split of a blend with weights, and None without weights
     unused = 0 if len(train.prefixes) > 1 else None
     sizes = [num_train_samples, num_validation_samples if has_validation else unused, unused]
     try:
-        built = BlendedMegatronDatasetBuilder(EndPromptDataset, sizes, lambda: True, config).build()
+        key = {
+            "datasets": dataset_contents([*train.prefixes, *(validation.prefixes if validation else [])]),
+            "blends": common.get("blend_per_split", common.get("blend")),
+            "split": None if validation else split,
+            "sizes": sizes,
+            "sequence_length": common["sequence_length"],
+            "seed": seed,
+            "tokenizer": tokenizer.unique_identifiers,
+        }
+        with index_cache(cache_dir, key, verify=verify) as path, arrays_without_pickle():
+            config = EndPromptDatasetConfig(path_to_cache=str(path), **common)
+            built = BlendedMegatronDatasetBuilder(EndPromptDataset, sizes, lambda: True, config).build()
+    except DataError:
+        raise
     except Exception as error:  # Megatron also raises bare Exception
+        cause = _os_error(error)
+        if cause is not None:
+            raise DataError(
+                f"the index cache {cache_dir} cannot be written or read ({type(cause).__name__}: {cause}). Free space there, or set "
+                f"data.directory to a writable directory. Nothing was kept of this cache; the same command builds it again."
+            ) from error
         raise DataError(
             f"Megatron could not cut samples of data.seq_length={seq_length} tokens from {train.prefixes}, with its index cache in "
-            f"{cache_dir}: {type(error).__name__}: {error}. Use more text or a shorter seq_length, and check that data.directory is "
-            f"writable."
+            f"{cache_dir}: {type(error).__name__}: {error}. Use more text or a shorter seq_length."
         ) from error
     train_dataset, validation_dataset = built[0], built[1]
     if train_dataset is None or len(train_dataset) == 0:
         raise DataError(f"no training sample in {train.prefixes}: data.split={split} assigns it no document.")
     return train_dataset, validation_dataset if has_validation else None
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """Return the OSError that caused an error, if one did: Megatron raises a bare Exception from it."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _check_split(blend: Blend, split: str, *, has_validation: bool) -> None:

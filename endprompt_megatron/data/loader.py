@@ -1,7 +1,7 @@
-"""Sampler and data loader. The order of samples is a pure function of the number of consumed samples, the same in every parallel layout.
+"""Sampler and data loader. The order of samples depends only on the number of consumed samples and is the same in every parallel layout.
 
 A global batch consists of the next `global_batch_size` samples. Each group of micro_batch_size x data_parallel_size consecutive samples is
-split into runs of micro_batch_size, and data-parallel rank r takes the r-th run.
+split into micro-batches of micro_batch_size samples, and data-parallel rank r reads the r-th micro-batch.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from endprompt_megatron.launch.processes import ignore_stop_signals, kill_helpers_at_exit
+from endprompt_megatron.launch.processes import ignore_stop_signals, kill_helpers_at_exit, own_multiprocessing_directory
 
 
 class MicroBatchSampler:
-    """Infinite iterator of the sample indices of this rank's micro-batches, starting after `consumed_samples`; indices wrap at the
-    dataset's length.
+    """Infinite iterator over the sample indices of this rank's micro-batches. It starts after `consumed_samples` and continues at index 0
+    after the end of the dataset.
 
     Args:
         num_samples: length of the dataset.
@@ -42,7 +42,8 @@ class MicroBatchSampler:
 
 
 def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stack samples to [b, S]. If all samples have the same positions, they become one row [S], so that rotary tables are computed once.
+    """Stack samples to [b, S]. If all samples have the same position_ids, keep them as one row [S], so that rotary tables are computed
+    once.
 
     Drops the entries that Megatron's BlendedDataset adds to a sample (the index of its corpus).
     """
@@ -57,11 +58,12 @@ def micro_batches(dataset: Dataset[Any], sampler: MicroBatchSampler, *, num_work
     """Return an infinite iterator of collated micro-batches.
 
     Args:
-        dataset: dataset with samples of the form of EndPromptDataset.
-        sampler: order of the samples.
+        dataset: dataset whose samples have the format of EndPromptDataset.
+        sampler: sampler that defines the order of the samples.
         num_workers: number of loader processes; 0 loads in this process.
     """
     if num_workers:
+        own_multiprocessing_directory()
         kill_helpers_at_exit()
     return iter(
         DataLoader(

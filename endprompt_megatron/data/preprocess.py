@@ -1,16 +1,12 @@
-"""Tokenise text into Megatron's indexed format (`.bin`, `.idx`). text_files reads local files, `datasets` reads hub datasets. A manifest
-next to the dataset records its source and tokenizer. Training on a truncated dataset, or on one of another tokenizer, raises no error but
-is useless, so the manifest is checked before every use."""
+"""Tokenise text into Megatron's indexed format (`.bin`, `.idx`) with a manifest. text_files reads local files, `datasets` reads hub
+datasets."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
+import glob
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import suppress
 from importlib import metadata
 from itertools import chain, islice
 from pathlib import Path
@@ -19,58 +15,25 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+from endprompt_megatron.data.manifest import (
+    Check,
+    Manifest,
+    check_manifest,
+    complete_interrupted,
+    dataset_paths,
+    delete_hint,
+    has_manifest,
+    load_manifest,
+    record_files,
+    rename_dataset,
+    sha256_of,
+)
 from endprompt_megatron.data.text_files import KINDS, files_named, kind_of, read_rows
 from endprompt_megatron.errors import DataError
 from endprompt_megatron.log import Progress, get_logger
+from endprompt_megatron.output_files import sweep_leftovers, temporary_name
 
 BATCH_DOCUMENTS = 64  # documents per tokenizer call: enough for the tokenizer's threads, yet little memory even for books
-MANIFEST_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """Source and contents of an indexed dataset.
-
-    Attributes:
-        source: source as configured: paths, or the name of the hub dataset.
-        source_files: SHA-256 of each local file, in reading order; empty for a hub dataset.
-        config_name, split, text_key: the part of the source that was read.
-        tokenizer_hash: from `checkpoint.hf.tokenizer.hash_tokenizer`.
-        vocab_size: size of the tokenizer's vocabulary.
-        eos_token_id: the end-of-text id; None if the tokenizer has none.
-        append_eod: whether each document ends with `eos_token_id`.
-        num_documents, num_tokens: counts of the .bin file, end-of-text tokens included.
-        num_empty_documents: documents without text, which were skipped.
-        num_replaced_characters: lone surrogates that were replaced by U+FFFD.
-        dtype: numpy dtype of the ids on disk.
-        bin_bytes, idx_bytes: sizes of the two files.
-        versions: versions of the libraries that wrote the dataset.
-        manifest_version: version of the manifest format.
-    """
-
-    source: list[str]
-    source_files: list[str]
-    config_name: str | None
-    split: str
-    text_key: str
-    tokenizer_hash: str
-    vocab_size: int
-    eos_token_id: int | None
-    append_eod: bool
-    num_documents: int
-    num_tokens: int
-    num_empty_documents: int
-    dtype: str
-    bin_bytes: int
-    idx_bytes: int
-    versions: dict[str, str]
-    manifest_version: int = MANIFEST_VERSION
-    num_replaced_characters: int = 0
-
-    def identity(self) -> str:
-        """SHA-256 (hex) of the manifest: equal for datasets made from the same text with the same tokenizer and settings."""
-        described = {key: value for key, value in asdict(self).items() if key not in ("versions", "source", "num_replaced_characters")}
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def prepare_dataset(
@@ -83,6 +46,7 @@ def prepare_dataset(
     append_eod: bool = True,
     split: str = "train",
     config_name: str | None = None,
+    check: Check = "changed",
 ) -> Manifest:
     """Tokenise `source` into `<output_prefix>.bin`, `.idx` and `.manifest.json`, or reuse them if they exist.
 
@@ -98,18 +62,19 @@ def prepare_dataset(
         append_eod: append the tokenizer's eos token to each document.
         split: split of a hub dataset.
         config_name: configuration of a hub dataset that has several.
+        check: which files of an existing output to read whole, see `check_manifest`.
     Returns:
         The manifest, also written to disk.
     Raises:
-        DataError: the source is missing, unreadable or without text, the column or the eos token is missing, or the output exists and is
-            damaged or was made from another source.
+        DataError: the source is missing, unreadable or without text, the column or the eos token is missing, the output cannot be written,
+            or it exists and is damaged or was made from another source.
     """
     files = local_files(source)
     if append_eod and tokenizer.eos_token_id is None:
         raise DataError("append_eod=True, but the tokenizer has no eos token. Set its eos_token in tokenizer_config.json.")
     inputs: dict[str, Any] = {
         "source": [str(item) for item in _as_list(source)],
-        "source_files": [_sha256(path) for path in files],
+        "source_files": [_source_sha256(path) for path in files],
         "config_name": config_name,
         "split": split,
         "text_key": text_key,
@@ -118,17 +83,48 @@ def prepare_dataset(
         "eos_token_id": tokenizer.eos_token_id,
         "append_eod": append_eod,
     }
-    existing = [path for path in _paths(output_prefix).values() if path.exists()]
-    if existing:
-        return _reuse(output_prefix, inputs, existing)
+    output_prefix = Path(output_prefix)
+    complete_interrupted(output_prefix.parent)
+    sweep_leftovers(output_prefix.parent)
+    if any(path.exists() for path in dataset_paths(output_prefix).values()):
+        return _reuse(output_prefix, inputs, check)
+    temporary = temporary_name(output_prefix)
+    try:
+        output_prefix.parent.mkdir(parents=True, exist_ok=True)
+        batches = _text_batches(source, files, text_key=text_key, split=split, config_name=config_name)
+        counts = _tokenise(batches, tokenizer, temporary, name=output_prefix.name, append_eod=append_eod)
+        if counts["num_documents"] == 0:
+            raise DataError(f"{_named(source)}: no text in column '{text_key}' ({counts['num_empty_documents']} empty rows).")
+        versions = {name: metadata.version(name) for name in ("datasets", "megatron-core", "tokenizers", "transformers")}
+        manifest = record_files(temporary, {**inputs, **counts, "versions": versions})
+        if has_manifest(output_prefix):  # another process was first
+            return _reuse(output_prefix, inputs, check)
+        rename_dataset(temporary, output_prefix)
+    except OSError as error:
+        raise DataError(
+            f"{output_prefix}.bin cannot be written ({type(error).__name__}: {error}). Free space there, or set data.directory to a "
+            f"writable directory. Nothing was kept; the same command tokenises again."
+        ) from error
+    finally:
+        for path in temporary.parent.glob(f"{glob.escape(temporary.name)}.*"):
+            with suppress(OSError):  # of a disk that became read-only: that error is raised
+                path.unlink(missing_ok=True)
+    replaced = manifest.num_replaced_characters
+    note = f" ({replaced} lone surrogate{'' if replaced == 1 else 's'} replaced by U+FFFD)" if replaced else ""
+    get_logger().info(f"wrote {output_prefix}: {manifest.num_documents} documents, {manifest.num_tokens} tokens{note}")
+    return manifest
 
+
+def _tokenise(batches: Iterator[list[str | None]], tokenizer: Any, prefix: Path, *, name: str, append_eod: bool) -> dict[str, Any]:
+    """Write the .bin and .idx files of `prefix`; return the manifest's counts and dtype. Writes no .idx file if there is no text."""
+    paths = dataset_paths(prefix)
     dtype = DType.optimal_dtype(len(tokenizer))
     eod = [tokenizer.eos_token_id] if append_eod else []
     counts: dict[str, Any] = {"num_documents": 0, "num_tokens": 0, "num_empty_documents": 0, "num_replaced_characters": 0}
-    with _replacing(output_prefix) as paths, Progress(f"tokenising {Path(output_prefix).name}", None) as progress:
+    with Progress(f"tokenising {name}", None) as progress:
         builder = IndexedDatasetBuilder(str(paths["bin"]), dtype=dtype)
         with builder.data_file:
-            for texts in _text_batches(source, files, text_key=text_key, split=split, config_name=config_name):
+            for texts in batches:
                 cleaned = [_encodable(text) for text in texts if text is not None and text.strip()]
                 kept = [text for text, _ in cleaned]
                 counts["num_replaced_characters"] += sum(replaced for _, replaced in cleaned)
@@ -140,22 +136,16 @@ def prepare_dataset(
                     counts["num_tokens"] += len(ids) + len(eod)
                 counts["num_empty_documents"] += len(texts) - sum(map(bool, encoded))
                 progress.advance(len(texts), f"{counts['num_tokens'] / 1e6:.2f}M tokens")
-            if counts["num_documents"] == 0:
-                raise DataError(f"{_named(source)}: no text in column '{text_key}' ({counts['num_empty_documents']} empty rows).")
-            builder.finalize(str(paths["idx"]))
-        manifest = Manifest(
-            **inputs,
-            **counts,
-            dtype=np.dtype(dtype).name,
-            bin_bytes=paths["bin"].stat().st_size,
-            idx_bytes=paths["idx"].stat().st_size,
-            versions={name: metadata.version(name) for name in ("datasets", "megatron-core", "tokenizers", "transformers")},
-        )
-        paths["manifest"].write_text(json.dumps(asdict(manifest), indent=2) + "\n")
-    replaced = manifest.num_replaced_characters
-    note = f" ({replaced} lone surrogate{'' if replaced == 1 else 's'} replaced by U+FFFD)" if replaced else ""
-    get_logger().info(f"wrote {output_prefix}: {manifest.num_documents} documents, {manifest.num_tokens} tokens{note}")
-    return manifest
+            if counts["num_documents"]:
+                builder.finalize(str(paths["idx"]))
+    return {**counts, "dtype": np.dtype(dtype).name}
+
+
+def _source_sha256(path: Path) -> str:
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise DataError(f"source {path}: cannot be read ({type(error).__name__}: {error}).") from error
 
 
 def read_texts(source: str | Path | Sequence[str | Path], *, text_key: str = "text", split: str = "train") -> Iterator[str]:
@@ -168,64 +158,20 @@ def read_texts(source: str | Path | Sequence[str | Path], *, text_key: str = "te
         yield from (_encodable(text)[0] for text in batch if text is not None and text.strip())
 
 
-def load_manifest(prefix: Path) -> Manifest:
-    """Read the manifest of an indexed dataset.
-
-    Raises:
-        DataError: it is missing, is not JSON, or has another format version.
-    """
-    path = _paths(prefix)["manifest"]
-    if not path.is_file():
-        raise DataError(f"{path} does not exist: no dataset was prepared under this prefix. Run recipes/prepare_data.py.")
-    try:
-        manifest = Manifest(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}). {_delete(prefix)}") from error
-    if manifest.manifest_version != MANIFEST_VERSION:
-        raise DataError(f"{path}: manifest_version={manifest.manifest_version}, this program reads {MANIFEST_VERSION}. {_delete(prefix)}")
-    return manifest
-
-
-def has_manifest(prefix: Path) -> bool:
-    """Whether a complete indexed dataset exists under this prefix; the manifest is written last."""
-    return _paths(prefix)["manifest"].is_file()
-
-
-def check_manifest(prefix: Path, *, tokenizer_hash: str) -> Manifest:
-    """Check that the indexed dataset exists, is complete and was made with this tokenizer.
-
-    Returns:
-        The manifest.
-    Raises:
-        DataError: a file is missing or its size has changed, or the dataset was made with another tokenizer.
-    """
-    manifest = load_manifest(prefix)
-    for suffix, expected in (("bin", manifest.bin_bytes), ("idx", manifest.idx_bytes)):
-        path = _paths(prefix)[suffix]
-        if not path.is_file():
-            raise DataError(f"{path} is missing. {_delete(prefix)}")
-        if path.stat().st_size != expected:
-            raise DataError(f"{path} has {path.stat().st_size} bytes, not {expected}: it is truncated or was changed. {_delete(prefix)}")
-    if manifest.tokenizer_hash != tokenizer_hash:
-        raise DataError(
-            f"{prefix} was made with another tokenizer (hash {manifest.tokenizer_hash[:12]}, vocabulary {manifest.vocab_size}; "
-            f"this model's is {tokenizer_hash[:12]}): its ids mean other tokens. {_delete(prefix)}"
-        )
-    return manifest
-
-
-def _reuse(prefix: Path, inputs: dict[str, Any], existing: list[Path]) -> Manifest:
+def _reuse(prefix: Path, inputs: dict[str, Any], check: Check) -> Manifest:
     """Return the manifest of an existing output; raise if the output is incomplete or was not made from `inputs`."""
-    if not _paths(prefix)["manifest"].exists():
-        raise DataError(f"{existing[0]} exists without a manifest: it was written by another program, or not completely. {_delete(prefix)}")
+    paths = dataset_paths(prefix)
+    if not paths["manifest"].exists():
+        there = next(path for path in paths.values() if path.exists())
+        raise DataError(f"{there} exists without a manifest: it was written by another program, or not completely. {delete_hint(prefix)}")
     manifest = load_manifest(prefix)
     # local files are compared by content, not by path
     compared = [name for name in inputs if not (name == "source" and inputs["source_files"])]
     differing = [name for name in compared if getattr(manifest, name) != inputs[name]]
     if differing:
         changes = ", ".join(f"{name}: {_short(getattr(manifest, name))} there, {_short(inputs[name])} now" for name in differing)
-        raise DataError(f"{prefix} exists and was made from something else ({changes}). {_delete(prefix)}")
-    check_manifest(prefix, tokenizer_hash=inputs["tokenizer_hash"])
+        raise DataError(f"{prefix} exists and was made from something else ({changes}). {delete_hint(prefix)}")
+    manifest = check_manifest(prefix, tokenizer_hash=inputs["tokenizer_hash"], check=check)
     get_logger().info(f"reusing {prefix}: {manifest.num_documents} documents, {manifest.num_tokens} tokens")
     return manifest
 
@@ -308,25 +254,6 @@ def _encodable(text: str) -> tuple[str, int]:
         return cleaned, sum(one != other for one, other in zip(text, cleaned, strict=True))
 
 
-@contextmanager
-def _replacing(prefix: Path) -> Iterator[dict[str, Path]]:
-    """Yield temporary paths. They are renamed to their final names if the block succeeds, the manifest last, and deleted if it fails."""
-    Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-    temporary = _paths(Path(prefix).with_name(f".{Path(prefix).name}.{os.getpid()}.tmp"))
-    try:
-        yield temporary
-        for kind, path in _paths(prefix).items():
-            temporary[kind].replace(path)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-
-
-def _paths(prefix: Path) -> dict[str, Path]:
-    # not with_suffix: a prefix may contain dots
-    return {kind: Path(f"{prefix}.{ending}") for kind, ending in (("bin", "bin"), ("idx", "idx"), ("manifest", "manifest.json"))}
-
-
 def _as_list(source: str | Path | Sequence[str | Path]) -> list[str | Path]:
     return [source] if isinstance(source, str | Path) else list(source)
 
@@ -335,15 +262,6 @@ def _named(source: str | Path | Sequence[str | Path]) -> str:
     return f"source {', '.join(str(item) for item in _as_list(source))}"
 
 
-def _delete(prefix: Path) -> str:
-    return f"Delete {prefix}.bin, .idx and .manifest.json; the same command creates them again."
-
-
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else text[:37] + "..."
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

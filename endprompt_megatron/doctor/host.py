@@ -1,4 +1,4 @@
-"""Checks of the host: processor, memory, disks, system limits, network and job launchers."""
+"""Check the host: processor, memory, disks, system limits, network and job launchers."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from endprompt_megatron.doctor.check_result import LIMITS, MISSING, OK, CheckRes
 from endprompt_megatron.doctor.subprocess_checks import run_command
 
 _GIB = 2**30
-_BYTES_PER_PARAMETER = 14  # in a bf16 training checkpoint: weight 2, fp32 master weight and two moments 12
+_BYTES_PER_PARAMETER = 14  # in a bf16 training checkpoint: 2 for the weight, 12 for the fp32 master weight and the two moments
 _LOW_DISK_GIB = 10
 _LOW_SHM_GIB = 1
-_LOW_MEMORY_GIB = 10  # of the embedded default, see README.md
+_LOW_MEMORY_GIB = 10  # needed by the embedded default, see README.md
 _LOW_FILES = 4096
 _TORCHRUN_PORT = 29500  # used if MASTER_PORT is not set
 _HUB = "https://huggingface.co"
 
 
 def check_host(directory: Path, *, proc: Path = Path("/proc"), sys: Path = Path("/sys"), shm: Path = Path("/dev/shm")) -> list[CheckResult]:
-    """All checks of the machine except GPUs and packages.
+    """Run all checks of the machine except those of GPUs and packages.
 
     Args:
-        directory: parent of outputs/, models/ and datasets/, which may not exist yet.
-        proc, sys, shm: directories of the system.
+        directory: parent directory of outputs/, models/ and datasets/, which may not exist yet.
+        proc, sys, shm: paths of these system directories.
     """
     return [
         _system(), _processor(proc), _memory(), _shared_memory(shm), _disk(directory), _open_files(), *_infiniband(sys), _port(),
@@ -74,14 +74,14 @@ def _memory() -> CheckResult:
 
 
 def _shared_memory(shm: Path) -> CheckResult:
-    meaning = "Data loader processes, and NCCL within a node, transfer data through it."
+    meaning = "Data loader processes, and NCCL within a node, transfer data through shared memory."
     if not shm.is_dir():
         return CheckResult("shm", MISSING, f"no {shm}", meaning, "Mount a tmpfs there.")
     total = shutil.disk_usage(shm).total / _GIB
     if total < _LOW_SHM_GIB:
         advice = "docker run --ipc=host, or --shm-size=16g"
         return CheckResult(
-            "shm", LIMITS, f"{total * 1024:.0f} MiB in {shm}", f"{meaning} They fail with a bus error when it is full.", advice
+            "shm", LIMITS, f"{total * 1024:.0f} MiB in {shm}", f"{meaning} They fail with a bus error if it is full.", advice
         )
     return CheckResult("shm", OK, f"{total:.1f} GiB in {shm}")
 
@@ -165,7 +165,7 @@ def check_network(hub: str | None = None) -> CheckResult:
     """Check whether the Hugging Face hub answers.
 
     Args:
-        hub: its address; by default HF_ENDPOINT or the public hub.
+        hub: URL of the hub; None uses HF_ENDPOINT if it is set, else the public hub.
     """
     hub = hub or os.environ.get("HF_ENDPOINT", _HUB)
     advice = "Set HF_HUB_OFFLINE=1, model.hf_path=DIR and local data; the embedded default only needs package registries."

@@ -1,4 +1,4 @@
-"""Checks of the Python interpreter and packages: their versions, and whether they can be imported."""
+"""Check the Python interpreter and packages: their versions, and whether the packages can be imported."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from endprompt_megatron.mcore.version import SUPPORTED
 TRANSFORMERS = ((4, 57), (6,))
 TRANSFORMER_ENGINE_LOWEST = (2, 0)
 LM_EVAL = "0.4.13"
-# megatron-core 0.18 and later assert this version in dist_checkpointing/strategies/nvrx.py if the package is installed
+# Lowest version of nvidia-resiliency-ext. If the package is installed, megatron-core 0.18 and later assert this version in
+# dist_checkpointing/strategies/nvrx.py.
 RESILIENCY_LOWEST = (0, 6)
-# "GQA + CP NaN" in the tests of NVIDIA's BioNeMo recipes: reported on H100 with 2.9.0 and on an RTX 5090 with 2.10.0
+# (first affected, first unaffected). Source: "GQA + CP NaN" in the tests of NVIDIA's BioNeMo recipes, which report the error on H100 with
+# 2.9.0 and on an RTX 5090 with 2.10.0.
 _TE_NAN_WITH_GROUPED_QUERIES = ((2, 9), (2, 11))
 _IMAGE = "docker/README.md describes an image that contains it."
 
 
 def installed(name: str) -> str | None:
-    """Version of a distribution; None if it is not installed."""
+    """Return the version of a distribution; None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -39,7 +41,7 @@ def check_python(version: tuple[int, ...] = sys.version_info[:3]) -> CheckResult
 
 
 def check_megatron_core() -> CheckResult:
-    """Check that megatron-core is installed in a supported version and can be imported."""
+    """Check that a supported version of megatron-core is installed and can be imported."""
     version = installed("megatron-core")
     lowest, highest = (".".join(str(part) for part in end) for end in SUPPORTED)
     if version is None:
@@ -57,7 +59,9 @@ def check_megatron_core() -> CheckResult:
     advice = "Fix the cause in the error (megatron-core imports Transformer Engine if that is installed), or run make venv."
     resiliency = installed("nvidia-resiliency-ext")
     if resiliency is not None and release(resiliency) < RESILIENCY_LOWEST:
-        advice = f"nvidia-resiliency-ext {resiliency} is too old for it: pip install 'nvidia-resiliency-ext>=0.6', or uninstall it."
+        advice = (
+            f"nvidia-resiliency-ext {resiliency} is too old for megatron-core: pip install 'nvidia-resiliency-ext>=0.6', or uninstall it."
+        )
     return CheckResult("megatron_core", MISSING, f"{version}, but it does not import: {answer.error}", "Nothing trains without it.", advice)
 
 
@@ -84,11 +88,11 @@ def check_lm_eval() -> CheckResult:
 
 
 def check_vllm() -> CheckResult:
-    """Check vLLM, which can serve exports. The project itself does not use it."""
+    """Check vLLM, which can serve exports and which recipes/evaluate.py uses with backend=vllm."""
     version = installed("vllm")
     if version is None:
-        return CheckResult("vllm", MISSING, "not installed", "Only needed to serve exports; the project does not use it.")
-    return CheckResult("vllm", OK, version, "Set its max_model_len, because it multiplies max_position_embeddings by the linear factor.")
+        return CheckResult("vllm", MISSING, "not installed", "Only needed to serve exports, and for backend=vllm of recipes/evaluate.py.")
+    return CheckResult("vllm", OK, version, "Set max_model_len, because vLLM multiplies max_position_embeddings by the linear factor.")
 
 
 def check_transformer_engine() -> CheckResult:
@@ -105,7 +109,7 @@ def check_transformer_engine() -> CheckResult:
         return CheckResult(
             "te", LIMITS, version,
             "2.9 and 2.10 are reported to give NaN for grouped-query attention (Llama-3) under context parallelism.",
-            "Keep parallel.context_parallel_size=1, or update it.",
+            "Keep parallel.context_parallel_size=1, or update Transformer Engine.",
         )  # fmt: skip
     return CheckResult("te", OK, version)
 
@@ -125,7 +129,7 @@ def _unusable_transformer_engine(version: str | None, answer: ProcessResult, mea
 
 
 def check_apex() -> CheckResult:
-    """Check for NVIDIA's apex with its kernels. The package apex on PyPI is another project."""
+    """Check that NVIDIA's apex is installed with its kernels. The package apex on PyPI is another project."""
     meaning = "Megatron uses it for fused gradient accumulation and Adam; runs without it are correct, but somewhat slower."
     answer = run_python(APEX_FILES)
     files = answer.values

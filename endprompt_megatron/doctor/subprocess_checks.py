@@ -1,4 +1,4 @@
-"""Checks that run in a subprocess, so that a package that crashes on import or a driver that hangs only fails its own check."""
+"""Run checks in subprocesses. If a package crashes on import or a driver hangs, only the check of this package or driver fails."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-_TIMEOUT_SECONDS = 300  # the first import of Transformer Engine took 50 s on a busy machine; network file systems are slower still
+_TIMEOUT_SECONDS = 300  # the first import of Transformer Engine took 50 s on a busy machine; it takes longer on a network file system
 _NO_ANSWER = "no answer"
 
 
@@ -18,9 +18,9 @@ class ProcessResult:
     """The output of a subprocess.
 
     Attributes:
-        values: the JSON object printed by a Python check; empty for failures and for commands.
+        values: JSON object that the code of run_python printed; empty after a failure, and for run_command.
         text: standard output.
-        error: one line that describes the failure; "" for success.
+        error: one line that describes the failure; "" if there was none.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -50,7 +50,8 @@ def run_command(*command: str, timeout: float = _TIMEOUT_SECONDS) -> ProcessResu
 
 
 def run_python(code: str, *, timeout: float = _TIMEOUT_SECONDS) -> ProcessResult:
-    """Run Python code in a new interpreter of this environment. The last line that the code prints must be a JSON object."""
+    """Run Python code in a new interpreter of this environment, and return its output or its error. The last line of the output must be a
+    JSON object."""
     # -P: folders of the working directory (datasets/) must not shadow packages
     answer = run_command(sys.executable, "-P", "-W", "ignore", "-c", code, timeout=timeout)
     if answer.error:
@@ -75,13 +76,13 @@ import json, megatron.core, megatron.core.dist_checkpointing, megatron.core.mode
 print(json.dumps({"version": megatron.core.__version__}))
 """
 
-# import torch first, as a run does: it loads NCCL and cuDNN, which the library of Transformer Engine needs
+# Import torch first, as a run does. Importing torch loads NCCL and cuDNN, which Transformer Engine's library needs.
 TRANSFORMER_ENGINE = """
 import json, torch, transformer_engine, transformer_engine.pytorch
 print(json.dumps({"version": transformer_engine.__version__}))
 """
 
-# Locates apex and its files without importing it: the package apex on PyPI would import a web framework.
+# Locate apex and its files without importing apex, because the unrelated package named apex on PyPI imports a web framework.
 APEX_FILES = """
 import importlib.util, json, pathlib
 spec = importlib.util.find_spec("apex")

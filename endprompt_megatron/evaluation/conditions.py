@@ -1,10 +1,9 @@
-"""Conditions of an evaluation: everything that its scores depend on, and the hardware and software on which they were measured. Kept scores
-are reused only under equal conditions."""
+"""Determine the conditions of an evaluation: everything that the scores depend on, and the hardware and software of the measurement. Stored
+scores are reused only if the conditions that they depend on are equal."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,9 @@ from typing import Any
 import torch
 
 from endprompt_megatron.checkpoint.hf.auxiliary_files import PROVENANCE_FILE
-from endprompt_megatron.checkpoint.hf.config import read_hf_config
+from endprompt_megatron.checkpoint.hf.config import read_hf_config, window_from_hf
+from endprompt_megatron.checkpoint.hf.json_files import read_json_object, shown
+from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.evaluation.lm_eval_harness.harness import ANSWER_ROOM, bos_token_of, harness_version
 from endprompt_megatron.evaluation.suite import EvaluateConfig
 from endprompt_megatron.evaluation.task_sources import fingerprint
@@ -21,8 +22,9 @@ from endprompt_megatron.evaluation.tasks import LM_EVAL, MEGATRON, NEEDLE, PERPL
 from endprompt_megatron.mcore import runtime
 from endprompt_megatron.mcore.version import megatron_core_version
 
+_LENGTHS = ("original_context_length", "target_context_length", "seq_length")  # of endprompt.json, in tokens
 _RUNNER_CONDITIONS = ("harness", "backend", "dtype")
-# conditions common to all tasks; a change of any of them changes scores
+# conditions that the scores of every task depend on
 _COMMON_CONDITIONS = ("model", "bos", "chat_template", "samples", "seed", "window")
 
 
@@ -31,10 +33,10 @@ class Conditions:
     """Conditions of one evaluation.
 
     Attributes:
-        recorded: conditions that the page and results.json show.
-        runners: {LM_EVAL | MEGATRON: {"harness", "backend", "dtype"}} for those that run a task of this evaluation.
+        recorded: conditions that the page and results.json contain.
+        runners: {LM_EVAL | MEGATRON: {"harness", "backend", "dtype"}} for each runner that this evaluation uses.
         window: max_position_embeddings of the model's config.json, in tokens.
-        suite_settings: {suite: settings that only the scores of its tasks depend on}.
+        suite_settings: {suite: settings that affect only the scores of this suite's tasks}.
     """
 
     recorded: dict[str, Any]
@@ -43,21 +45,21 @@ class Conditions:
     suite_settings: dict[str, dict[str, Any]]
 
     def of_task(self, task: Task, *, settings: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Conditions that the scores of a task depend on, without its text sources.
+        """Return the conditions that the scores of a task depend on, except the task's text sources.
 
         Args:
             task: any task, not only one of this evaluation.
-            settings: settings of its suite; None takes those of this evaluation.
+            settings: settings of the task's suite; None uses those of this evaluation.
         """
         runner = self.runners.get(task.runner, {})
         own = self.suite_settings.get(task.suite, {}) if settings is None else settings
         return runner | {name: self.recorded[name] for name in _COMMON_CONDITIONS} | own
 
     def recorded_with(self, others: list[dict[str, Any]]) -> dict[str, Any]:
-        """`recorded`, extended by the runners and suite settings of scores from earlier starts.
+        """Return `recorded`, extended by the runners and suite settings of scores from earlier starts of the evaluation.
 
         Args:
-            others: conditions of those scores.
+            others: conditions of the scores from earlier starts.
         """
         runners = [*self.runners.values(), *others]
         own = {name: other[name] for other in others for values in self.suite_settings.values() for name in values if name in other}
@@ -66,16 +68,17 @@ class Conditions:
 
 
 def conditions_of(config: EvaluateConfig, *, command: str) -> Conditions:
-    """Determines the conditions of an evaluation.
+    """Return the conditions of an evaluation.
 
     Args:
-        config: validated.
+        config: validated configuration of the evaluation.
         command: command line that reproduces the evaluation.
     Raises:
-        BackendUnavailableError: lm-eval is needed and not installed, or its version is not supported.
+        BackendUnavailableError: lm-eval is needed but not installed, or its version is not supported.
+        CheckpointError: config.json of the model is damaged or has no window.
     """
     model = Path(config.model)
-    window = int(read_hf_config(model)["max_position_embeddings"])
+    window = window_from_hf(read_hf_config(model))
     token = bos_token_of(model) if config.bos == "one" else None
     runners = _runners(config)
     answer_room = {
@@ -115,7 +118,8 @@ def conditions_of(config: EvaluateConfig, *, command: str) -> Conditions:
 
 
 def _runners(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
-    """{LM_EVAL | MEGATRON: its conditions}. The texts are compared with kept scores, so a change of wording makes those stale."""
+    """Return {LM_EVAL | MEGATRON: conditions of the runner}. The texts are compared with those of stored scores, so a change of wording
+    invalidates stored scores."""
     runners = {}
     if config.runs_lm_eval:
         on_megatron = config.backend == MEGATRON
@@ -134,9 +138,23 @@ def _runners(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
 
 
 def provenance_of(model: Path) -> dict[str, Any]:
-    """Content of a model's endprompt.json; empty where the model is no export of this package."""
+    """Return the content of a model's endprompt.json; empty if this package did not export the model.
+
+    Raises:
+        CheckpointError: the file cannot be read (see read_json_object), or a length in it is not a whole number of tokens, at least 1.
+    """
     path = Path(model) / PROVENANCE_FILE
-    return json.loads(path.read_text()) if path.is_file() else {}
+    values = read_json_object(path) if path.exists() else {}
+    lengths = [(name, values[name]) for name in _LENGTHS if values.get(name) is not None]
+    prompts = values.get("end_prompt_lengths") or []
+    lengths += [("end_prompt_lengths", length) for length in (prompts if isinstance(prompts, list) else [prompts])]
+    for name, length in lengths:
+        if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length < 2**31:
+            raise CheckpointError(
+                f"{path} has {name}={shown(length)}: must be a whole number from 1 to 2,147,483,647. Copy it again from the model, or "
+                f"remove the file."
+            )
+    return values
 
 
 def _megatron_backend() -> str:
@@ -144,7 +162,7 @@ def _megatron_backend() -> str:
 
 
 def _megatron_dtype(config: EvaluateConfig) -> str:
-    """Data type of Megatron-Core's computation: the configured one, or for auto the default of this machine."""
+    """Return the data type in which Megatron-Core computes: the configured type, or the default of this machine for auto."""
     if config.dtype != "auto":
         return config.dtype
     precision = runtime.resolve_precision("auto", runtime.resolve_accelerator(config.accelerator))

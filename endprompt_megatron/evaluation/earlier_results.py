@@ -1,5 +1,5 @@
-"""Scores that earlier releases wrote. They lack `task_id` and `haystack`, so this module derives both from the display name. It is the only
-place that does; delete it once such results no longer matter."""
+"""Read scores that earlier releases wrote. These scores lack `task_id` and `haystack`, so this module derives both from the display name.
+No other module parses display names. Delete this module when such results are no longer needed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from endprompt_megatron.evaluation.tasks import BENCHMARK_HAYSTACK, HAYSTACK_MAR
 
 
 def with_identity(score: dict[str, Any]) -> dict[str, Any]:
-    """A score of results.json or of a kept record, with `task_id` and `haystack`; unchanged where it has them."""
+    """Return a score of results.json or of a stored record with `task_id` and `haystack`. A score that already has both is unchanged."""
     if "task_id" in score:
         return score
     name = score["task"]

@@ -1,5 +1,5 @@
-"""The tasks that Megatron-Core runs without lm-eval, with the interface of lm_eval_harness.harness.Harness. All of them share one loaded
-model."""
+"""Run the built-in tasks on Megatron-Core without lm-eval. The interface is that of lm_eval_harness.harness.Harness. All tasks share one
+loaded model."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from endprompt_megatron.model.gpt import EndPromptGPTModel
 
 
 class MegatronTasks:
-    """Runs tasks of the suites ruler_offline, needle and perplexity. Every process of a job holds one.
+    """Runs tasks of the suites ruler_offline, needle and perplexity. Every process of a job creates one instance.
 
     Args:
-        config: of the evaluation.
+        config: configuration of the evaluation.
         chunks: this rank's chunks of the model that `config` names, in evaluation mode.
         lengths, texts, trained: see LogProbabilityTasks.
-        device: of the model.
+        device: device of the model.
     """
 
     def __init__(
@@ -49,5 +49,5 @@ class MegatronTasks:
         )
 
     def run(self, task: Task, **options: Any) -> list[Sample]:
-        """Runs one task; see GenerationTasks.run and LogProbabilityTasks.run."""
+        """Run one task; see GenerationTasks.run and LogProbabilityTasks.run."""
         return (self._generation if task.scored_by == GENERATION else self._log_probability).run(task, **options)

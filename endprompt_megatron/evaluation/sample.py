@@ -1,4 +1,5 @@
-"""Samples: one question or one document of a task, with the model's answer and its score. Records are these dataclasses as JSON lines."""
+"""Scored samples of a task. A sample is one question or one document with the model's output and score. Record files contain these
+dataclasses as JSON lines."""
 
 from __future__ import annotations
 
@@ -8,14 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Sample:
-    """One answered question.
+    """One question with the model's answer.
 
     Attributes:
-        index: of the sample within its task, the same for every model.
-        score: 0 to 100.
-        output: the text that the model generated. For multiple choice, the log-likelihoods of the choices in nats.
-        references: the accepted answers.
-        prompt_tokens: length of the prompt before truncation; None for multiple choice.
+        index: index of the sample within its task, the same for every model.
+        score: score from 0 to 100.
+        output: text that the model generated. For multiple choice, the log-likelihoods of the choices in nats.
+        references: accepted answers. For RetrievalSample and DocumentSample, a hash of the tokens that the score depends on.
+        prompt_tokens: number of tokens of the prompt before truncation; None for multiple choice.
     """
 
     index: int
@@ -27,14 +28,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class RetrievalSample(Sample):
-    """A question about planted facts. The score is 100 where greedy decoding would produce the whole answer, else 0.
+    """A question about planted facts. The score is 100 if greedy decoding would produce the whole answer, else 0.
 
     Attributes:
-        haystack: number of the text that the question is about.
-        parts_right: share of the answer's parts (digits, keys, names) whose tokens are all the most likely ones, 0 to 1.
-        log_probability: of the answer, in nats.
-        depth: of the fact, 0 = start of the text, 1 = end; None for several facts.
-        distance: tokens from the end of the fact to the answer; None for several facts.
+        haystack: index of the haystack that the question is about.
+        parts_right: share of the answer's parts (digits, keys or names) of which every token is the most likely one, 0 to 1.
+        log_probability: log-probability of the answer, in nats.
+        depth: depth of the fact, 0 = start of the text, 1 = end; None for several facts.
+        distance: number of tokens from the end of the fact to the answer; None for several facts.
     """
 
     haystack: int = 0
@@ -46,7 +47,7 @@ class RetrievalSample(Sample):
 
 @dataclass(frozen=True)
 class DocumentSample(Sample):
-    """A held-out document. The score is its mean negative log-likelihood in nats a token, lower is better.
+    """A held-out document. The score is the mean negative log-likelihood in nats per token; lower is better.
 
     Attributes:
         tokens: number of scored tokens.

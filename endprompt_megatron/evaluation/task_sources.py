@@ -1,5 +1,5 @@
-"""Text sources of the evaluation tasks: data sets and prose that come neither with lm-eval nor with this package. This module checks local
-copies, selects the sources of a task and reports which of them are missing on a machine without a network."""
+"""Manage the text sources of the evaluation tasks: data sets and prose that neither lm-eval nor this package contains. This module checks
+local copies, selects the sources of a task, and reports the sources that are missing on a machine without a network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from endprompt_megatron.evaluation.tasks import (
 )
 
 _DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".txt", ".csv", ".arrow", ".gz")
-_FINGERPRINT_BYTES = 1 << 20  # read from the head and from the tail of each file
+_FINGERPRINT_BYTES = 1 << 20  # number of bytes that are read from the head, and from the tail, of each file
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Source:
 
     Attributes:
         what: description, for messages.
-        local: what a local path must be.
-        hub: name of its dataset on the Hugging Face hub, from which lm-eval loads it; None where it has none.
-        url: where lm-eval downloads it over HTTP; None where it does not.
+        local: description of the required local path, for messages.
+        hub: name of the dataset on the Hugging Face hub that lm-eval loads; None if lm-eval does not load the source from the hub.
+        url: URL or site from which lm-eval downloads the source over HTTP; None if lm-eval does not download it over HTTP.
     """
 
     what: str
@@ -45,7 +45,9 @@ SOURCES: dict[str, Source] = {
     HAYSTACK_STAND_IN: Source(
         "other prose in place of Paul Graham's essays", 'a folder of .txt, or of parquet or jsonl files with rows {"text"}'
     ),
-    PUNKT: Source("NLTK's sentence tokenizer punkt_tab", "a folder that holds tokenizers/punkt_tab (what NLTK_DATA names)", url="nltk.org"),
+    PUNKT: Source(
+        "NLTK's sentence tokenizer punkt_tab", "a folder with tokenizers/punkt_tab, such as the folder in NLTK_DATA", url="nltk.org"
+    ),
     "squad": Source(
         "SQuAD 2.0, development set",
         "the file dev-v2.0.json",
@@ -65,7 +67,7 @@ SOURCES: dict[str, Source] = {
 
 
 def is_offline(environment: Mapping[str, str] | None = None) -> bool:
-    """Whether the user disabled the network, by the rules of Hugging Face's libraries.
+    """Return whether the user disabled the network, by the rules of Hugging Face's libraries.
 
     Args:
         environment: environment variables; None reads those of the process.
@@ -75,7 +77,7 @@ def is_offline(environment: Mapping[str, str] | None = None) -> bool:
 
 
 def path_problems(paths: Mapping[str, str | None]) -> list[str]:
-    """Checks local paths and returns one message per problem.
+    """Check local paths and return one message per problem.
 
     Args:
         paths: {name in SOURCES: local path, or None}.
@@ -96,39 +98,39 @@ def path_problems(paths: Mapping[str, str | None]) -> list[str]:
         elif not any(file.suffix in _DATA_SUFFIXES and file.name != "README.md" for file in path.rglob("*")):
             problems.append(f"suite.sources.{name}={given}: no data files there. It must be {required}.")
     if paths.get(ESSAYS) and paths.get(HAYSTACK_STAND_IN):
-        problems.append(f"suite.sources.{ESSAYS} and suite.sources.{HAYSTACK_STAND_IN} are both set: a haystack is one or the other.")
+        problems.append(f"suite.sources.{ESSAYS} and suite.sources.{HAYSTACK_STAND_IN} are both set: set only one of them.")
     return problems
 
 
 def uses_stand_in(task: Task, paths: Mapping[str, str | None]) -> bool:
-    """Whether the task runs on prose that is not the benchmark's."""
+    """Return whether the task uses the stand-in prose in place of the benchmark's essays."""
     return ESSAYS in task.needs + task.optional_sources and bool(paths.get(HAYSTACK_STAND_IN))
 
 
 def prose_source_of(task: Task, paths: Mapping[str, str | None]) -> str | None:
-    """The source of prose (essays or stand-in) in which a task of suite ruler_offline hides its facts; None for noise sentences, or for
-    tasks that do not use prose."""
+    """Return the source of prose (essays or stand-in) in which a task of suite ruler_offline hides its facts. Return None if the task uses
+    noise sentences or no prose."""
     return next((name for name in task.optional_sources if paths.get(name)), None)
 
 
 def haystack_of(task: Task, paths: Mapping[str, str | None]) -> str:
-    """Which haystack the task uses, one of tasks.HAYSTACK_MARKS."""
+    """Return the haystack that the task uses, one of tasks.HAYSTACK_MARKS."""
     if uses_stand_in(task, paths):
         return STAND_IN_HAYSTACK
     return ESSAYS_HAYSTACK if prose_source_of(task, paths) == ESSAYS else BENCHMARK_HAYSTACK
 
 
 def sources_of(task: Task, paths: Mapping[str, str | None]) -> dict[str, str | None]:
-    """The sources that the task will use, as {source: local path, or None where lm-eval downloads it}."""
+    """Return the sources that the task will use, as {source: local path, or None if lm-eval downloads the source}."""
     names = [HAYSTACK_STAND_IN if name == ESSAYS and uses_stand_in(task, paths) else name for name in task.needs]
     names += [name for name in task.optional_sources if paths.get(name)]
     return {name: paths.get(name) for name in names}
 
 
 def missing_offline(task: Task, paths: Mapping[str, str | None], *, has_punkt: bool) -> str | None:
-    """Why the task cannot run without a network; None where it may run.
+    """Return the reason why the task cannot run without a network; None if it may run.
 
-    A dataset of the hub counts as present, because it may be in the cache of the datasets library. Only loading it shows.
+    A dataset of the hub counts as present, because it may be in the cache of the datasets library, and only loading it shows whether it is.
 
     Args:
         has_punkt: whether NLTK finds punkt_tab without suite.sources.punkt.
@@ -138,15 +140,15 @@ def missing_offline(task: Task, paths: Mapping[str, str | None], *, has_punkt: b
 
 
 def way_out(names: list[str]) -> str:
-    """Which setting provides each of the named sources."""
+    """Return a message with the setting that provides each missing source."""
     return "; ".join(f"{SOURCES[name].what} missing: set suite.sources.{name} to {SOURCES[name].local}" for name in names)
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 (first 16 hex digits) of a file, or of the files in a folder.
+    """Return the SHA-256 (first 16 hex digits) of a file, or of the files in a folder.
 
-    The hash covers names, sizes, and the first and last MiB of every file, without .md files and hidden files. 140 GB of weights therefore
-    take seconds, but a change that lies only in the middle of a file is not detected.
+    The hash covers the name, the size, and the first and last MiB of every file, except .md files and hidden files. Hashing 140 GB of
+    weights therefore takes seconds, but a change in only the middle of a file is not detected.
     """
     path, digest = Path(path).expanduser(), hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:

@@ -1,4 +1,4 @@
-"""The table of evaluation tasks: one row per task, whether lm-eval or Megatron-Core runs it. To add a task, add a row."""
+"""The table of evaluation tasks. Each row is one task, which either lm-eval or Megatron-Core runs. To add a task, add a row."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ MEGATRON_SUITES = (RULER_OFFLINE, NEEDLE, PERPLEXITY)
 SUITES = (RULER, LONGBENCH, SHORT, *MEGATRON_SUITES)
 LM_EVAL, MEGATRON = "lm_eval", "megatron"
 GENERATION, LOG_PROBABILITY = "generation", "log-probability"
-OFFLINE_PREFIX = "offline_"  # some of these tasks would otherwise share an id with lm-eval's
+OFFLINE_PREFIX = "offline_"  # without this prefix, some tasks of ruler_offline would have the id of a task of lm-eval
 NEEDLE_PREFIX = "needle_"
 GAP_TASK = NEEDLE_PREFIX + "gap"
 LOG_PERPLEXITY = "log_perplexity"
 # names of text sources, see task_sources.SOURCES
 ESSAYS, HAYSTACK_STAND_IN, PUNKT = "essays", "haystack_stand_in", "punkt"
-# Which text hides the facts of a task: the benchmark's own, other prose in place of the essays, or (where the benchmark's own is noise
-# sentences) the essays.
+# The text that hides the facts of a task: the benchmark's own text, other prose in place of the essays, or the essays in place of the
+# benchmark's own noise sentences.
 BENCHMARK_HAYSTACK, STAND_IN_HAYSTACK, ESSAYS_HAYSTACK = "benchmark", "stand_in", "essays"
 HAYSTACK_MARKS = {BENCHMARK_HAYSTACK: "", ESSAYS_HAYSTACK: " (essays)", STAND_IN_HAYSTACK: " (stand-in haystack)"}
 
@@ -31,20 +31,21 @@ class Task:
     """One row of the table.
 
     Attributes:
-        id: identity of the task, in configs and in results. For lm-eval's tasks it is lm-eval's name.
-        title: display name, for tables. Never parsed.
-        suite: one of SUITES.
+        id: identifier of the task in configs and results. For tasks of lm-eval, it is lm-eval's name.
+        title: display name, for tables only.
+        suite: suite of the task, one of SUITES.
         group: category within the suite, as the benchmark defines it.
-        runner: LM_EVAL, or MEGATRON where Megatron-Core runs the task without lm-eval.
-        scored_by: GENERATION (greedy output is compared with references) or LOG_PROBABILITY (of given answers or texts).
-        metric: of one sample. For lm-eval's tasks it is the key of lm-eval's sample; RULER's samples use the length as the key instead.
-        unit: of the score.
-        needs: required text sources, names of task_sources.SOURCES.
-        optional_sources: text sources that the task uses where they are given. It runs without them.
-        filter: the lm-eval filter whose answers count.
+        runner: LM_EVAL, or MEGATRON if Megatron-Core runs the task without lm-eval.
+        scored_by: GENERATION (greedy output is compared with references) or LOG_PROBABILITY (given answers or texts are scored).
+        metric: metric of one sample. For tasks of lm-eval, it is the key of the score in lm-eval's sample, except that RULER's samples use
+            the length as the key.
+        unit: unit of the score.
+        needs: names of the text sources that the task requires, from task_sources.SOURCES.
+        optional_sources: names of the text sources that the task uses if they are given. The task also runs without them.
+        filter: name of the lm-eval filter whose samples are used.
         runs_code: whether scoring executes code that the model wrote.
-        has_lengths: whether prompts or windows are made for a length. The gap task uses only the target window.
-        form: name of the task's form in the module that makes its samples (ruler.samples, ruler.qa or probes.needle); None for others.
+        has_lengths: whether the task is evaluated at chosen lengths. The gap task, for example, uses only the target window.
+        form: name of the task's form in the module that makes its samples (ruler.samples, ruler.qa or probes.needle); None for other tasks.
     """
 
     id: str
@@ -89,8 +90,8 @@ def _needle(form: str) -> Task:
 
 
 _ESSAY_SOURCES = (PUNKT, ESSAYS)
-# RULER's 13 tasks (arXiv 2404.06654, section 3); LongBench's English and code tasks in its six groups (arXiv 2308.14508, table 1, without
-# the Chinese tasks); the paper's four short tasks.
+# The tasks of lm-eval are RULER's 13 tasks (arXiv 2404.06654, section 3), LongBench's English and code tasks in its six groups (arXiv
+# 2308.14508, table 1, without the Chinese tasks), and the paper's four short tasks.
 TASKS: dict[str, Task] = {
     task.id: task
     for task in (
@@ -136,7 +137,7 @@ TASKS: dict[str, Task] = {
 
 
 def tasks_of(names: list[str]) -> list[Task]:
-    """The tasks that a list of task ids and suites selects. A suite selects all of its tasks; no task appears twice.
+    """Return the tasks that a list of task ids and suites selects. A suite selects all of its tasks. No task appears twice.
 
     Raises:
         KeyError: a name is neither a task id nor a suite.
@@ -149,7 +150,8 @@ def tasks_of(names: list[str]) -> list[Task]:
 
 
 def name_in_results(task: Task, haystack: str) -> str:
-    """Display name of a task's scores: the id, marked where the haystack is not the benchmark's. Never parsed.
+    """Return the display name of a task's scores: the id, with a mark if the haystack is not the benchmark's. Only earlier_results.py
+    parses display names.
 
     Args:
         haystack: one of HAYSTACK_MARKS.
@@ -158,7 +160,7 @@ def name_in_results(task: Task, haystack: str) -> str:
 
 
 def current_name(former: str) -> str | None:
-    """Present name of a suite or task of an earlier release; None where `former` is no such name.
+    """Return the current name of a suite or task that an earlier release called `former`; None if no earlier release had this name.
 
     The suite `ruler_offline` was called `probes`, and its tasks `probe_*`.
     """

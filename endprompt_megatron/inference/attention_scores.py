@@ -1,5 +1,5 @@
-"""Collects the queries and keys of a checkpoint on a text, before the rotary embedding. The smoothness of its attention scores is measured
-on them.
+"""Collect the queries and keys of a checkpoint on a text, before the rotary embedding. They are used to measure the smoothness of the
+checkpoint's attention scores.
 
 Shapes: s tokens of the text, n query heads, g key/value heads, d head dim, p pairs of tokens; Megatron order [s, b, h].
 """
@@ -23,7 +23,7 @@ FloatArray = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class QueriesAndKeys:
-    """Queries and keys of every layer and token, after the q/k norms (where the model has them) and before the rotary embedding.
+    """Queries and keys of every layer and token, after the q/k norms (if the model has them) and before the rotary embedding.
 
     Attributes:
         layers: layer numbers, from 0.
@@ -36,13 +36,13 @@ class QueriesAndKeys:
     keys: FloatArray
 
     def pairs(self, count: int, *, seed: int) -> tuple[FloatArray, FloatArray]:
-        """Queries and keys of random pairs of tokens. Each head has its own pairs; the key's token precedes the query's.
+        """Return queries and keys of random pairs of tokens. Each head has its own pairs, and the key's token precedes the query's token.
 
         Args:
-            count: p, pairs a head.
-            seed: of the draw.
+            count: p, number of pairs per head.
+            seed: seed of the random pairs.
         Returns:
-            Both [layers, n, p, d]; each query head is paired with the key/value head of its group.
+            Queries and keys, both [layers, n, p, d]. Each query head is paired with the key/value head of its group.
         """
         random = np.random.default_rng(seed)
         num_layers, num_tokens, num_heads = self.queries.shape[:3]
@@ -56,7 +56,7 @@ class QueriesAndKeys:
 
 @torch.no_grad()
 def collect_queries_and_keys(model: EndPromptGPTModel, token_ids: Sequence[int], *, layers: Sequence[int] | None = None) -> QueriesAndKeys:
-    """Runs a text through the model on contiguous positions and returns its queries and keys.
+    """Run a text through the model on contiguous positions and return the queries and keys.
 
     Args:
         model: the whole model, without tensor or pipeline parallelism, in evaluation mode.
@@ -67,7 +67,10 @@ def collect_queries_and_keys(model: EndPromptGPTModel, token_ids: Sequence[int],
     """
     blocks = model.decoder.layers
     if model.config.tensor_model_parallel_size * model.config.pipeline_model_parallel_size > 1:
-        raise ConfigError("queries and keys are collected from a model that is whole on one process: remove the parallel sizes.")
+        raise ConfigError(
+            "queries and keys can be collected only if the whole model is on one process: set tensor_model_parallel_size and "
+            "pipeline_model_parallel_size to 1."
+        )
     if len(token_ids) < 2:
         raise ConfigError(f"a text of {len(token_ids)} tokens: a query and an earlier key need at least 2. Use a longer text.")
     chosen = tuple(range(len(blocks)) if layers is None else layers)
@@ -95,9 +98,9 @@ def collect_queries_and_keys(model: EndPromptGPTModel, token_ids: Sequence[int],
 
 
 def _split(attention: torch.nn.Module, mixed: Tensor) -> tuple[Tensor, Tensor]:
-    """Splits Megatron's fused projection [s, 1, g (n/g + 2) d] into queries [s, n, d] and keys [s, g, d].
+    """Split Megatron's fused projection [s, 1, g (n/g + 2) d] into queries [s, n, d] and keys [s, g, d].
 
-    For each key/value head the projection holds its query heads, then its key, then its value.
+    For each key/value head, the projection contains the queries of its group, then the key, then the value.
     """
     config = attention.config
     groups, size = config.num_query_groups, config.kv_channels

@@ -1,10 +1,10 @@
-"""Forward passes of a model without training, over any number of tensor- and pipeline-parallel ranks. Contexts are read in chunks into a
-key/value cache, pipeline stages pass hidden states on, and data-parallel ranks split the work.
+"""Run forward passes for inference over any number of tensor- and pipeline-parallel ranks. Contexts are read in chunks into a key/value
+cache. Each pipeline stage sends its hidden states to the next stage, and data-parallel ranks split the work.
 
-Every rank makes the same calls with the same arguments. Only the last pipeline stage holds the result of a call;
-`map_over_data_parallel` gathers results on every rank.
+All ranks that hold a part of the same model must make the same calls with the same arguments. Only the last pipeline stage returns the
+result of a call. All ranks must call `map_over_data_parallel`, which gathers the results on every rank.
 
-Shapes: s tokens of a call, v vocabulary, h hidden; Megatron order [s, 1, h].
+Shapes: s tokens per call, v vocabulary size, h hidden size; hidden states are [s, 1, h] as in Megatron.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Result = TypeVar("Result")
 
 
 class ForwardModel:
-    """This rank's model chunks, together with the other ranks that hold parts of the same model.
+    """Runs forward passes of this rank's model chunks, together with the ranks that hold the other parts of the same model.
 
     Args:
-        model: the model, or this rank's model chunks; in evaluation mode.
-        device: of the model.
+        model: the model, or this rank's model chunks, in evaluation mode.
+        device: device of the model.
     Raises:
         ConfigError: context parallelism is enabled.
     """
@@ -54,7 +54,7 @@ class ForwardModel:
 
     @contextmanager
     def cached(self, max_length: int) -> Iterator[None]:
-        """Inside the block every chunk uses a key/value cache of at least `max_length` tokens; see EndPromptGPTModel.cached."""
+        """Give every chunk a key/value cache of at least `max_length` tokens inside the `with` block; see EndPromptGPTModel.cached."""
         with ExitStack() as stack:
             for chunk in self.chunks:
                 stack.enter_context(chunk.evaluating())
@@ -62,16 +62,16 @@ class ForwardModel:
             yield
 
     def rewind(self, length: int) -> None:
-        """Truncates the cache to its first `length` tokens; the next call overwrites the rest. Call it inside `cached`."""
+        """Truncate the cache to its first `length` tokens. The next call overwrites the rest. Must be called inside `cached`."""
         for chunk in self.chunks:
             chunk.rewind(length)
 
     def prefill(self, tokens: Sequence[int], *, chunk: int) -> Tensor | None:
-        """Reads the beginning of a sequence into the cache. Call it inside `cached`.
+        """Read the beginning of a sequence into the cache. Must be called inside `cached`.
 
         Args:
-            tokens: at least one.
-            chunk: tokens per forward pass; 0 reads all in one.
+            tokens: token ids, at least one.
+            chunk: number of tokens per forward pass; 0 reads all tokens in one pass.
         Returns:
             Logits of the next token, [1, v], on the last pipeline stage; None on the others.
         """
@@ -83,14 +83,14 @@ class ForwardModel:
     def logits(
         self, tokens: Sequence[int], *, first_position: int, rows: int | Sequence[int], branches: Sequence[int] = ()
     ) -> Tensor | None:
-        """Logits of selected tokens of a call.
+        """Return the logits of selected tokens of a call.
 
         Args:
             tokens: s token ids.
             first_position: position of the first token; earlier positions must be in the cache.
-            rows: which tokens: the last `rows` tokens, or the tokens at these indices.
-            branches: lengths of the branches at the end of `tokens`, see EndPromptGPTModel.branches_after. The positions of every branch
-                continue from the trunk.
+            rows: tokens whose logits are returned. An int n selects the last n tokens; a sequence contains indices of tokens.
+            branches: lengths of the branches at the end of `tokens`; see EndPromptGPTModel.branches_after. The positions of every branch
+                continue from the last position before the branches.
         Returns:
             float32 [rows, v] without the padding rows of the vocabulary, on every rank of the last pipeline stage; None on the others.
         """
@@ -102,7 +102,7 @@ class ForwardModel:
         return output[:, : self.chunks[-1].num_real_tokens].float()
 
     def losses(self, tokens: Sequence[int], labels: Sequence[int], *, first_position: int) -> Tensor | None:
-        """Negative log-likelihood of each label in nats, float32 [s], on the last pipeline stage; None on the others."""
+        """Return the negative log-likelihood of each label in nats, float32 [s], on the last pipeline stage; None on the others."""
         return self._forward(tokens, first_position=first_position, labels=labels)
 
     def _forward(
@@ -116,10 +116,10 @@ class ForwardModel:
     ) -> Tensor | None:
         count = len(tokens)
         padding = -count % self._sequence_shards
-        lengths = list(branches) if len(branches) > 1 else []  # a single branch simply continues the sequence
+        lengths = list(branches) if len(branches) > 1 else []  # a single branch continues the sequence
         end = first_position + count - sum(lengths)
         positions = [torch.arange(first_position, end), *(torch.arange(end, end + length) for length in lengths)]
-        if padding:  # as a branch of its own: no token attends to it, and the cache does not keep it
+        if padding:  # the padding is a separate branch, so no token attends to it and the cache does not keep it
             lengths.append(padding)
             positions.append(torch.arange(padding))
         position_ids = torch.cat(positions).to(self.device)
@@ -145,7 +145,7 @@ class ForwardModel:
         return unpadded if selected is None or self._sequence_shards == 1 else unpadded[selected]
 
     def _receive(self, tokens: int) -> Tensor:
-        """Hidden states from the previous pipeline stage."""
+        """Receive the hidden states from the previous pipeline stage."""
         shape = (tokens // self._sequence_shards, 1, self.config.hidden_size)
         hidden = torch.empty(shape, dtype=self.config.pipeline_dtype, device=self.device)
         torch.distributed.recv(hidden, src=self._neighbour(-1), group=self._pipeline_group)
@@ -159,25 +159,25 @@ class ForwardModel:
         return torch.distributed.get_global_rank(group, (group.rank() + step) % group.size())
 
     def broadcast_from_last_stage(self, value: Tensor) -> Tensor:
-        """Overwrites `value` on every pipeline stage with that of the last stage, and returns it."""
+        """Overwrite `value` on every pipeline stage with the value of the last stage, and return `value`."""
         if self._pipeline_group.size() > 1:
             last = torch.distributed.get_global_rank(self._pipeline_group, self._pipeline_group.size() - 1)
             torch.distributed.broadcast(value, src=last, group=self._pipeline_group)
         return value
 
     def map_over_data_parallel(self, items: Sequence[Item], function: Callable[[Item], Result | None], *, label: str) -> list[Result]:
-        """Applies a function to every item; each data-parallel rank processes its share.
+        """Apply a function to every item. Each data-parallel rank processes its share of the items.
 
         Args:
-            items: the same on every rank.
-            function: applied to one item. Its result is taken from the last pipeline stage.
-            label: for the progress display.
+            items: the items, the same on every rank.
+            function: function of one item. Its result is taken from the last pipeline stage.
+            label: text of the progress display, the same on every rank.
         Returns:
             Results in the order of the items, the same on every rank.
         Raises:
-            Exception: whatever `function` raised on this rank.
-            RuntimeError: `function` raised on another rank, or another rank called this method with another label. Without this check the
-                other rank's results would be taken for those of this call.
+            Exception: the exception that `function` raised on this rank.
+            RuntimeError: `function` raised an exception on another rank, or another rank called this method with another label. Without the
+                check of labels, the results of different calls would be mixed.
         """
         size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
         own_share = range(rank, len(items), size)
@@ -186,7 +186,7 @@ class ForwardModel:
         try:
             for index in track(own_share, label, total=len(own_share)):
                 results[index] = function(items[index])
-        except Exception as error:  # the other ranks wait in the gather below, so this rank must take part before it raises
+        except Exception as error:  # the other ranks wait in the gather below, so this rank must join it before raising
             failure = error
         if torch.distributed.get_world_size() > 1:
             contributes = self.has_results and parallel_state.get_tensor_model_parallel_rank() == 0
@@ -205,13 +205,14 @@ def _raise_failures_of_other_ranks(reports: Sequence[tuple[str, str | None, Any]
     for rank, (label_there, reason, _) in enumerate(reports):
         if label_there != label:
             raise RuntimeError(
-                f"rank {rank} is at {label_there!r} while others are at {label!r}. Its log names the task that it skipped; start again."
+                f"rank {rank} is at {label_there!r} while others are at {label!r}. The log of rank {rank} names the task that the rank "
+                f"skipped. Start again."
             )
         if reason:
             raise RuntimeError(f"rank {rank}: {reason}")
 
 
 def chunk_ranges(count: int, chunk: int) -> list[tuple[int, int]]:
-    """(start, end) of each chunk when `count` tokens are read `chunk` at a time, end exclusive; 0 reads all at once."""
+    """Return (start, end) of each chunk, end exclusive, if `count` tokens are read in chunks of `chunk` tokens; 0 means one chunk."""
     step = chunk or count
     return [(start, min(start + step, count)) for start in range(0, count, step)]

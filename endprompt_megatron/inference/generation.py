@@ -1,9 +1,9 @@
-"""Greedy generation and log-probabilities of given continuations. Both run the Megatron model directly, in any layout without context
-parallelism, with neither a generation server nor an export.
+"""Generate text greedily, and compute log-probabilities of given continuations. Both run the Megatron model directly, in any layout without
+context parallelism, and need neither a generation server nor an export.
 
-Positions are contiguous, 0 to n - 1. Every rank makes the same calls and gets the same results; data-parallel ranks split the work.
+Positions are contiguous and start at 0. Every rank must make the same calls, and gets the same results. Data-parallel ranks split the work.
 
-Shapes: q tokens of a prompt, n tokens of an answer, v vocabulary.
+Shapes: q tokens of a prompt, n tokens of an answer, v vocabulary size.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ def greedy_generate(
     device: torch.device,
     label: str = "generation",
 ) -> list[list[int]]:
-    """Generates each continuation greedily.
+    """Generate a continuation of each prompt greedily.
 
     Args:
-        model: the model, or this rank's model chunks; in evaluation mode.
-        prompts: token ids, at least one each.
-        max_new_tokens: maximum length of a continuation, >= 1.
-        stop_tokens: generation stops after the first of them, which is part of the result.
-        should_stop: called with the tokens generated so far; generation stops where it returns True. It must return the same on every rank.
-        prefill_chunk: prompt tokens per forward pass; 0 reads a prompt whole.
-        device: of the model.
-        label: for the progress display.
+        model: the model, or this rank's model chunks, in evaluation mode.
+        prompts: token ids of each prompt, at least one per prompt.
+        max_new_tokens: maximum number of tokens of a continuation, >= 1.
+        stop_tokens: ids of tokens that end a continuation. The stop token is part of the result.
+        should_stop: function of the tokens generated so far. Generation stops if the function returns True. The function must return the
+            same value on every rank.
+        prefill_chunk: number of prompt tokens per forward pass; 0 reads each prompt in one pass.
+        device: device of the model.
+        label: text of the progress display.
     Returns:
         The generated tokens of each prompt. Padding rows of the vocabulary are never chosen.
     Raises:
@@ -76,18 +77,19 @@ def sequence_log_probabilities(
     device: torch.device,
     label: str = "log-probabilities",
 ) -> list[tuple[float, bool]]:
-    """Log-probability of each continuation after its context, and whether greedy generation would produce it.
+    """Return the log-probability of each continuation after its context, and whether greedy generation would produce the continuation.
 
     Consecutive requests with the same context, such as the choices of a question, share the forward pass of the context.
 
     Args:
-        model: the model, or this rank's model chunks; in evaluation mode.
-        requests: (context, continuation), token ids, at least one each.
-        prefill_chunk: context tokens per forward pass; 0 reads a context whole. Continuations are always read whole.
-        device: of the model.
-        label: for the progress display.
+        model: the model, or this rank's model chunks, in evaluation mode.
+        requests: (context, continuation) of each request as token ids, at least one each.
+        prefill_chunk: number of context tokens per forward pass; 0 reads each context in one pass. Continuations are always read in one
+            pass.
+        device: device of the model.
+        label: text of the progress display.
     Returns:
-        (sum of the log-probabilities of the continuation's tokens in nats, whether each token is the most likely one) per request.
+        (sum of the log-probabilities of the continuation's tokens in nats, whether every token is the most likely one) per request.
     Raises:
         DataError: a context or continuation is empty.
         ConfigError: context parallelism is enabled.
@@ -102,7 +104,7 @@ def sequence_log_probabilities(
 
     def score(question: tuple[list[int], list[list[int]]]) -> list[tuple[float, bool]] | None:
         context, continuations = question
-        # a context of one token leaves no trunk to share, so each continuation gets its own forward pass
+        # the last token of the context is part of each branch; a context of one token leaves no trunk, so branches need separate passes
         groups = [continuations] if len(context) > 1 else [[continuation] for continuation in continuations]
         scored = []
         for group in groups:
@@ -121,16 +123,17 @@ def sequence_log_probabilities(
 def answer_logits(
     forward: ForwardModel, trunk: Tokens, questions: Sequence[tuple[Tokens, Tokens]], *, prefill_chunk: int
 ) -> list[Tensor] | None:
-    """Logits that predict the answers to questions about a common trunk. The trunk is read once, and no question attends to another.
+    """Return the logits that predict the answers to questions about a common trunk. The trunk is read once, and no question attends to
+    another.
 
     Args:
         forward: the model.
-        trunk: token ids before every question; may be empty where there is a single question.
-        questions: (prompt, answer), each at least one token.
-        prefill_chunk: where trunk and questions exceed this number of tokens, the trunk is read in chunks of this size; 0 reads everything
-            in one forward pass.
+        trunk: token ids before every question; may be empty only if there is a single question.
+        questions: (prompt, answer) of each question as token ids, at least one each.
+        prefill_chunk: if trunk and questions together exceed this number of tokens, the trunk is read in chunks of this size; 0 reads
+            everything in one forward pass.
     Returns:
-        float32 [n, v] of each question on the last pipeline stage; None on the others.
+        float32 [n, v] for each question on the last pipeline stage; None on the others.
     """
     sizes = [len(prompt) + len(answer) - 1 for prompt, answer in questions]
     if prefill_chunk and trunk and len(trunk) + sum(sizes) > prefill_chunk:
@@ -143,13 +146,13 @@ def answer_logits(
 def branch_logits(
     forward: ForwardModel, cached: int, questions: Sequence[tuple[Tokens, Tokens]], *, trunk: Tokens = ()
 ) -> list[Tensor] | None:
-    """Same as answer_logits, where the cache already holds the trunk or its beginning.
+    """Return the logits of answer_logits if the cache already contains the trunk or its beginning.
 
     Args:
-        forward: the model, inside `ForwardModel.cached` where `cached` is not 0.
+        forward: the model. Unless `cached` is 0, this function must be called inside `ForwardModel.cached`.
         cached: number of tokens in the cache.
-        questions: (prompt, answer), each at least one token.
-        trunk: the rest of the trunk, after the cached tokens.
+        questions: (prompt, answer) of each question as token ids, at least one each.
+        trunk: tokens of the trunk that are not in the cache.
     """
     branches = [[*prompt, *answer[:-1]] for prompt, answer in questions]
     sizes = [len(tokens) for tokens in branches]
@@ -161,13 +164,13 @@ def branch_logits(
 
 
 def score_answer(logits: Tensor, answer: Tokens) -> tuple[list[bool], float]:
-    """Scores an answer.
+    """Score an answer.
 
     Args:
-        logits: float32 [n, v] that predict the answer.
-        answer: n tokens.
+        logits: float32 [n, v], logits that predict the answer.
+        answer: n token ids.
     Returns:
-        (per token, whether it is the most likely one; log-probability of the whole answer in nats).
+        (for each token, whether it is the most likely one; log-probability of the whole answer in nats).
     """
     targets = torch.tensor(list(answer), device=logits.device)
     hits = logits.argmax(dim=-1) == targets

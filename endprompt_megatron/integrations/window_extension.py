@@ -1,5 +1,5 @@
-"""One description of a window extension, for frameworks with a trainer of their own (nemo/, bridge/). The model, the samples and the export
-are made from it by the code and the rules of our own runs."""
+"""Description of a window extension for frameworks that have their own trainer (nemo/, bridge/). Model, samples and export are created by
+the same code and checked by the same rules as in our own runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from endprompt_megatron.config.schema import (
 )
 from endprompt_megatron.config.validation import is_split
 from endprompt_megatron.data.dataset import Blend, TokenizerFacts, build_datasets
-from endprompt_megatron.data.preprocess import check_manifest
+from endprompt_megatron.data.manifest import check_manifest
 from endprompt_megatron.errors import ConfigError, DataError
 from endprompt_megatron.jobs import preflight
 from endprompt_megatron.mcore import runtime, version
@@ -48,15 +48,16 @@ _SHARED_FIELDS = (
 
 @dataclass(frozen=True)
 class WindowExtension:
-    """Which base is extended to which window, and how.
+    """A base model, its target window, and the method of extension.
 
     Attributes:
-        hf_path: Hugging Face directory of the base: weights, config.json, tokenizer.
+        hf_path: Hugging Face directory of the base, with weights, config.json and tokenizer.
         target_context_length: L, in positions.
-        seq_length: S, physical tokens of a sample.
-        method: position scheme, end prompts, their loss weight; `full_length`, `trained=false` and `attention=s2` are our trainer's own.
-        rope: scaling; its target_context_length and factor follow from L.
-        backend: kernels of attention and norms (model/backends.py).
+        seq_length: S, number of physical tokens of a sample.
+        method: position scheme, end prompts and their loss weight. Only our own trainer supports `full_length`, `trained=false` and
+            `attention=s2`.
+        rope: RoPE scaling. `check` derives its target_context_length and factor from L.
+        backend: name of the backend in model/backends.py.
     """
 
     hf_path: str
@@ -67,19 +68,19 @@ class WindowExtension:
     backend: str = "auto"
 
     def check(self, parallel: ParallelConfig | None = None) -> tuple[preflight.Base, RopeScaling]:
-        """The base model, read and checked, and the frequencies to train with.
+        """Read and check the base model and the settings. Return the base model and the RoPE scaling to train with.
 
         Args:
-            parallel: layout of the model; None is one rank.
+            parallel: layout of the model; None means one rank.
         Raises:
-            ConfigError, DataError, CheckpointError: as in our own runs, with all broken rules at once.
+            ConfigError, DataError, CheckpointError: a check of our own runs failed. The message lists all broken rules.
         """
         version.assert_supported()
         method, parallel = self.method, parallel or ParallelConfig()
         if method.full_length or not method.trained or method.attention != "full":
             raise ConfigError(
-                f"method.full_length={method.full_length}, method.trained={method.trained}, method.attention={method.attention}: of these "
-                f"only false, true and full work outside of recipes/extend.py. For full length set seq_length={self.target_context_length}."
+                f"method.full_length={method.full_length}, method.trained={method.trained}, method.attention={method.attention}: outside "
+                f"of recipes/extend.py these must be false, true and full. For full length, set seq_length={self.target_context_length}."
             )
         config = RunConfig(
             name=method.name,
@@ -90,15 +91,15 @@ class WindowExtension:
             parallel=parallel,
             data=DataConfig(seq_length=self.seq_length, train=[TextSource("the trainer's")]),
             probes=ProbesConfig(enabled=False),
-            # one replica with a micro-batch a stage: how many there are is checked by the trainer that runs them
+            # the smallest valid batch: one replica with one micro-batch per stage; the framework's trainer checks its own batch size
             trainer=TrainerConfig(max_steps=1, global_batch_size=parallel.pipeline_model_parallel_size),
         )
         run = preflight.resolve(config, world_size=parallel.model_parallel_size, runs_here=False)
         return preflight.check_base(run), run.rope
 
     def transformer_fields(self) -> dict[str, Any]:
-        """Numbers and fusions of the base in Megatron's TransformerConfig, as our own runs set them; layout, precision and recomputation
-        are the trainer's."""
+        """Return the fields of Megatron's TransformerConfig that describe the base and the fusions, with the values of our own runs. The
+        framework sets layout, precision and recomputation."""
         base, _ = self.check()
         ours = transformer_config(base.architecture, parallel=ParallelConfig(), precision="fp32")
         return {name: getattr(ours, name) for name in _SHARED_FIELDS}
@@ -106,15 +107,16 @@ class WindowExtension:
     def build_chunk(
         self, config: TransformerConfig, *, vp_stage: int | None, pre_process: bool | None = None, post_process: bool | None = None
     ) -> EndPromptGPTModel:
-        """This rank's chunk of the model, weights not yet loaded.
+        """Build this rank's chunk of the model, without loading weights.
 
         Args:
-            config: Megatron's configuration, with the layout in it.
+            config: Megatron's configuration, including the layout.
             vp_stage: virtual pipeline stage, or None.
-            pre_process, post_process: whether it holds embedding and output layer; None goes by the pipeline stage.
+            pre_process, post_process: whether the chunk holds the embedding and the output layer. None derives this from the pipeline
+                stage.
         Raises:
-            ConfigError: as check; or the loss would be taken over tokens.
-            BackendUnavailableError: this machine lacks what `backend` needs.
+            ConfigError, DataError, CheckpointError: same as `check`. ConfigError also if config.calculate_per_token_loss is set.
+            BackendUnavailableError: this machine does not meet the requirements of `backend`.
         """
         if config.calculate_per_token_loss:
             raise ConfigError("calculate_per_token_loss=True: EndPrompt's loss is a mean over samples (eq. 11). Set it to False.")
@@ -137,10 +139,10 @@ class WindowExtension:
         )
 
     def tokenizer_facts(self) -> TokenizerFacts:
-        """The facts about the base's tokenizer that Megatron's dataset code needs.
+        """Return the tokenizer attributes that Megatron's dataset code reads.
 
         Raises:
-            ConfigError, DataError, CheckpointError: as check.
+            ConfigError, DataError, CheckpointError: same as `check`.
         """
         return _tokenizer_facts(self.check()[0])
 
@@ -155,13 +157,14 @@ class WindowExtension:
         seed: int,
         cache_dir: Path,
     ) -> tuple[Any, Any]:
-        """The samples that our own trainer would see.
+        """Build the training and validation datasets. Their samples equal those of our own trainer.
 
         Args:
-            train, validation, num_train_samples, num_validation_samples, split, seed, cache_dir: as of data.dataset.build_datasets.
+            train, validation, num_train_samples, num_validation_samples, split, seed, cache_dir: same as data.dataset.build_datasets.
         Raises:
-            ConfigError: no shares or weights that samples can be drawn by.
-            DataError: a corpus is missing or too short, or was made with another tokenizer.
+            ConfigError: same as `check`, or `split` is not three shares, or a weight is not positive.
+            DataError: a corpus is missing or too short, or was tokenized with another tokenizer.
+            CheckpointError: same as `check`.
         """
         base, _ = self.check()
         tokenizer = _tokenizer_facts(base)
@@ -176,7 +179,7 @@ class WindowExtension:
             for ending in ("idx", "bin"):
                 if not Path(f"{prefix}.{ending}").is_file():
                     raise DataError(f"{prefix}.{ending}: no such file. Name the prefix of a .bin/.idx pair (recipes/prepare_data.py).")
-            if Path(f"{prefix}.manifest.json").is_file():  # Megatron's own preprocessing writes none
+            if Path(f"{prefix}.manifest.json").is_file():  # Megatron's own preprocessing writes no manifest
                 check_manifest(Path(prefix), tokenizer_hash=tokenizer.sha256)
         return build_datasets(
             train,
@@ -196,15 +199,16 @@ class WindowExtension:
         )
 
     def export_checkpoint(self, checkpoint: Path, destination: Path, *, dtype: torch.dtype | None = None) -> Path:
-        """Write a torch_dist checkpoint of the extended model as a Hugging Face directory with its scaling and window; no GPU, no process
-        group.
+        """Write a torch_dist checkpoint of the extended model as a Hugging Face directory with the extended RoPE scaling and window. The
+        export needs neither a GPU nor a process group. Return the written directory.
 
         Args:
-            checkpoint: of Megatron-LM, Megatron-Bridge or NeMo, as checkpoint.torch_dist.find_torch_dist takes it.
-            destination: directory to make.
-            dtype: of the weights; None keeps theirs.
+            checkpoint: checkpoint of Megatron-LM, Megatron-Bridge or NeMo; see checkpoint.torch_dist.read.find_torch_dist.
+            destination: directory to create.
+            dtype: dtype of the written weights; None keeps the dtype of the checkpoint.
         Raises:
-            CheckpointError: weights are missing or belong to another model; destination exists.
+            ConfigError, DataError: same as `check`.
+            CheckpointError: same as `check`, or weights are missing or belong to another model, or `destination` exists.
         """
         base, rope = self.check()
         model = MegatronModel(
@@ -214,7 +218,7 @@ class WindowExtension:
             architecture=base.architecture,
             rope=rope,
             context_length=self.target_context_length,
-            origin="the window extension it was trained with",
+            origin="the WindowExtension",
         )
         return megatron_to_hf(model, destination, dtype=dtype)
 

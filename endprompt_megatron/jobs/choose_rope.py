@@ -38,13 +38,13 @@ def compare_ropes(config: RunConfig, *, command: str) -> list[str]:
     """Probe the untrained base with each scaling and write the page.
 
     Args:
-        config: of the run that is considered; its rope.type is one of the candidates, its method and its training do not count.
+        config: configuration of the run. Its rope.type is one of the candidates; its method and its training are ignored.
         command: as it was typed, for the page.
     Returns:
         the table and the recommendation, as lines.
     Raises:
         OutputError: the page or the probes' results cannot be written.
-        ConfigError, DataError, CheckpointError: what is wrong with the configuration, the base or the text.
+        ConfigError, DataError, CheckpointError: the configuration, the base or the text is invalid.
     """
     world_size = launcher.planned_world_size(config)
     run = preflight.resolve(config, world_size=world_size)
@@ -130,7 +130,8 @@ def candidates(config: RunConfig, base: RopeScaling, native: int) -> dict[str, t
 
 
 def _probes_beyond_the_window(config: RunConfig, native: int) -> ProbesConfig:
-    """The run's own probes; where they stay inside the native window, with lengths and tasks that do not."""
+    """Return the probes of the run. Replace tasks without planted words, and lengths that all lie within the native window. Add a
+    missing perplexity tail."""
     probes, target = config.probes, config.rope.target_context_length
     if "word" not in probes.tasks:
         probes = replace(probes, tasks=["word", "number"])

@@ -26,8 +26,8 @@ def compare(
     """Carry a study out, or on; the page is written anew after every run, its pictures at the end.
 
     Args:
-        study: what to compare.
-        command: of recipes/extend.py.
+        study: configuration of the study.
+        command: command line of recipes/extend.py.
         known_methods: names in conf/method.
         commands: that made the page, for the page.
         check: raises ConfigError for a run that cannot work; called before anything starts.
@@ -110,7 +110,7 @@ class _Comparison:
     stand_ins: list[RunRequest] = field(default_factory=list)
 
     def carry_out(self) -> bool:
-        """As compare."""
+        """Same as `compare`."""
         if not self.study.write_only:
             self.runner.run_all(self.requests, jobs=self.study.jobs, after=self.write)
         if "seconds" in self.study.budgets and not self.pending(self.requests):
@@ -123,7 +123,7 @@ class _Comparison:
         return all(outcome is not None and outcome.failure is None for outcome in outcomes)
 
     def results(self) -> tuple[list[RunResult], list[RunOutcome]]:
-        """Of the token budget: what finished runs measured, and the runs that failed."""
+        """Return (results of the collected and the finished runs, failed runs) for the token budget."""
         results, failed = read_outcomes(outcome for outcome in map(self.runner.outcome, self.requests) if outcome)
         return distinct(self.collected + results), failed
 
@@ -132,7 +132,7 @@ class _Comparison:
         return sum(self.runner.outcome(request) is None for request in requests)
 
     def write(self, *, draw: bool = False) -> None:
-        """The page, from what is there."""
+        """Write the page from the runs that have ended so far."""
         results, failed = self.results()
         sections = [_same_tokens(results)]
         pending = self.pending([*self.requests, *self.stand_ins])

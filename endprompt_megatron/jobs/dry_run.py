@@ -1,4 +1,4 @@
-"""What `dry_run=true` does: everything of a job that can be known before it starts, for any number of ranks, on one process without a GPU.
+"""Implements `dry_run=true`: checks and plans a job before it starts, for any number of ranks, in one process without a GPU.
 The process groups are Megatron's own on torch's `fake` backend, the model is the real one on `meta`; nothing is fetched or written."""
 
 from __future__ import annotations
@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from endprompt_megatron.checkpoint.hf.weights import check_values
 from endprompt_megatron.config.precision import FP8_MULTIPLES
 from endprompt_megatron.config.resolved import ResolvedRun
 from endprompt_megatron.config.rule import Facts
 from endprompt_megatron.config.schema import ParallelConfig, RunConfig
 from endprompt_megatron.config.validation import find_problems
 from endprompt_megatron.data.corpora import inspect_corpora
+from endprompt_megatron.data.manifest import Check
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.jobs import preflight
 from endprompt_megatron.jobs.memory_fit import smallest_change
@@ -26,25 +28,29 @@ from endprompt_megatron.planning.run_plan import PlanRequest, describe_plan, ful
 from endprompt_megatron.planning.throughput import HARDWARE, has_speed
 from endprompt_megatron.positions.scheme import SCHEMES, get_scheme
 
+_READ_BYTES = 4 * 2**30  # weights up to this size are read here, in seconds; larger ones only when the run loads them
+
 
 def dry_run(config: RunConfig, *, world_size: int) -> Iterator[str]:
     """Check a job and say what it would do.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         world_size: its ranks.
     Yields:
         Lines without line ends, as they become known.
     Raises:
-        ConfigError, DataError, CheckpointError: what is wrong, or that the job does not fit into its GPUs, with the smallest change that
-            does.
+        ConfigError, DataError, CheckpointError: the configuration or a file is invalid, or the job does not fit into the memory of its
+            GPUs; the message then names the smallest change that makes it fit.
     """
     if global_rank() > 0:
         return  # rank 0 prints the plan
     run = preflight.resolve(config, world_size=world_size, runs_here=False)
     config = run.config
     _check_gpu(config)
-    base = preflight.check_base(run) if Path(config.model.hf_path).exists() else None
+    hf_path = Path(config.model.hf_path)
+    base = preflight.check_base(run) if hf_path.exists() else None
+    values_are_read = base is not None and check_values(hf_path, max_bytes=_READ_BYTES)
     if run.accelerator == "cpu":  # this machine is the one that will run it
         from endprompt_megatron.jobs.run_probes import check_probe_memory
 
@@ -59,7 +65,7 @@ def dry_run(config: RunConfig, *, world_size: int) -> Iterator[str]:
     yield from describe_plan(request)
     yield from _group_lines(config, world_size)
     yield from _stage_lines(stages_of(run), run.architecture, config.parallel)
-    yield from _base_lines(config, base)
+    yield from _base_lines(config, base, values_are_read=values_are_read)
     yield from _data_lines(config, base)
     refuse_what_does_not_fit(run, request)
 
@@ -166,7 +172,7 @@ def spans_nodes(groups: RankGroups, world_size: int, node_size: int) -> bool:
     """Whether some tensor parallel group, whose ranks follow each other, lies on more than one node.
 
     Args:
-        groups: of any rank.
+        groups: process groups of any one rank.
         world_size, node_size: ranks of the job and of a node.
     """
     size = len(groups.tensor)
@@ -210,10 +216,11 @@ def _layers(stage: PipelineStage) -> str:
     return "layers " + ", ".join(f"{first}..{last}" if first < last else str(first) for first, last in runs)
 
 
-def _base_lines(config: RunConfig, base: preflight.Base | None) -> Iterator[str]:
+def _base_lines(config: RunConfig, base: preflight.Base | None, *, values_are_read: bool) -> Iterator[str]:
     hf_path = config.model.hf_path
     if base is not None:
-        yield f"  base         {hf_path}: config.json, tokenizer and the headers of its weights are those of {config.model.name}"
+        values = "their values are finite" if values_are_read else "their values are checked when the run loads them"
+        yield f"  base         {hf_path}: config.json, tokenizer and the headers of its weights are those of {config.model.name}; {values}"
     elif config.model.source is not None:
         yield f"  base         {hf_path} is not there yet: made on first use ({config.model.source})"
     else:
@@ -223,7 +230,8 @@ def _base_lines(config: RunConfig, base: preflight.Base | None) -> Iterator[str]
 def _data_lines(config: RunConfig, base: preflight.Base | None) -> Iterator[str]:
     data, trainer = config.data, config.trainer
     tokenizer_hash = base.tokenizer_hash if base else None
-    states = inspect_corpora(data.train, directory=Path(data.directory), tokenizer_hash=tokenizer_hash)
+    check: Check = "all" if data.verify else "changed"
+    states = inspect_corpora(data.train, directory=Path(data.directory), tokenizer_hash=tokenizer_hash, check=check)
     total_weight = sum(state.weight for state in states)
     drawn = trainer.max_steps * trainer.global_batch_size * data.seq_length * get_scheme(config.method.position_scheme).text_span
     shares = [1.0, 0.0, 0.0] if data.validation else [float(share) for share in data.split.split(",")]
@@ -232,5 +240,5 @@ def _data_lines(config: RunConfig, base: preflight.Base | None) -> Iterator[str]
         if state.num_tokens:
             epochs = f"; {drawn * state.weight / total_weight / (state.num_tokens * shares[0] / sum(shares)):.2f} epochs"
         yield f"  data         {state.path}: {state.description}{epochs}"
-    for state in inspect_corpora(data.validation, directory=Path(data.directory), tokenizer_hash=tokenizer_hash):
+    for state in inspect_corpora(data.validation, directory=Path(data.directory), tokenizer_hash=tokenizer_hash, check=check):
         yield f"  held out     {state.path}: {state.description}"

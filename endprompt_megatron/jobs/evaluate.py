@@ -3,6 +3,7 @@ stopped. results.json and the page are rewritten after each."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -14,7 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config
+from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config, rope_from_hf
+from endprompt_megatron.checkpoint.hf.no_code import refuse_code
+from endprompt_megatron.checkpoint.hf.transformers_config import check_same_config
+from endprompt_megatron.checkpoint.hf.weights import check_hf_weights
 from endprompt_megatron.comparison.bootstrap import bootstrap_interval
 from endprompt_megatron.config.layout_rules import cut_problems
 from endprompt_megatron.data.corpora import check_corpora, corpus_texts
@@ -49,7 +53,7 @@ from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore import runtime as mcore_runtime
 from endprompt_megatron.mcore.failures import FailureBoard
 from endprompt_megatron.model import backends
-from endprompt_megatron.output_files import claimed, replace_text, writing
+from endprompt_megatron.output_files import claimed, json_digest, make_directory, read_or_set_aside, replace_text
 from endprompt_megatron.report.evaluation import write_evaluation
 from endprompt_megatron.training.watchdog import Watchdog
 
@@ -63,7 +67,7 @@ class Pair:
 
     Attributes:
         task: row of the table of tasks.
-        length: of its prompts or windows in tokens; None where the task has no lengths.
+        length: length of its prompts or windows in tokens; None if the task has no lengths.
         haystack: one of evaluation.tasks.HAYSTACK_MARKS.
     """
 
@@ -93,9 +97,12 @@ def prepare(config: EvaluateConfig) -> None:
     Raises:
         ConfigError: the settings are invalid, or the output directory holds scores under other conditions.
         BackendUnavailableError: lm-eval or the backend is not installed, or the device is a GPU and there is none.
+        CheckpointError: the model's config.json or weights are damaged or not supported.
         DataError: the model's tokenizer cannot be read.
+        CheckpointError: the model's files name code.
     """
     config.validate()
+    refuse_code(Path(config.model))
     world_size = launcher.planned_world_size(config)
     if config.runs_lm_eval and config.backend != MEGATRON and world_size > 1:
         raise ConfigError(
@@ -104,7 +111,10 @@ def prepare(config: EvaluateConfig) -> None:
         )
     if config.runs_megatron:
         mcore_runtime.resolve_accelerator(config.accelerator)
-        architecture = architecture_from_hf(read_hf_config(Path(config.model)))
+        model, stored = Path(config.model), read_hf_config(Path(config.model))
+        architecture = architecture_from_hf(stored)
+        check_hf_weights(model, architecture)
+        check_same_config(model, architecture, rope_from_hf(stored))
         problems = cut_problems(config.parallel, world_size=world_size, architecture=architecture)
         if problems:
             raise ConfigError(*problems)
@@ -122,7 +132,7 @@ def evaluate(config: EvaluateConfig, *, command: str, lm: Any = None) -> bool:
     """Runs or resumes an evaluation, and writes results.json, records/ and evaluation.md. Every process of a job calls it; rank 0 writes.
 
     Args:
-        config: of the evaluation.
+        config: configuration of the evaluation.
         command: command line that reproduces the evaluation, for the conditions.
         lm: an lm-eval LM that replaces the model, for tests.
     Returns:
@@ -140,9 +150,12 @@ def evaluate(config: EvaluateConfig, *, command: str, lm: Any = None) -> bool:
     if global_rank() > 0:
         return _Evaluation(config, config.directory(), conditions, lm, writes=False).run()
     with claimed(config.directory(), doing="runs this evaluation") as directory:
-        with writing(directory / _RECORDS):
-            (directory / _RECORDS).mkdir(exist_ok=True)
+        make_directory(directory / _RECORDS)
         return _Evaluation(config, directory, conditions, lm).run()
+
+
+def _file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @dataclass
@@ -213,7 +226,7 @@ class _Evaluation:
 
     @cached_property
     def text_problem(self) -> str | None:
-        """Why the held-out text cannot be used; None where it can. Downloads a text that is a package."""
+        """Return why the held-out text cannot be used; None if it can. Downloads the text if it comes from a package."""
         perplexity = self.config.suite.perplexity
         try:
             check_corpora(perplexity.text, directory=Path(perplexity.directory))
@@ -311,10 +324,20 @@ class _Evaluation:
 
     @staticmethod
     def _kept(path: Path) -> dict[str, Any] | None:
-        if not path.is_file() or not path.with_suffix(".jsonl").is_file():
+        """The score in a file of records/ and its conditions; None if there is none, or it or its samples are damaged."""
+        samples = path.with_suffix(".jsonl")
+        if not samples.is_file():
             return None
-        kept = json.loads(path.read_text())
-        return {**kept, "score": with_identity(kept["score"])}
+
+        def is_whole(kept: dict[str, Any]) -> bool:
+            """Whether score and samples are as they were written. Records of earlier releases have no digests."""
+            score, conditions, digest = kept["score"], kept["conditions"], kept.get("samples_digest")
+            if not (isinstance(score["score"], int | float) and isinstance(score["task"], str) and isinstance(conditions, dict)):
+                return False
+            return digest is None or (digest == _file_digest(samples) and kept["digest"] == json_digest([conditions, score]))
+
+        kept = read_or_set_aside(path, is_valid=is_whole, consequence="the task is evaluated again")
+        return {**kept, "score": with_identity(kept["score"])} if kept else None
 
     def _run_pair(self, tasks: Harness | MegatronTasks, pair: Pair, label: str) -> None:
         started = time.monotonic()
@@ -368,7 +391,9 @@ class _Evaluation:
         records = self.directory / _RECORDS
         (records / f"{pair.stem}.json").unlink(missing_ok=True)
         replace_text(records / f"{pair.stem}.jsonl", lines)
-        finished = {"conditions": self._conditions_of(pair), "score": score}
+        conditions = self._conditions_of(pair)
+        digests = {"digest": json_digest([conditions, score]), "samples_digest": _file_digest(records / f"{pair.stem}.jsonl")}
+        finished = {"conditions": conditions, "score": score, **digests}
         replace_text(records / f"{pair.stem}.json", json.dumps(finished, indent=1, ensure_ascii=False) + "\n")
 
     def write(self, *, pending: int) -> None:

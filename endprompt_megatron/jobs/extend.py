@@ -1,5 +1,5 @@
-"""The main job: a Hugging Face model in, training on Megatron-Core, a longer-context Hugging Face model out, with probes before and
-after and a report. One call runs it on one process or as one rank of many."""
+"""The main job. It reads a Hugging Face model, trains it on Megatron-Core and writes a Hugging Face model with a longer context window. It
+probes the model before and after training and writes a report. Every rank of a job calls `extend`; a job may have a single rank."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 
 from endprompt_megatron.checkpoint.hf.auxiliary_files import PROVENANCE_FILE
 from endprompt_megatron.checkpoint.hf.exporter import export_hf
+from endprompt_megatron.checkpoint.hf.fingerprint import weights_fingerprint
 from endprompt_megatron.checkpoint.hf.importer import load_hf_weights
 from endprompt_megatron.checkpoint.hf.model_card import MODEL_CARD, model_card
 from endprompt_megatron.checkpoint.hf.peft_adapter import export_peft_adapter
@@ -24,12 +25,15 @@ from endprompt_megatron.config.resolved import ResolvedRun
 from endprompt_megatron.config.schema import RunConfig
 from endprompt_megatron.data.corpora import check_corpora, prepare_corpora
 from endprompt_megatron.data.dataset import TokenizerFacts, build_datasets
+from endprompt_megatron.data.manifest import Check
 from endprompt_megatron.evaluation.probes.results import Probes, probe_system
 from endprompt_megatron.jobs import preflight
 from endprompt_megatron.jobs.run_metadata import Run, conditions_of_run, provenance_of_run, summary_of_run
 from endprompt_megatron.jobs.run_probes import check_probe_memory, make_probes
+from endprompt_megatron.jobs.sittings import Sittings
 from endprompt_megatron.jobs.stage_times import StageTimes
 from endprompt_megatron.launch import launcher
+from endprompt_megatron.launch.processes import sweep_multiprocessing_directories
 from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore import runtime as mcore_runtime
 from endprompt_megatron.mcore.failures import FailureBoard
@@ -38,7 +42,7 @@ from endprompt_megatron.model.build import build_model_chunks
 from endprompt_megatron.model.fusions import choose_fusions
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from endprompt_megatron.model.precision import describe_precision
-from endprompt_megatron.output_files import release, replace_text, writing
+from endprompt_megatron.output_files import check_not_moved, explained_if_moved, make_directory, release, replace_text
 from endprompt_megatron.positions.scheme import get_scheme
 from endprompt_megatron.report.reach import reach_sentences
 from endprompt_megatron.report.run import format_table, format_terminal_table, native_window, write_report
@@ -53,15 +57,15 @@ def extend(config: RunConfig) -> dict[str, Any]:
     """Run the main job, or resume it from its output directory.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
     Returns:
-        the summary, as in summary.json.
+        The content of summary.json.
     Raises:
-        ConfigError, DataError, CheckpointError, BackendUnavailableError: before anything is launched or written wherever it can be
-            known by then.
-        OutputError: a file of the output directory cannot be written; what is complete there is kept.
-        TrainingError: a bad step, with trainer.bad_step=stop.
-        RunInterrupted: the run was stopped by SIGTERM or SIGUSR1.
+        ConfigError, DataError, CheckpointError, BackendUnavailableError: a check failed. Checks run before anything is launched or written
+            if possible.
+        OutputError: a file of the output directory cannot be written. What is complete there is kept.
+        TrainingError: a step was bad and trainer.bad_step=stop.
+        RunInterrupted: SIGTERM or SIGUSR1 stopped the run.
     """
     try:
         with StopRequests() as stop:
@@ -72,6 +76,7 @@ def extend(config: RunConfig) -> dict[str, Any]:
 
 def _run(config: RunConfig, stop: StopRequests) -> dict[str, Any]:
     started, times = time.monotonic(), StageTimes()
+    sweep_multiprocessing_directories()
     with times.stage("prepare"):
         resolved, base = prepare(config)
     config, accelerator = resolved.config, resolved.accelerator
@@ -85,12 +90,12 @@ def _run(config: RunConfig, stop: StopRequests) -> dict[str, Any]:
         config.parallel,
         accelerator=accelerator,
         seed=config.seed,
-        # longer than the watchdog's, whose report has more detail than a collective's time-out
+        # longer than the watchdog's timeout, because the watchdog's report has more detail than the timeout of a collective
         timeout_minutes=2 * config.launch.hang_timeout_minutes or None,
     )
     try:
         backends.assert_same_everywhere(backend)
-        # ranks time their own CPUs, and could differ
+        # precision=auto is measured on the CPU of each rank and may differ between ranks
         resolved = resolved.with_precision(mcore_runtime.from_rank_zero(config.precision.name))
         config = resolved.config
         fusions = choose_fusions(
@@ -102,27 +107,32 @@ def _run(config: RunConfig, stop: StopRequests) -> dict[str, Any]:
         precision = describe_precision(config.precision.name, _bf16_layers(config))
         get_logger().info(f"backend {backend.name}: {backend.description}; precision {precision}; {fusions.describe()}")
         failures = FailureBoard()
-        with Watchdog(0, failures):  # rank 0 writes alone: if it cannot, the other ranks wait for it
-            return _extend(Run(resolved, base, output_dir, runtime, backend, fusions, stop, times, failures), started)
+        with (
+            Watchdog(0, failures),  # rank 0 writes alone: if it cannot, the other ranks wait for it
+            explained_if_moved(output_dir),
+            Sittings(output_dir, times, started=started) as sittings,
+        ):
+            return _extend(Run(resolved, base, output_dir, runtime, backend, fusions, stop, times, sittings, failures))
     finally:
         mcore_runtime.shut_down()
 
 
 def prepare(config: RunConfig) -> tuple[ResolvedRun, preflight.Base]:
-    """Check everything that can be checked before a process group exists. Then make the base model if model.source names one, prepare the
-    text (unless other ranks of a launcher are waiting: they meet first) and takes the output directory.
+    """Run the checks that need no process group, and create the base model if model.source names one. Rank 0 also claims the output
+    directory, and prepares the text if no launcher started it. Under a launcher the other ranks are already waiting, so `_prepare_run`
+    prepares the text after the process group is initialised.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
     Returns:
-        (the resolved run, its base model)
+        (the resolved run, the base model)
     Raises:
-        ConfigError, DataError, CheckpointError, BackendUnavailableError: what is wrong.
+        ConfigError, DataError, CheckpointError, BackendUnavailableError: a check failed.
     """
     world_size = launcher.planned_world_size(config)
     run = preflight.resolve(config, world_size=world_size)
     config, accelerator = run.config, run.accelerator
-    if not launcher.starts_workers(config):  # they look at their own GPUs
+    if not launcher.starts_workers(config):  # workers select their own GPUs
         mcore_runtime.select_device(accelerator)
         backends.resolve(config.backend, accelerator=accelerator, precision=config.precision.name)
     ensure_base_model(config.model.source, Path(config.model.hf_path))
@@ -131,14 +141,14 @@ def prepare(config: RunConfig) -> tuple[ResolvedRun, preflight.Base]:
     if global_rank() == 0:
         preflight.check_output_dir(config)
         if not launcher.is_worker():
-            _prepare_text(config, base)
+            _prepare_text(config, base, check="all" if config.data.verify else "changed")
             if config.probes.enabled:
                 check_corpora(config.probes.text, directory=Path(config.data.directory))
         preflight.claim_output_dir(config, take_lock=not launcher.launched_by_plain_start())
     return run, base
 
 
-def _extend(run: Run, started: float) -> dict[str, Any]:
+def _extend(run: Run) -> dict[str, Any]:
     config = run.config
     with run.times.stage("prepare"):
         blends, data_hashes, probes = _prepare_run(run)
@@ -154,21 +164,23 @@ def _extend(run: Run, started: float) -> dict[str, Any]:
     provenance = provenance_of_run(run, data_hashes)
     with run.times.stage("train"):
         result = _train(run, chunks, blends, run.output_dir, config, provenance)
+    check_not_moved(run.output_dir)
     with run.times.stage("export"):
         export = _export(run, chunks, result, provenance)
     if probes and "trained" in probed and config.method.trained:
         label = f"after {config.method.name}, {result.state.step} steps"
-        systems["trained"] = _probe(run, probes, chunks, "trained", label, rope=run.rope, step=result.state.step)
+        systems["trained"] = _probe(run, probes, chunks, "trained", label, rope=run.rope, state=result.state)
     if config.control and config.method.trained:
         systems["control"] = _train_control(run, blends, probes)
-    summary = summary_of_run(run, result, systems, export, time.monotonic() - started)
+    check_not_moved(run.output_dir)
+    summary = summary_of_run(run, result, systems, export)
     if global_rank() == 0:
         _write_results(run, systems, summary, probes, export)
     return summary
 
 
 def _write_results(run: Run, systems: dict[str, Any], summary: dict[str, Any], probes: Probes | None, export: Path) -> None:
-    """evaluation.json, summary.json, the report, the model card, and the last lines on the terminal."""
+    """Write evaluation.json, summary.json, the report and the model card, and log the results."""
     if probes:
         conditions = {**probes.conditions(), **conditions_of_run(run)}
         _write_json(run.output_dir / "evaluation.json", {"conditions": conditions, "systems": systems})
@@ -180,20 +192,24 @@ def _write_results(run: Run, systems: dict[str, Any], summary: dict[str, Any], p
         lines = [format_terminal_table(evaluation), "", *reach_sentences(evaluation["systems"], native=native_window(summary))]
         get_logger().info("\n" + "\n".join(lines))
     spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in summary["stage_seconds"].items())
-    get_logger().info(f"time: {spent}; {summary['wall_seconds']:.0f} s in all")
+    sittings = f", in {summary['sittings']} sittings" if summary["sittings"] > 1 else ""
+    get_logger().info(f"time: {spent}; {summary['wall_seconds']:.0f} s in all{sittings}")
     get_logger().info(f"model {export}\nreport {page}")
 
 
 def _prepare_run(run: Run) -> tuple[tuple[Any, Any], dict[str, str], Probes | None]:
-    """(training and validation text, its hashes, probes if this run has any)"""
+    """Prepare the text and the probes. Returns ((training text, validation text), hashes of the text, probes or None)."""
     config = run.config
-    if run.runtime.world_size > 1:  # one rank a host prepares, the others wait and find it done
+    # one rank per host prepares the text; the other ranks wait and then reuse the files
+    if run.runtime.world_size > 1 or launcher.is_worker():
         if run.runtime.local_rank == 0:
-            _prepare_text(config, run.base)
+            # a plain start has verified the data before it started this process
+            verify = config.data.verify and not launcher.launched_by_plain_start()
+            _prepare_text(config, run.base, check="all" if verify else "changed")
             if config.probes.enabled:
                 check_corpora(config.probes.text, directory=Path(config.data.directory))
         torch.distributed.barrier()
-    blends, data_hashes = _prepare_text(config, run.base)
+    blends, data_hashes = _prepare_text(config, run.base, check="sizes")  # the contents were checked before
     probes = None
     if config.probes.enabled and config.parallel.context_parallel_size == 1:
         probes = make_probes(config, run.base)
@@ -206,13 +222,13 @@ def _prepare_run(run: Run) -> tuple[tuple[Any, Any], dict[str, str], Probes | No
     return blends, data_hashes, probes
 
 
-def _prepare_text(config: RunConfig, base: preflight.Base) -> tuple[tuple[Any, Any], dict[str, str]]:
+def _prepare_text(config: RunConfig, base: preflight.Base, *, check: Check) -> tuple[tuple[Any, Any], dict[str, str]]:
     data = config.data
     options = dict(directory=Path(data.directory), tokenizer=base.tokenizer, tokenizer_hash=base.tokenizer_hash)
-    train, hashes = prepare_corpora(data.train, **options)
+    train, hashes = prepare_corpora(data.train, **options, check=check)
     if not data.validation:
         return (train, None), hashes
-    validation, more = prepare_corpora(data.validation, **options)
+    validation, more = prepare_corpora(data.validation, **options, check=check)
     return (train, validation), {**hashes, **more}
 
 
@@ -236,7 +252,8 @@ def _base_chunks(run: Run) -> list[EndPromptGPTModel]:
 
 
 def _shares_positions(config: RunConfig, base: preflight.Base) -> bool:
-    """Of the training, and of the control beside it, whose positions are contiguous."""
+    """Whether all samples of a micro-batch have the same positions in training. The control has contiguous positions, which are the same
+    for all samples, so the value can be used for it too."""
     lengths = base.end_prompts.lengths if base.end_prompts else []
     scheme = get_scheme(config.method.position_scheme)
     return scheme.shares_positions(prompt_lengths=lengths, micro_batch_size=config.trainer.micro_batch_size)
@@ -251,14 +268,19 @@ def _words(rope: RopeScaling) -> str:
 
 
 def _probe(
-    run: Run, probes: Probes, chunks: list[EndPromptGPTModel], name: str, label: str, *, rope: RopeScaling, step: int | None = None
+    run: Run, probes: Probes, chunks: list[EndPromptGPTModel], name: str, label: str, *, rope: RopeScaling, state: RunState | None = None
 ) -> dict[str, Any]:
+    """Probe one system, or read its cached results; `state` is that of its training, None for a base without training."""
     for chunk in chunks:
         chunk.set_rope(rope)
-    cache = run.output_dir / "probes" / (f"{name}.json" if step is None else f"{name}_step_{step:07d}.json")
-    kept_beside = run.base.hf_path if name in ("base", "untrained") else None
+    cache = run.output_dir / "probes" / (f"{name}.json" if state is None else f"{name}_step_{state.step:07d}.json")
+    check_not_moved(run.output_dir)
     with run.times.stage(f"probe {name}"):
-        found = probe_system(name, label, chunks, probes, device=run.runtime.device, cache=cache, kept_beside=kept_beside)
+        found = probe_system(
+            name, label, chunks, probes, device=run.runtime.device, cache=cache,
+            kept_beside=run.base.hf_path if state is None else None,
+            weights=[weights_fingerprint(run.base.hf_path), *(state.identity() if state else [])],
+        )  # fmt: skip
     for chunk in chunks:
         chunk.set_rope(run.rope)
     return found
@@ -292,6 +314,7 @@ def _train(
         end_prompts=run.base.end_prompts,
         end_prompt_loss_weight=config.method.end_prompt_loss_weight,
         num_chunks=config.method.num_chunks,
+        verify=config.data.verify,
     )
     trainer = Trainer(
         config,
@@ -308,24 +331,35 @@ def _train(
 
 
 def _train_control(run: Run, blends: tuple[Any, Any], probes: Probes | None) -> dict[str, Any] | None:
-    """The same training from the same base with contiguous positions and no anchor."""
+    """Train the control from the same base model with contiguous positions and no end prompt, and probe it if probes are enabled."""
     get_logger().info("control: the same training with contiguous positions and no end prompt")
     method = replace(run.config.method, name="control_short_pi", position_scheme="contiguous")
     config = replace(run.config, method=method)
     directory = run.output_dir / "control"
-    with writing(directory):
-        directory.mkdir(exist_ok=True)
+    if global_rank() == 0:
+        make_directory(directory)
     with run.times.stage("train control"):
         chunks = _base_chunks(run)
         result = _train(run, chunks, blends, directory, config)
     if probes is None:
         return None
     label = f"control without the anchor, {result.state.step} steps"
-    return _probe(run, probes, chunks, "control", label, rope=run.rope, step=result.state.step)
+    return _probe(run, probes, chunks, "control", label, rope=run.rope, state=result.state)
 
 
 def _export(run: Run, chunks: list[EndPromptGPTModel], result: TrainingResult, provenance: dict[str, Any]) -> Path:
     config = run.config
+
+    def verify(written: Path) -> None:
+        findings = verify_export(
+            chunks,
+            written,
+            architecture=run.base.architecture,
+            rope=run.rope,
+            target_context_length=config.rope.target_context_length,
+        )
+        get_logger().info(f"{run.output_dir / 'hf'} verified with transformers\n{format_findings(findings)}")
+
     export = export_hf(
         chunks,
         run.output_dir / "hf",
@@ -340,17 +374,10 @@ def _export(run: Run, chunks: list[EndPromptGPTModel], result: TrainingResult, p
             "tokens": result.state.tokens,
             "exported_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         },
+        verify=verify if config.export.verify else None,
     )
-    if config.export.verify:
-        findings = verify_export(
-            chunks,
-            export,
-            architecture=run.base.architecture,
-            rope=run.rope,
-            target_context_length=config.rope.target_context_length,
-        )
-        get_logger().info(f"{export} verified with transformers\n{format_findings(findings)}")
     if config.adapter.type == "lora":
+        check_not_moved(run.output_dir)
         adapter = export_peft_adapter(
             chunks,
             run.output_dir / "adapter",
@@ -363,7 +390,7 @@ def _export(run: Run, chunks: list[EndPromptGPTModel], result: TrainingResult, p
 
 
 def _write_model_card(run: Run, export: Path, evaluation: dict[str, Any]) -> None:
-    """Put what was measured into the model card of the export."""
+    """Write the measured results into the model card of the export."""
     results = (
         f"{format_table(evaluation)}\n\nRetrieval of planted facts and perplexity by context length in tokens, at ordinary positions. In "
         f"brackets: parts of the answer right, log-probability of the answer in nats. The experiment `{run.config.name}` makes this table."

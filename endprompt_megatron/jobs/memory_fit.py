@@ -1,4 +1,4 @@
-"""The smallest change that makes a layout fit, found by trying: what a refusal recommends."""
+"""Search for the smallest change that makes a layout fit. The error message for a layout that does not fit recommends this change."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def smallest_change(config: RunConfig, *, world_size: int, works: Callable[[RunC
     """The fewest keys of parallel and trainer, the cheapest values first, with which a run works; on more nodes where this many do not do.
 
     Args:
-        config: resolved; left as it is.
+        config: resolved configuration; not modified.
         world_size: its ranks.
         works: (config, ranks) -> whether that is valid and fits.
     Returns:
-        Overrides as for the command line, e.g. ["parallel.tensor_model_parallel_size=2"]; None where nothing works.
+        Overrides as for the command line, e.g. ["parallel.tensor_model_parallel_size=2"]; None if nothing works.
     """
     nodes, ranks = config.launch.num_nodes, world_size
     while ranks <= max(_MAX_RANKS, world_size):

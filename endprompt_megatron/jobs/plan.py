@@ -23,7 +23,7 @@ def plan_cluster(config: RunConfig, options: ClusterConfig, *, command: str, ove
     """Rank the layouts of a cluster for an experiment, and write the page.
 
     Args:
-        config: of the experiment, not yet validated; its own layout does not count.
+        config: configuration of the experiment, not yet validated. Its layout is ignored.
         options: the cluster.
         command: as it was typed, for the page.
         overrides: the experiment's overrides in `command`, quoted for a shell. The page uses them in the command that starts the run in
@@ -53,13 +53,13 @@ def plan_cluster(config: RunConfig, options: ClusterConfig, *, command: str, ove
 
 
 def cluster_request(config: RunConfig, options: ClusterConfig) -> ClusterRequest:
-    """What planning needs of an experiment and a cluster.
+    """Return the request for planning an experiment on a cluster.
 
     Args:
-        config: as plan_cluster.
+        config: same as in plan_cluster.
         options: the cluster.
     Raises:
-        ConfigError: of the experiment with its rules, or of the cluster.
+        ConfigError: the experiment or the cluster breaks a rule.
     """
     problems = []
     if options.rows < 1:
@@ -91,7 +91,7 @@ def cluster_request(config: RunConfig, options: ClusterConfig) -> ClusterRequest
 
 
 def _cluster_overrides(config: RunConfig, request: ClusterRequest, *, accelerator: str) -> list[str]:
-    """What makes the experiment's cluster, and its own accelerator, the planned one, as overrides."""
+    """Return the overrides that set the experiment's cluster and accelerator to the planned ones."""
     nodes = -(-request.num_gpus // request.gpus_per_node)
     while request.num_gpus % nodes:
         nodes += 1

@@ -1,5 +1,5 @@
-"""Everything that can be found wrong before a process group, a file or a GPU is touched: the config's rules, the base model's files, the
-tokenizer, the output directory."""
+"""Checks that run before a process group is initialised, a file is written or a GPU is used. They cover the rules of the configuration, the
+files of the base model, the tokenizer and the output directory."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ import yaml
 from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config, rope_from_hf
 from endprompt_megatron.checkpoint.hf.fingerprint import weights_fingerprint
 from endprompt_megatron.checkpoint.hf.tokenizer import check_token_ids, hash_tokenizer, load_tokenizer
+from endprompt_megatron.checkpoint.training_directory import RUN_FILE
 from endprompt_megatron.config.resolved import ResolvedRun, fill_in, with_precision
 from endprompt_megatron.config.resume import resume_differences
 from endprompt_megatron.config.rule import Facts
 from endprompt_megatron.config.schema import RunConfig
 from endprompt_megatron.config.validation import PROMPT_RULES, find_problems
 from endprompt_megatron.data.prompts import EndPromptSet, tokenize_end_prompts
-from endprompt_megatron.errors import CheckpointError, ConfigError, OutputError
+from endprompt_megatron.errors import CheckpointError, ConfigError, DamagedFileError, OutputError
 from endprompt_megatron.log import get_logger
-from endprompt_megatron.output_files import foreign_files, hold, replace_text
+from endprompt_megatron.output_files import foreign_files, hold, read_json, read_or_set_aside, read_text, replace_text, set_aside
 from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.planning.memory import TrainedParts
 from endprompt_megatron.planning.run_plan import PlanRequest
@@ -31,20 +32,28 @@ from endprompt_megatron.planning.throughput import GPUS_PER_NODE
 from endprompt_megatron.positions.scheme import SCHEMES
 from endprompt_megatron.rope.scaling import RopeScaling
 
+# libyaml's limits nesting; the one in Python needs seconds for a few thousand brackets
+_SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _CONFIG_FILE, _BASE_FILE = "config.yaml", "base.json"
+# What a run leaves before its first checkpoint; nothing of it is used without its own proof of what it was made of
+_BEFORE_RESULTS = {_BASE_FILE, "logs", "probes", "metrics.jsonl", "tensorboard", "sittings.json", "checkpoints"}
+_WITHOUT_CONFIG = (
+    "Neither it nor a checkpoint says which run the directory belongs to: restore the file, or remove the directory to start this run "
+    "anew, or set output_dir to another directory."
+)
 
 
 @dataclass(frozen=True)
 class Base:
-    """The base model, checked.
+    """A base model whose files have passed the checks.
 
     Attributes:
-        hf_path: its directory.
-        architecture: its numbers.
-        rope: its own frequencies.
-        tokenizer: of transformers.
-        tokenizer_hash: identity of the tokenizer.
-        end_prompts: tokenised cue set; None for schemes without one.
+        hf_path: directory of the model.
+        architecture: sizes of the model.
+        rope: RoPE scaling of the model before the run changes it.
+        tokenizer: the transformers tokenizer.
+        tokenizer_hash: hash that identifies the tokenizer.
+        end_prompts: the tokenised end prompts; None if the position scheme uses none.
     """
 
     hf_path: Path
@@ -56,12 +65,15 @@ class Base:
 
 
 def known_base(config: RunConfig) -> tuple[ModelArchitecture, RopeScaling]:
-    """The base's numbers and frequencies: from its directory where that is there, else from the config's model.hf_config (a dry run
-    before the download, or a model that is fetched on first use).
+    """Return the architecture and the RoPE scaling of the base model. They are read from its directory if it exists, else from
+    model.hf_config of the configuration (in a dry run before the download, or for a model that is fetched on first use). Weights that are
+    present are checked by their headers.
 
     Raises:
-        CheckpointError: neither is complete, or the two contradict each other.
+        CheckpointError: the description is incomplete, the directory contradicts model.hf_config, or the weights contradict config.json.
     """
+    from endprompt_megatron.checkpoint.hf.weights import check_present_weights  # torch
+
     hf_path = Path(config.model.hf_path)
     if not hf_path.exists() and config.model.hf_config:
         return architecture_from_hf(config.model.hf_config), rope_from_hf(config.model.hf_config)
@@ -76,22 +88,23 @@ def known_base(config: RunConfig) -> tuple[ModelArchitecture, RopeScaling]:
                 f"model.hf_path={hf_path} is not the model that model={config.model.name} describes: {name} is {found[name]} there and "
                 f"{expected[name]} in model.hf_config. Point model.hf_path at the right directory, or choose another model."
             )
+    check_present_weights(hf_path, architecture_from_hf(stored))
     return architecture_from_hf(stored), rope_from_hf(stored)
 
 
 def resolve(config: RunConfig, *, world_size: int, runs_here: bool = True) -> ResolvedRun:
-    """Check every rule of a run's configuration and fill in what follows from it.
+    """Check the configuration of a run against every rule and fill in the derived values.
 
     Args:
-        config: of the run; is left as it is.
-        world_size: ranks of the job.
-        runs_here: whether this machine runs the job; False for a plan, whose GPUs may be elsewhere.
+        config: configuration of the run; not modified.
+        world_size: number of ranks of the job.
+        runs_here: whether this machine runs the job. With False (a plan for other GPUs), accelerator=gpu does not require a GPU here.
     Raises:
-        ConfigError: with all problems at once.
-        CheckpointError: neither the base model's directory nor model.hf_config describes it, or they contradict each other.
-        BackendUnavailableError: accelerator=gpu, and this machine has none.
+        ConfigError: the configuration breaks a rule. The error lists all problems.
+        CheckpointError: see known_base.
+        BackendUnavailableError: accelerator=gpu and this machine has no GPU.
     """
-    from endprompt_megatron.mcore import runtime  # torch, which recipes/compare.py has no other use for
+    from endprompt_megatron.mcore import runtime  # imports torch, which recipes/compare.py does not need otherwise
 
     architecture, base_rope = known_base(config)
     facts = Facts(config, world_size, architecture, tuple(SCHEMES), base_rope=base_rope)
@@ -109,21 +122,24 @@ def resolve(config: RunConfig, *, world_size: int, runs_here: bool = True) -> Re
 
 
 def _rope_of(config: RunConfig, architecture: ModelArchitecture, base_rope: RopeScaling) -> RopeScaling:
-    """The frequencies that the run trains with, from those of the base."""
+    """Return the RoPE scaling that the run trains with, derived from the scaling of the base model."""
     return base_rope.extended(asdict(config.rope), max_position_embeddings=architecture.max_position_embeddings)
 
 
 def check_base(run: ResolvedRun) -> Base:
-    """The base model's files: config, tokenizer, end prompts, and the header of every safetensors file.
+    """Read and check the files of the base model (config, tokenizer, the header of every safetensors file, and the settings that the export
+    will have) and tokenise the end prompts.
 
     Raises:
-        ConfigError, DataError, CheckpointError: what is wrong with them.
+        ConfigError, DataError, CheckpointError: a check failed.
     """
+    from endprompt_megatron.checkpoint.hf.transformers_config import check_same_config
+    from endprompt_megatron.checkpoint.hf.transformers_model import check_export_settings
     from endprompt_megatron.checkpoint.hf.weights import check_hf_weights
 
     config, hf_path = run.config, Path(run.config.model.hf_path)
     tokenizer = load_tokenizer(hf_path)
-    architecture, rope = known_base(config)  # of a base that was made since
+    architecture, rope = known_base(config)  # read again: ensure_base_model may have created the model after `resolve`
     end_prompts = None
     if SCHEMES[config.method.position_scheme].uses_end_prompt:
         end_prompts = tokenize_end_prompts(
@@ -136,20 +152,25 @@ def check_base(run: ResolvedRun) -> Base:
         if problems:
             raise ConfigError(*problems)
     check_hf_weights(hf_path, architecture)
+    check_same_config(hf_path, architecture, rope)
+    check_export_settings(hf_path, run.rope, config.rope.target_context_length)
     check_token_ids(hf_path, tokenizer, num_rows=architecture.vocab_size)
     return Base(hf_path, architecture, rope, tokenizer, hash_tokenizer(hf_path), end_prompts)
 
 
 def check_output_dir(config: RunConfig) -> None:
-    """Whether the output directory is free, or this run's own. Writes nothing.
+    """Check that the output directory is empty, is missing, or holds this run. Writes nothing.
 
     Raises:
-        ConfigError: it holds a run with another config, or files that are no run.
+        ConfigError: the directory holds a run with another configuration, or files but no run.
     """
     output_dir = Path(config.output_dir)
-    stored_path = output_dir / _CONFIG_FILE
-    if stored_path.is_file():
-        differing = resume_differences(yaml.safe_load(stored_path.read_text()), config.to_dict(), RunConfig().to_dict())
+    names = {path.name for path in foreign_files(output_dir)} if output_dir.is_dir() else set()
+    if any(map(_is_of_config, names)) or _run_files(output_dir):
+        stored = _stored_config(output_dir)
+        if stored is None:
+            return
+        differing = resume_differences(stored, config.to_dict(), RunConfig().to_dict())
         differing = [one for one in differing if one[0] != "model.hf_path"] + _base_differences(output_dir, differing, config.model.hf_path)
         if differing:
             shown = "; ".join(f"{key}: {was!r} there, {now!r} now" for key, was, now in differing[:5])
@@ -158,12 +179,73 @@ def check_output_dir(config: RunConfig) -> None:
                 f"(trainer.max_steps, intervals and the layout may change). Undo the change, or start a run of its own: add "
                 f"name={_name_apart(config.name, differing)}."
             )
-    elif output_dir.is_dir() and any(path.name != _BASE_FILE for path in foreign_files(output_dir)):  # written before config.yaml
+    elif any(name != _BASE_FILE for name in names):  # the base file is written before config.yaml
         raise ConfigError(f"output_dir={output_dir} holds files but no config.yaml of a run. Set output_dir to another directory.")
 
 
+def _stored_config(output_dir: Path) -> dict[str, Any] | None:
+    """The configuration of the run in an output directory: from config.yaml or, where that is damaged or a crash left it unwritten, from
+    the newest checkpoint; None where nothing has been made that another run could be mixed up with.
+
+    Raises:
+        ConfigError: config.yaml is damaged, and no checkpoint replaces it.
+    """
+    try:
+        return _read_config(output_dir / _CONFIG_FILE)
+    except DamagedFileError as error:
+        for run_file in _run_files(output_dir):
+            try:
+                return _checked_config(read_json(run_file, way_out="").get("config"), run_file)
+            except DamagedFileError:
+                continue
+        others = [path.name for path in foreign_files(output_dir) if path.name not in _BEFORE_RESULTS and not _is_of_config(path.name)]
+        if others or any((output_dir / "checkpoints").glob("step_*")):
+            raise ConfigError(str(error)) from error
+        return None
+
+
+def _is_of_config(name: str) -> bool:
+    """Whether this or an earlier release makes a file of this name for the configuration; a crash may leave any of them."""
+    return name in (_CONFIG_FILE, f"{_CONFIG_FILE}.tmp") or name.startswith(f"{_CONFIG_FILE}.damaged")
+
+
+def _run_files(output_dir: Path) -> list[Path]:
+    """run.json of the complete checkpoints, the newest first."""
+    found = (output_dir / "checkpoints").glob(f"step_*/{RUN_FILE}")
+    return sorted((path for path in found if path.parent.name.removeprefix("step_").isdigit()), reverse=True)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Content of a config.yaml.
+
+    Raises:
+        DamagedFileError: it is not what `claim_output_dir` wrote.
+    """
+    try:
+        stored = yaml.load(read_text(path, way_out=_WITHOUT_CONFIG), Loader=_SAFE_LOADER)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, DamagedFileError):
+            raise
+        raise DamagedFileError(path, f"is not YAML ({' '.join(str(error).split())})", _WITHOUT_CONFIG) from error
+    return _checked_config(stored, path)
+
+
+def _checked_config(stored: Any, path: Path) -> dict[str, Any]:
+    defaults = RunConfig().to_dict()
+    if not isinstance(stored, dict):
+        raise DamagedFileError(path, f"does not hold the configuration of a run but {str(stored)[:40]!r}", _WITHOUT_CONFIG)
+    if list(defaults)[-1] not in stored:  # it is written in this order
+        raise DamagedFileError(path, "is cut off: its last keys are missing", _WITHOUT_CONFIG)
+    try:
+        resume_differences(stored, defaults, defaults)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DamagedFileError(path, f"does not hold the configuration of a run ({error})", _WITHOUT_CONFIG) from error
+    return stored
+
+
 def _name_apart(name: str, differing: list[tuple[str, Any, Any]]) -> str:
-    """A short name that carries what is different, the same for the same difference."""
+    """Return a short name for a run that differs from `name`. The name contains one or two changed values, or else a hash of the
+    differences, so equal differences give equal names."""
     parts = [f"{key.rpartition('.')[2]}_{now}" for key, _, now in differing if not isinstance(now, dict | list)][:2]
     named = re.sub(r"[^A-Za-z0-9.]+", "_", "_".join([name, *parts])).strip("_")
     digest = hashlib.sha256(json.dumps(differing, default=str).encode()).hexdigest()[:6]
@@ -171,25 +253,35 @@ def _name_apart(name: str, differing: list[tuple[str, Any, Any]]) -> str:
 
 
 def _base_differences(output_dir: Path, differing: list[tuple[str, Any, Any]], now: str) -> list[tuple[str, Any, Any]]:
-    """The base as a difference, where its weights are not those that the run started from; where it lies does not count. Runs of before
-    there was a record of the weights are known by the path."""
+    """Return model.hf_path as a difference if the base model has other weights than at the start of the run, else no difference. The
+    weights are compared by fingerprint, so the model may be moved. If the run recorded no fingerprint, or one cannot be read, paths are
+    compared."""
     was = next((was for key, was, _ in differing if key == "model.hf_path"), now)
     try:
-        known = json.loads((output_dir / _BASE_FILE).read_text())["fingerprint"]
-        same = known == weights_fingerprint(Path(now))
-    except (OSError, ValueError, KeyError, TypeError):
-        same = Path(was).resolve() == Path(now).resolve()
+        known = read_json(output_dir / _BASE_FILE, way_out="").get("fingerprint")
+        same = known == weights_fingerprint(Path(now)) if isinstance(known, str) else None
+    except (OSError, DamagedFileError):
+        same = None
+    if same is None:
+        same = Path(str(was)).resolve() == Path(now).resolve()
     return [] if same else [("model.hf_path", was, now if was != now else f"{now} with other weights")]
 
 
+def _is_base(known: dict[str, Any]) -> bool:
+    return isinstance(known.get("fingerprint"), str)
+
+
 def claim_output_dir(config: RunConfig, *, take_lock: bool = True) -> None:
-    """Make the run's output directory, with config.yaml in it, or recognise it as this run's. For one process of the job.
+    """Create the output directory of the run, or check that it holds this run, and write config.yaml. Only one process of a job may call
+    this.
 
     Args:
-        config: of the run.
-        take_lock: keep other processes out; false where a process that waits for this one has the lock.
+        config: configuration of the run.
+        take_lock: whether to lock the directory against other processes; False if the parent process holds the lock while it waits for this
+            one.
     Raises:
-        ConfigError: as check_output_dir; another process runs there; or it cannot be written.
+        ConfigError: see check_output_dir; or another process holds the lock, or the directory cannot be created or locked.
+        OutputError: a file of the directory cannot be written.
     """
     check_output_dir(config)
     output_dir = Path(config.output_dir)
@@ -198,23 +290,29 @@ def claim_output_dir(config: RunConfig, *, take_lock: bool = True) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         if take_lock:
             hold(output_dir, doing="runs there")
-        check_output_dir(config)  # again: the other process may have ended in between
+        check_output_dir(config)  # check again: another process may have written a run before it released the lock
         base_file = output_dir / _BASE_FILE
-        if not base_file.is_file():
+        anew = f"the base's weights are recorded anew, as those of {config.model.hf_path}"
+        if read_or_set_aside(base_file, is_valid=_is_base, consequence=anew) is None:
             replace_text(base_file, json.dumps({"fingerprint": weights_fingerprint(Path(config.model.hf_path))}) + "\n")
+        if stored_path.exists():
+            try:
+                _read_config(stored_path)
+            except DamagedFileError as error:
+                set_aside(stored_path, error.fault, consequence="it is written anew, for the same run")
         replace_text(stored_path, yaml.safe_dump(config.to_dict(), sort_keys=False))
     except OutputError:
-        raise  # names the file
+        raise  # it names the file
     except OSError as error:
         raise ConfigError(f"output_dir={output_dir} cannot be written ({error}). Set output_dir to a writable directory.") from error
 
 
 def plan_request(run: ResolvedRun, *, num_prompt_tokens: int | None) -> PlanRequest:
-    """What planning makes a run's plan of.
+    """Return the inputs of the plan of a run.
 
     Args:
-        run: to plan.
-        num_prompt_tokens: b; None while the tokenizer is not at hand.
+        run: the run to plan.
+        num_prompt_tokens: b, number of tokens of the end prompt; None if the tokenizer is not available.
     """
     config, world_size, architecture = run.config, run.world_size, run.architecture
     on_gpu = run.accelerator == "gpu"
@@ -250,7 +348,7 @@ def plan_request(run: ResolvedRun, *, num_prompt_tokens: int | None) -> PlanRequ
 
 
 def trained_parts(config: RunConfig, architecture: ModelArchitecture) -> TrainedParts | None:
-    """What trains, as planning counts it; None where that is everything."""
+    """Return the trainable parameters of a run with adapters; None if every weight is trained."""
     adapter = config.adapter
     if adapter.type == "none":
         return None
@@ -260,7 +358,7 @@ def trained_parts(config: RunConfig, architecture: ModelArchitecture) -> Trained
         "k_proj": key_size,
         "v_proj": key_size,
         "o_proj": architecture.query_size,
-    }  # beside hidden_size
+    }  # of each projection, the dimension that is not hidden_size
     per_layer = sum(adapter.rank * (architecture.hidden_size + sizes[target]) for target in adapter.target_modules)
     return TrainedParts(per_layer, adapter.train_embeddings, adapter.train_norms)
 

@@ -12,6 +12,7 @@ from endprompt_megatron.checkpoint.hf.model_card import source_version
 from endprompt_megatron.config.resolved import ResolvedRun
 from endprompt_megatron.config.schema import RunConfig
 from endprompt_megatron.jobs import preflight
+from endprompt_megatron.jobs.sittings import Sittings
 from endprompt_megatron.jobs.stage_times import StageTimes
 from endprompt_megatron.mcore import runtime as mcore_runtime
 from endprompt_megatron.mcore import version
@@ -25,7 +26,7 @@ from endprompt_megatron.training.trainer import TrainingResult
 
 @dataclass(frozen=True)
 class Run:
-    """What the steps of one run share."""
+    """State that all stages of one run share."""
 
     resolved: ResolvedRun
     base: preflight.Base
@@ -35,6 +36,7 @@ class Run:
     fusions: Fusions
     stop: StopRequests
     times: StageTimes
+    sittings: Sittings
     failures: FailureBoard
 
     @property
@@ -91,7 +93,7 @@ def _adapter_provenance(config: RunConfig) -> dict[str, Any]:
 
 
 def conditions_of_run(run: Run) -> dict[str, Any]:
-    """The run's conditions that the report states beside the probes'."""
+    """Return the conditions of the run that the report lists next to those of the probes."""
     return {
         "megatron_core": version.megatron_core_version(),
         "torch": torch.__version__,
@@ -116,15 +118,14 @@ def headline_task(system: dict[str, Any]) -> str:
     return next((task for task in ("needle", "number", "word") if task in system), "needle")
 
 
-def summary_of_run(run: Run, result: TrainingResult, systems: dict[str, Any], export: Path, wall_seconds: float) -> dict[str, Any]:
+def summary_of_run(run: Run, result: TrainingResult, systems: dict[str, Any], export: Path) -> dict[str, Any]:
     """The flat object that other programs read: summary.json.
 
     Args:
-        run: which.
-        result: of the training.
-        systems: what was probed, by name.
+        run: the run.
+        result: result of the training.
+        systems: {name of the probed model: results}.
         export: directory of the Hugging Face model.
-        wall_seconds: from start to end.
     """
 
     def needle(system: str) -> dict[str, float]:
@@ -134,7 +135,7 @@ def summary_of_run(run: Run, result: TrainingResult, systems: dict[str, Any], ex
     def perplexity(system: str) -> dict[str, float]:
         return systems.get(system, {}).get("perplexity", {})
 
-    config = run.config
+    config, stage_seconds = run.config, run.sittings.stage_seconds()
     return {
         "experiment": config.name,
         "method": config.method.name,
@@ -148,8 +149,9 @@ def summary_of_run(run: Run, result: TrainingResult, systems: dict[str, Any], ex
         "loss_last": result.state.loss_last,
         "tokens_per_second": result.tokens_per_second,
         "peak_memory_gib": result.peak_memory_gib,
-        "wall_seconds": wall_seconds,
-        "stage_seconds": {stage: round(seconds, 1) for stage, seconds in run.times.seconds.items()},
+        "wall_seconds": run.sittings.wall_seconds(),
+        "sittings": run.sittings.count,
+        "stage_seconds": {stage: round(seconds, 1) for stage, seconds in stage_seconds.items()},
         "backend": run.backend.name,
         "world_size": run.runtime.world_size,
         "hf_checkpoint": str(export),

@@ -72,8 +72,9 @@ def make_probes(config: RunConfig, base: Base) -> Probes:
 
 
 def prefill_gib(run: ResolvedRun) -> float:
-    """Memory of one rank beside the weights while it reads the longest context: keys and values, the widest activations of the tokens that
-    are read at once, and the logits that are scored. Rounded up: float32 throughout on a CPU, where bf16 products are held in float32 too.
+    """Memory of one rank, in addition to the weights, while it reads the longest context: keys and values, the widest activations of the
+    tokens that are read at once, and the logits that are scored. Rounded up: float32 throughout on a CPU, where bf16 products are held in
+    float32 too.
     """
     config, architecture = run.config, run.architecture
     probes, parallel = config.probes, config.parallel

@@ -1,6 +1,6 @@
-"""Process launch. A run starts under torchrun, under srun with one task per GPU, or without a launcher (a plain start), where it starts its
-own local workers through torch's elastic launcher. In all cases the workers have RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT
-in their environment."""
+"""Start the processes of a run. The run may start under torchrun, or under srun with one task per GPU. Without a launcher (a plain start),
+the run starts its own local workers through torch's elastic launcher. In all three cases the workers have RANK, WORLD_SIZE, LOCAL_RANK,
+MASTER_ADDR and MASTER_PORT in their environment."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from endprompt_megatron.config.schema import LaunchConfig
-from endprompt_megatron.errors import EXIT_RESUME, ConfigError
+from endprompt_megatron.errors import EXIT_INTERRUPTED, EXIT_RESUME, ConfigError
 from endprompt_megatron.launch.processes import STOP_SIGNALS, end_with_parent
 from endprompt_megatron.log import get_logger
-from endprompt_megatron.output_files import writing
+from endprompt_megatron.output_files import make_directory, writing
 
-# Ports of job steps: [20000, 32007), below the ephemeral ports of Linux (32768 and up). Their number is prime, so that steps of one job and
-# jobs with neighbouring ids get different ports.
+# The ports of job steps are [20000, 32007), below the ephemeral ports of Linux (32768 and up). The number of ports is prime, so that steps
+# of one job and jobs with neighbouring ids get different ports.
 _FIRST_PORT, _PORTS, _PORTS_A_JOB = 20_000, 12_007, 101
-_FIRST_UNNUMBERED_STEP = 0xFFFFFFF0  # slurm.h: ids from here on are batch scripts, interactive shells and similar steps
-_LAUNCHER = "ENDPROMPT_LAUNCHER"  # environment variable with the process id of a plain start, set for its workers
+_FIRST_UNNUMBERED_STEP = 0xFFFFFFF0  # slurm.h: step ids from here on denote batch scripts, interactive shells and similar steps
+_LAUNCHER = "ENDPROMPT_LAUNCHER"  # environment variable that a plain start sets for its workers, to its own process id
 
 
 class Launched(Protocol):
-    """The part of a job's config that the launcher needs. RunConfig and EvaluateConfig have it."""
+    """Fields of a job's config that the launcher reads. RunConfig and EvaluateConfig have these fields."""
 
     launch: LaunchConfig
     output_dir: Any
 
     @property
     def accelerator(self) -> str:
-        """auto | gpu | cpu."""
+        """Accelerator of the job: auto | gpu | cpu."""
 
 
 def adopt_srun_environment() -> None:
-    """Under srun without another launcher, set torch's environment variables from Slurm's.
+    """Set torch's environment variables from Slurm's if srun started this process without another launcher.
 
     Raises:
         ConfigError: the first host of the job cannot be determined.
@@ -47,7 +47,7 @@ def adopt_srun_environment() -> None:
         return
     step = os.environ.get("SLURM_STEP_ID") or os.environ.get("SLURM_STEPID")
     if not step or int(step) >= _FIRST_UNNUMBERED_STEP:
-        return  # the batch script itself or the shell of salloc, not a task of srun
+        return  # this process is the batch script or the shell of salloc, not a task of srun
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
     os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
     os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
@@ -56,7 +56,8 @@ def adopt_srun_environment() -> None:
 
 
 def _step_port(job: int, step: int) -> int:
-    """Port of a job step, computed from its ids so that all tasks agree. Two jobs or steps on one node must not share a port."""
+    """Return the port of a job step, computed from the ids of job and step so that all tasks agree. Two jobs or steps on one node must not
+    share a port."""
     return _FIRST_PORT + (_PORTS_A_JOB * job + step) % _PORTS
 
 
@@ -77,14 +78,14 @@ def _first_slurm_host() -> str:
 
 
 def planned_world_size(config: Launched) -> int:
-    """Ranks of the run: WORLD_SIZE of the launcher if there is one, else the number of processes that the config starts."""
+    """Return the number of ranks of the run: WORLD_SIZE if a launcher set it, else the number of processes that the config starts."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     return config.launch.num_nodes * local_processes(config)
 
 
 def local_processes(config: Launched) -> int:
-    """Processes on one host: `launch.nproc_per_node` if set, else one per GPU, or one without GPUs."""
+    """Return the number of processes on one host: `launch.nproc_per_node` if it is set, else one per GPU, or one on a CPU."""
     if config.launch.nproc_per_node is not None:
         return config.launch.nproc_per_node
     if config.accelerator == "cpu":
@@ -95,20 +96,21 @@ def local_processes(config: Launched) -> int:
 
 
 def is_worker() -> bool:
-    """Whether a launcher started this process as one rank of a job."""
+    """Return whether a launcher started this process as one rank of a job."""
     return "RANK" in os.environ
 
 
 def launched_by_plain_start() -> bool:
-    """Whether `run_workers` of another process started this one. That process waits for it and holds the lock of the output directory."""
+    """Return whether `run_workers` of another process started this process. The other process waits for this process and holds the lock of
+    the output directory."""
     return is_worker() and _LAUNCHER in os.environ
 
 
 def starts_workers(config: Launched) -> bool:
-    """Whether this process is a plain start that must launch several workers.
+    """Return whether this process is a plain start that must launch several workers.
 
     Raises:
-        ConfigError: more than one node without a launcher.
+        ConfigError: launch.num_nodes is greater than 1 and there is no launcher.
     """
     if is_worker():
         return False
@@ -121,23 +123,25 @@ def starts_workers(config: Launched) -> bool:
 
 
 def run_workers(config: Launched, arguments: list[str]) -> int:
-    """Run the current command in `local_processes` workers. Rank 0 writes to the terminal, the others to `<output_dir>/logs/`.
+    """Run the current command in `local_processes` workers. Rank 0 writes to the terminal, the other ranks to `<output_dir>/logs/`.
 
     Args:
         config: config of the run.
-        arguments: script and its arguments, as in sys.argv.
+        arguments: the script and its arguments, as in sys.argv.
     Returns:
-        Exit status: 0; EXIT_RESUME if the workers stopped after a stop signal; otherwise that of the first failed worker, whose last lines
-        of output are logged.
+        Exit status: 0 if all workers succeed, EXIT_RESUME if they stop after a stop signal, EXIT_INTERRUPTED after Ctrl-C, 128 + n if
+        another signal n ends them, or that of the first worker that fails (1 if a signal killed it). The last lines of the failed worker's
+        output are logged.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     count = local_processes(config)
-    logs = Path(config.output_dir) / "logs"
-    with writing(logs):
-        logs.mkdir(parents=True, exist_ok=True)
+    output_dir = Path(config.output_dir)
+    with writing(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+    logs = make_directory(output_dir / "logs")
     quiet = dict.fromkeys(range(1, count), Std.ALL)
     os.environ[_LAUNCHER] = str(os.getpid())
     launch = LaunchConfig(
@@ -150,8 +154,8 @@ def run_workers(config: Launched, arguments: list[str]) -> int:
         max_restarts=0,
         start_method="spawn",
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=quiet),
-        shutdown_timeout=10,  # seconds until the other workers are killed after one has failed; they cannot save without it
-        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # these end the workers; stop signals are forwarded to them
+        shutdown_timeout=10,  # seconds until the other workers are killed after one has failed; they cannot save without the failed one
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # these signals end the workers; stop signals are forwarded to the workers
     )
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     get_logger().info(f"starting {count} local workers; logs of ranks 1 to {count - 1} in {logs}")
@@ -166,16 +170,17 @@ def run_workers(config: Launched, arguments: list[str]) -> int:
         return failure.exitcode if failure.exitcode > 0 else 1
     except SignalException as error:
         get_logger().error(f"stopped by {error.sigval.name}; all workers were ended")
-        return 128 + error.sigval.value
+        return EXIT_INTERRUPTED if error.sigval == signal.SIGINT else 128 + error.sigval.value
     return 0
 
 
 def _forward_stop_signals() -> list[int]:
-    """Forward SIGTERM and SIGUSR1 to every worker, which saves and exits. The returned list collects the received signals."""
+    """Install handlers that forward SIGTERM and SIGUSR1 to every worker, which then saves and exits. Return a list to which the handlers
+    append each received signal."""
     received: list[int] = []
 
     def forward(number: int, frame: object) -> None:
-        """Signal handler of the launcher."""
+        """Forward a signal that the launcher received."""
         import psutil
 
         received.append(number)
@@ -189,7 +194,7 @@ def _forward_stop_signals() -> list[int]:
 
 
 def end_with_launcher() -> None:
-    """In a worker started by `run_workers`: end when the launcher ends for any reason."""
+    """Make a worker of `run_workers` end when its launcher ends for any reason. Other processes are not affected."""
     launcher = os.environ.get(_LAUNCHER)
     if launcher is None or not is_worker():
         return
@@ -199,7 +204,7 @@ def end_with_launcher() -> None:
 
 
 def _last_lines(logs: Path, rank: int, lines: int = 30) -> str:
-    """The last lines of a worker's standard error; "" for rank 0, whose output is on the terminal."""
+    """Return the last lines of a worker's standard error; "" for rank 0, whose output is on the terminal."""
     if rank == 0:
         return ""
     files = sorted(logs.glob(f"*/attempt_0/{rank}/stderr.log"), key=lambda path: path.stat().st_mtime)

@@ -1,9 +1,9 @@
-"""Context-parallel slicing: which tokens of a sequence a rank holds, and the all-gather of the whole sequence in physical order.
+"""Slice a sequence over context-parallel ranks, and all-gather the whole sequence in physical order.
 
-A sequence of S tokens is cut into 2c chunks for c ranks. Rank r holds chunks r and 2c-1-r, which gives every rank the same share of the
-causal attention FLOPs (the layout of Megatron and Transformer Engine).
+A sequence of S tokens is split into 2c chunks for c ranks. Rank r holds chunks r and 2c-1-r, so every rank has the same share of the causal
+attention FLOPs. Megatron and Transformer Engine use the same layout.
 
-Shapes: S whole sequence, s = S / c on this rank, b micro-batch; Megatron order [s, b, ...].
+Shapes: S tokens of the whole sequence, s = S / c tokens on this rank, b micro-batch size. Tensors are [s, b, ...] as in Megatron.
 """
 
 from __future__ import annotations
@@ -15,29 +15,30 @@ from torch import Tensor
 
 
 def chunks_of_rank(rank: int, size: int) -> tuple[int, int]:
-    """Indices of the two chunks (of 2 * size) that a rank holds."""
+    """Return the indices of the two chunks that a rank holds. The sequence has 2 * size chunks."""
     return rank, 2 * size - 1 - rank
 
 
 def token_indices(seq_length: int, rank: int, size: int) -> Tensor:
-    """Physical indices of a rank's tokens, int64 [S / size], in the rank's local order.
+    """Return the physical indices of a rank's tokens, int64 [S / size], in the local order of the rank.
 
     Args:
         seq_length: S, a multiple of 2 * size.
-        rank, size: rank in, and size of, the context-parallel group.
+        rank: rank in the context-parallel group.
+        size: size of the context-parallel group.
     """
     chunk = seq_length // (2 * size)
     return torch.cat([torch.arange(number * chunk, (number + 1) * chunk) for number in chunks_of_rank(rank, size)])
 
 
 def gather_sequence(local: Tensor, group: Any) -> Tensor:
-    """All-gather the tokens of all ranks into physical order; differentiable.
+    """All-gather the tokens of all ranks in physical order. The operation is differentiable.
 
     Args:
-        local: [s, b, ...], tokens of this rank.
+        local: tokens of this rank, [s, b, ...].
         group: the context-parallel process group.
     Returns:
-        [S, b, ...].
+        The tokens of all ranks, [S, b, ...].
     """
     return _GatherSequence.apply(local, group)
 

@@ -1,6 +1,7 @@
-"""Shims that run Megatron-Core on a host without a GPU. Its schedules, optimizer and random-number code hard-code the device "cuda"; with
-the shims the same code runs on the CPU over gloo. They are installed only when the run uses the CPU. Each docstring names the upstream code
-that the shim replaces (megatron-core 0.16-0.19). They can be removed when upstream reads the device from its configuration.
+"""Shims that run Megatron-Core on a host without a GPU. The schedules, optimizer and random-number code of Megatron-Core hard-code the
+device "cuda". With the shims, the same code runs on the CPU over gloo. A run installs the shims only if it uses the CPU. The docstring of
+each shim names the upstream code that it replaces (megatron-core 0.16-0.19). Remove the shims when upstream reads the device from its
+configuration.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _installed: _CudaNamesMeanCpu | None = None
 
 
 def install_cpu_shims() -> None:
-    """Install all shims of this module; further calls do nothing. Only for processes that use no GPU."""
+    """Install all shims of this module. Call this function only in processes that use no GPU. Further calls do nothing."""
     global _installed
     if _installed is not None:
         return
@@ -32,14 +33,14 @@ def install_cpu_shims() -> None:
 
 
 def cpu_shims_installed() -> bool:
-    """Whether this process runs Megatron-Core on the CPU through the shims."""
+    """Return whether this process runs Megatron-Core on the CPU through the shims."""
     return _installed is not None
 
 
 @contextlib.contextmanager
 def without_device_shim() -> Iterator[None]:
-    """Disable the shim that maps "cuda" to the CPU inside the block. A forward pass names no device, and the shim's check of every torch
-    call costs a small model a fifth of the time of a token."""
+    """Disable the shim that maps "cuda" to the CPU inside the block. A forward pass names no device, so it does not need the shim. The shim
+    checks every torch call, which takes a fifth of the time per token of a small model."""
     shim = _installed if torch.overrides._get_current_function_mode() is _installed else None
     if shim is not None:
         shim.__exit__(None, None, None)
@@ -51,8 +52,9 @@ def without_device_shim() -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep freed blocks instead of returning them to the kernel, as CUDA's caching allocator does on a GPU. On a virtual
-    machine, page faults on fresh memory for every activation cost more than the arithmetic. No effect with other C libraries."""
+    """Make glibc keep freed blocks instead of returning them to the kernel, as CUDA's caching allocator does on a GPU. Without this
+    setting, the fresh memory of every activation causes page faults, which take more time than the arithmetic on a virtual machine. The
+    function has no effect with other C libraries."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
@@ -61,9 +63,9 @@ def keep_freed_memory() -> None:
 
 
 class _CudaNamesMeanCpu(TorchFunctionMode):
-    """Maps the device "cuda" to the CPU: for tensors created with device="cuda" (pipeline_parallel/schedules.py, optimizer/optimizer.py,
-    optimizer/clip_grads.py), for .cuda() and pin_memory, and for `tensor.type()`, which optimizer/distrib_optimizer.py and
-    optimizer/optimizer.py compare with 'torch.cuda.FloatTensor' and the other CUDA tensor types."""
+    """Maps the device "cuda" to the CPU. Tensors created with device="cuda" (pipeline_parallel/schedules.py, optimizer/optimizer.py,
+    optimizer/clip_grads.py) are on the CPU, and .cuda() and pin_memory have no effect. `tensor.type()` returns the CUDA type names, because
+    optimizer/distrib_optimizer.py and optimizer/optimizer.py compare its result with 'torch.cuda.FloatTensor' and similar names."""
 
     _TYPE_NAMES: ClassVar = {
         "torch.FloatTensor": "torch.cuda.FloatTensor",
@@ -94,15 +96,16 @@ def _names_cuda(device: Any) -> bool:
 
 
 def _replace_device_queries() -> None:
-    """Replace torch.cuda's device queries: tensor_parallel/layers.py, tensor_parallel/mappings.py,
-    pipeline_parallel/p2p_communication.py and distributed/param_and_grad_buffer.py allocate on `current_device()`."""
+    """Replace torch.cuda's device queries. tensor_parallel/layers.py, tensor_parallel/mappings.py, pipeline_parallel/p2p_communication.py
+    and distributed/param_and_grad_buffer.py allocate on `current_device()`."""
     torch.cuda.current_device = lambda: _CPU
     torch.cuda.set_device = lambda device: None
     torch.cuda.empty_cache = lambda: None
 
 
 def _replace_random_state() -> None:
-    """Replace the CUDA generator by the CPU's: Megatron's RNG tracker (tensor_parallel/random.py) saves, seeds and restores it."""
+    """Replace the CUDA generator with the CPU generator. Megatron's RNG tracker (tensor_parallel/random.py) saves, seeds and restores the
+    CUDA generator."""
     from megatron.core.tensor_parallel import random as megatron_random
 
     def get_state(device: Any = "cuda", *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -119,7 +122,7 @@ def _replace_random_state() -> None:
 
 
 class _NoStream:
-    """No-op replacement of torch.cuda.Stream and torch.cuda.Event: CPU operations are complete when the call returns."""
+    """Replaces torch.cuda.Stream and torch.cuda.Event with no-ops, because a CPU operation is complete when its call returns."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         pass
@@ -130,11 +133,11 @@ class _NoStream:
     synchronize = wait_stream = wait_event = record_event = record = wait = _nothing
 
     def query(self) -> bool:
-        """Return True: CPU work is always done."""
+        """Return True, because CPU work is always complete."""
         return True
 
     def elapsed_time(self, other: _NoStream) -> float:
-        """Return 0 milliseconds: these events record no time."""
+        """Return 0 milliseconds, because these events record no time."""
         return 0.0
 
 
@@ -144,8 +147,8 @@ def _no_stream_context(stream: Any) -> Iterator[None]:
 
 
 def _replace_streams_and_synchronization() -> None:
-    """Replace streams, events and synchronize (used by timers.py, pipeline_parallel, distributed/distributed_data_parallel.py and
-    dist_checkpointing)."""
+    """Replace streams, events and torch.cuda.synchronize. They are used by timers.py, pipeline_parallel,
+    distributed/distributed_data_parallel.py and dist_checkpointing."""
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.Stream = torch.cuda.Event = _NoStream
     torch.cuda.stream = _no_stream_context
@@ -156,12 +159,12 @@ def _replace_streams_and_synchronization() -> None:
 
 
 class _WeightGradientGemm:
-    """Replaces Apex's fused_weight_gradient_mlp_cuda: the weight-gradient GEMM accumulates into `main_grad` directly, without a temporary
-    tensor for the gradient."""
+    """Replaces Apex's fused_weight_gradient_mlp_cuda. The weight-gradient GEMM adds to `main_grad` without a separate gradient tensor if
+    the input is float32."""
 
     @staticmethod
     def wgrad_gemm_accum_fp32(total_input: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
-        """main_grad [o, i] += grad_output [t, o]^T @ total_input [t, i]; main_grad float32."""
+        """Add grad_output^T @ total_input to main_grad. Shapes: main_grad float32 [o, i], grad_output [t, o], total_input [t, i]."""
         if total_input.dtype == torch.float32:
             main_grad.addmm_(grad_output.t(), total_input)
         else:
@@ -171,8 +174,8 @@ class _WeightGradientGemm:
 
 
 def _replace_gradient_accumulation_kernel() -> None:
-    """Replace the CUDA extension that tensor_parallel/layers.py imports for gradient_accumulation_fusion. If Transformer Engine is
-    installed, HAVE_TE = False also keeps that code from using Transformer Engine's GPU buffer."""
+    """Replace the CUDA extension that tensor_parallel/layers.py imports for gradient_accumulation_fusion. HAVE_TE = False prevents
+    tensor_parallel/layers.py from using Transformer Engine's GPU buffer if Transformer Engine is installed."""
     from megatron.core.tensor_parallel import layers
 
     layers.fused_weight_gradient_mlp_cuda = _WeightGradientGemm
@@ -181,9 +184,9 @@ def _replace_gradient_accumulation_kernel() -> None:
 
 
 def _replace_fused_optimizers() -> None:
-    """Replace the CUDA kernels of Transformer Engine or Apex by the fallbacks that megatron.core uses without these packages.
+    """Replace the CUDA kernels of Transformer Engine and Apex with the fallbacks that megatron.core uses without these packages.
     optimizer/__init__.py, optimizer/optimizer.py, optimizer/clip_grads.py and optimizer/distrib_optimizer.py select the CUDA kernels
-    whenever the packages import, even for a run on the CPU."""
+    whenever one of the packages can be imported, even for a run on the CPU."""
     import megatron.core.optimizer as optimizers
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer

@@ -1,6 +1,6 @@
-"""Publish the error of one rank to all ranks. When an operation fails on one rank only, the other ranks hang in a collective without an
-error message. The failed rank writes its error into the store of the default process group, where the watchdogs of the other ranks read
-it."""
+"""Publish the error of one rank to all ranks. If an operation fails on one rank only, the other ranks hang in a collective without an error
+message. The failed rank therefore writes its error into the store of the default process group, and the watchdogs of the other ranks read
+the error there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 
 import torch
 
-_BOARDS = itertools.count()  # number of the next board, equal on all ranks; separates the boards of several runs in one process
+_BOARDS = itertools.count()  # number of the next board, equal on all ranks; it separates the boards of several runs in one process
 _MESSAGE, _READ = "message", "read"
 
 
@@ -33,7 +33,7 @@ class FailureBoard:
     def publish(self, message: str, *, error: str = "CheckpointError", seconds: float = 10.0) -> str:
         """Write the message unless a rank already did, then wait until the other ranks have read it.
 
-        The wait matters on rank 0: it serves the store, so the message is lost when rank 0 exits.
+        Rank 0 must wait because it serves the store: when rank 0 exits, the message is lost.
 
         Args:
             message: this rank's error.
@@ -45,7 +45,7 @@ class FailureBoard:
         if self._store is None:
             return message
         published = f"rank {self._rank}: {message}"
-        with contextlib.suppress(RuntimeError):  # the store is gone: rank 0 has exited
+        with contextlib.suppress(RuntimeError):  # the store no longer exists because rank 0 has exited
             self.error, published = self._store.compare_set(_MESSAGE, "", f"{error}\n{published}").decode().split("\n", 1)
             deadline = time.monotonic() + seconds
             self._store.add(_READ, 1)
@@ -54,7 +54,7 @@ class FailureBoard:
         return published
 
     def read(self) -> str | None:
-        """Return the message, or None if no rank has failed. Does not block."""
+        """Return the message, or None if no rank has failed. This call does not block."""
         if self._store is None:
             return None
         with contextlib.suppress(RuntimeError):
@@ -64,7 +64,7 @@ class FailureBoard:
         return None
 
     def wait(self, seconds: float = 10.0) -> str | None:
-        """Return the message; None if none arrives within `seconds`."""
+        """Wait up to `seconds` for a message. Return the message, or None if no rank has failed by then."""
         deadline = time.monotonic() + seconds
         while (message := self.read()) is None and self._store is not None and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -73,7 +73,7 @@ class FailureBoard:
         return message
 
     def acknowledge(self) -> None:
-        """Signal the failed rank that this rank has read the message."""
+        """Count this rank among those that have read the message, because the failed rank waits for them."""
         if self._store is not None:
             with contextlib.suppress(RuntimeError):
                 self._store.add(_READ, 1)

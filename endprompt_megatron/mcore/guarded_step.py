@@ -1,6 +1,6 @@
-"""An optimizer step that is skipped if the gradient norm is rejected. Megatron's optimizers compute the norm and update the weights in one
-call (optimizer/optimizer.py of megatron-core 0.16-0.19: ChainedOptimizer.step). Can be removed when upstream accepts a predicate; 0.19 has
-only a fixed threshold (OptimizerConfig.grad_norm_skip_threshold), which does not skip NaN.
+"""An optimizer step that does not update the weights if the gradient norm is rejected. Megatron's optimizers compute the norm and update
+the weights in one call (optimizer/optimizer.py of megatron-core 0.16-0.19: ChainedOptimizer.step). Remove this module when upstream accepts
+a predicate. Version 0.19 only has a fixed threshold (OptimizerConfig.grad_norm_skip_threshold), which does not skip NaN.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ def guarded_step(optimizer: Any, accept: Callable[[float], bool]) -> float:
     """Run one optimizer step, and update the weights only if `accept` returns True.
 
     Args:
-        optimizer: from get_megatron_optimizer.
-        accept: (gradient norm before clipping) -> whether to update the weights; called once, with the same norm on every rank.
+        optimizer: optimizer returned by get_megatron_optimizer.
+        accept: function of the gradient norm before clipping. Returns whether to update the weights. The function is called once, with the
+            same norm on every rank.
     Returns:
         The gradient norm before clipping.
     """

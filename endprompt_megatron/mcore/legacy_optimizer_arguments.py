@@ -1,5 +1,5 @@
-"""Legacy arguments of megatron.core.optimizer.get_megatron_optimizer: removed in 0.16, but NeMo 2.7 still passes them
-(lightning/_strategy_lib.py, setup_megatron_optimizer). Can be removed together with the NeMo integration."""
+"""Make megatron.core.optimizer.get_megatron_optimizer accept arguments that were removed in megatron-core 0.16. NeMo 2.7 still passes them
+(lightning/_strategy_lib.py, setup_megatron_optimizer). Remove this module together with the NeMo integration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ _NEUTRAL = {"no_weight_decay_cond": None, "scale_lr_cond": None, "lr_mult": 1.0}
 
 
 def accept_legacy_optimizer_arguments() -> None:
-    """Make get_megatron_optimizer accept the legacy arguments at their default values. No effect if it already accepts them."""
+    """Make get_megatron_optimizer accept the legacy arguments at their default values. If it already accepts them, do nothing. Other values
+    raise ConfigError when get_megatron_optimizer is called."""
     current = optimizer.get_megatron_optimizer
     if inspect.signature(current).parameters.keys() & _NEUTRAL.keys():
         return
@@ -34,5 +35,5 @@ def accept_legacy_optimizer_arguments() -> None:
         return current(*args, **kwargs)
 
     signature = inspect.signature(with_legacy_arguments, follow_wrapped=False)
-    with_legacy_arguments.__signature__ = signature  # type: ignore[attr-defined] # inspect reads it; a function's type does not have it
+    with_legacy_arguments.__signature__ = signature  # type: ignore[attr-defined] # inspect.signature reads this attribute
     optimizer.get_megatron_optimizer = with_legacy_arguments

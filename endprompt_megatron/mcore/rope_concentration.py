@@ -1,6 +1,6 @@
 """Setter and getter of the factor by which Megatron's attention multiplies cosine and sine (YaRN's attention factor). megatron-core 0.16
-derives the factor from the config at every call, later versions once per attention layer. megatron/core/transformer/attention.py
-(0.16-0.19) has no setter; this module can be removed when it has one."""
+derives the factor from the config at every call. Later versions derive it once per attention layer. megatron/core/transformer/attention.py
+(0.16-0.19) has no setter. Remove this module when upstream adds one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def set_rope_concentration(model: torch.nn.Module, factor: float) -> None:
 
 
 def rope_concentrations(model: torch.nn.Module) -> set[float]:
-    """The distinct factors that the attention layers of `model` use; empty without attention layers."""
+    """Return the distinct factors of the attention layers of `model`. The set is empty if this rank has no attention layer."""
     return {
         getattr(module, "_yarn_concentration_factor", None) or _yarn_get_concentration_factor_from_config(module.config)
         for module in model.modules()

@@ -38,7 +38,7 @@ class Runtime:
 
 
 def resolve_accelerator(accelerator: str) -> str:
-    """ "gpu" or "cpu" for `accelerator` = auto | gpu | cpu.
+    """Resolve `accelerator` = auto | gpu | cpu to "gpu" or "cpu". The value auto becomes "gpu" if a GPU is available.
 
     Raises:
         ConfigError: `accelerator` is none of these.
@@ -50,17 +50,17 @@ def resolve_accelerator(accelerator: str) -> str:
     if accelerator == "gpu" and not found:
         raise BackendUnavailableError(
             "accelerator=gpu: this experiment needs an NVIDIA GPU with a CUDA build of PyTorch, and "
-            f"torch {torch.__version__} finds none here. Start it on a GPU node, check it with dry_run=true, or try the method on "
-            "this machine with the default experiment (no +experiment)."
+            f"torch {torch.__version__} finds no GPU here. Start the experiment on a GPU node, check it with dry_run=true, or try the "
+            "method on this machine with the default experiment (no +experiment)."
         )
     return "gpu" if found and accelerator != "cpu" else "cpu"
 
 
 def select_device(accelerator: str) -> torch.device:
-    """Return the device of this process. A GPU also becomes the current device, so that nothing allocates on GPU 0 by accident.
+    """Return the device of this process. A GPU also becomes torch's current device, because torch allocates on GPU 0 by default.
 
     Args:
-        accelerator: gpu | cpu, resolved.
+        accelerator: gpu | cpu.
     """
     if accelerator == "cpu":
         return torch.device("cpu")
@@ -70,8 +70,8 @@ def select_device(accelerator: str) -> torch.device:
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:
-    """Resolve `precision` = auto on a resolved accelerator: bf16 on a GPU, the faster of bf16 and fp32 on a CPU (cpu_bf16_speedup). Other
-    values are returned unchanged."""
+    """Resolve `precision` = auto. The result is bf16 on a GPU. On a CPU it is bf16 if cpu_bf16_speedup exceeds 1.2, else fp32. Other values
+    are returned unchanged."""
     if precision != "auto":
         return precision
     return "bf16" if accelerator == "gpu" or cpu_bf16_speedup() > _MIN_BF16_SPEEDUP else "fp32"
@@ -83,8 +83,9 @@ _MIN_BF16_SPEEDUP = 1.2
 
 @cache
 def cpu_bf16_speedup() -> float:
-    """Speedup of bf16 over float32 matrix products on this CPU: the ratio of the medians of seven alternating products each. Takes at most
-    a tenth of a second, once per process. The CPU's instruction set does not determine it, because libraries use different parts of it."""
+    """Measure the speedup of bf16 over float32 matrix products on this CPU. The speedup is the ratio of the median times of seven
+    alternating products each. The measurement takes at most a tenth of a second, once per process. The instruction set of the CPU does not
+    determine the speedup, because libraries use different parts of the instruction set."""
     sizes = [(512, 576), (576, 1536)]  # matrices of a small model's layer
     seconds: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
     factors = {dtype: [torch.ones(size, dtype=dtype) for size in sizes] for dtype in seconds}
@@ -103,9 +104,12 @@ def initialize(parallel: ParallelConfig, *, accelerator: str, seed: int, timeout
 
     Args:
         parallel: sizes of the groups.
-        accelerator: auto | gpu | cpu; without a GPU the shims of mcore.cpu are installed and the backend is gloo.
-        seed: seed of the run; Megatron derives the tensor-parallel streams from it.
-        timeout_minutes: timeout of collectives; None means a year.
+        accelerator: auto | gpu | cpu. On the CPU, this function installs the shims of mcore.cpu and uses gloo.
+        seed: seed of the run. Megatron derives the tensor-parallel random streams from this seed.
+        timeout_minutes: timeout of collectives. None and 0 mean a year.
+    Raises:
+        ConfigError: `accelerator` is none of the three values.
+        BackendUnavailableError: no GPU is available but required, or the megatron-core version is unsupported.
     """
     version.assert_supported()
     kind = resolve_accelerator(accelerator)
@@ -122,7 +126,7 @@ def initialize(parallel: ParallelConfig, *, accelerator: str, seed: int, timeout
     if torch.distributed.is_initialized():
         get_logger().debug("reusing the process group of an earlier run in this process")
     elif world_size == 1 and "MASTER_ADDR" not in os.environ:
-        store = torch.distributed.HashStore()  # a run of one process needs no port, and so cannot collide with another run
+        store = torch.distributed.HashStore()  # needs no port, so two runs on one host cannot collide
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         torch.distributed.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
@@ -141,22 +145,22 @@ def initialize(parallel: ParallelConfig, *, accelerator: str, seed: int, timeout
 
 
 def fuses_gradient_accumulation() -> bool:
-    """Whether the weight-gradient GEMM can accumulate directly into Megatron's gradient buffer: with Apex's kernel on a GPU, with the shim
-    of mcore.cpu on a CPU."""
+    """Return whether the weight-gradient GEMM can accumulate directly into Megatron's gradient buffer. This needs Apex's kernel on a GPU
+    and the shim of mcore.cpu on a CPU."""
     from megatron.core.tensor_parallel import layers
 
     return layers._grad_accum_fusion_available
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or "CPU" with the number of torch threads."""
+    """Return the name of the GPU, or "CPU" with the number of torch threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({torch.get_num_threads()} threads)"
 
 
 def agree_on_any(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is true on any rank. Collective; all ranks return the same value."""
+    """Return whether `flag` is True on any rank. All ranks must call this function, and all get the same result."""
     if torch.distributed.get_world_size() == 1:
         return flag
     found = torch.tensor([int(flag)], device=device)
@@ -165,7 +169,8 @@ def agree_on_any(flag: bool, device: torch.device) -> bool:
 
 
 def from_rank_zero(value: Any) -> Any:
-    """Broadcast rank 0's value to all ranks: hosts and file systems may give each rank another value, and all ranks must decide alike."""
+    """Broadcast rank 0's value to all ranks and return it. Ranks on other hosts or file systems may have other values, but all ranks must
+    take the same decision. All ranks must call this function."""
     if torch.distributed.get_world_size() == 1:
         return value
     shared = [value]
@@ -174,7 +179,8 @@ def from_rank_zero(value: Any) -> Any:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, numpy, torch and Megatron's tensor-parallel generators (Megatron adds the rank if streams must differ)."""
+    """Seed Python, numpy, torch and Megatron's tensor-parallel generators. Megatron adds the rank to the seed of streams that must differ
+    between ranks."""
     pipeline_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(pipeline_seed)
     np.random.seed(pipeline_seed)
@@ -186,7 +192,7 @@ def shut_down(*, keep_process_group: bool = False) -> None:
     """Destroy Megatron's process groups, so that another run can start in this process.
 
     Args:
-        keep_process_group: keep torch.distributed initialised, for a following run with another layout over the same ranks.
+        keep_process_group: keep torch.distributed initialised for another run on the same ranks, possibly with another layout.
     """
     if torch.distributed.is_initialized():
         parallel_state.destroy_model_parallel()

@@ -1,6 +1,7 @@
-"""Fixes for loading checkpoints into Megatron's DistributedOptimizer over torch's AdamW, which Megatron uses without Transformer Engine and
-Apex. Upstream ignores that torch's AdamW stores a step count next to the moments (megatron-core 0.16-0.19, optimizer/distrib_optimizer.py).
-The fixes change optimizer instances and patch no class. They can be removed when upstream loads the state that it saved.
+"""Fixes for loading checkpoints into a Megatron DistributedOptimizer that wraps torch's AdamW. Megatron uses torch's AdamW if neither
+Transformer Engine nor Apex is installed. Megatron's loading code does not handle the step count that torch's AdamW stores next to the
+moments (megatron-core 0.16-0.19, optimizer/distrib_optimizer.py). The fixes change optimizer instances and patch no class. Remove this
+module when Megatron-Core loads the state that it saves.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import torch
 def make_loadable(optimizer: Any) -> None:
     """Prepare a Megatron optimizer that wraps torch's AdamW for loading a checkpoint.
 
-    Without it, `state_dict()` asserts that all parameters have the same step count, but a fresh optimizer has no state yet; and
-    `_set_main_param_and_optimizer_states()` looks for the step among the loaded moments.
+    Without this function, loading fails in two places. `state_dict()` asserts that all parameters have the same step count, but a new
+    optimizer has no state. `_set_main_param_and_optimizer_states()` expects the step count among the loaded moments.
 
     Args:
-        optimizer: from get_megatron_optimizer.
+        optimizer: optimizer returned by get_megatron_optimizer.
     """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if not isinstance(part.optimizer, torch.optim.AdamW):
@@ -36,18 +37,18 @@ def make_loadable(optimizer: Any) -> None:
 
 
 def separate_steps(optimizer: Any) -> None:
-    """Give every parameter its own step count; call it after `load_state_dict`. Megatron assigns one shared tensor to all parameters, and
-    AdamW, which adds 1 per parameter, would count one step many times. For a fused optimizer, convert the count if AdamW wrote the
-    checkpoint.
+    """Give every parameter its own step count. Call this function after `load_state_dict`, which assigns one shared tensor to all
+    parameters. AdamW adds 1 to the count of each parameter, so it would increase a shared count several times per step. For FusedAdam of
+    Transformer Engine or Apex, this function converts the step count to an int, because a checkpoint of torch's AdamW holds a tensor.
 
     Args:
-        optimizer: from get_megatron_optimizer, after load_state_dict.
+        optimizer: optimizer returned by get_megatron_optimizer.
     """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part.optimizer, torch.optim.AdamW):
             for state in part.optimizer.state.values():
                 state["step"] = state["step"].clone()
-        else:  # FusedAdam of Transformer Engine and Apex keeps an int per group; torch's AdamW saved a tensor there
+        else:  # FusedAdam stores one int per group
             for group in part.optimizer.param_groups:
                 if "step" in group:
                     group["step"] = int(group["step"])
@@ -56,5 +57,5 @@ def separate_steps(optimizer: Any) -> None:
 def _set_with_own_step(part: Any, original: Any, model_param: Any, tensors: dict[str, Any]) -> None:
     group_index, group_order = part.model_param_group_index_map[model_param]
     main_param = part.optimizer.param_groups[group_index]["params"][group_order]
-    step = part.optimizer.state[main_param]["step"]  # load_state_dict has already set it from the parameter group
+    step = part.optimizer.state[main_param]["step"]  # already set by load_state_dict from the parameter group
     original(part, model_param, {"step": step, **tensors})

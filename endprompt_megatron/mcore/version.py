@@ -1,4 +1,4 @@
-"""Version of the installed megatron-core, and the check that this project supports it."""
+"""Read the version of the installed megatron-core, and check that this project supports it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SUPPORTED = ((0, 16), (0, 19))
 
 
 def megatron_core_version() -> str:
-    """The installed version, e.g. "0.16.1".
+    """Return the installed version, e.g. "0.16.1".
 
     Raises:
         BackendUnavailableError: megatron-core is not installed.
@@ -22,10 +22,10 @@ def megatron_core_version() -> str:
 
 
 def assert_supported() -> None:
-    """Raise if the installed megatron-core is outside the tested range.
+    """Check that the installed megatron-core is supported.
 
     Raises:
-        BackendUnavailableError: it is older than 0.16 or newer than 0.19.
+        BackendUnavailableError: megatron-core is not installed, older than 0.16 or newer than 0.19.
     """
     version = megatron_core_version()
     major_minor = tuple(int(part) for part in version.split(".")[:2])

@@ -1,5 +1,5 @@
-"""Names of the parameters of low-rank adapters, in a model and in its checkpoints, and the merge of an adapter into its weight. Does not
-import Megatron, so that the converter can use it without Megatron."""
+"""Parameter names of low-rank adapters in models and checkpoints, and the merge of an adapter into its weight. This module does not import
+Megatron, so that the converter can use it without Megatron."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _SUFFIXES = ("_lora_A", "_lora_B")
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter name (of a module, a model or a checkpoint) belongs to an adapter."""
+    """Return whether a parameter name (of a module, a model or a checkpoint) belongs to an adapter."""
     return name.endswith(_SUFFIXES)
 
 
 def adapter_name(target: str, matrix: str) -> str:
-    """Name of an adapter parameter in its linear layer.
+    """Return the name of an adapter parameter in its linear layer.
 
     Args:
         target: q_proj | k_proj | v_proj | o_proj.
@@ -27,24 +27,25 @@ def adapter_name(target: str, matrix: str) -> str:
 
 
 def merge(weight: Tensor, update: Tensor, scale: float) -> Tensor:
-    """W + alpha / r B A, computed in float32 and rounded to the weight's dtype.
+    """Return W + alpha / r B A, computed in float32 and rounded to the dtype of W.
 
     Args:
         weight: rows of W.
-        update: float32, the same rows of B A (from low_rank_product).
+        update: the same rows of B A in float32, from low_rank_product.
         scale: alpha / r.
     """
     return (weight.float() + update * scale).to(weight.dtype)
 
 
 def low_rank_product(b: Tensor, a: Tensor) -> Tensor:
-    """B A in float32, accumulated over the rank dimension in a fixed order by elementwise products and sums. Unlike a matrix product, the
-    result depends bit for bit neither on which rows are computed together nor on the device, so every layout merges to the same weight.
+    """Return B A in float32. The product is accumulated over the rank dimension in a fixed order by elementwise products and sums. Unlike a
+    matrix product, the result is bitwise independent of the device and of the number of rows, so every layout merges to the same weight.
 
     Args:
-        b: [rows, r]; a: [r, columns].
+        b: B, [rows, r].
+        a: A, [r, columns].
     Returns:
-        [rows, columns].
+        float32 [rows, columns].
     """
     b, a = b.float(), a.float()
     product = torch.zeros(b.shape[0], a.shape[1], device=b.device)

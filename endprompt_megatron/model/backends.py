@@ -1,4 +1,4 @@
-"""Backends: the kernels for attention, norms and linear layers. `resolve` turns the config's `backend` into one that is available on this
+"""Backends. A backend is a choice of kernels for attention, norms and linear layers. `resolve` selects a backend that is available on this
 machine and describes the choice."""
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Backend:
     Attributes:
         name: value of `backend` in the config.
         description: text for the status line.
-        block_spec: (TransformerConfig, vp_stage=..., unfused_norms=...) -> layer spec for GPTModel; with unfused_norms the norm before
-            attention is not fused into a linear layer.
-        has_te_kernels: whether it is Transformer Engine.
+        block_spec: function (TransformerConfig, vp_stage=..., unfused_norms=...) that returns the layer spec for GPTModel. With
+            unfused_norms, the norm before attention is not fused into a linear layer.
+        has_te_kernels: whether the kernels are those of Transformer Engine.
     """
 
     name: str
@@ -44,10 +44,10 @@ def resolve(name: str, *, accelerator: str = "cpu", precision: str = "bf16") -> 
 
     Args:
         name: auto | te | torch.
-        accelerator: gpu | cpu, resolved.
-        precision: resolved.
+        accelerator: gpu | cpu.
+        precision: fp32, bf16 or an FP8 precision.
     Raises:
-        ConfigError: no such backend.
+        ConfigError: `name` is not a backend.
         BackendUnavailableError: this machine does not meet the requirements of the backend or of the precision.
     """
     if name not in ("auto", *BACKENDS):
@@ -73,10 +73,10 @@ def resolve(name: str, *, accelerator: str = "cpu", precision: str = "bf16") -> 
 
 
 def assert_same_everywhere(backend: Backend) -> None:
-    """Raise if the ranks of a job resolved different backends. Collective over all ranks.
+    """Check that all ranks of a job resolved the same backend. All ranks must call this function.
 
     Raises:
-        BackendUnavailableError: names the ranks that differ.
+        BackendUnavailableError: a rank has another backend than rank 0.
     """
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, (backend.name, backend.description))

@@ -32,14 +32,14 @@ def transformer_config(
     bf16_layers: tuple[int, int] = (0, 0),
     fusions: Fusions | None = None,
 ) -> TransformerConfig:
-    """TransformerConfig of an architecture.
+    """Return the TransformerConfig of an architecture.
 
     Args:
         architecture: sizes of the model.
         parallel: layout and recomputation.
         precision: bf16 | fp32, or an FP8 precision.
-        bf16_layers: for an FP8 precision, the number of layers at the start and at the end that stay in bf16.
-        fusions: None uses the fusions that every backend has.
+        bf16_layers: for an FP8 precision, numbers of layers at the start and at the end that stay in bf16.
+        fusions: fused kernels; None selects the fusions that every backend supports.
     """
     fusions = fusions or choose_fusions(has_te_kernels=False)
     recompute = {}
@@ -73,7 +73,7 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
-        # with two pipeline stages both neighbours are the same rank: batched sends of the interleaved schedule would match wrong receives
+        # with two pipeline stages, both neighbours are the same rank, so batched sends of an interleaved schedule would meet wrong receives
         overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
         batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
         gradient_accumulation_fusion=fusions.gradient_accumulation,
@@ -110,12 +110,12 @@ def build_model_chunks(
     Args:
         architecture: sizes of the model.
         rope: rotary frequencies.
-        max_sequence_length: L; Megatron only stores it.
+        max_sequence_length: L. Megatron stores this value and does not use it.
         parallel, precision, backend: parallel layout, number format and kernels.
         device: device of the weights.
-        bf16_layers, fusions: as for transformer_config.
-        adapter: adapters, and which other parameters train; None or type none trains all parameters.
-        attention_groups: number of groups of S2-attention; None for full attention.
+        bf16_layers, fusions: same as for transformer_config.
+        adapter: settings of the adapters and of the other parameters that train. None or type none trains all parameters.
+        attention_groups: number of groups of S2-attention; None selects full attention.
         seed: seed of the run, used to initialise adapters.
     """
     config = transformer_config(architecture, parallel=parallel, precision=precision, bf16_layers=bf16_layers, fusions=fusions)
@@ -148,7 +148,7 @@ def build_model_chunks(
 
 
 def wrap_for_training(chunks: list[EndPromptGPTModel], parallel: ParallelConfig) -> list[DistributedDataParallel]:
-    """Wrap loaded chunks in Megatron's mixed-precision and data-parallel modules; gradients accumulate in float32."""
+    """Wrap loaded chunks in Megatron's mixed-precision and data-parallel modules. Gradients accumulate in float32."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.use_distributed_optimizer,

@@ -1,7 +1,7 @@
-"""Cross-entropy in slices of rows, for a vocabulary that is not split over tensor-parallel ranks. It allocates neither a float32 copy of
-all logits nor a dense one-hot gradient: the backward pass writes the gradient into the memory of the logits.
+"""Cross-entropy in slices of rows, for a vocabulary that is not split over tensor-parallel ranks. This implementation allocates neither a
+float32 copy of all logits nor a dense one-hot gradient. The backward pass writes the gradient into the memory of the logits.
 
-Shapes: r rows (tokens), v vocabulary with padding.
+Shapes: r rows (tokens), v vocabulary size including padding.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _SlicedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None]:
         if ctx.consumed:
-            raise RuntimeError("the backward pass has overwritten the logits with their gradient: this loss can be differentiated once")
+            raise RuntimeError("the backward pass has overwritten the logits with their gradient: differentiate this loss only once")
         ctx.consumed = True
         logits, labels, log_normalizer = ctx.saved_tensors
         logits = logits.detach()
@@ -44,12 +44,12 @@ class _SlicedCrossEntropy(torch.autograd.Function):
 
 
 def sliced_cross_entropy(logits: Tensor, labels: Tensor, *, num_real_tokens: int) -> Tensor:
-    """Return the cross-entropy of each row; the backward pass overwrites `logits`.
+    """Return the cross-entropy of each row. The backward pass overwrites `logits`.
 
     Args:
-        logits: [r, v], any floating-point dtype; must not be used elsewhere afterwards.
+        logits: [r, v], any floating-point dtype. The caller must not use them afterwards.
         labels: int64 [r], each < num_real_tokens.
-        num_real_tokens: columns from this index on are padding and get no probability.
+        num_real_tokens: number of columns that are tokens. The following columns are padding and get no probability.
     Returns:
         float32 [r].
     """

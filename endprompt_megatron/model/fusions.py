@@ -1,4 +1,4 @@
-"""Select the fused kernels of a run from its backend, layout and positions, and give a reason for each one that is not used."""
+"""Select the fused kernels of a run by its backend, layout and positions, and record why other fused kernels are not used."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from endprompt_megatron.mcore.runtime import fuses_gradient_accumulation
 
 @dataclass(frozen=True)
 class Fusions:
-    """The fused kernels of a run.
+    """The fused kernels of a run, and the reasons why other fused kernels are not used.
 
     Attributes:
-        rope: rotation of query and key. Transformer Engine's kernel takes one row of positions for the whole micro-batch.
-        cross_entropy: loss over a vocabulary that is split over tensor-parallel ranks; without a split, model/cross_entropy.py is used.
-        activation: SwiGLU, and the residual addition.
-        gradient_accumulation: the weight-gradient GEMM accumulates directly into Megatron's gradient buffer.
-        left_out: name of each fusion that is not used, with the reason.
+        rope: whether the rotation of query and key is fused. The fused kernel uses one row of positions for the whole micro-batch.
+        cross_entropy: whether the loss over a vocabulary that is split over tensor-parallel ranks is fused. Without a split, the loss is
+            that of model/cross_entropy.py.
+        activation: whether SwiGLU and the residual addition are fused.
+        gradient_accumulation: whether the weight-gradient GEMM accumulates directly into Megatron's gradient buffer.
+        left_out: one text per fusion that is not used, with its name and the reason.
     """
 
     rope: bool = False
@@ -28,7 +29,7 @@ class Fusions:
     left_out: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """Text for the status line."""
+        """Return a text for the status line."""
         names = {
             "RoPE": self.rope,
             "cross-entropy": self.cross_entropy,
@@ -47,8 +48,8 @@ def choose_fusions(
     Args:
         has_te_kernels: whether the backend is Transformer Engine.
         positions_shared: whether all samples of every micro-batch have the same positions (PositionScheme.shares_positions).
-        attention_factor: factor of cosine and sine (YaRN); the fused kernel supports only 1.
-        tensor_model_parallel_size: number of ranks that the vocabulary is split over.
+        attention_factor: factor that multiplies cosine and sine (YaRN). The fused kernel supports only 1.
+        tensor_model_parallel_size: number of ranks over which the vocabulary is split.
     """
     left_out = []
     accumulation = fuses_gradient_accumulation()

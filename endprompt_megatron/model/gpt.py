@@ -1,6 +1,6 @@
 """Megatron's GPTModel with rotary positions taken from position_ids.
 
-Shapes: b micro-batch, s physical sequence, v vocabulary share of this rank; Megatron order [s, b, h].
+Shapes: b micro-batch, s physical sequence, h hidden size, v vocabulary share of this rank. Tensors are [s, b, h] as in Megatron.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class EndPromptGPTModel(GPTModel):
     """A GPTModel whose rotary embedding uses position_ids.
 
     Args:
-        config, transformer_layer_spec: as for GPTModel.
-        vocab_size: rows of the embedding, padding included.
-        num_real_tokens: tokens of the vocabulary; the padding rows after them get no probability.
+        config, transformer_layer_spec, max_sequence_length: same as for GPTModel.
+        vocab_size: number of rows of the embedding, including padding.
+        num_real_tokens: number of tokens of the vocabulary. The padding rows after these tokens get no probability.
         rope: rotary frequencies.
         kwargs: further arguments of GPTModel.
     """
@@ -52,42 +52,45 @@ class EndPromptGPTModel(GPTModel):
         self.num_real_tokens = num_real_tokens
 
     def set_rope(self, rope: RopeScaling) -> None:
-        """Use the frequencies and the attention factor of `rope` from the next forward pass on (e.g. the base's own, to evaluate it)."""
+        """Use the frequencies and the attention factor of `rope` from the next forward pass on, e.g. those of the base to evaluate it."""
         self.rotary_pos_emb.set_scaling(rope)
         set_rope_concentration(self, rope.attention_factor)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Same as GPTModel.forward, but rotates every token to its position in position_ids.
+        """Run GPTModel.forward, and rotate every token to its position in position_ids.
 
         Args:
             input_ids: [b, s] (None on pipeline stages without the embedding).
-            position_ids: [s], shared by the micro-batch, or [b, s]; required on every pipeline stage.
+            position_ids: [s] if all samples of the micro-batch share their positions, else [b, s]. Required on every pipeline stage.
         Returns:
-            On the last pipeline stage the loss of each token [b, s] if labels are given, else logits [b, s, v]; on other stages hidden
+            On the last pipeline stage, the loss of each token [b, s] if labels are given, else logits [b, s, v]. On other stages, hidden
             states [s, b, h].
+        Raises:
+            AssertionError: the samples have different positions and the rotary kernel is fused.
         """
         if self.config.apply_rope_fusion and position_ids.dim() == 2:
             if position_ids.shape[0] > 1:
                 raise AssertionError(
-                    f"position_ids {tuple(position_ids.shape)}: the fused rotary kernel takes one row for the whole micro-batch, and would "
-                    f"rotate every sample to the first one's positions"
+                    f"position_ids {tuple(position_ids.shape)}: the fused rotary kernel supports one row for the whole micro-batch, and "
+                    f"would rotate every sample to the positions of the first"
                 )
             position_ids = position_ids[0]
-        # the shim's overhead matters when decoding token by token; training needs the shim: recomputation names devices
+        # the overhead of the shim matters when decoding token by token; training needs the shim because recomputation names devices
         device_shim = nullcontext() if torch.is_grad_enabled() else without_device_shim()
         with device_shim, self.rotary_pos_emb.at(position_ids):
             return super().forward(input_ids, position_ids, attention_mask, **kwargs)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Cross-entropy of each token, float32.
+        """Return the cross-entropy of each token.
 
         Padding rows of the vocabulary get no probability, so that the loss is the same for every tensor-parallel size. If the whole
         vocabulary is on this rank, the loss is computed in slices of rows without copying the logits.
 
         Args:
-            labels: [b, s]; logits: [s, b, v].
+            labels: [b, s].
+            logits: [s, b, v].
         Returns:
-            [b, s].
+            float32 [b, s].
         """
         share = logits.shape[-1]
         first_token = self.pg_collection.tp.rank() * share
@@ -103,8 +106,8 @@ class EndPromptGPTModel(GPTModel):
 
     @contextmanager
     def logits_of(self, rows: slice | Sequence[int]) -> Iterator[None]:
-        """Inside the block the output layer computes logits only for these tokens of the sequence: a probe of a long context needs a few
-        logits, not all s x v. Does not support sequence parallelism, where a rank holds only a part of the sequence."""
+        """Compute logits only for the tokens `rows` of the sequence inside the block, because a probe of a long context needs only a few
+        logits of the s x v. Sequence parallelism is not supported, because a rank then holds only a part of the sequence."""
         hook = self.output_layer.register_forward_pre_hook(lambda module, inputs: (inputs[0][rows], *inputs[1:]))
         try:
             yield
@@ -113,9 +116,9 @@ class EndPromptGPTModel(GPTModel):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside the block the model is set up for probes and generation. Attention is torch SDPA, which supports a key/value cache and
-        branches. FP8 is off, because its matrix products only support certain multiples as the number of tokens
-        (config.precision.FP8_MULTIPLES)."""
+        """Set the model up for probes and generation inside the block. Attention is torch SDPA, which supports a key/value cache and
+        branches. FP8 is off, because FP8 matrix products require the number of tokens to be a multiple of the value in
+        config.precision.FP8_MULTIPLES."""
         fp8 = self.config.fp8
         replaced = []
         for layer in self.decoder.layers:
@@ -133,16 +136,18 @@ class EndPromptGPTModel(GPTModel):
 
     @contextmanager
     def branches_after(self, trunk: int, lengths: list[int]) -> Iterator[None]:
-        """Inside the block the sequence consists of a trunk and branches: each branch attends to the trunk and to itself, but not to other
-        branches. This lets several questions about one long context share its prefill. Requires `evaluating` and the whole sequence on this
-        rank.
+        """Treat the sequence as a trunk and branches inside the block. Each branch attends to the trunk and to itself, but not to other
+        branches, so several questions about one long context share its prefill. The block must be inside `evaluating`, and this rank must
+        hold the whole sequence.
 
         Inside `cached`, the tokens of earlier calls belong to the trunk, and a call may consist of branches alone. Branches are not added
         to the cache, so the next call can pass new branches.
 
         Args:
-            trunk: tokens before the first branch, including those of earlier calls, >= 1.
-            lengths: tokens of each branch; trunk and branches together are the sequence. Empty: no branches.
+            trunk: number of tokens before the first branch, including the tokens of earlier calls, >= 1.
+            lengths: number of tokens of each branch. The trunk and the branches form the sequence. An empty list means no branches.
+        Raises:
+            AssertionError: the trunk is empty, a layer does not support branches, or the sequence is split over ranks.
         """
         attentions = self._caching_attentions() if lengths else []
         if lengths and trunk < 1:
@@ -157,11 +162,14 @@ class EndPromptGPTModel(GPTModel):
 
     @contextmanager
     def cached(self, max_length: int) -> Iterator[None]:
-        """Inside the block every layer has a key/value cache, and a forward pass continues the sequence of the previous ones. This allows
-        prefill in chunks and token-by-token decoding. Requires torch.no_grad, `evaluating` and the whole sequence on this rank.
+        """Give every layer a key/value cache inside the block, so that a forward pass continues the sequence of the previous passes. This
+        allows prefill in chunks and decoding token by token. The block must be inside torch.no_grad and `evaluating`, and this rank must
+        hold the whole sequence.
 
         Args:
-            max_length: maximum number of tokens of all passes together, >= 1; the first pass allocates the memory for them.
+            max_length: maximum number of tokens of all passes together, >= 1. The first pass allocates the memory for these tokens.
+        Raises:
+            AssertionError: a layer does not support a cache, or the sequence is split over ranks.
         """
         attentions = self._caching_attentions()
         for attention in attentions:
@@ -173,9 +181,9 @@ class EndPromptGPTModel(GPTModel):
                 attention.cache = None
 
     def rewind(self, length: int) -> None:
-        """Inside `cached`, drop all but the first `length` tokens from the cache."""
+        """Truncate the cache to its first `length` tokens. Must be called inside `cached`."""
         for attention in self._caching_attentions():
-            assert attention.cache is not None  # inside `cached` every layer has one
+            assert attention.cache is not None  # `cached` gave every layer a cache
             attention.cache.rewind(length)
 
     def _caching_attentions(self) -> list[TorchSDPA]:
@@ -191,11 +199,12 @@ class EndPromptGPTModel(GPTModel):
         """Check that the model uses the configured rotary frequencies.
 
         Raises:
-            AssertionError: another module is in the rotary slot, or its frequencies differ (always a bug, never a user error).
+            AssertionError: another module computes the rotary angles, or the frequencies or the attention factor differ. This is always
+                a bug and never a user error.
         """
         live = self.rotary_pos_emb
         if not isinstance(live, PositionRotaryEmbedding):
-            raise AssertionError(f"the live rotary module is {type(live).__name__}, which ignores position_ids")
+            raise AssertionError(f"the rotary module of the model is {type(live).__name__}, which ignores position_ids")
         expected = rope.inv_freq()
         found = live.inv_freq.cpu().numpy()
         if not np.array_equal(found, expected):

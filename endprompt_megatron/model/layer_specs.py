@@ -1,4 +1,4 @@
-"""Layer specs of each backend: which class fills which slot of a Megatron transformer layer."""
+"""Layer specs of each backend. A layer spec assigns a class to each submodule of a Megatron transformer layer."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from endprompt_megatron.model.sdpa import TorchSDPA
 
 
 def torch_block_spec(config: TransformerConfig, *, vp_stage: int | None = None, unfused_norms: bool = True) -> TransformerBlockSubmodules:
-    """Block spec for the layers of this pipeline stage: Megatron's local layers with torch SDPA attention and our RMSNorm.
+    """Return the block spec of this pipeline stage with Megatron's local layers, torch SDPA attention and our RMSNorm.
 
     Args:
         config: config of the whole model.
         vp_stage: virtual pipeline stage, or None.
-        unfused_norms: ignored; norms of these layers are never fused into linear layers.
+        unfused_norms: ignored, because these layers never fuse norms into linear layers.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Apex is not installed")
@@ -34,13 +34,13 @@ def torch_block_spec(config: TransformerConfig, *, vp_stage: int | None = None, 
 
 
 def te_block_spec(config: TransformerConfig, *, vp_stage: int | None = None, unfused_norms: bool = False) -> TransformerBlockSubmodules:
-    """Block spec for the layers of this pipeline stage: Megatron's Transformer Engine layers. The norms before attention and before the MLP
+    """Return the block spec of this pipeline stage with Megatron's Transformer Engine layers. The norms before attention and before the MLP
     are fused into the linear layers that follow.
 
     Args:
         config: config of the whole model.
         vp_stage: virtual pipeline stage, or None.
-        unfused_norms: do not fuse the norm before attention, so that adapters can read its output.
+        unfused_norms: whether to leave the norm before attention unfused, so that adapters can read its output.
     """
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec

@@ -1,8 +1,8 @@
-"""LoRA on the attention projections q, k, v and o. The adapters are mixins for the linear classes of any backend; the base parameters keep
-their names. Also decides which parameters train.
+"""LoRA on the attention projections q, k, v and o. The adapters are mixins for the linear classes of any backend. The base parameters keep
+their names. This module also freezes the parameters that do not train.
 
-Shapes: s sequence, b micro-batch, h hidden, r rank, n query heads and g key/value groups of the whole model, d head dim, t tensor-parallel
-size. Output size of each projection: n d (q), g d (k and v), h (o).
+Shapes: s sequence, b micro-batch, h hidden size, r rank, n query heads and g key/value groups of the whole model, d head dimension,
+t tensor-parallel size. The output sizes of the projections are n d (q), g d (k and v) and h (o).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def with_adapters(block: TransformerBlockSubmodules, adapter: AdapterConfig) -> 
 
     Args:
         block: layer specs of a backend; changed in place.
-        adapter: settings, type lora.
+        adapter: settings of the adapters, with type lora.
     """
     for layer in {id(layer): layer for layer in block.layer_specs}.values():  # layers may share one spec
         attention = layer.submodules.self_attention.submodules
@@ -52,16 +52,16 @@ def with_adapters(block: TransformerBlockSubmodules, adapter: AdapterConfig) -> 
 def _adapted(linear: Any, mixin: type, adapter: AdapterConfig) -> ModuleSpec:
     base, params = (linear.module, linear.params) if isinstance(linear, ModuleSpec) else (linear, {})
     if "LayerNorm" in base.__name__:
-        raise AssertionError(f"{base.__name__} computes its norm internally: adapters need an unfused linear layer")
+        raise AssertionError(f"{base.__name__} includes a norm, but adapters need a linear layer without a fused norm")
     return ModuleSpec(module=type(f"LoRA{base.__name__}", (mixin, base), {}), params={**params, "adapter": adapter})
 
 
 class AdaptedLinear(torch.nn.Module):
-    """Mixin for a linear layer of Megatron: y = W x + alpha / r B A x.
+    """Mixin for a linear layer of Megatron, which computes y = W x + alpha / r B A x.
 
     Args:
-        args, options: arguments of the linear layer.
-        adapter: rank, alpha and targets.
+        args, config, options: arguments of the linear layer.
+        adapter: settings of the adapters.
     """
 
     def __init__(self, *args: Any, config: TransformerConfig, adapter: AdapterConfig, **options: Any):
@@ -85,8 +85,8 @@ class AdaptedLinear(torch.nn.Module):
 
         Args:
             shape: shape of this rank's shard.
-            dim: dimension that is split over tensor-parallel ranks; None if it is replicated.
-            sequence_parallel: whether this rank computes the gradient from its part of the sequence only.
+            dim: dimension that is split over tensor-parallel ranks; None if the parameter is replicated.
+            sequence_parallel: whether this rank computes the gradient only from its part of the sequence.
         """
         like = self.weight
         parameter = torch.nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device))
@@ -98,7 +98,7 @@ class AdaptedLinear(torch.nn.Module):
         self.register_parameter(adapter_name(target, matrix), parameter)
 
     def matrix(self, target: str, matrix: str) -> torch.nn.Parameter:
-        """This rank's shard of A or B of a target."""
+        """Return this rank's shard of A or B of a target."""
         return getattr(self, adapter_name(target, matrix))
 
     def adapters(self) -> Iterator[tuple[str, str, torch.nn.Parameter]]:
@@ -109,8 +109,8 @@ class AdaptedLinear(torch.nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int, layer_number: int) -> None:
-        """Initialise A as peft does, uniform in +-1 / sqrt(inputs), and B with zeros, so that the layer starts equal to its base. Each rank
-        draws the whole of A and keeps its shard, so that every layout starts with the same weights.
+        """Initialise A uniformly in [-1 / sqrt(input size), 1 / sqrt(input size)], as peft does, and B with zeros. The layer therefore
+        starts equal to its base. Each rank draws the whole matrix A and keeps its shard, so that every layout starts with the same weights.
 
         Args:
             seed: seed of the run.
@@ -132,14 +132,14 @@ class AdaptedLinear(torch.nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """W + alpha / r B A of this rank's shard, computed in float32 and rounded to the weight's dtype."""
+        """Return this rank's shard of W + alpha / r B A, computed in float32 and rounded to the dtype of W."""
         return merge(self.weight, self._update(), self.scale)
 
     def _update(self) -> Tensor:
         raise NotImplementedError
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: dict | None = None) -> dict[str, Any]:
-        """Same as the linear layer's, plus the adapters with their tensor-parallel sharding."""
+        """Return the sharded state of the linear layer and of the adapters."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         adapters = {adapter_name(target, matrix): parameter for target, matrix, parameter in self.adapters()}
         cut = {name: parameter.partition_dim for name, parameter in adapters.items() if getattr(parameter, "tensor_model_parallel", False)}
@@ -147,7 +147,7 @@ class AdaptedLinear(torch.nn.Module):
 
 
 class _QKVAdapters(AdaptedLinear):
-    """Adapters of q, k and v on a column-parallel fused projection. A is replicated on every rank; B is split by rows."""
+    """Adapters of q, k and v on a column-parallel fused projection. A is replicated on every rank. B is split by rows."""
 
     def __init__(self, input_size: int, *args: Any, config: TransformerConfig, adapter: AdapterConfig, **options: Any):
         super().__init__(input_size, *args, config=config, adapter=adapter, **options)
@@ -160,30 +160,30 @@ class _QKVAdapters(AdaptedLinear):
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Same as AdaptedLinear."""
+        """Projections of this layer that have an adapter."""
         return tuple(target for target in QKV_TARGETS if target in self.adapter.target_modules)
 
     def forward(self, input_: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
-        """Same as the linear layer's, plus the adapters.
+        """Return the output of the linear layer plus the output of the adapters, and the bias.
 
         Args:
-            input_: [s, b, h]; [s / t, b, h] with sequence parallelism.
+            input_: [s, b, h], or [s / t, b, h] with sequence parallelism.
         Returns:
-            ([s, b, (n + 2 g) d / t], bias or None).
+            (output [s, b, (n + 2 g) d / t], bias or None).
         """
         output, bias = super().forward(input_, *args, **options)
         hidden = F.linear(input_, torch.cat([self.matrix(target, "A") for target in self.targets]))
         if self._sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden)
         elif self._tensor_parallel_size > 1:
-            hidden = copy_to_tensor_model_parallel_region(hidden)  # backward: sums the gradient of A over the ranks' heads
+            hidden = copy_to_tensor_model_parallel_region(hidden)  # the backward pass sums the gradient of A over the ranks
         parts = zip(self.targets, hidden.split(self.adapter.rank, dim=-1), strict=True)
         deltas = {target: F.linear(part, self.matrix(target, "B")) for target, part in parts}
         return output + self.scale * self._interleave(deltas, -1), bias
 
     def _interleave(self, parts: dict[str, Tensor], dim: int) -> Tensor:
-        """Concatenate q, k and v along `dim` in the order of Megatron's fused projection: for each key/value group its query heads, its
-        key, its value. Projections without an adapter become zeros."""
+        """Concatenate q, k and v along `dim` in the order of Megatron's fused projection, which stores the query heads, the key and the
+        value of one key/value group after another. Projections without an adapter become zeros."""
         one = next(iter(parts.values()))
         rows = []
         for target, width in self._widths.items():
@@ -202,7 +202,7 @@ class _QKVAdapters(AdaptedLinear):
 
 
 class _OutputAdapter(AdaptedLinear):
-    """Adapter of o on a row-parallel projection. A is split by columns; B is replicated on every rank."""
+    """Adapter of o on a row-parallel projection. A is split by columns. B is replicated on every rank."""
 
     def __init__(self, input_size: int, output_size: int, *args: Any, config: TransformerConfig, adapter: AdapterConfig, **options: Any):
         super().__init__(input_size, output_size, *args, config=config, adapter=adapter, **options)
@@ -211,16 +211,16 @@ class _OutputAdapter(AdaptedLinear):
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Same as AdaptedLinear."""
+        """Projections of this layer that have an adapter."""
         return (OUTPUT_TARGET,)
 
     def forward(self, input_: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
-        """Same as the linear layer's, plus the adapters.
+        """Return the output of the linear layer plus the output of the adapter, and the bias.
 
         Args:
             input_: [s, b, n d / t].
         Returns:
-            ([s, b, h], bias or None); [s / t, b, h] with sequence parallelism.
+            (output, bias or None). The output is [s, b, h], or [s / t, b, h] with sequence parallelism.
         """
         output, bias = super().forward(input_, *args, **options)
         hidden = F.linear(input_, self.matrix(OUTPUT_TARGET, "A"))
@@ -235,13 +235,13 @@ class _OutputAdapter(AdaptedLinear):
 
 
 def adapted_layers(model: torch.nn.Module) -> dict[str, AdaptedLinear]:
-    """{name in the model: layer} of all linear layers with adapters."""
+    """Return {name in the model: layer} of all linear layers with adapters."""
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
 def prepare_adapters(model: torch.nn.Module, adapter: AdapterConfig, *, seed: int) -> None:
-    """Initialise the adapters of a model chunk and freeze all other parameters, except norms and embedding if the config trains them. A
-    tied output layer trains if the embedding does; an untied output layer is always frozen.
+    """Initialise the adapters of a model chunk and freeze all other parameters, except the norms and the embedding if the config trains
+    them. A tied output layer trains together with the embedding. An untied output layer is always frozen.
 
     Args:
         model: chunk with adapters.
@@ -259,7 +259,7 @@ def prepare_adapters(model: torch.nn.Module, adapter: AdapterConfig, *, seed: in
         trains = is_adapter(name) or (adapter.train_embeddings and is_embedding) or (adapter.train_norms and is_norm)
         parameter.requires_grad_(trains)
     if model.pre_process and not adapter.train_embeddings:
-        # recomputation backpropagates through a layer only if its input requires a gradient; otherwise adapters would get none
+        # with recomputation, the adapters of a layer get gradients only if the input of the layer requires a gradient
         model.embedding.register_forward_hook(_require_grad)
 
 
@@ -268,7 +268,7 @@ def _require_grad(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tenso
 
 
 def count_parameters(chunks: list[torch.nn.Module]) -> tuple[int, int]:
-    """(trainable, total) parameter counts of the whole model, vocabulary padding included. Collective over all ranks."""
+    """Return (trainable, total) parameter counts of the whole model, including vocabulary padding. All ranks must call this function."""
     counts = [0, 0]
     for chunk in chunks:
         for parameter in chunk.parameters():

@@ -1,7 +1,5 @@
-"""RMSNorm of the `torch` backend. The forward pass equals torch's bit for bit. The backward pass is hand-written: autograd would save every
-intermediate tensor of the formula; this one saves the input and one number per row.
-
-Shapes: ... any leading dimensions, h the normalised dimension.
+"""RMSNorm of the `torch` backend. The forward pass equals torch's RMSNorm bit for bit. The backward pass is written by hand and needs only
+the input and one number per row. Autograd would save every intermediate tensor of the formula.
 """
 
 from __future__ import annotations
@@ -14,12 +12,12 @@ from torch import Tensor
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm that supports sequence parallelism (Megatron's torch fallback does not).
+    """Root-mean-square norm with support for sequence parallelism, which Megatron's torch fallback does not support.
 
     Args:
-        config: its `sequence_parallel` decides whether the weight's gradient is summed over the tensor-parallel group.
+        config: config of the model. With `sequence_parallel`, Megatron sums the gradient of the weight over the tensor-parallel group.
         hidden_size: size of the last dimension.
-        eps: added to the mean square.
+        eps: number added to the mean square.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any):
@@ -29,13 +27,13 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalise the last dimension; statistics in float32."""
+        """Normalise the last dimension of hidden_states, [..., hidden_size]. The mean square is computed in float32."""
         return _RMSNormFunction.apply(hidden_states, self.weight, self.eps)
 
 
 class _RMSNormFunction(torch.autograd.Function):
-    """Forward: y = x r w with r = (mean(x^2) + eps)^-1/2 of each row. Backward, with n = x r and g the gradient of y: dw = sum(g n) and
-    dx = r (g w - n mean(g w n))."""
+    """The forward pass computes y = x r w with r = (mean(x^2) + eps)^-1/2 of each row. The backward pass computes dw = sum(g n) and
+    dx = r (g w - n mean(g w n)) with n = x r and the gradient g of y."""
 
     @staticmethod
     def forward(ctx: Any, hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Build every pipeline stage of the real model on the `meta` device, for a layout of any size: gives the exact parameters of every rank
+"""Build every pipeline stage of a model on the `meta` device, for a layout of any size. The result lists the exact parameters of every rank
 without starting the ranks."""
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ class PipelineStageParameter:
     """One parameter of one rank.
 
     Attributes:
-        name: name in its model chunk.
+        name: name in the model chunk.
         shape: shape of this rank's shard.
-        dtype: torch's name, e.g. "bfloat16".
+        dtype: torch's name of the dtype, e.g. "bfloat16".
         chunk: index of the model chunk on its pipeline stage; 0 unless the schedule is interleaved.
-        is_split: whether it is split over the tensor-parallel ranks.
-        is_repeated: whether it is a copy of a parameter of another pipeline stage, which counts it (the output layer of tied embeddings).
-        trains: whether it requires a gradient.
+        is_split: whether the parameter is split over the tensor-parallel ranks.
+        is_repeated: whether the parameter is a copy of a parameter of another pipeline stage (the output layer of tied embeddings). Copies
+            are not counted again.
+        trains: whether the parameter requires a gradient.
     """
 
     name: str
@@ -53,7 +54,7 @@ class PipelineStage:
 
     Attributes:
         index: index of the pipeline stage, from 0.
-        layers: indices of its layers in the whole model, from 0.
+        layers: indices of the layers of this stage in the whole model, from 0.
         parameters: parameters in the order of the model.
     """
 
@@ -78,7 +79,7 @@ class PipelineStages:
 
     Attributes:
         stages: stages in pipeline order.
-        num_parameters: parameter count of the model without vocabulary padding, as published for the model.
+        num_parameters: parameter count of the model without vocabulary padding. Published parameter counts also exclude padding.
         num_padding: parameter count of the vocabulary padding.
     """
 
@@ -98,13 +99,13 @@ def build_pipeline_stages(
     adapter: AdapterConfig | None = None,
     attention_groups: int | None = None,
 ) -> PipelineStages:
-    """Build the model of the first tensor-parallel rank of each pipeline stage, with the layers of the `torch` backend. Other backends use
-    other names for some parameters, but have the same sizes. Allocates no memory for weights and leaves no process group.
+    """Build the model of the first tensor-parallel rank of each pipeline stage, with the layers of the `torch` backend. Some parameters
+    have other names in other backends, but the same sizes. This function allocates no memory for weights and destroys its process groups.
 
     Args:
-        architecture, rope, max_sequence_length, parallel, adapter, attention_groups: as for build_model_chunks.
-        precision: precision of the run; FP8 keeps its weights in bf16.
-        world_size: ranks of the job, a multiple of the model-parallel size.
+        architecture, rope, max_sequence_length, parallel, adapter, attention_groups: same as for build_model_chunks.
+        precision: precision of the run. FP8 precisions keep weights in bf16.
+        world_size: number of ranks of the job, a multiple of the model-parallel size.
     """
     stages, total, padding = [], 0, 0
     num_stages = parallel.pipeline_model_parallel_size

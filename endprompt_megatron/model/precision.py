@@ -1,5 +1,5 @@
-"""TransformerConfig fields of each precision. Megatron's TransformerBlock enters the FP8 context: around all layers with delayed scaling,
-around each layer otherwise."""
+"""TransformerConfig fields of each precision. Megatron's TransformerBlock enters the FP8 context: once around all layers with delayed
+scaling, and once around each layer with the other recipes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-# Names of conf/precision -> Megatron's fields. Formats, amax history and amax algorithm are Transformer Engine's defaults
-# (common/recipe). e4m3 is used for forward values; hybrid uses e5m2 for gradients.
+# Maps names of conf/precision to Megatron's fields. Formats, amax history and amax algorithm are the defaults of Transformer Engine
+# (common/recipe). All formats use e4m3 for forward values; hybrid uses e5m2 for gradients.
 _FP8_FIELDS: dict[str, dict[str, Any]] = {
     "fp8": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
     "fp8_attention": {
@@ -33,16 +33,16 @@ _DESCRIPTIONS = {
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """Dtype of weights and activations; FP8 precisions keep weights in bf16."""
+    """Return the dtype of weights and activations. FP8 precisions keep weights in bf16."""
     return _DTYPES.get(precision, torch.bfloat16)
 
 
 def precision_fields(precision: str, bf16_layers: tuple[int, int] = (0, 0)) -> dict[str, Any]:
-    """TransformerConfig arguments of a precision.
+    """Return the TransformerConfig arguments of a precision.
 
     Args:
         precision: fp32 | bf16 | fp8 | fp8_attention | fp8_blockwise | mxfp8.
-        bf16_layers: for an FP8 precision, the number of layers at the start and at the end that stay in bf16.
+        bf16_layers: for an FP8 precision, numbers of layers at the start and at the end that stay in bf16.
     """
     dtype = dtype_of(precision)
     fields = {"bf16": dtype == torch.bfloat16, "params_dtype": dtype, "pipeline_dtype": dtype, "autocast_dtype": dtype}
@@ -54,7 +54,7 @@ def precision_fields(precision: str, bf16_layers: tuple[int, int] = (0, 0)) -> d
 
 
 def describe_precision(precision: str, bf16_layers: tuple[int, int] = (0, 0)) -> str:
-    """Describe a precision for the log."""
+    """Return a description of a precision for the log."""
     if precision not in _DESCRIPTIONS:
         return precision
     kept = f", {bf16_layers[0]} layer(s) at the start and {bf16_layers[1]} at the end in bf16" if any(bf16_layers) else ""

@@ -1,11 +1,11 @@
-"""Core attention of the `torch` backend, on torch.nn.functional.scaled_dot_product_attention. It runs on a CPU and on a GPU without
-Transformer Engine and never materialises the s x s scores.
+"""Core attention of the `torch` backend, based on torch.nn.functional.scaled_dot_product_attention. This attention runs on a CPU, and on a
+GPU without Transformer Engine. It never materialises the s x s scores.
 
 With context parallelism, key and value are all-gathered over the group, and each rank computes attention for the queries of its two chunks.
-This is simple and works on any device, but needs more memory than Transformer Engine's ring attention.
+This method is simple and works on any device, but needs more memory than Transformer Engine's ring attention.
 
 Shapes: b micro-batch, s sequence on this rank, t keys that a query can attend to, n query heads and g key/value heads on this rank, d head
-dim; Megatron order [s, b, n, d].
+dimension. Tensors are [s, b, n, d] as in Megatron.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from endprompt_megatron.mcore.context_parallel import chunks_of_rank, gather_sequence
 
-# torch's CPU kernel, which also returns the log-sum-exp of each row; the public functions do not return it (torch 2.2 to 2.15)
+# torch's CPU kernel. Unlike torch's public functions, this kernel returns the log-sum-exp of each row (torch 2.2 to 2.15).
 _FLASH_ON_CPU: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-# Maximum rows x keys of a mask that is materialised on a CPU (torch converts it to the scores' dtype: 64 MiB in float32)
+# Maximum rows x keys of a mask on a CPU. torch converts the mask to the dtype of the scores, so it takes 64 MiB in float32.
 _MASK_ELEMENTS = 2**24
 
 
 def _merges(query: Tensor) -> bool:
-    """Whether to compute attention over a cache in two parts and merge them: in evaluation on a CPU, where the public kernel needs a
-    mask."""
+    """Return whether to compute attention over a cache in two parts and merge them. This is done in evaluation on a CPU, because the public
+    kernel needs a mask there."""
     return _FLASH_ON_CPU is not None and query.device.type == "cpu" and not torch.is_grad_enabled()
 
 
@@ -41,8 +40,8 @@ def _flash_on_cpu(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool 
 
 
 class KeyValueCache:
-    """Key/value cache of one layer. The buffer is allocated once at its maximum size; the tokens of a head are contiguous, as attention
-    reads them.
+    """Key/value cache of one layer. The buffers are allocated once at their maximum size. The tokens of a head are contiguous, because
+    attention reads them in this order.
 
     Args:
         max_length: capacity in tokens.
@@ -59,25 +58,27 @@ class KeyValueCache:
         Args:
             key, value: [s, b, g, d], already rotated.
         Returns:
-            Key and value of all cached tokens, [t, b, g, d]: views, valid until the next call.
+            Key and value of all cached tokens, [t, b, g, d]. Both are views of the cache and are valid until the next call.
+        Raises:
+            AssertionError: the tokens do not fit into the cache.
         """
         seen = self.peek(key, value)
         self.length += key.shape[0]
         return seen
 
     def kept(self) -> tuple[Tensor, Tensor]:
-        """Key and value of all cached tokens, as returned by `extend`."""
-        assert self._buffers is not None  # nothing was kept yet
+        """Return key and value of all cached tokens, in the same form as `extend`."""
+        assert self._buffers is not None  # the cache holds tokens
         return self._buffers[0][: self.length], self._buffers[1][: self.length]
 
     def rewind(self, length: int) -> None:
-        """Drop all but the first `length` tokens; later tokens overwrite the dropped ones."""
+        """Truncate the cache to its first `length` tokens. Later tokens overwrite the rest."""
         if length > self.length:
-            raise AssertionError(f"a key/value cache of {self.length} tokens cannot be cut at {length}")
+            raise AssertionError(f"a key/value cache of {self.length} tokens cannot be truncated to {length}")
         self.length = length
 
     def peek(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Same as `extend`, but does not keep the tokens: the next call overwrites them."""
+        """Return the same as `extend`, but do not keep the new tokens. The next call overwrites them."""
         past = self.length + key.shape[0]
         if past > self.max_length:
             raise AssertionError(f"{past} tokens do not fit into a key/value cache of {self.max_length}")
@@ -118,12 +119,13 @@ class TorchSDPA(MegatronModule):
         attn_mask_type: AttnMaskType | None = None,
         **unused: Any,
     ) -> Tensor:
-        """Causal attention in the physical order of the tokens, independent of their positions; with a `cache` also over the tokens of
-        earlier calls.
+        """Compute causal attention in the physical order of the tokens, independent of their positions. With a `cache`, the tokens also
+        attend to the tokens of earlier calls.
 
         Args:
-            query: [s, b, n, d]; key, value: [s, b, g, d].
-            attention_mask: unused; the mask is always causal.
+            query: [s, b, n, d].
+            key, value: [s, b, g, d].
+            attention_mask: unused, because the mask is always causal.
         Returns:
             [s, b, n * d].
         """
@@ -146,8 +148,8 @@ class TorchSDPA(MegatronModule):
         return torch.cat(outputs)
 
     def _over_branches(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention over a trunk followed by branches, whose lengths are `self.branches`. A branch attends to the trunk and to itself.
-        Branches are not added to the cache."""
+        """Compute attention over a trunk and branches. `self.branches` contains the length of each branch. A branch attends to the trunk
+        and to itself. Branches are not added to the cache."""
         trunk = query.shape[0] - sum(self.branches)
         if _merges(query):
             return self._over_merged_branches(query, key, value, trunk)
@@ -163,7 +165,7 @@ class TorchSDPA(MegatronModule):
         return torch.cat(outputs)
 
     def _over_merged_branches(self, query: Tensor, key: Tensor, value: Tensor, trunk: int) -> Tensor:
-        """Same as _over_branches, but reads the trunk once for all branches."""
+        """Return the same as _over_branches, but read the trunk only once for all branches."""
         outputs, seen = [], (key[:trunk], value[:trunk])
         if self.cache is not None:
             first_row = self.cache.length
@@ -178,18 +180,20 @@ class TorchSDPA(MegatronModule):
         return torch.cat(outputs)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, first_row: int) -> Tensor:
-        """Causal attention of query rows first_row .. first_row + s - 1 over keys 0 .. first_row + s - 1: [s, b, n * d]."""
+        """Return the causal attention of rows first_row .. first_row + s - 1 over keys 0 .. first_row + s - 1, [s, b, n * d]."""
         sequence, batch, heads, dim = query.shape
         if not first_row:
             context = self._fused(query, key, value, is_causal=True)
-        elif sequence == 1:  # treat the heads of a group as rows, so that their keys and values are read once
+        elif sequence == 1:  # treat the query heads of a group as rows, so that keys and values are read once per group
             groups = key.shape[2]
             rows = query.view(batch, groups, heads // groups, dim).permute(2, 0, 1, 3)
             context = self._fused(rows, key, value).reshape(batch, heads, 1, dim)
         elif _merges(query):
             past, own = (key[:first_row], value[:first_row]), (key[first_row:], value[first_row:])
             return self._merge(query, *past, *own, is_causal=True)
-        else:  # torch's CPU kernels need a mask here; blocks of rows bound its size
+        else:  # torch's CPU kernels need a mask here; computing blocks of rows limits the size of the mask
+            from torch.nn.attention.bias import causal_lower_right  # this import loads TorchDynamo, which takes a second
+
             step = max(1, _MASK_ELEMENTS // key.shape[0])
             blocks = []
             for start in range(0, sequence, step):
@@ -201,11 +205,11 @@ class TorchSDPA(MegatronModule):
         return context.permute(2, 0, 1, 3).reshape(sequence, batch, heads * dim)
 
     def _merge(self, query: Tensor, past_key: Tensor, past_value: Tensor, key: Tensor, value: Tensor, **masking: Any) -> Tensor:
-        """Attention over past keys, visible to every row, and over the rows' own keys with a mask: [s, b, n * d]. Two kernel calls, merged
-        by their log-sum-exp values, avoid a mask of rows x past keys."""
+        """Return the attention of every row over all past keys and, with a mask, over the rows' own keys, [s, b, n * d]. Two kernel calls
+        are merged by their log-sum-exp values, which avoids a mask of rows x past keys."""
         sequence, batch, heads, dim = query.shape
         groups = key.shape[2]
-        # treat the heads of a group as rows, so that the past is read once per group
+        # treat the query heads of a group as rows, so that the past keys and values are read once per group
         rows = query.view(sequence, batch, groups, heads // groups, dim).permute(1, 2, 3, 0, 4).reshape(batch, groups, -1, dim)
         far, far_sum = _flash_on_cpu(rows, past_key.permute(1, 2, 0, 3), past_value.permute(1, 2, 0, 3), scale=self.softmax_scale)
         near, near_sum = _flash_on_cpu(
@@ -220,7 +224,7 @@ class TorchSDPA(MegatronModule):
         return context.permute(2, 0, 1, 3).reshape(sequence, batch, heads * dim)
 
     def _fused(self, query: Tensor, key: Tensor, value: Tensor, **masking: Any) -> Tensor:
-        """scaled_dot_product_attention of [s, b, n, d] tensors; returns [b, n, s, d]."""
+        """Call scaled_dot_product_attention with [s, b, n, d] tensors. Return [b, n, s, d]."""
         return F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),

@@ -1,11 +1,11 @@
-"""S2-attention of LongLoRA for Megatron's `core_attention` slot. In training, tokens attend within groups; half of the heads use groups
+"""S2-attention of LongLoRA for Megatron's `core_attention` slot. In training, tokens attend within groups. Half of the heads use groups
 that are shifted by half a group, so that information flows between neighbouring groups. Evaluation uses full attention.
 
-The module wraps the core attention of any backend and calls it once per layer, with the groups as samples of a batch: m groups, plus one if
-heads are shifted. Time and memory are therefore proportional to S (m + 1) / m times the group size instead of to S squared.
+This module wraps the core attention of any backend and calls it once per layer. The groups are the samples of the batch. A sample becomes m
+groups, or m + 1 if heads are shifted. Time and memory are therefore proportional to S (m + 1) / m times G instead of S squared.
 
 Shapes: b micro-batch, S physical sequence, m groups, G = S / m tokens of a group, n query heads and g key/value heads on this rank, d head
-dim; Megatron order [S, b, n, d].
+dimension. Tensors are [S, b, n, d] as in Megatron.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def with_shifted_sparse_attention(block: TransformerBlockSubmodules, *, num_grou
 
     Args:
         block: layer specs of a backend; changed in place.
-        num_groups: m.
+        num_groups: m, number of groups.
     """
     for layer in {id(layer): layer for layer in block.layer_specs}.values():  # layers may share one spec
         attention = layer.submodules.self_attention.submodules
@@ -41,21 +41,21 @@ def with_shifted_sparse_attention(block: TransformerBlockSubmodules, *, num_grou
 
 
 class ShiftedSparseAttention(MegatronModule):
-    """Causal attention within groups of S / m tokens in training, full causal attention otherwise.
+    """Causal attention within groups of S / m tokens in training, and full causal attention otherwise.
 
     The query heads from n // 2 on, counted over all tensor-parallel ranks, use groups that start half a group later. Groups do not wrap
-    around the sequence, so the first and the last shifted group have half the length. With m = 1 no head is shifted and attention is full.
+    around the sequence, so the first and the last shifted group have half the length. With m = 1, no head is shifted and attention is full.
 
-    If the first shifted head lies inside a key/value group, key and value are repeated for every query head, and the inner attention is
-    built with as many key/value heads as query heads.
+    If the first shifted head is not the first of its key/value group, key and value are repeated for every query head, and the inner
+    attention is built with as many key/value heads as query heads.
 
     Args:
-        config, layer_number, attn_mask_type, attention_type: as for Megatron's core attention.
+        config, layer_number, attn_mask_type, attention_type: same as for Megatron's core attention.
         inner: class or spec of the wrapped attention.
-        num_groups: m.
+        num_groups: m, number of groups.
         options: further arguments of the inner attention.
     Raises:
-        ConfigError: context parallelism, which splits groups over ranks.
+        ConfigError: context parallelism is on, which would split groups over ranks.
     Source: LongLoRA (arXiv 2309.12307), section 3.2.
     """
 
@@ -81,7 +81,7 @@ class ShiftedSparseAttention(MegatronModule):
         first = config.num_attention_heads // 2 - parallel_state.get_tensor_model_parallel_rank() * heads
         self.first_shifted = min(max(first, 0), heads)
         self.repeats = config.num_attention_heads // config.num_query_groups
-        # depends on global head counts only, so that all ranks build the same module
+        # this depends only on head counts of the whole model, so that all ranks build the same module
         self.repeats_keys = num_groups > 1 and config.num_attention_heads // 2 % self.repeats != 0
         if self.repeats_keys:
             config = copy.copy(config)
@@ -91,13 +91,16 @@ class ShiftedSparseAttention(MegatronModule):
         )
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **options: Any) -> Tensor:
-        """Attention of one micro-batch, with the arguments of Megatron's core attention.
+        """Compute the attention of one micro-batch. The arguments are those of Megatron's core attention.
 
         Args:
-            query: [S, b, n, d]; key, value: [S, b, g, d], already rotated.
-            attention_mask: passed on outside training; grouped attention is causal without a mask.
+            query: [S, b, n, d], already rotated.
+            key, value: [S, b, g, d], already rotated.
+            attention_mask: passed to the inner attention outside training. Grouped attention is causal without a mask.
         Returns:
             [S, b, n * d].
+        Raises:
+            AssertionError: S is not a multiple of 2 m.
         """
         if self.repeats_keys:
             key, value = (tensor.repeat_interleave(self.repeats, dim=2) for tensor in (key, value))
@@ -115,14 +118,14 @@ class ShiftedSparseAttention(MegatronModule):
 def _fold(tensor: Tensor, groups: int, first_shifted: int) -> Tensor:
     """Reshape groups into samples of a batch.
 
-    Padding follows the tokens of a group, so causal attention never attends to it.
+    Padding follows the tokens of a group, so causal attention never attends to the padding.
 
     Args:
         tensor: [S, b, n, d].
         groups: m.
-        first_shifted: heads from here on are shifted.
+        first_shifted: index of the first shifted head; n if no head is shifted.
     Returns:
-        [G, (m + 1) b, n, d]; without shifted heads [G, m b, n, d].
+        [G, (m + 1) b, n, d], or [G, m b, n, d] if no head is shifted.
     """
     sequence, _, heads, dim = tensor.shape
     size = sequence // groups
@@ -137,7 +140,7 @@ def _fold(tensor: Tensor, groups: int, first_shifted: int) -> Tensor:
 
 
 def _unfold(tensor: Tensor, groups: int, first_shifted: int, batch: int) -> Tensor:
-    """Inverse of `_fold`, applied to the attention output: returns [S, b, n, d]."""
+    """Apply the inverse of `_fold` to the attention output. Return [S, b, n, d]."""
     size, _, heads, _ = tensor.shape
     sequence, half = groups * size, size // 2
     rows = tensor.unflatten(1, (-1, batch)).transpose(0, 1).flatten(0, 1)

@@ -1,5 +1,5 @@
-"""Whether Transformer Engine supports a precision on this machine (import, GPU, versions), with a reason if not. The only module that
-imports Transformer Engine directly."""
+"""Check whether Transformer Engine supports a precision on this machine. The checks cover the import, the GPU and the versions. They return
+the reason if a precision is not supported. Only this module imports Transformer Engine directly."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from endprompt_megatron.config.precision import FP8_MULTIPLES
 
 Version = tuple[int, ...]
 
-# Oldest Transformer Engine of each precision (megatron-core 0.16-0.19, core/fp8_utils.py: get_fp8_recipe)
+# Oldest version of Transformer Engine that supports each precision (megatron-core 0.16-0.19, core/fp8_utils.py: get_fp8_recipe)
 _OLDEST_TE: dict[str, Version] = {"bf16": (2, 0), "fp8": (2, 2), "fp8_attention": (2, 0), "fp8_blockwise": (2, 3), "mxfp8": (2, 1)}
 _HOPPER, _BLACKWELL, _CONSUMER_BLACKWELL = (9, 0), (10, 0), (12, 0)
-# FP8 attention training needs at least the first cuDNN version and does not work with the second
+# Training with FP8 attention needs the first cuDNN version or later, and does not work with the second version
 _OLDEST_CUDNN_FOR_FP8_ATTENTION, _BROKEN_CUDNN_FOR_FP8_ATTENTION = (9, 2, 1), (9, 10, 0)
 _OLDEST_CUDA_FOR_BLOCKS = (12, 9)
 _OTHER = "Set precision=bf16, or run on another GPU or image."
@@ -26,14 +26,14 @@ _OTHER = "Set precision=bf16, or run on another GPU or image."
 
 @dataclass(frozen=True)
 class Machine:
-    """The GPU and the versions that decide which kernels of Transformer Engine work.
+    """The GPU and the versions that determine which kernels of Transformer Engine work.
 
     Attributes:
-        te_fault: why Transformer Engine cannot be imported; None if it can.
-        te_version: its version; empty if it cannot be imported.
-        gpu: name of this process's GPU; None if there is no GPU.
+        te_fault: reason why Transformer Engine cannot be imported; None if the import works.
+        te_version: version of Transformer Engine; empty if the import fails.
+        gpu: name of the GPU of this process; None if there is no GPU.
         capability: compute capability of the GPU.
-        cuda, cudnn: versions that torch uses.
+        cuda, cudnn: versions of CUDA and cuDNN that torch uses.
     """
 
     te_fault: str | None
@@ -46,7 +46,7 @@ class Machine:
 
 @functools.cache
 def import_transformer_engine() -> tuple[Any, str | None]:
-    """(transformer_engine.pytorch, None), or (None, why it cannot be imported)."""
+    """Import transformer_engine.pytorch. Return (module, None), or (None, reason) if the import fails."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -54,13 +54,13 @@ def import_transformer_engine() -> tuple[Any, str | None]:
     except ModuleNotFoundError as error:
         if error.name == "transformer_engine" and error.__cause__ is None:
             return None, "transformer_engine is not installed"
-        return None, str(error)  # a missing dependency, or the reason given by mcore.optional_packages
+        return None, str(error)  # a missing dependency, or the reason given by mcore.import_hooks
     except Exception as error:  # RuntimeError: empty meta package; AssertionError: mixed versions; OSError: missing library
         return None, f"transformer_engine cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})"
 
 
 def this_machine() -> Machine:
-    """Inspect this machine. Initialises CUDA if a GPU is visible."""
+    """Read the GPU and the versions of this machine. This call initialises CUDA if a GPU is visible."""
     _, fault = import_transformer_engine()
     version = ()
     if fault is None:
@@ -76,15 +76,15 @@ def this_machine() -> Machine:
         torch.cuda.get_device_name(),
         torch.cuda.get_device_capability(),
         tuple(int(part) for part in torch.version.cuda.split(".")),
-        (cudnn // 10000, cudnn // 100 % 100, cudnn % 100),  # since cuDNN 9
+        (cudnn // 10000, cudnn // 100 % 100, cudnn % 100),  # numbering of cuDNN 9 and later
     )
 
 
 def fault_of(machine: Machine, precision: str) -> str | None:
-    """Return why Transformer Engine cannot run a precision on a machine, and how to fix it; None if it can.
+    """Return why Transformer Engine cannot run a precision on a machine, and how to fix it. Return None if it can.
 
     Args:
-        machine: from this_machine.
+        machine: result of this_machine.
         precision: bf16 or an FP8 precision.
     """
     if machine.te_fault is not None:
@@ -112,8 +112,8 @@ def fault_of(machine: Machine, precision: str) -> str | None:
 
 
 def trial_fault() -> str | None:
-    """Run one matrix product through Transformer Engine on this process's GPU. Return why it fails; None if it works. A build for another
-    GPU imports without an error, so the import alone does not prove that it works."""
+    """Run one matrix product of Transformer Engine on the GPU of this process. Return the reason if it fails, else None. A build for
+    another GPU can be imported without an error, so a successful import is not enough."""
     te, fault = import_transformer_engine()
     if fault is not None:
         return fault
@@ -122,7 +122,7 @@ def trial_fault() -> str | None:
         linear(torch.zeros(16, 16, dtype=torch.bfloat16, device="cuda")).sum().backward()
         torch.cuda.synchronize()
     except Exception as error:
-        return f"Transformer Engine fails on {torch.cuda.get_device_name()} ({type(error).__name__}: {error}). Is it a build for this GPU?"
+        return f"Transformer Engine fails on {torch.cuda.get_device_name()} ({type(error).__name__}: {error}). Was it built for this GPU?"
     return None
 
 

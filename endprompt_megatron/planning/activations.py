@@ -10,21 +10,21 @@ from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.planning.layout import Layout
 
-# How a tensor is split. Context parallelism splits all of them in addition.
-INSIDE = "inside"  # by tensor parallelism
-RESIDUAL = "residual"  # by tensor parallelism if sequence_parallel is on
-POSITION = "position"  # not split; all samples of a micro-batch share one
+# How tensor parallelism splits a tensor. Context parallelism splits every tensor in addition.
+INSIDE = "inside"  # split
+RESIDUAL = "residual"  # split if sequence_parallel is on
+POSITION = "position"  # not split; all samples of a micro-batch share one tensor
 
 BACKENDS = ("te", "torch")
 
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """One tensor that autograd keeps.
+    """One tensor that autograd keeps for the backward pass.
 
     Attributes:
         name: description of the tensor.
-        bytes_per_token: size before any split.
+        bytes_per_token: size in bytes per token, before any split.
         split: INSIDE, RESIDUAL or POSITION.
     """
 
@@ -33,7 +33,7 @@ class SavedTensor:
     split: str
 
     def bytes_on_rank(self, layout: Layout, *, seq_length: int) -> float:
-        """Bytes of this tensor for one micro-batch on one rank."""
+        """Return the bytes of this tensor for one micro-batch on one rank."""
         positions = seq_length / layout.context_parallel_size
         if self.split == POSITION:
             return self.bytes_per_token * positions
@@ -43,12 +43,12 @@ class SavedTensor:
 
 @dataclass(frozen=True)
 class ElementBytes:
-    """Bytes per element, by use.
+    """Bytes per element of three groups of tensors.
 
     Attributes:
-        activation: residuals, norms' inputs, the MLP's first product.
-        attention: query, key, value and output of attention.
-        linear_input: the copy of its input that a linear layer keeps for the weight gradient.
+        activation: for residuals, the inputs of norms, and the first product of the MLP.
+        attention: for query, key, value and output of attention.
+        linear_input: for the input that a linear layer keeps for its weight gradient.
     """
 
     activation: float
@@ -60,23 +60,23 @@ class ElementBytes:
 def layer_tensors(
     architecture: ModelArchitecture, element: ElementBytes, backend: str, *, context_parallel_size: int = 1
 ) -> tuple[SavedTensor, ...]:
-    """All tensors that one layer keeps without recomputation.
+    """Return all tensors that one layer keeps without recomputation.
 
-    "te": Transformer Engine's fused norm and linear layer, fused rotary embedding and SwiGLU, flash attention (derived from its source
-    code, not yet measured here). "torch": this project's RMSNorm, Megatron's linear layers, unfused rotary embedding and SwiGLU, SDPA
-    (measured: tests/distributed/test_memory_plan.py).
+    The backend "te" uses Transformer Engine's fused norm and linear layer, fused rotary embedding and SwiGLU, and flash attention. Its list
+    is derived from the source code of Transformer Engine and not yet measured here. The backend "torch" uses this project's RMSNorm,
+    Megatron's linear layers, unfused rotary embedding and SwiGLU, and SDPA. Its list is measured (tests/distributed/test_memory_plan.py).
 
-    Plain torch keeps more than Transformer Engine. The value that attention keeps is a view of the qkv product, so the whole product stays
-    in memory. SwiGLU keeps two more tensors of width ffn_hidden_size. Each call of the rotary embedding keeps its cosine and sine. With
-    context parallelism, attention gathers key and value of all tokens, runs in two pieces and concatenates their outputs.
+    The backend "torch" keeps more tensors than "te". The value that attention keeps is a view of the qkv product, so the whole product
+    stays in memory. SwiGLU keeps two more tensors of width ffn_hidden_size. Each call of the rotary embedding keeps its cosine and sine.
+    With context parallelism, attention gathers key and value of all tokens, runs in two pieces and concatenates their outputs.
 
     Args:
         architecture: sizes of the model.
         element: bytes per element.
         backend: "te" or "torch".
-        context_parallel_size: ranks that share a sequence.
+        context_parallel_size: number of ranks that share a sequence.
     Raises:
-        ConfigError: unknown backend.
+        ConfigError: the backend is unknown.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"backend={backend}: no memory estimate for it. Choose {' or '.join(BACKENDS)}.")
@@ -100,7 +100,7 @@ def layer_tensors(
         SavedTensor("first product of the MLP", element.activation * first_product, INSIDE),
         SavedTensor("input of the MLP's second product", element.linear_input * ffn, INSIDE),
     ]
-    if element.linear_input != element.activation:  # FP8 keeps its own copy of the attention output; otherwise both are one tensor
+    if element.linear_input != element.activation:  # in FP8 the projection keeps its own copy of the output of attention
         tensors.append(SavedTensor("input of the output projection", element.linear_input * query, INSIDE))
     if architecture.qk_norm:
         heads = architecture.num_attention_heads + architecture.num_query_groups
@@ -135,13 +135,13 @@ def kept_by_layer(
     *,
     context_parallel_size: int = 1,
 ) -> tuple[SavedTensor, ...]:
-    """The tensors of `layer_tensors` that stay until the backward pass.
+    """Return the tensors of `layer_tensors` that a layer keeps for the backward pass under this recomputation.
 
-    Full recomputation keeps only the layer's input. Selective recomputation drops the tensors of core attention. The attention output stays
-    nevertheless, as the input of the output projection (in FP8, as that projection's own copy).
+    Full recomputation keeps only the layer's input. Selective recomputation drops the tensors of core attention, but the output projection
+    still keeps its input, which is the output of attention (in FP8, a copy of it).
 
     Raises:
-        ConfigError: unknown backend or granularity.
+        ConfigError: the backend or recompute_granularity is unknown.
     """
     if recompute_granularity not in (None, "selective", "full"):
         raise ConfigError(f"parallel.recompute_granularity={recompute_granularity}: choose null, selective or full.")

@@ -1,5 +1,4 @@
-"""Parameter counts and training FLOPs of a decoder-only model, computed from its architecture
-alone, so that a plan can be made before a weight is read."""
+"""Compute the number of parameters and the training FLOPs of a decoder-only model from its architecture. No weights are read."""
 
 from __future__ import annotations
 
@@ -7,34 +6,34 @@ from endprompt_megatron.planning.architecture import ModelArchitecture
 
 
 def count_parameters(architecture: ModelArchitecture) -> int:
-    """Parameters of the whole model, without vocabulary padding. A tied embedding counts once."""
+    """Return the number of parameters of the whole model, without vocabulary padding. A tied embedding counts once."""
     layer = architecture.matrix_parameters_per_layer + architecture.norm_parameters_per_layer + architecture.bias_parameters_per_layer
     embeddings = architecture.embedding_parameters * (1 if architecture.tied_embeddings else 2)
     return architecture.num_layers * layer + embeddings + architecture.hidden_size
 
 
 def layer_matrix_flops_per_token(architecture: ModelArchitecture) -> float:
-    """Forward FLOPs of one layer's matrix products, per token. A multiply-add counts as two."""
+    """Return the forward FLOPs per token of one layer's matrix products. A multiply-add counts as two FLOPs."""
     return 2.0 * architecture.matrix_parameters_per_layer
 
 
 def layer_attention_flops_per_token(architecture: ModelArchitecture, seq_length: int) -> float:
-    """Forward FLOPs of one layer's two attention products (scores and values), per token. This is the average over the tokens of a causal
-    sequence, where a token attends to half of the sequence."""
+    """Return the forward FLOPs per token of one layer's two attention products (scores and values). They are averaged over a causal
+    sequence, in which a token attends to half of the sequence on average."""
     return 2.0 * seq_length * architecture.query_size
 
 
 def output_flops_per_token(architecture: ModelArchitecture) -> float:
-    """Forward FLOPs of the output layer, per token. Tying it to the embedding does not change them."""
+    """Return the forward FLOPs per token of the output layer. Tying the output layer to the embedding does not change them."""
     return 2.0 * architecture.embedding_parameters
 
 
 def forward_flops_per_token(architecture: ModelArchitecture, seq_length: int) -> float:
-    """Model FLOPs of the forward pass, per token, averaged over a causal sequence. The embedding lookup counts as 0.
+    """Return the model FLOPs per token of the forward pass, averaged over a causal sequence. The embedding lookup counts as 0.
 
     Args:
         architecture: sizes of the model.
-        seq_length: physical tokens of a sequence. Skipped positions cost nothing.
+        seq_length: number of physical tokens of a sequence. Skipped positions cost nothing.
     Returns:
         FLOPs per token.
     """
@@ -43,11 +42,12 @@ def forward_flops_per_token(architecture: ModelArchitecture, seq_length: int) ->
 
 
 def training_flops_per_token(architecture: ModelArchitecture, seq_length: int) -> float:
-    """Model FLOPs of forward and backward pass, per token: three times the forward pass. They exclude recomputation (see throughput.py).
+    """Return the model FLOPs per token of the forward and backward pass: three times the forward pass. They exclude recomputation (see
+    throughput.py).
 
     Args:
         architecture: sizes of the model.
-        seq_length: physical tokens of a sequence.
+        seq_length: number of physical tokens of a sequence.
     Returns:
         FLOPs per token.
     """

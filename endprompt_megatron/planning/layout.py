@@ -1,4 +1,4 @@
-"""A parallel layout: how model and batch are split over GPUs. The memory and throughput estimates share this arithmetic."""
+"""A parallel layout, which splits the model and the batch over GPUs. The memory and throughput estimates share its arithmetic."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from endprompt_megatron.planning.architecture import ModelArchitecture
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One parallel layout with its batch. Names are those of conf/parallel and conf/trainer.
+    """One parallel layout with its batch. The names of the fields are those of conf/parallel and conf/trainer.
 
     Attributes:
-        tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size, data_parallel_size: their product is the number
-            of GPUs.
-        virtual_pipeline_model_parallel_size: model chunks per stage of the interleaved schedule; None without interleaving.
+        tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size, data_parallel_size: sizes of the four kinds of
+            parallelism. Their product is the number of GPUs.
+        virtual_pipeline_model_parallel_size: number of model chunks per stage of the interleaved schedule; None without interleaving.
         sequence_parallel: whether norms and residuals are split over tensor parallel ranks.
         use_distributed_optimizer: whether optimizer state is split over data and context parallel ranks.
         recompute_granularity: None, "selective" or "full".
-        micro_batch_size: sequences per micro-batch.
-        num_micro_batches: micro-batches that a rank accumulates per step.
+        micro_batch_size: number of sequences per micro-batch.
+        num_micro_batches: number of micro-batches that a rank accumulates per step.
     """
 
     tensor_model_parallel_size: int = 1
@@ -41,25 +41,25 @@ class Layout:
 
     @property
     def num_chunks(self) -> int:
-        """Model chunks per pipeline stage."""
+        """Number of model chunks per pipeline stage."""
         return self.virtual_pipeline_model_parallel_size or 1
 
     @property
     def global_batch_size(self) -> int:
-        """Sequences per step."""
+        """Number of sequences per step."""
         return self.micro_batch_size * self.num_micro_batches * self.data_parallel_size
 
     @property
     def residual_split(self) -> int:
-        """Number of ranks that share the tokens of norms and residuals, apart from context parallelism."""
+        """Number of tensor parallel ranks that share the tokens of norms and residuals."""
         return self.tensor_model_parallel_size if self.sequence_parallel else 1
 
     def layers_per_chunk(self, num_layers: int) -> int:
-        """Layers of one model chunk.
+        """Return the number of layers of one model chunk.
 
         Raises:
-            ConfigError: the number of layers is not divisible. Megatron-Core needs an explicit split then, which this project does not
-                support.
+            ConfigError: the number of layers is not a multiple of the number of chunks. Megatron-Core then needs an explicit split, which
+                this project does not support.
         """
         chunks = self.pipeline_model_parallel_size * self.num_chunks
         if num_layers % chunks:
@@ -70,7 +70,7 @@ class Layout:
         return num_layers // chunks
 
     def chunks_in_flight(self, stage: int) -> int:
-        """Largest number of forward passes of model chunks whose activations a pipeline stage holds at once.
+        """Return the largest number of chunk forward passes whose activations a pipeline stage keeps at the same time.
 
         Args:
             stage: index of the pipeline stage, from 0.
@@ -79,13 +79,13 @@ class Layout:
         behind = self.pipeline_model_parallel_size - 1 - stage
         if self.pipeline_model_parallel_size == 1:
             return 1
-        if self.virtual_pipeline_model_parallel_size is None:  # 1 also selects the interleaved schedule
+        if self.virtual_pipeline_model_parallel_size is None:  # a value of 1 also selects the interleaved schedule
             return min(behind + 1, self.num_micro_batches)
         warm_up = 2 * behind + (self.num_chunks - 1) * self.pipeline_model_parallel_size
         return min(warm_up + 1, self.num_micro_batches * self.num_chunks)
 
     def describe(self) -> str:
-        """The layout as short text for tables."""
+        """Return the layout as short text for tables."""
         sizes = f"TP {self.tensor_model_parallel_size}, PP {self.pipeline_model_parallel_size}"
         if self.virtual_pipeline_model_parallel_size:
             sizes += f" (VPP {self.virtual_pipeline_model_parallel_size})"
@@ -94,15 +94,15 @@ class Layout:
 
 @dataclass(frozen=True)
 class StageParameters:
-    """Parameters of one rank of one pipeline stage, including vocabulary padding.
+    """Numbers of parameters of one rank of one pipeline stage, including vocabulary padding.
 
     Attributes:
-        matrices: matrices of its layers, which FP8 covers.
-        one_layer_matrices: matrices of one layer.
-        vectors: norms and biases of its layers.
-        embedding: this rank's share of the embedding.
-        output: this rank's share of the output layer; 0 if it is tied to an embedding on the same stage.
-        final_norm: the norm before the output layer.
+        matrices: parameters of the matrices in the layers of the stage, to which FP8 applies.
+        one_layer_matrices: parameters of the matrices in one layer.
+        vectors: parameters of the norms and biases in the layers of the stage.
+        embedding: parameters of this rank's share of the embedding.
+        output: parameters of this rank's share of the output layer; 0 if it is tied to an embedding on the same stage.
+        final_norm: parameters of the norm before the output layer.
     """
 
     matrices: int
@@ -119,7 +119,7 @@ class StageParameters:
 
 
 def stage_parameters(architecture: ModelArchitecture, layout: Layout, stage: int) -> StageParameters:
-    """Parameters of one rank of a pipeline stage.
+    """Return the numbers of parameters of one rank of a pipeline stage.
 
     Tensor parallelism splits matrices and query/key/value biases; norms are replicated. The embedding is on the first stage and the output
     layer on the last. A tied output layer is a second copy of the embedding, unless both are on the same stage.

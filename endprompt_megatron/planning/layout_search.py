@@ -1,5 +1,5 @@
-"""Search over the parallel layouts of a cluster: the valid ones ranked by estimated step time, the others with a reason. Also compares
-EndPrompt's short samples with full-length samples, each in its own best layout."""
+"""Search the parallel layouts of a cluster. The search ranks valid layouts by estimated step time and gives the reason for each rejected
+layout. The module also compares EndPrompt's short samples with full-length samples, each in its own fastest layout."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from endprompt_megatron.planning.memory import MemoryEstimate, TrainedParts, res
 from endprompt_megatron.planning.throughput import GPUS_PER_NODE, Hardware, StepTime, get_hardware, has_speed, step_time
 
 MICRO_BATCH_SIZES = (1, 2, 4)
-# In this order, because the first one that fits is the fastest.
+# In order of step time, so the first granularity that fits is the fastest.
 RECOMPUTE_GRANULARITIES = (None, "selective", "full")
-# FP8 products need dimensions that are multiples of these (tensor cores: 16; one scale covers 128 or 32 elements). FP8 attention needs
-# whole blocks of tokens.
+# FP8 products need dimensions that are multiples of these numbers: 16 for tensor cores, and 128 or 32 where one scale covers that many
+# elements. FP8 attention needs whole blocks of tokens.
 _FP8_MULTIPLES = {"fp8": 16, "fp8_attention": 16, "fp8_blockwise": 128, "mxfp8": 32}
 _FP8_ATTENTION_BLOCK = 128
 
 
 @dataclass
 class ClusterConfig:
-    """The group `plan` of recipes/plan.py.
+    """The config group `plan` of recipes/plan.py.
 
     Attributes:
-        num_gpus: GPUs of the cluster; null uses the experiment's (launch.nproc_per_node x launch.num_nodes).
-        gpus_per_node: GPUs that share NVLink.
-        hardware: a name in the table of planning/throughput.py; null uses launch.gpu.
-        tokens: physical tokens to train on.
-        lengths: windows at which EndPrompt is compared with full-length training. Windows up to the native one are skipped.
+        num_gpus: number of GPUs in the cluster; null uses the experiment's number (launch.nproc_per_node x launch.num_nodes).
+        gpus_per_node: number of GPUs that share NVLink.
+        hardware: kind of GPU, a name in throughput.HARDWARE; null uses launch.gpu.
+        tokens: number of physical tokens to train on.
+        lengths: windows for which EndPrompt is compared with full-length training, in positions. Windows up to the native window are
+            skipped.
         rows: number of layouts in the table.
         output_dir: directory of plan.md and plan.png.
     """
@@ -50,16 +51,16 @@ class ClusterRequest:
 
     Attributes:
         architecture: sizes of the model.
-        num_gpus, gpus_per_node: size of the cluster.
+        num_gpus, gpus_per_node: number of GPUs in the cluster and in one node.
         hardware: kind of GPU, a name in throughput.HARDWARE.
         precision: value of precision.name, not "auto".
-        seq_length: physical tokens of a sample.
-        global_batch_size: samples per step.
+        seq_length: number of physical tokens of a sample.
+        global_batch_size: number of samples per step.
         backend: te or torch; determines the activations of a layer.
         trained: the trainable parameters; None if every weight is trained.
         whole_samples: whether a rank needs whole samples (S2-attention), which excludes context parallelism.
-        bf16_layers: with FP8, number of layers at the start and at the end that stay in bf16. Each group must lie within one pipeline
-            stage.
+        bf16_layers: with FP8, number of layers at the start and at the end of the model that stay in bf16. Each group must lie within one
+            pipeline stage.
     """
 
     architecture: ModelArchitecture
@@ -81,9 +82,9 @@ class Candidate:
 
     Attributes:
         layout: the layout and its batch.
-        memory: memory of the pipeline stage that needs most.
-        reserve_gib: memory to keep free beside the tensors.
-        time: time of a step.
+        memory: memory of the pipeline stage that needs the most.
+        reserve_gib: memory to keep free in addition to the tensors.
+        time: estimated time of a step.
         tokens_per_second: physical tokens per second and GPU.
     """
 
@@ -94,7 +95,7 @@ class Candidate:
     tokens_per_second: float
 
     def hours(self, tokens: float) -> float:
-        """Hours to train on `tokens` physical tokens."""
+        """Return the number of hours for training on `tokens` physical tokens."""
         return tokens / (self.tokens_per_second * self.layout.world_size) / 3600
 
 
@@ -105,7 +106,7 @@ class Rejection:
     Attributes:
         reason: the rule that they break.
         count: number of layouts (TP, PP, CP, DP).
-        example: one of them; for memory, the one that comes closest to fitting.
+        example: description of one of these layouts; if memory is the reason, of the layout that comes closest to fitting.
     """
 
     reason: str
@@ -115,13 +116,14 @@ class Rejection:
 
 @dataclass(frozen=True)
 class Ranking:
-    """All layouts of a request: ranked or rejected.
+    """All layouts of a request, ranked or rejected.
 
     Attributes:
-        candidates: each layout that fits, with its best batch and recomputation; fastest first.
-        leanest: the layout that needs least memory, with micro-batches of one sample and full recomputation; None if no layout fits.
-        rejections: by number of layouts, largest first.
-        closest: (GiB too much, layout) of the layout that comes closest to fitting; None if every valid layout fits.
+        candidates: all layouts that fit, each with its fastest batch and recomputation; fastest layout first.
+        leanest: the layout that needs the least memory, with micro-batches of one sample and full recomputation; None if no layout fits.
+        rejections: rejected layouts by reason; the most frequent reason first.
+        closest: (missing GiB, layout) of the layout that comes closest to fitting among those that do not fit; None if every valid layout
+            fits.
     """
 
     candidates: tuple[Candidate, ...]
@@ -141,10 +143,11 @@ class LengthComparison:
 
     Attributes:
         target_context_length: L, in positions.
-        short_length: physical tokens of EndPrompt's samples.
-        endprompt: ranking for short samples; it has candidates.
-        full: ranking for samples of L tokens; it may have no candidates.
-        same_layout: short samples in the fastest layout of the long ones; None if that layout does not exist or is not valid for them.
+        short_length: number of physical tokens of EndPrompt's samples.
+        endprompt: ranking for short samples, with at least one candidate.
+        full: ranking for samples of L tokens, possibly without candidates.
+        same_layout: estimates for short samples in the fastest layout of the long samples; None if no layout fits the long samples or if
+            their fastest layout is not valid for short samples.
     """
 
     target_context_length: int
@@ -155,7 +158,8 @@ class LengthComparison:
 
 
 def rank_layouts(request: ClusterRequest) -> Ranking:
-    """Rank every TP x PP x CP x DP of the GPUs, over all model chunk counts, micro-batch sizes and recomputation modes of Megatron-Core.
+    """Rank all layouts TP x PP x CP x DP of the GPUs. Each layout is tried with all numbers of model chunks, MICRO_BATCH_SIZES and
+    RECOMPUTE_GRANULARITIES, and the fastest combination that fits is kept.
 
     A layout fits if the memory of its fullest stage plus the reserve is at most the memory of a GPU. Tensor parallelism always comes with
     sequence parallelism, and the optimizer is always distributed. Layouts of equal speed are ranked by memory. The micro-batch size affects
@@ -164,7 +168,7 @@ def rank_layouts(request: ClusterRequest) -> Ranking:
     Args:
         request: model, batch and cluster.
     Raises:
-        ConfigError: unknown GPU, no speed for it in this precision, or a cluster without GPUs.
+        ConfigError: the GPU is unknown, the table has no speed for it in this precision, or the cluster has no GPUs.
     """
     hardware = get_hardware(request.hardware)
     if request.num_gpus < 1 or request.gpus_per_node < 1:
@@ -204,11 +208,11 @@ def rank_layouts(request: ClusterRequest) -> Ranking:
 
 
 def compare_lengths(request: ClusterRequest, lengths: list[int]) -> list[LengthComparison]:
-    """Compare EndPrompt's samples of request.seq_length tokens with samples of L tokens, with the same batch size and GPUs.
+    """Compare EndPrompt's samples of request.seq_length tokens with samples of L tokens, for the same batch size and GPUs.
 
     Args:
-        request: the request for EndPrompt.
-        lengths: values of L.
+        request: the request with the sample length of EndPrompt.
+        lengths: windows L, in positions.
     Raises:
         ConfigError: no layout fits the short samples; see also rank_layouts.
     """
@@ -256,7 +260,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def _problem(request: ClusterRequest, layout: Layout) -> tuple[str, str] | None:
-    """(reason, example) if Megatron-Core cannot run the layout with any micro-batch size, or should not; else None."""
+    """Return (reason, example) if Megatron-Core cannot or should not run the layout with any micro-batch size, otherwise None."""
     architecture, tensor, context = request.architecture, layout.tensor_model_parallel_size, layout.context_parallel_size
     pipeline = layout.pipeline_model_parallel_size
     if architecture.num_query_groups % tensor or architecture.num_attention_heads % tensor:
@@ -287,7 +291,8 @@ def _problem(request: ClusterRequest, layout: Layout) -> tuple[str, str] | None:
 
 
 def _best_of(request: ClusterRequest, layout: Layout, hardware: Hardware) -> tuple[Candidate | None, tuple[float, Layout]]:
-    """The fastest batch, chunk count and recomputation of a layout that fits (or None), and (excess GiB, layout) of the smallest one."""
+    """Return the fastest variant of a layout that fits, or None, and (excess in GiB, layout) of the variant with the least memory. Variants
+    differ in micro-batch size, number of chunks and recomputation."""
     best: Candidate | None = None
     nearest = (float("inf"), layout)
     for variant in _variants(request, layout):
@@ -310,7 +315,8 @@ def _rank(candidate: Candidate) -> tuple[float, float]:
 
 
 def _lean(request: ClusterRequest, layout: Layout, hardware: Hardware) -> Candidate:
-    """The layout with the least memory: micro-batches of one sample, one model chunk per stage, full recomputation."""
+    """Return the variant of a layout that needs the least memory: micro-batches of one sample, one model chunk per stage, full
+    recomputation."""
     count = request.global_batch_size // layout.data_parallel_size
     return _tried(request, replace(layout, num_micro_batches=count, recompute_granularity="full"), hardware)
 

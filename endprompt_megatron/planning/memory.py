@@ -1,5 +1,5 @@
-"""Device memory of a training layout, by component, for every pipeline stage. The estimate adds up tensor sizes. A separate reserve stands
-for everything else that a process holds: CUDA context, communication buffers, fragmentation."""
+"""Estimate the device memory of a training layout, by component, for every pipeline stage. The estimate adds up tensor sizes. A separate
+reserve covers the other memory of a process: CUDA context, communication buffers and fragmentation."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class _Precision:
     bf16_ends: bool = False
 
 
-_GRADIENT_BYTES = 4  # Megatron accumulates in float32
-_LOSS_SLICE = 4 * 2**20  # logits that model/cross_entropy.py converts to float32 at a time
+_GRADIENT_BYTES = 4  # per parameter; Megatron accumulates gradients in float32
+_LOSS_SLICE = 4 * 2**20  # number of logits that model/cross_entropy.py converts to float32 at a time
 _BF16 = ElementBytes(2, 2, 2)
 # Transformer Engine keeps bf16 parameters. For layer matrices it also caches FP8 values between micro-batches, once in the original layout
 # and once transposed, because FP8 products on Hopper need both (on Blackwell, tensor-wise scaling needs no transposed copy; the other
@@ -56,8 +56,8 @@ class MemoryEstimate:
         weights_gib: parameters in compute precision, including FP8 copies.
         gradients_gib: the gradient buffer.
         optimizer_gib: master weights and moments.
-        activations_gib: tensors kept for the backward pass, of all micro-batches in flight.
-        logits_gib: output logits and the copies that the loss makes; 0 on a stage without output layer.
+        activations_gib: tensors that all micro-batches in flight keep for the backward pass.
+        logits_gib: output logits and the copies that the loss makes; 0 on a stage without the output layer.
         working_gib: temporary tensors during the backward pass of one layer: recomputed activations and gradients of activations.
         stage: name of the pipeline stage: "only", "first", "last" or its number, counted from 1.
     """
@@ -72,12 +72,12 @@ class MemoryEstimate:
 
     @property
     def states_gib(self) -> float:
-        """Memory between steps: weights, gradients and optimizer state."""
+        """Memory that stays allocated between steps: weights, gradients and optimizer state."""
         return self.weights_gib + self.gradients_gib + self.optimizer_gib
 
     @property
     def total_gib(self) -> float:
-        """Peak memory. The logits are freed before the backward pass of the first layer, so only the larger of logits and working memory
+        """Peak memory. The logits are freed before the backward pass of any layer, so only the larger of logits and working memory
         counts."""
         return self.states_gib + self.activations_gib + max(self.logits_gib, self.working_gib)
 
@@ -88,7 +88,7 @@ class TrainedParts:
 
     Attributes:
         adapter_parameters_per_layer: adapter parameters of a layer, in addition to its weights.
-        embedding: whether the embedding is trained. A tied output layer is trained with it; an untied one never is.
+        embedding: whether the embedding is trained. A tied output layer is trained with the embedding, an untied output layer never.
         norms: whether the norms are trained.
     """
 
@@ -98,11 +98,12 @@ class TrainedParts:
 
 
 def reserve_gib(layout: Layout, *, device_memory_gib: float) -> float:
-    """Memory to keep free beside the tensors. An assumption, not a measurement: 1 GiB for CUDA context, kernels and cuBLAS workspaces,
-    0.5 GiB of NCCL buffers for each kind of process group with more than one rank, and 3 % of the device for fragmentation.
+    """Return the memory to keep free in addition to the tensors, in GiB. The value is an assumption, not a measurement: 1 GiB for CUDA
+    context, kernels and cuBLAS workspaces, 0.5 GiB of NCCL buffers for each kind of process group with more than one rank, and 3 % of the
+    device for fragmentation.
 
     Args:
-        layout: determines which process groups communicate.
+        layout: layout that determines the process groups.
         device_memory_gib: memory of one GPU.
     """
     groups = (
@@ -123,35 +124,39 @@ def stage_memory(
     backend: str = "te",
     trained: TrainedParts | None = None,
 ) -> tuple[MemoryEstimate, ...]:
-    """Memory of one device of every pipeline stage during a training step.
+    """Estimate the memory of one device of every pipeline stage during a training step.
 
-    Assumptions, which follow Megatron-Core's defaults:
-    - AdamW trains every weight, or only `trained`. Adapters are counted in full on every tensor parallel rank. Bytes per parameter:
-      2 (weight) + 4 (float32 gradient) + 12 (float32 master, two moments); in fp32 4 + 4 + 8. The distributed optimizer splits the last
-      part over data *and* context parallel ranks, as Megatron does. The padding of its buffers is not counted.
-    - FP8 keeps bf16 parameters and caches 2 more bytes per parameter of every layer matrix (see the table above). Linear layers keep their
-      inputs in FP8; everything else stays bf16. The output layer is never FP8.
+    The assumptions follow Megatron-Core's defaults:
+    - AdamW trains every weight, or only `trained`. Adapters are counted in full on every tensor parallel rank. A parameter takes 2 bytes
+      (weight) + 4 bytes (float32 gradient) + 12 bytes (float32 master weight and two moments), in fp32 4 + 4 + 8 bytes. The distributed
+      optimizer splits the master weights and moments over data *and* context parallel ranks, as in Megatron. The padding of its buffers is
+      not counted.
+    - FP8 keeps bf16 parameters and caches at least 2 more bytes per parameter of every layer matrix (see _PRECISIONS). Linear layers keep
+      their inputs in FP8, fp8_attention also keeps the tensors of attention in FP8, and all other tensors stay in bf16. The output layer
+      never uses FP8.
     - activations.py lists the tensors that a layer keeps. Dropout is 0.
-    - Tensor parallelism splits the tensors inside attention and MLP, and the others only with sequence_parallel. Context parallelism splits
-      every tensor by tokens.
-    - In a pipeline, a stage keeps one more residual per pass in flight: the output that it has sent to the next stage.
-    - Logits with an unsplit vocabulary take one tensor, which its own gradient overwrites, and a float32 slice. With a vocabulary split by
-      tensor parallelism, Megatron's loss makes a float32 copy of bf16 logits, and Transformer Engine's (2.20) makes a copy in the same
-      precision; the rank with padding rows makes one more masked copy.
-    - The backward pass of a layer needs all its recomputed tensors under full recomputation, gradients of twice ffn_hidden_size and of two
-      residuals beyond the memory that it frees meanwhile, and one gathered residual under sequence_parallel.
+    - Tensor parallelism splits the tensors inside attention and MLP. It splits the other tensors only with sequence_parallel. Context
+      parallelism splits every tensor by tokens.
+    - In a pipeline, a stage keeps one more residual for every forward pass in flight: the output that it has sent to the next stage.
+    - Without tensor parallelism, the logits take one tensor, which is overwritten by its gradient, and a float32 slice. Tensor parallelism
+      splits the vocabulary. Megatron's loss then makes a float32 copy of bf16 logits, and the loss of Transformer Engine (2.20) makes a
+      copy in the same precision. The rank with padding rows makes one more masked copy.
+    - The backward pass of a layer needs more memory than it frees meanwhile. The difference is a gradient of width 2 * ffn_hidden_size and
+      two gradients of residuals. Full recomputation adds all recomputed tensors of the layer, and sequence_parallel adds one gathered
+      residual.
 
     Args:
         architecture: sizes of the model.
         layout: how the model and its batch are split.
-        seq_length: physical tokens of a sequence, over all context parallel ranks.
+        seq_length: number of physical tokens of a sequence, over all context parallel ranks.
         precision: fp32, bf16, fp8 (with the first and the last layer in bf16), fp8_attention, fp8_blockwise or mxfp8.
         backend: "te" or "torch".
         trained: the trainable parameters; None if every weight is trained.
     Returns:
         One estimate per pipeline stage, in order.
     Raises:
-        ConfigError: unknown precision, recompute_granularity or backend, or a number of layers that is not divisible.
+        ConfigError: the precision, recompute_granularity or backend is unknown, or the number of layers is not a multiple of the number of
+            model chunks.
     Source: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198), section 4, with
         the terms of RMSNorm, grouped-query attention and SwiGLU; megatron-core 0.16 for schedules, optimizer and loss.
     """
@@ -170,7 +175,7 @@ def _sizes_of(precision: str) -> _Precision:
 def _layer_bytes(
     architecture: ModelArchitecture, layout: Layout, seq_length: int, element: ElementBytes, backend: str
 ) -> tuple[float, float]:
-    """Bytes of one layer and micro-batch: (kept for the backward pass, recomputed in it)."""
+    """Return the bytes of one layer for one micro-batch as (kept for the backward pass, recomputed in the backward pass)."""
     context, granularity = layout.context_parallel_size, layout.recompute_granularity
     kept = kept_by_layer(architecture, element, backend, granularity, context_parallel_size=context)
     recomputed = layer_tensors(architecture, element, backend, context_parallel_size=context)[1:] if granularity == "full" else ()
@@ -223,7 +228,7 @@ def _one_stage(
 def _trained_parameters(
     architecture: ModelArchitecture, parameters: StageParameters, trained: TrainedParts | None, layers: int, has_output: bool, tensor: int
 ) -> float:
-    """Number of parameters with gradients, without adapters."""
+    """Return the number of parameters with gradients, without adapters."""
     if trained is None:
         return parameters.total
     table = architecture.padded_vocab_size(tensor) * architecture.hidden_size / tensor
@@ -233,7 +238,7 @@ def _trained_parameters(
 
 
 def _logit_bytes(architecture: ModelArchitecture, tensor: int, tokens: float, element: float, backend: str) -> float:
-    """Peak bytes of the logits and of their copies during the loss, on one rank."""
+    """Return the peak bytes of the logits and of their copies during the loss on one rank."""
     padded = architecture.padded_vocab_size(tensor)
     logits = tokens * padded / tensor
     if tensor == 1:
@@ -261,7 +266,7 @@ def estimate_memory(
     trained: TrainedParts | None = None,
     backend: str = "te",
 ) -> MemoryEstimate:
-    """Memory of one device of the pipeline stage that needs most. The arguments are those of Layout and stage_memory.
+    """Estimate the memory of one device of the pipeline stage that needs the most. The arguments are those of Layout and stage_memory.
 
     Raises:
         ConfigError: see stage_memory.

@@ -1,4 +1,4 @@
-"""The page that recipes/plan.py prints and writes: the plan of a cluster in Markdown."""
+"""Format the plan of a cluster as the Markdown page that recipes/plan.py prints and writes."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def describe_cluster(
     command: str,
     picture: str | None = None,
 ) -> list[str]:
-    """The page as a list of lines.
+    """Return the page as a list of lines.
 
     Args:
         request: the planned model and cluster.
-        ranking: its ranked layouts.
+        ranking: ranked layouts of the request.
         comparisons: comparisons with full-length training, one per window; may be empty.
         experiment: name of the experiment.
         job: arguments of recipes/extend.py that start the experiment on this cluster, without the layout.
-        tokens: physical tokens of the training run, for the hours.
+        tokens: number of physical tokens of the training run, which determines the hours.
         rows: number of layouts in the table.
-        command: the command that made the page.
+        command: command that writes the page.
         picture: file name of the figure; None without one.
     """
     hardware = get_hardware(request.hardware)
@@ -52,7 +52,7 @@ def describe_cluster(
 
 
 def comparison_lines(request: ClusterRequest, comparisons: list[LengthComparison], *, tokens: float) -> list[str]:
-    """The table that compares EndPrompt with full-length training; empty without comparisons."""
+    """Return the lines of the table that compares EndPrompt with full-length training; empty without comparisons."""
     if not comparisons:
         return []
     short = comparisons[0].endprompt
@@ -70,14 +70,15 @@ def comparison_lines(request: ClusterRequest, comparisons: list[LengthComparison
         "",
         *_table(header, rows, left=3),
         "",
-        "GiB count tensors only. `EndPrompt there` is the memory of EndPrompt's samples in the layout of that row. The fastest layout may "
-        "use all memory; `least` is the layout with the least memory, under full recomputation.",
+        "GiB values include only tensors. `EndPrompt there` is the memory of EndPrompt's samples in the layout of the same row. The "
+        "fastest layout may use all memory. `least GiB per GPU` and `its hours` are those of the layout with the least memory, which uses "
+        "full recomputation.",
         "",
     ]
 
 
 def words_of_tokens(tokens: float) -> str:
-    """A number of tokens as short text: 1e9 is 1B."""
+    """Return a number of tokens as short text, such as 1B for 1e9."""
     for size, letter in ((1e9, "B"), (1e6, "M")):
         if tokens >= size:
             return f"{tokens / size:g}{letter}"
@@ -136,7 +137,7 @@ def _ranking_lines(request: ClusterRequest, ranking: Ranking, job: str, tokens: 
 
 
 def _overrides(candidate: Candidate) -> str:
-    """The layout as command-line overrides."""
+    """Return the layout as command-line overrides."""
     layout = candidate.layout
     virtual = layout.virtual_pipeline_model_parallel_size
     values = {
@@ -174,7 +175,7 @@ def _recomputation(candidate: Candidate) -> str:
 def _assumption_lines(request: ClusterRequest) -> list[str]:
     hardware = get_hardware(request.hardware)
     kind, attention_kind = kinds_of_numbers(request.precision)
-    te = "the kernels of Transformer Engine" + (", FP8 copies of the weights cached" if kind == "fp8" else "")
+    te = "Transformer Engine's kernels" + (", which cache FP8 copies of the weights" if kind == "fp8" else "")
     kernels = te if request.backend == "te" else "plain torch's kernels"
     products = f"{hardware.matmul_share[kind]:.0%} of {hardware.peak_tflops[kind]:,.0f} TFLOP/s"
     attention = f"{hardware.attention_share[attention_kind]:.0%} of the {attention_kind} peak"
@@ -184,25 +185,25 @@ def _assumption_lines(request: ClusterRequest) -> list[str]:
         f"- Matrix products of layers reach {products}, attention {attention}, links and memory "
         f"{LINK_SHARE:.0%} of their bandwidth; every message costs {MESSAGE_SECONDS * 1e6:.0f} microseconds. One share per GPU is "
         f"calibrated on a published speed; the others are assumptions (see planning/throughput.py).",
-        f"- Memory counts tensors: per parameter 4 bytes of gradient and 12 of optimizer state beside the weight, optimizer state split "
-        f"over DP x CP, {kernels}. A layout fits if it leaves a reserve for CUDA context, NCCL and fragmentation (1 GiB, 0.5 GiB for each "
-        f"kind of process group, 3 % of the GPU).",
+        f"- Memory is the sum of tensor sizes. In addition to its weight, a parameter takes 4 bytes of gradient and 12 bytes of optimizer "
+        f"state, which is split over DP x CP. Activations are those of {kernels}. A layout fits if it leaves a reserve for CUDA context "
+        f"(1 GiB), NCCL (0.5 GiB for each kind of process group) and fragmentation (3 % of the GPU).",
         *(
             ["- Only adapters are trained, with short and with long samples. The time is estimated as if every weight were trained."]
             if request.trained
             else []
         ),
         *(["- S2-attention is timed as full attention."] if request.whole_samples else []),
-        "- Gradient and weight communication overlaps with the last backward and the first forward pass. The interleaved schedule overlaps "
-        "its "
-        "sends.",
-        "- Not included: start-up, data loading, checkpoints, evaluation, launch times of small kernels, slow nodes, congestion, failures.",
-        "- Tokens are physical tokens, so both methods train on the same number of them; their steps have the same number of samples.",
+        "- The communication of gradients overlaps with the last backward pass, and that of weights with the first forward pass. The "
+        "interleaved schedule overlaps its sends.",
+        "- The time does not include start-up, data loading, checkpoints, evaluation, launch times of small kernels, slow nodes, "
+        "congestion or failures.",
+        "- Both methods train on the same number of physical tokens, and their steps have the same number of samples.",
         "",
     ]
 
 
 def _table(header: list[str], rows: list[list[str]], *, left: int) -> list[str]:
-    """A Markdown table whose first `left` columns are aligned to the left."""
+    """Return the lines of a Markdown table whose first `left` columns are aligned to the left."""
     rule = ["---" if column < left else "---:" for column in range(len(header))]
     return [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)]

@@ -20,23 +20,25 @@ class PlanRequest:
         experiment: name of the run.
         architecture: sizes of the model.
         world_size: number of ranks.
-        tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size: the layout; data parallelism uses the remaining
-            ranks.
-        virtual_pipeline_model_parallel_size: model chunks per stage of the interleaved schedule, or None.
+        tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size: sizes of the layout. Data parallelism uses the
+            remaining ranks.
+        virtual_pipeline_model_parallel_size: number of model chunks per stage of the interleaved schedule; None without interleaving.
         sequence_parallel, use_distributed_optimizer, recompute_granularity: as in conf/parallel.
         precision: fp32, bf16, fp8, fp8_attention, fp8_blockwise or mxfp8.
         backend: te or torch; determines the activations of a layer.
-        micro_batch_size, global_batch_size: in sequences.
+        micro_batch_size, global_batch_size: batch sizes in sequences.
         max_steps: number of optimizer steps.
-        seq_length: S, physical tokens of a sample.
-        num_prompt_tokens: b, how many of them are the end prompt; 0 for schemes without one, None if the tokenizer is not available.
-        target_context_length: L, in positions.
+        seq_length: S, number of physical tokens of a sample.
+        num_prompt_tokens: b, number of tokens of the end prompt in a sample; 0 for schemes without an end prompt, None if the tokenizer is
+            not available.
+        target_context_length: L, number of positions of the extended window.
         original_context_length: native window, in positions.
         position_scheme: name of the position scheme.
         rope_type, rope_factor: type and factor of the RoPE scaling.
-        hardware: a name in throughput.HARDWARE; None (a CPU, an unknown GPU) leaves out the time estimate.
-        device_memory_gib: memory of one rank; None uses the memory of `hardware`. With neither, the memory estimate is not compared.
-        gpus_per_node: ranks that share NVLink.
+        hardware: kind of GPU, a name in throughput.HARDWARE; None for a CPU or an unknown GPU, for which no time is estimated.
+        device_memory_gib: memory of one rank; None uses the memory of `hardware`. If both are None, the memory estimate is not compared
+            with the memory of a device.
+        gpus_per_node: number of ranks that share NVLink.
         trained: the trainable parameters; None if every weight is trained. FLOPs and time always assume that every weight is trained.
     """
 
@@ -69,7 +71,7 @@ class PlanRequest:
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model: TP x PP x CP."""
+        """Number of ranks that hold one copy of the model, TP x PP x CP."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
@@ -79,12 +81,12 @@ class PlanRequest:
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches that a rank accumulates per step."""
+        """Number of micro-batches that a rank accumulates per step."""
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
 
     @property
     def tokens_per_step(self) -> int:
-        """Physical tokens of one optimizer step over all ranks."""
+        """Number of physical tokens in one optimizer step over all ranks."""
         return self.seq_length * self.global_batch_size
 
     @property
@@ -105,12 +107,12 @@ class PlanRequest:
 
 
 def describe_plan(request: PlanRequest) -> list[str]:
-    """The plan as a list of lines.
+    """Return the plan as a list of lines.
 
     Args:
         request: the inputs of the plan.
     Returns:
-        Lines without line ends.
+        Lines without line breaks.
     Raises:
         ConfigError: the layout does not divide the world size or the global batch, or the hardware is unknown.
     """
@@ -138,11 +140,11 @@ def describe_plan(request: PlanRequest) -> list[str]:
 
 
 def plan_memory(request: PlanRequest, *, seq_length: int | None = None) -> tuple[MemoryEstimate, ...]:
-    """Memory of one rank of every pipeline stage, in order.
+    """Estimate the memory of one rank of every pipeline stage, in order.
 
     Args:
         request: the inputs of the plan.
-        seq_length: replaces the sample length of the request; None keeps it.
+        seq_length: number of tokens of a sample; None uses the sample length of the request.
     """
     return stage_memory(
         request.architecture,
@@ -155,7 +157,7 @@ def plan_memory(request: PlanRequest, *, seq_length: int | None = None) -> tuple
 
 
 def fullest(stages: tuple[MemoryEstimate, ...]) -> MemoryEstimate:
-    """The pipeline stage that needs most memory."""
+    """Return the estimate of the pipeline stage that needs the most memory."""
     return max(stages, key=lambda estimate: estimate.total_gib)
 
 
@@ -276,7 +278,7 @@ def _time_lines(request: PlanRequest) -> list[str]:
 
 
 def shares_of_step(time: StepTime) -> str:
-    """Shares of the step time, largest first. Shares below half a percent are left out."""
+    """Return the shares of the step time as text, largest first. Shares below half a percent are left out."""
     shares = sorted(((getattr(time, name) / time.total, words) for name, words in _PARTS.items()), reverse=True)
     return ", ".join(f"{words} {share:.0%}" for share, words in shares if share >= 0.005)
 

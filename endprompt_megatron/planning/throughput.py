@@ -1,5 +1,6 @@
-"""Estimated time of an optimizer step on a known GPU: matrix products and attention at rates that published runs reached, recomputation,
-the pipeline bubble and exposed communication. Measured speeds are in benchmarks/."""
+"""Estimate the time of an optimizer step on a known GPU. The estimate adds up matrix products and attention at rates that published runs
+reached, elementwise kernels, recomputation, the pipeline bubble, exposed communication and the optimizer. Measured speeds are in
+benchmarks/."""
 
 from __future__ import annotations
 
@@ -15,14 +16,14 @@ from endprompt_megatron.planning.flops import (
 from endprompt_megatron.planning.layout import Layout, stage_parameters
 
 GPUS_PER_NODE = 8
-# Share of the data-sheet bandwidth that large collectives reach on a link and the optimizer reaches on device memory: an assumption.
+# Assumed share of the data-sheet bandwidth that large collectives reach on a link and that the optimizer reaches on device memory.
 LINK_SHARE = 0.8
-# Latency of a message: an assumption. It dominates when a transfer is split into many small messages.
+# Assumed latency of a message. Latency dominates if a transfer is split into many small messages.
 MESSAGE_SECONDS = 20e-6
 BF16_BYTES, FLOAT32_BYTES = 2, 4
 # Bytes that AdamW moves per parameter: it reads gradient, master weight and two moments, and writes master weight, moments and bf16 weight.
 _OPTIMIZER_BYTES = 4 + 12 + 12 + 2
-_CLEAR_AND_NORM_BYTES = 8  # the gradient buffer is zeroed once and read once for its norm
+_CLEAR_AND_NORM_BYTES = 8  # per parameter; the gradient buffer is zeroed once and read once for the gradient norm
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Hardware:
     Attributes:
         name: value of launch.gpu and plan.hardware.
         peak_tflops: {number format: dense peak in 10^12 FLOP/s}.
-        memory_gib: memory that a program can allocate, as torch reports it (less than the round number in the name).
+        memory_gib: memory that a program can allocate, as torch reports it. It is less than the number in the name.
         memory_gbytes_per_second: bandwidth of the device memory, in 10^9 bytes per second.
         nvlink_gbytes_per_second: bandwidth to the other GPUs of the node in one direction, in 10^9 bytes per second.
         network_gbytes_per_second: bandwidth of the GPU's own network card in one direction, in 10^9 bytes per second.
@@ -52,9 +53,9 @@ class Hardware:
     attention_share: dict[str, float]
 
 
-# Peaks, memory and NVLink: NVIDIA's data sheets, tensor cores; half of the printed figure where a sheet prints the one for 2:4 sparsity.
-# fp32 has no entry, because its speed depends on whether TF32 is allowed. Network: one ConnectX card per GPU as in DGX systems (A100:
-# 200 Gb/s, others 400).
+# Peaks (tensor cores), memory and NVLink are from NVIDIA's data sheets. If a sheet gives only the peak with 2:4 sparsity, the table
+# contains half of it. fp32 has no entry, because its speed depends on whether TF32 is allowed. The network has one ConnectX card per GPU,
+# as in DGX systems (200 Gb/s for A100, 400 Gb/s for the others).
 #
 # matmul_share is calibrated so that the estimate reproduces a published speed of Llama-3 8B at 8K tokens on that GPU:
 #   H100 fp8: 14,451 tokens/s/GPU (NVIDIA, Megatron-Bridge performance summary, 25.11, DGX-H100, FP8-CS, 8 GPUs)
@@ -62,10 +63,10 @@ class Hardware:
 #   A100 bf16: 2,973 (torchtitan, docs/performance.md, 64 A100, selective op recomputation)
 #   H100 bf16: no such figure was found for Megatron-Core; with 0.46 a whole step reaches 45 % of the peak, within the 41 to 48 % that
 #     Megatron-LM's README reports for bf16 on H100. B200 bf16 uses the value of the H100.
-# attention_share: FlashAttention-3 (arXiv 2407.08608) reaches up to 648 TFLOP/s forward and less backward at head size 128, causal, on an
-# H100; 0.55 of the bf16 peak is used for both together. 0.35 for FP8 and all values of B200 are assumptions. A100: FlashAttention-2
-# (arXiv 2307.08691). output_share is an assumption. tests/unit/planning/test_throughput.py compares the estimate with published speeds that
-# were not used for calibration.
+# attention_share: on an H100 with causal attention and head size 128, FlashAttention-3 (arXiv 2407.08608) reaches up to 648 TFLOP/s in the
+# forward pass and less in the backward pass. The table uses 0.55 of the bf16 peak for both passes together. The value for A100 is from
+# FlashAttention-2 (arXiv 2307.08691). The value 0.35 for FP8 and all values for B200 are assumptions, and so is output_share.
+# tests/unit/planning/test_throughput.py compares the estimate with published speeds that were not used for calibration.
 _AMPERE = ({"bf16": 0.50}, 0.65, {"bf16": 0.60})
 _HOPPER = ({"bf16": 0.46, "fp8": 0.59}, 0.60, {"bf16": 0.55, "fp8": 0.35})
 _BLACKWELL = ({"bf16": 0.46, "fp8": 0.51}, 0.60, {"bf16": 0.55, "fp8": 0.35})
@@ -73,18 +74,20 @@ HARDWARE: dict[str, Hardware] = {
     hardware.name: hardware
     for hardware in (
         Hardware("A100-80GB", {"bf16": 312.0}, 79.2, 2039, 300, 25, *_AMPERE),
-        Hardware(
-            "A800-80GB", {"bf16": 312.0}, 79.2, 2039, 200, 25, *_AMPERE
-        ),  # an A100 with NVLink limited to 400 GB/s in both directions together
-        Hardware("H100-80GB", {"bf16": 989.5, "fp8": 1979.0}, 79.1, 3350, 450, 50, *_HOPPER),  # SXM5: 1,979 and 3,958 sparse
-        Hardware("H200", {"bf16": 989.5, "fp8": 1979.0}, 139.7, 4800, 450, 50, *_HOPPER),  # compute of the H100 with 141 GB
-        # HGX, per GPU at 1,000 W: BF16 4,500 and FP8 9,000 sparse. A GB200 is about 11 % faster.
+        # The A800 is an A100 whose NVLink is limited to 400 GB/s in both directions together.
+        Hardware("A800-80GB", {"bf16": 312.0}, 79.2, 2039, 200, 25, *_AMPERE),
+        # SXM5. The data sheet gives 1,979 (BF16) and 3,958 (FP8) with sparsity.
+        Hardware("H100-80GB", {"bf16": 989.5, "fp8": 1979.0}, 79.1, 3350, 450, 50, *_HOPPER),
+        # The H200 has the compute of the H100 and 141 GB.
+        Hardware("H200", {"bf16": 989.5, "fp8": 1979.0}, 139.7, 4800, 450, 50, *_HOPPER),
+        # HGX, per GPU at 1,000 W. The data sheet gives 4,500 (BF16) and 9,000 (FP8) with sparsity. A GB200 is about 11 % faster.
         Hardware("B200", {"bf16": 2250.0, "fp8": 4500.0}, 178.3, 7700, 900, 50, *_BLACKWELL),
     )
 }
 
-# precision -> number format of matrix products, number format of attention, slowdown of the products, layers at each end that stay bf16.
-# MXFP8 is calibrated on 29,521 tokens/s (Llama-3 8B, DGX-B200, the same table); blockwise scaling is assumed to have the same slowdown.
+# {precision: (number format of matrix products, number format of attention, slowdown of matrix products, number of layers at each end of
+# the model that stay in bf16)}. MXFP8 is calibrated on 29,521 tokens/s (Llama-3 8B, DGX-B200, NVIDIA's table cited above). Blockwise
+# scaling is assumed to have the same slowdown.
 _KINDS = {
     "bf16": ("bf16", "bf16", 1.0, 0),
     "fp8": ("fp8", "bf16", 1.0, 1),
@@ -106,7 +109,7 @@ class StepTime:
         bubble: idle time while the pipeline fills and drains.
         tensor_parallel: collectives inside layers.
         context_parallel: ring exchange of keys and values that attention does not hide, and the latency of every message.
-        pipeline: activations between stages; with the interleaved schedule only the latency.
+        pipeline: transfer of activations between stages; with the interleaved schedule, only its latency.
         data_parallel: communication of gradients and weights that the last backward and the first forward pass do not hide.
         optimizer: AdamW and the gradient norm, limited by memory bandwidth.
     """
@@ -129,10 +132,10 @@ class StepTime:
 
 
 def get_hardware(name: str) -> Hardware:
-    """The entry of HARDWARE called `name`.
+    """Return the entry of HARDWARE with this name.
 
     Raises:
-        ConfigError: unknown name; the message lists the known ones.
+        ConfigError: the name is unknown; the message lists the known names.
     """
     if name not in HARDWARE:
         raise ConfigError(f"hardware={name}: not in the table. Choose one of {', '.join(sorted(HARDWARE))}.")
@@ -140,35 +143,36 @@ def get_hardware(name: str) -> Hardware:
 
 
 def has_speed(hardware: Hardware, precision: str) -> bool:
-    """Whether the table has a speed for this GPU in this precision (MXFP8 only on Blackwell)."""
+    """Return whether the table has a speed for this GPU in this precision. MXFP8 has a speed only on Blackwell."""
     if precision == "mxfp8" and hardware.name != "B200":
         return False
     return precision in _KINDS and _KINDS[precision][0] in hardware.peak_tflops
 
 
 def kinds_of_numbers(precision: str) -> tuple[str, str]:
-    """(number format of matrix products, number format of attention), as keys of the tables in `Hardware`; precision as in step_time."""
+    """Return (number format of matrix products, number format of attention) as keys of the tables in `Hardware`. `precision` is that of
+    step_time."""
     return _KINDS[precision][:2]
 
 
 def pipeline_bubble_factor(
     pipeline_model_parallel_size: int, num_micro_batches: int, virtual_pipeline_model_parallel_size: int | None = None
 ) -> float:
-    """Ratio of the time of a 1F1B step to that of a step without idle stages: 1 + (PP - 1) / (micro-batches * chunks per stage)."""
+    """Return the ratio of the time of a 1F1B step to the time without idle stages: 1 + (PP - 1) / (micro-batches * chunks per stage)."""
     return 1 + (pipeline_model_parallel_size - 1) / (num_micro_batches * (virtual_pipeline_model_parallel_size or 1))
 
 
 def group_gbytes_per_second(hardware: Hardware, *, stride: int, size: int, gpus_per_node: int = GPUS_PER_NODE) -> float:
-    """Bandwidth of one GPU in a collective, in 10^9 bytes per second in one direction.
+    """Return the bandwidth of one GPU in a collective, in 10^9 bytes per second in one direction.
 
-    A group within a node uses NVLink. A group that spans nodes uses the network cards of all its members in a node together, because rings
-    run through all of them, but at most the bandwidth of NVLink.
+    A group within a node uses NVLink. In a group that spans nodes, rings run through the network cards of all members in a node, so their
+    bandwidths add up, to at most the bandwidth of NVLink.
 
     Args:
         hardware: the kind of GPU.
         stride: distance between neighbouring ranks of the group.
         size: number of ranks in the group.
-        gpus_per_node: GPUs of one node.
+        gpus_per_node: number of GPUs in one node.
     """
     if stride * size <= gpus_per_node:
         return LINK_SHARE * hardware.nvlink_gbytes_per_second
@@ -185,24 +189,26 @@ def step_time(
     precision: str,
     gpus_per_node: int = GPUS_PER_NODE,
 ) -> StepTime:
-    """Time of one optimizer step.
+    """Estimate the time of one optimizer step.
 
-    Assumptions: the backward pass costs twice the forward pass. The slowest pipeline stage (the one with the output layer) determines the
-    time of a micro-batch, and the mean stage determines the bubble. Ranks are ordered TP, CP, DP, PP with TP innermost, as in Megatron.
-    Tensor parallelism exposes four collectives per layer in the forward pass, four in full recomputation and two in the backward pass,
-    where the others overlap with weight gradients. Gradients are reduced in float32 during the last backward pass and weights gathered in
-    bf16 during the first forward pass (both overlap flags on). Not included: compilation and allocation in the first step, data loading,
-    checkpoints, launch times of small kernels, slow nodes and congestion.
+    The estimate assumes that the backward pass takes twice as long as the forward pass. The slowest pipeline stage, which has the output
+    layer, determines the time of a micro-batch, and the mean stage determines the bubble. Ranks are ordered TP, CP, DP, PP with TP
+    innermost, as in Megatron. Tensor parallelism exposes four collectives per layer in the forward pass, four in full recomputation and two
+    in the backward pass; the other collectives of the backward pass overlap with weight gradients. Gradients are reduced in float32 during
+    the last backward pass, and weights are gathered in bf16 during the first forward pass (both overlap flags are on). The estimate does
+    not include compilation and allocation in the first step, data loading, checkpoints, launch times of small kernels, slow nodes and
+    congestion.
 
     Args:
         architecture: sizes of the model.
         layout: how the model and its batch are split.
-        seq_length: physical tokens of a sequence.
+        seq_length: number of physical tokens of a sequence.
         hardware: the kind of GPU.
         precision: bf16, fp8, fp8_attention, fp8_blockwise or mxfp8.
-        gpus_per_node: GPUs of one node.
+        gpus_per_node: number of GPUs in one node.
     Raises:
-        ConfigError: the table has no speed for this precision on this GPU, or the number of layers is not divisible.
+        ConfigError: the table has no speed for this precision on this GPU, or the number of layers is not a multiple of the number of model
+            chunks.
     """
     if not has_speed(hardware, precision):
         known = ", ".join(name for name in _KINDS if has_speed(hardware, name))
@@ -217,10 +223,10 @@ def step_time(
     matmul_kind, attention_kind, slowdown, bf16_ends = _KINDS[precision]
 
     def rate(kind: str, shares: dict[str, float]) -> float:
-        """FLOP/s of one GPU."""
+        """Return the FLOP/s of one GPU."""
         return hardware.peak_tflops[kind] * 1e12 * shares[kind]
 
-    # forward passes of one micro-batch on one rank
+    # Forward pass of one micro-batch on one rank: `products` in FLOPs, the times in seconds. All but `output` are per layer.
     products = tokens * layer_matrix_flops_per_token(architecture) / tensor
     in_bf16 = products / rate("bf16", hardware.matmul_share)
     in_kind = products * slowdown / rate(matmul_kind, hardware.matmul_share)
@@ -258,9 +264,9 @@ def step_time(
 
 
 def _elementwise_bytes_per_token(architecture: ModelArchitecture, layout: Layout, matmul_kind: str) -> float:
-    """Bytes that the elementwise kernels of one layer read and write per token in the forward pass: two norms and two residual sums (5
-    passes over the residual each), the rotary embedding (2 over query and key), SwiGLU (3 over ffn_hidden_size), in bf16. FP8 with current
-    scaling reads every input of a product twice and writes it in two layouts."""
+    """Return the bytes that the elementwise kernels of one layer read and write per token in the forward pass, in bf16. Each of the two
+    norms takes, with its residual sum, 5 passes over the residual. The rotary embedding takes 2 passes over query and key, and SwiGLU takes
+    3 passes over ffn_hidden_size. FP8 with current scaling reads every input of a product twice and writes it in two layouts."""
     hidden, ffn = architecture.hidden_size / layout.residual_split, architecture.ffn_hidden_size / layout.tensor_model_parallel_size
     query = architecture.query_size / layout.tensor_model_parallel_size
     key = architecture.key_value_size / 2 / layout.tensor_model_parallel_size
@@ -273,7 +279,8 @@ def _elementwise_bytes_per_token(architecture: ModelArchitecture, layout: Layout
 def _ring_seconds(
     architecture: ModelArchitecture, layout: Layout, tokens: float, attention: float, hardware: Hardware, gpus_per_node: int
 ) -> float:
-    """Exposed time of the ring exchange, for one layer and micro-batch. The backward pass sends keys and values and their gradients."""
+    """Return the exposed time of the ring exchange for one layer and micro-batch. The backward pass sends keys, values and their
+    gradients."""
     context, tensor = layout.context_parallel_size, layout.tensor_model_parallel_size
     if context == 1:
         return 0.0
@@ -284,8 +291,8 @@ def _ring_seconds(
 
 
 def _between_stages_seconds(layout: Layout, residual_bytes: float, hardware: Hardware, gpus_per_node: int) -> float:
-    """Time between stages for one micro-batch: an activation forward and its gradient back. The interleaved schedule hides both transfers,
-    but sends more messages."""
+    """Return the transfer time between two stages for one micro-batch, which sends an activation forward and its gradient back. The
+    interleaved schedule hides both transfers but sends more messages."""
     if layout.pipeline_model_parallel_size == 1:
         return 0.0
     messages = 2 * layout.num_chunks * MESSAGE_SECONDS

@@ -1,4 +1,4 @@
-"""Contiguous positions 0, 1, 2, ...: those of pretraining, and of the control that EndPrompt is compared with."""
+"""Contiguous positions 0, 1, 2, ..., as in pretraining. The control that EndPrompt is compared with also uses them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ IntArray = npt.NDArray[np.int64]
 
 
 def contiguous_positions(num_tokens: int, *, target_context_length: int) -> IntArray:
-    """Positions of one contiguous sample.
+    """Return the positions of one contiguous sample.
 
     Args:
-        num_tokens: physical tokens of the sample, >= 1.
-        target_context_length: L, in positions.
+        num_tokens: number of physical tokens of the sample, >= 1.
+        target_context_length: L, number of positions of the extended window.
     Returns:
         int64 [num_tokens]: 0 .. num_tokens - 1.
     Raises:

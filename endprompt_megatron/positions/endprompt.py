@@ -1,5 +1,5 @@
-"""The two segments of EndPrompt: the text keeps its contiguous positions, and the end prompt after it takes the last positions of the
-target window. So a short training sequence contains the longest distances of the window."""
+"""Positions of EndPrompt. A sample has two segments. The context has contiguous positions from 0, and the end prompt after it has the last
+positions of the target window. A short training sequence therefore contains the longest distances of the window."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ IntArray = npt.NDArray[np.int64]
 
 
 def endprompt_positions(num_context_tokens: int, num_prompt_tokens: int, *, target_context_length: int) -> IntArray:
-    """Positions of one EndPrompt sample: the context from 0, the end prompt up to the target boundary.
+    """Return the positions of one EndPrompt sample. The context starts at position 0, and the end prompt ends at position L - 1.
 
     Args:
-        num_context_tokens: a, physical tokens of the context segment, >= 1.
-        num_prompt_tokens: b, physical tokens of the end prompt, >= 1.
-        target_context_length: L, in positions.
+        num_context_tokens: a, number of physical tokens of the context segment, >= 1.
+        num_prompt_tokens: b, number of physical tokens of the end prompt, >= 1.
+        target_context_length: L, number of positions of the extended window.
     Returns:
-        int64 [a + b], strictly increasing, last value L - 1.
+        int64 [a + b], strictly increasing; the last value is L - 1.
     Raises:
-        ConfigError: a segment is empty, or a + b > L and the segments would overlap.
+        ConfigError: a segment is empty, or a + b > L, so that the segments would overlap.
     Source: EndPrompt (arXiv 2605.14589), eq. 5.
     """
     check_segments(num_context_tokens, num_prompt_tokens, target_context_length)
@@ -38,7 +38,7 @@ def check_segments(num_context_tokens: int, num_prompt_tokens: int, target_conte
     """
     if num_context_tokens < 1 or num_prompt_tokens < 1:
         raise ConfigError(
-            f"context segment of {num_context_tokens} tokens and end prompt of {num_prompt_tokens}: both need at least one. "
+            f"context segment of {num_context_tokens} tokens and end prompt of {num_prompt_tokens}: both need at least one token. "
             f"Set a larger data.seq_length or a shorter end prompt (method.end_prompts, method.end_prompt_length)."
         )
     if num_context_tokens + num_prompt_tokens > target_context_length:

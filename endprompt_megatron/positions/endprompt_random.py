@@ -1,5 +1,5 @@
-"""EndPrompt with a random anchor, as in the released code: each sample draws the start of its end prompt from all positions after the
-text."""
+"""EndPrompt with a random start of the end prompt, as in the released code. The start of each sample is drawn uniformly from the positions
+after the text at which the whole end prompt fits."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ IntArray = npt.NDArray[np.int64]
 def endprompt_random_positions(
     num_context_tokens: int, num_prompt_tokens: int, *, target_context_length: int, random: np.random.Generator
 ) -> IntArray:
-    """Positions of one sample: the context from 0, the end prompt as one segment with a uniformly drawn start.
+    """Return the positions of one sample. The context starts at 0. The end prompt is one contiguous segment with a random start.
 
     Args:
-        num_context_tokens: a, physical tokens of the context segment, >= 1.
-        num_prompt_tokens: b, physical tokens of the end prompt, >= 1.
-        target_context_length: L, in positions.
+        num_context_tokens: a, number of physical tokens of the context segment, >= 1.
+        num_prompt_tokens: b, number of physical tokens of the end prompt, >= 1.
+        target_context_length: L, number of positions of the extended window.
         random: generator that draws the start.
     Returns:
         int64 [a + b], strictly increasing; the prompt starts in [a, L - b].

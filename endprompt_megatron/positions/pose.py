@@ -1,5 +1,5 @@
-"""Skip-wise positions (PoSE): a sample is cut into chunks, and the positions skip forward between chunks. The chunks are cut from the text,
-as in PoSE, or from the end prompt only, as in EndPrompt's variant ET(PoSE)."""
+"""Skip-wise positions (PoSE). A sample is cut into chunks, and the positions skip forward between chunks. PoSE cuts the whole text into
+chunks, and EndPrompt's variant ET(PoSE) cuts only the end prompt."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PoseSample:
 
     Attributes:
         positions: int64 [c], strictly increasing, within [0, L - 1].
-        text: int64 [c], indices of the sample's tokens in the running text, strictly increasing.
+        text: int64 [c], strictly increasing indices of the sample's tokens in the source text.
     """
 
     positions: IntArray
@@ -30,21 +30,23 @@ class PoseSample:
 def pose_sample(
     num_tokens: int, *, num_text_tokens: int, target_context_length: int, random: np.random.Generator, num_chunks: int = 2
 ) -> PoseSample:
-    """One PoSE sample. The first chunk starts at token 0 of the running text and at position 0; later chunks skip text and positions.
+    """Draw one PoSE sample. The first chunk starts at token 0 of the source text and at position 0. Later chunks skip tokens of the text
+    and positions.
 
-    With two chunks, the first has r tokens, r uniform in [1, (c + 1) // 2]. The second has the other c - r tokens, from a uniformly drawn
-    later place of the text; its positions are shifted by a skip uniform in [0, L - c]. With n chunks, the first n - 1 draw their lengths
-    one after the other by the same rule. The skips in the text and in the positions are uniform draws in ascending order.
+    With two chunks, the first has r tokens, where r is uniform in [1, (c + 1) // 2], and the second has the other c - r tokens. The tokens
+    of the second chunk are shifted in the text by a skip that is uniform in [0, num_text_tokens - c]. Their positions are shifted by a skip
+    that is uniform in [0, L - c]. With n chunks, the lengths of the first n - 1 are drawn one after the other (see _chunk_lengths). The
+    skips in the text and in the positions are then n - 1 uniform draws each, sorted in ascending order.
 
     Args:
-        num_tokens: c, physical tokens of the sample, >= 1.
-        num_text_tokens: length of the running text, >= c.
-        target_context_length: L, in positions.
+        num_tokens: c, number of physical tokens of the sample, >= 1.
+        num_text_tokens: number of tokens of the source text, >= c.
+        target_context_length: L, number of positions of the extended window.
         random: generator that draws lengths and skips.
-        num_chunks: n, >= 1; a sample of fewer tokens has one chunk per token.
+        num_chunks: n, number of chunks, >= 1; a sample of fewer than n tokens has one chunk per token.
     Raises:
-        ConfigError: num_tokens < 1, more tokens than L or than the text has, or num_chunks < 1.
-    Source: PoSE (arXiv 2309.10400); the draws for two chunks are those of its training code.
+        ConfigError: num_tokens < 1, num_tokens exceeds L or num_text_tokens, or num_chunks < 1.
+    Source: PoSE (arXiv 2309.10400). The draws for two chunks follow its training code.
     """
     if not 1 <= num_tokens <= min(target_context_length, num_text_tokens):
         raise ConfigError(
@@ -66,17 +68,18 @@ def pose_sample(
 def endprompt_pose_positions(
     num_context_tokens: int, num_prompt_tokens: int, *, target_context_length: int, random: np.random.Generator, num_chunks: int = 2
 ) -> IntArray:
-    """Positions of one ET(PoSE) sample: the context contiguous from 0, the end prompt in pieces with skips between them.
+    """Return the positions of one ET(PoSE) sample. The context is contiguous from position 0. The end prompt is cut into pieces with skips
+    between them.
 
-    The prompt is cut into pieces whose lengths differ by at most one, longer ones first. Every piece, including the first, is shifted by a
-    skip; the skips are uniform draws in ascending order. All pieces lie in [a, L - 1].
+    The lengths of the pieces differ by at most one, and longer pieces come first. Every piece, including the first, is shifted by a skip.
+    The skips are uniform draws, sorted in ascending order. All pieces lie in [a, L - 1].
 
     Args:
-        num_context_tokens: a, physical tokens of the context segment, >= 1.
-        num_prompt_tokens: b, physical tokens of the end prompt, >= 1.
-        target_context_length: L, in positions.
+        num_context_tokens: a, number of physical tokens of the context segment, >= 1.
+        num_prompt_tokens: b, number of physical tokens of the end prompt, >= 1.
+        target_context_length: L, number of positions of the extended window.
         random: generator that draws the skips.
-        num_chunks: pieces of the prompt, >= 1; a prompt of fewer tokens has one piece per token.
+        num_chunks: number of pieces of the prompt, >= 1; a prompt of fewer tokens has one piece per token.
     Returns:
         int64 [a + b], strictly increasing.
     Raises:
@@ -96,8 +99,8 @@ def endprompt_pose_positions(
 
 
 def _chunk_lengths(num_tokens: int, num_chunks: int, random: np.random.Generator) -> list[int]:
-    """Draw the chunk lengths. Every chunk but the last takes at most an equal share of the remaining tokens and leaves one for each later
-    chunk."""
+    """Draw the chunk lengths. Every chunk except the last has at most an equal share of the remaining tokens, and leaves at least one token
+    for each later chunk."""
     lengths, left = [], num_tokens
     for chunks_left in range(min(num_chunks, num_tokens), 1, -1):
         longest = max(1, (left + 1) // chunks_left)

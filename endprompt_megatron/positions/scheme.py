@@ -1,5 +1,5 @@
-"""The registry of position schemes. Positions are a pure function of (scheme, seed, sample index, lengths), so every rank computes the ones
-that it needs and a resumed run draws the same ones."""
+"""The registry of position schemes. Positions depend only on the scheme, the seed, the sample index and the lengths. Every rank can
+therefore compute the positions of its samples, and a resumed run draws the same positions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from endprompt_megatron.positions.endprompt import endprompt_positions
 from endprompt_megatron.positions.endprompt_random import endprompt_random_positions
 from endprompt_megatron.positions.pose import PoseSample, endprompt_pose_positions, pose_sample
 
-_POSITIONS = 2  # makes these draws independent of those of the end prompts (data.prompts)
+_POSITIONS = 2  # part of the seed; makes the draws of positions independent of the draws of end prompts (data.prompts)
 _POSE_TEXT_SPAN = 5  # PoSE truncates documents to five training lengths
 IntArray = npt.NDArray[np.int64]
 
@@ -25,9 +25,9 @@ class SampleLayout:
     """The lengths of one training sample.
 
     Attributes:
-        num_context_tokens: a, physical tokens of text.
-        num_prompt_tokens: b, physical tokens of end prompt; 0 for schemes without one.
-        target_context_length: L, in positions.
+        num_context_tokens: a, number of physical tokens of the text.
+        num_prompt_tokens: b, number of physical tokens of the end prompt; 0 for schemes without an end prompt.
+        target_context_length: L, number of positions of the extended window.
         num_chunks: number of chunks of the text (`pose`) or of the end prompt (`endprompt_pose`); positions skip between them.
     """
 
@@ -42,14 +42,14 @@ class PositionScheme:
     """One way to assign positions to the tokens of a sample.
 
     Attributes:
-        name: as written in `method.position_scheme`.
+        name: value of `method.position_scheme`.
         uses_end_prompt: whether the last tokens of the sample are an end prompt.
-        varies_by_sample: whether two samples of the same lengths can have different positions (fused RoPE kernels need one row of
-            positions per micro-batch).
-        place: (layout, seed, sample_index) -> positions, int64 [a + b].
-        text_span: length of the running text from which a sample is chosen, as a multiple of the sample length.
-        choose_text: (layout, seed, sample_index) -> indices of the chosen tokens in that text, int64 [a + b]; None if `text_span` is 1 and
-            all tokens are used.
+        varies_by_sample: whether two samples of the same lengths can have different positions. Fused RoPE kernels need the same positions
+            for all samples of a micro-batch.
+        place: function of (layout, seed, sample_index) that returns the positions, int64 [a + b].
+        text_span: length of the source text from which a sample is chosen, as a multiple of the sample length.
+        choose_text: function of (layout, seed, sample_index) that returns the indices of the chosen tokens in the source text,
+            int64 [a + b]; None if `text_span` is 1 and all tokens are used.
     """
 
     name: str
@@ -60,11 +60,11 @@ class PositionScheme:
     choose_text: Callable[[SampleLayout, int, int], IntArray] | None = None
 
     def shares_positions(self, *, prompt_lengths: list[int], micro_batch_size: int) -> bool:
-        """Whether all samples of a micro-batch have the same positions, so that one row of positions is enough.
+        """Return whether all samples of a micro-batch have the same positions, so that one row of positions is enough.
 
         Args:
-            prompt_lengths: b of each end prompt in the set.
-            micro_batch_size: samples per micro-batch.
+            prompt_lengths: b, the number of tokens, of each end prompt in the set.
+            micro_batch_size: number of samples per micro-batch.
         """
         varies = self.varies_by_sample or (self.uses_end_prompt and len(set(prompt_lengths)) > 1)
         return micro_batch_size == 1 or not varies
@@ -132,10 +132,10 @@ SCHEMES: dict[str, PositionScheme] = {
 
 
 def get_scheme(name: str) -> PositionScheme:
-    """The scheme registered under `name`.
+    """Return the scheme with this name.
 
     Raises:
-        ConfigError: unknown scheme; the message lists the known ones.
+        ConfigError: the name is unknown; the message lists the known names.
     """
     if name not in SCHEMES:
         raise ConfigError(f"method.position_scheme={name}: no such scheme. Choose one of {', '.join(sorted(SCHEMES))}.")

@@ -1,5 +1,5 @@
-"""The page of a study: results of every method as mean and standard deviation over seeds, paired tests against the reference, cost, figures
-and failed runs. It reports numbers without a verdict."""
+"""Write the page of a study. The page contains the results of every method as mean and standard deviation over seeds, paired tests against
+the reference, cost, figures and failed runs. It gives no verdict."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from endprompt_megatron.comparison.results import (
 from endprompt_megatron.comparison.runner import RunOutcome
 from endprompt_megatron.comparison.statistics import PairedTest, paired_tests, summarize
 from endprompt_megatron.comparison.study import StudyConfig
-from endprompt_megatron.output_files import replace_text, writing
+from endprompt_megatron.output_files import replace_text
 from endprompt_megatron.report.figures.comparison import TASK_NAMES, plot_cost, plot_scores_by_distance, plot_scores_by_length
 from endprompt_megatron.report.figures.run import length_label
 from endprompt_megatron.report.suite_comparison import suite_tables
@@ -40,7 +40,7 @@ class Section:
     Attributes:
         title: heading, such as "The same number of tokens".
         stem: stem of the figures' file names.
-        results: results of its finished runs.
+        results: results of the finished runs.
         note: explanation of how the runs were made.
     """
 
@@ -74,8 +74,6 @@ def write_comparison(
         Path of the page.
     """
     output_dir = Path(output_dir)
-    with writing(output_dir):
-        output_dir.mkdir(parents=True, exist_ok=True)
     sections = [section for section in sections if section.results]
     suites = [_compared(_ordered(by_label(section.results), study), study.reference) for section in sections]
     parts = [f"# {study.name}: methods compared", _opening(study, sections, pending, commands)]
@@ -106,8 +104,9 @@ def _ordered(groups: dict[str, list[RunResult]], study: StudyConfig) -> dict[str
 
 def _opening(study: StudyConfig, sections: list[Section], pending: int, commands: list[str]) -> str:
     lines = [
-        "Mean ± standard deviation over seeds; one seed has no deviation. The seed determines sample order, positions and probe questions. "
-        "Probes use contiguous positions. Methods with the same seeds get the same questions; otherwise compare only by Δ."
+        "Values are mean ± standard deviation over seeds; one seed has no deviation. The seed determines sample order, positions and probe "
+        "questions. Probes use contiguous positions. Methods with the same seeds answer the same questions. Compare methods with different "
+        "seeds only by Δ."
     ]
     if sections:
         first = sections[0].results[0]
@@ -136,7 +135,7 @@ def _tables(groups: dict[str, list[RunResult]], study: StudyConfig, tests: list[
             continue
         unit = "keys exact" if task != "variable_tracking" else "chains exact"
         beyond = any(length > native for run in runs for length in run.scores(task))
-        # a model can copy the rest of a name once it has started, so only whole chains show tracking
+        # A model that has produced the start of a name can copy the rest, so only whole chains show that it tracks variables.
         shares = {"exact_match": unit} | ({} if task == "variable_tracking" else {"digit_accuracy": "digits right"})
         figures = [*((figure, ".0%") for figure in shares), ("key_log_probability", ".2f")]
         header = ["method", "seeds", *shares.values(), "log-probability (nats)"]
@@ -196,8 +195,8 @@ def _test_note(study: StudyConfig, tests: list[PairedTest]) -> str:
     return (
         f"Δ: method minus `{study.reference}`, mean over common seeds (number of seeds: {', '.join(map(str, seeds))}). p (t, seeds): "
         f"two-sided paired t-test with the seed as unit. p (sign flips, haystacks): two-sided permutation test of Δ with the haystack as "
-        f"unit ({_range(haystacks)} haystacks); it covers the variation between haystacks, not between training runs. No correction for "
-        f"multiple comparisons."
+        f"unit ({_range(haystacks)} haystacks); it covers the variation between haystacks, not between training runs. The p-values are not "
+        f"corrected for multiple comparisons."
     )
 
 
@@ -224,7 +223,7 @@ def _figures(output_dir: Path, section: Section, groups: dict[str, list[RunResul
             f"{section.stem}_by_distance.png",
             f"Scores by the distance from the question back to the fact, in bins of one octave. Right: difference to `{reference}` on the "
             f"same questions; bars are one standard error. If methods differ strongly, the axis is logarithmic outside of ±0.5. "
-            "Shaded: distances that do not occur in EndPrompt's samples (eq. 9).",
+            "Shaded distances do not occur in EndPrompt's samples (eq. 9).",
         ),
         (plot_cost, f"{section.stem}_cost.png", "Results against the cost of training."),
     ]

@@ -1,5 +1,5 @@
-"""The page of an evaluation: RULER by task and length, LongBench by group and short tasks, each with the paper's numbers; planted facts and
-perplexity; tasks that did not run, with reasons; the conditions. Its only input is results.json."""
+"""Write the page of an evaluation from results.json, its only input. The page shows RULER by task and length, LongBench by group and short
+tasks, each beside the paper's numbers, then planted facts and perplexity, the tasks that did not run, with reasons, and the conditions."""
 
 from __future__ import annotations
 
@@ -51,29 +51,31 @@ _PAPER: dict[str, dict[str, float]] = {
     "full fine-tuning": {RULER: 69.23, LONGBENCH: 35.63, SHORT: 50.98},
 }
 _RULER_NOTE = (
-    "Samples and scores by lm-eval, whose tasks differ from NVIDIA's in some points: question answering scores the share of the accepted "
-    "answers that occur where NVIDIA accepts any one, common words has no worked example, and the answer prefix is not part of the length. "
-    "The means are ours: over tasks, then over lengths. A mean of fewer than 13 tasks is no RULER score."
+    "Samples and scores are from lm-eval, whose tasks differ from NVIDIA's in some points. Question answering scores the share of the "
+    "accepted answers that occur in the output, while NVIDIA accepts any one of them. The common words task has no worked example. The "
+    "length does not include the answer prefix. This project computes the means, first over tasks and then over lengths. A mean of fewer "
+    "than 13 tasks is not a RULER score."
 )
 _RULER_OFFLINE_NOTE = (
-    "Synthetic tasks in RULER's form (arXiv 2404.06654) with names and sentences of our own, on Megatron-Core: no RULER scores. Needles "
-    "are hidden in repeated sentences unless a row names another haystack; prompt and answer together fit the length; an answer counts "
-    "when it occurs in the output, and of a question's accepted answers any one is enough, as in NVIDIA's program."
+    "These synthetic tasks have RULER's form (arXiv 2404.06654) with names and sentences of our own, and run on Megatron-Core. Their "
+    "scores are not RULER scores. Needles are hidden in repeated sentences unless a row names another haystack. Prompt and answer together "
+    "fit into the length. An answer is right if it occurs in the output. If a question has several accepted answers, one of them is "
+    "enough, as in NVIDIA's program."
 )
 _LONGBENCH_NOTE = (
-    "Samples and scores by lm-eval, which truncates prompts longer than the window at their start, where LongBench's own program removes "
-    "the middle. The mean is that of the groups."
+    "Samples and scores are from lm-eval. If a prompt is longer than the window, lm-eval removes its start, while LongBench's own program "
+    "removes its middle. The mean is over the groups."
 )
-_SHORT_NOTE = "The paper's values are after supervised fine-tuning, with a number of worked examples that the paper does not state."
+_SHORT_NOTE = "The paper's values were measured after supervised fine-tuning. The paper does not state the number of worked examples."
 
 
 def write_evaluation(output_dir: Path, results: dict[str, Any], *, pending: int = 0) -> Path:
-    """Writes evaluation.md.
+    """Write evaluation.md.
 
     Args:
-        output_dir: its directory.
+        output_dir: directory in which to write the page and its figures.
         results: content of results.json.
-        pending: number of tasks and lengths that are not finished.
+        pending: number of unfinished pairs of task and length.
     Returns:
         Path of the page.
     """
@@ -85,8 +87,8 @@ def write_evaluation(output_dir: Path, results: dict[str, Any], *, pending: int 
         parts += ["## RULER", _ruler(of_suite[RULER]), picture, _intervals(of_suite[RULER]), _RULER_NOTE]
         if any(score["haystack"] == STAND_IN_HAYSTACK for score in of_suite[RULER]):
             parts.append(
-                "**Stand-in haystack**: these rows hide their needles in other prose than the benchmark's essays (conditions, local "
-                "sources). They are no RULER scores, and the means leave them out."
+                "**Stand-in haystack**: these rows hide their needles in other prose than the benchmark's essays (see local sources in "
+                "the conditions). They are no RULER scores, and the means do not include them."
             )
     if of_suite[RULER_OFFLINE]:
         picture = length_picture(Path(output_dir), RULER_OFFLINE, {"this model": of_suite[RULER_OFFLINE]}, results["conditions"])
@@ -108,7 +110,7 @@ def write_evaluation(output_dir: Path, results: dict[str, Any], *, pending: int 
         parts += ["## Perplexity of held-out text", perplexity_table(mine), picture, f"{windows} {PERPLEXITY_NOTE}"]
     if results["not_run"]:
         rows = [[entry["task"], _length(entry["length"]), entry["reason"]] for entry in results["not_run"]]
-        parts += ["## What did not run", table(["task", "length", "reason"], rows, numbers_from=None)]
+        parts += ["## Tasks that did not run", table(["task", "length", "reason"], rows, numbers_from=None)]
     parts += ["## Conditions", _conditions(results["conditions"])]
     page = Path(output_dir) / PAGE
     replace_text(page, "\n\n".join(part for part in parts if part) + "\n")
@@ -120,14 +122,14 @@ def _opening(results: dict[str, Any], pending: int) -> str:
     prompts = "the model's chat template" if conditions["chat_template"] else "raw prompts, no chat template"
     ran, missing = len(results["scores"]), len(results["not_run"])
     in_nats = any(score["suite"] == PERPLEXITY for score in results["scores"])
-    scale = "Scores from 0 to 100" + (" (log_perplexity: nats a token, lower is better)" if in_nats else "")
+    scale = "Scores from 0 to 100" + (" (log_perplexity: nats per token, lower is better)" if in_nats else "")
     beside_paper = any(score["suite"] not in MEGATRON_SUITES for score in results["scores"])
     return (
         f"{scale}, by {conditions['harness']} ({conditions['backend']}, {conditions['dtype']}, {prompts}, BOS: "
         f"{conditions['bos']}). {ran} tasks and lengths ran"
         + (f", {missing} did not (reasons below)." if missing else ".")
         + (f" **{pending} are not finished; the same command resumes them.**" if pending else "")
-        + (f" Rows marked *paper*: {_SOURCE}; another model, and the authors' own runs." if beside_paper else "")
+        + (f" Rows marked *paper* are from {_SOURCE}. They are the authors' own runs of another model." if beside_paper else "")
         + f"\n\n    {conditions['command']}"
     )
 
@@ -166,7 +168,7 @@ def _ruler_offline(scores: list[dict[str, Any]]) -> str:
 
 
 def _scores_by_length(scores: list[dict[str, Any]], rows: list[tuple[Task, str]], lengths: list[int]) -> dict[str, list[float | None]]:
-    """{display name: score at each length} for those (task, haystack) in `rows` that have a score."""
+    """Return {display name: score at each length} for every (task, haystack) in `rows` that has at least one score."""
     found = {(score["task_id"], score["haystack"], score["length"]): score["score"] for score in scores}
     values = {name_in_results(task, haystack): [found.get((task.id, haystack, length)) for length in lengths] for task, haystack in rows}
     return {name: row for name, row in values.items() if any(value is not None for value in row)}
@@ -202,7 +204,7 @@ def _short(scores: list[dict[str, Any]]) -> str:
 
 
 def _intervals(scores: list[dict[str, Any]]) -> str:
-    """Table of every score with its interval, collapsed by default."""
+    """Return a table of all scores with their intervals. The table is collapsed by default."""
     order = list(TASKS)
     rows = []
     for score in sorted(scores, key=lambda score: (order.index(score["task_id"]), score["length"] or 0)):
@@ -231,7 +233,7 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 def _of(count: int, total: int) -> str:
-    """How many of the values of a mean exist; empty where all do."""
+    """Return how many of the `total` values a mean covers, as text; an empty string if it covers all or none."""
     return f" ({count} of {total})" if 0 < count < total else ""
 
 

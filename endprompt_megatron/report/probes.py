@@ -1,4 +1,5 @@
-"""The sections of an evaluation's page on planted facts and perplexity: tables, maps by depth and length, and retrieval by distance."""
+"""Format the sections of an evaluation's page on planted facts and perplexity: tables, maps by depth and length, and retrieval by
+distance."""
 
 from __future__ import annotations
 
@@ -16,18 +17,19 @@ from endprompt_megatron.report.tables import MISSING, table
 Scores = Sequence[Mapping[str, Any]]
 _REGIONS = {NEAR: "near: seen within a segment", GAP: "gap: never seen", ANCHOR: "anchor: seen between prompt and text"}
 NEEDLE_NOTE = (
-    "Keys of digits are hidden in repeated sentences (pass-key test). The answer is scored under teacher forcing: it is right where greedy "
-    "decoding would produce all of it. In brackets: the share of its parts (digits, keys, names) that are the most likely ones, and its "
-    "log-probability in nats. Questions about one text are not independent, so intervals take a text as the unit."
+    "Keys of digits are hidden in repeated sentences (pass-key test). Answers are scored under teacher forcing: an answer is right if "
+    "greedy decoding would produce all of it. The brackets contain the share of its parts (digits, keys, names) that the model ranks "
+    "first, and its log-probability in nats. Questions about one text are not independent, so intervals have a text as their unit."
 )
 PERPLEXITY_NOTE = (
-    "The same tokens of the same documents at every length, without a BOS; a longer window can only help through its additional context. "
-    "Interval: bootstrap over documents, which differ far more from each other than windows do. Compare models on the same documents."
+    "Every length scores the same tokens of the same documents, without a BOS, so a longer window can only help through its additional "
+    "context. Intervals are bootstrap intervals over documents, which differ far more from each other than windows do. Compare models only "
+    "on the same documents."
 )
 
 
 def needle_table(scores: Scores) -> str:
-    """Table of retrieval by task and length, without the gap task."""
+    """Return the table of retrieval by task and length, without the gap task."""
     found = {(score["task_id"], score["length"]): score for score in scores if score["task_id"] != GAP_TASK}
     lengths = sorted({length for _, length in found})
     tasks = [task for task in TASKS.values() if any((task.id, length) in found for length in lengths)]
@@ -43,15 +45,15 @@ def _retrieval(score: Mapping[str, Any] | None) -> str:
 
 
 def needle_maps(output_dir: Path, panels: Mapping[str, Scores], conditions: Mapping[str, Any]) -> list[str]:
-    """Draws a map for each task whose questions have depths, with a panel for each system. Tasks with scores at fewer than two lengths are
+    """Draw one map for each task whose questions have depths, with one panel per system. Tasks with fewer than two lengths or depths are
     skipped.
 
     Args:
         output_dir: directory of the figures.
         panels: {system: its scores}.
-        conditions: with native_window and window.
+        conditions: conditions of the evaluation, with native_window and window.
     Returns:
-        Markdown of the figures.
+        Markdown of the figures, one text per figure.
     """
     pictures = []
     tasks = dict.fromkeys(score["task_id"] for scores in panels.values() for score in scores if score["length"] and score.get("graded"))
@@ -76,7 +78,7 @@ def needle_maps(output_dir: Path, panels: Mapping[str, Scores], conditions: Mapp
 
 
 def _cells(scores: Scores) -> Cells:
-    """{(length, depth): digits right in percent}, averaged where several seeds have a cell."""
+    """Return {(length, depth): share of right digits in percent}. A cell that several scores have is averaged."""
     found: dict[tuple[int, float], list[float]] = {}
     for score in scores:
         for depth, figures in (score["graded"].get("by_depth") or {}).items():
@@ -85,7 +87,7 @@ def _cells(scores: Scores) -> Cells:
 
 
 def region_table(panels: Mapping[str, Scores]) -> str:
-    """Table of retrieval by region: whether EndPrompt's training covered the distances of the questions."""
+    """Return the table of retrieval by region. The region states whether EndPrompt's training covers the distances of the questions."""
     rows = []
     for label, scores in panels.items():
         for score in scores:
@@ -103,7 +105,7 @@ def region_table(panels: Mapping[str, Scores]) -> str:
 
 
 def perplexity_table(panels: Mapping[str, Scores]) -> str:
-    """Table of perplexity by window."""
+    """Return the table of perplexity by window."""
     lengths = sorted({score["length"] for scores in panels.values() for score in scores})
     rows = []
     for label, scores in panels.items():
@@ -121,15 +123,18 @@ def _perplexity(score: Mapping[str, Any] | None) -> str:
 
 
 def perplexity_windows(conditions: Mapping[str, Any]) -> str:
-    """One sentence on the placement of the windows."""
+    """Return text about the placement of the windows."""
     stride = conditions["perplexity"]["stride"]
     if not stride:
         return "Windows do not overlap."
-    return f"Windows slide by {stride} tokens: a token is scored with at least window − {stride} tokens of context, or all there are."
+    return (
+        f"Windows slide by {stride} tokens. A token is scored with at least window − {stride} tokens of context, or with all tokens "
+        "before it if there are fewer."
+    )
 
 
 def perplexity_picture(output_dir: Path, panels: Mapping[str, Scores], conditions: Mapping[str, Any]) -> str:
-    """Draws perplexity by window and returns the Markdown of the figure; empty where there are fewer than two lengths."""
+    """Draw perplexity by window and return the Markdown of the figure; empty if there are fewer than two lengths."""
     systems = {
         label: {"label": label, "perplexity": {str(score["length"]): math.exp(score["score"]) for score in scores}}
         for label, scores in panels.items()

@@ -1,5 +1,5 @@
-"""Sentences about the reach of each system of a run, for the terminal and the page: retrieval of planted facts and perplexity inside and
-beyond the native window, and the effect of training relative to the new RoPE alone."""
+"""Write the sentences about the results inside and beyond the native window, for the terminal and the page of a run. The sentences state
+the retrieval of planted facts and the perplexity of each system, and the effect of training relative to the new RoPE alone."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 from endprompt_megatron.comparison.training_effect import answer_change, loss_change
 
 SYSTEM_ORDER = ("base", "untrained", "control", "trained")
-# tasks on long texts; the first one comes first in pages and figures
+# {task on long texts: plural of its facts}; pages and figures show the first task first.
 PLANTED = {"number": "numbers", "word": "words"}
 
 
 def ordered_systems(systems: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The systems in the order of all tables and figures."""
+    """Return the systems in the order of all tables and figures."""
     names = [name for name in SYSTEM_ORDER if name in systems] + [name for name in systems if name not in SYSTEM_ORDER]
     return {name: systems[name] for name in names}
 
 
 def headline_task(system: Mapping[str, Any]) -> str:
-    """The main task on long texts for pages and figures: numbers if measured, else words."""
+    """Return the main task on long texts for pages and figures: `number` if it was measured, otherwise `word`."""
     return next((task for task in PLANTED if system.get(task)), "number")
 
 
 def right_answers(figures: Mapping[str, Any], *, native: int) -> dict[str, tuple[int, int]]:
-    """{"inside" | "beyond": (right answers, questions)} over the lengths up to the native window and over longer ones. A side without
-    questions has no entry."""
+    """Return {"inside" | "beyond": (number of right answers, number of questions)}. Lengths up to the native window are inside, and longer
+    lengths are beyond. A side without questions has no entry."""
     found: dict[str, tuple[int, int]] = {}
     for length, score in figures.items():
         side = "beyond" if int(length) > native else "inside"
@@ -38,7 +38,7 @@ def right_answers(figures: Mapping[str, Any], *, native: int) -> dict[str, tuple
 
 
 def mean_perplexity(values: Mapping[str, float], *, native: int) -> dict[str, float]:
-    """{"inside" | "beyond": geometric mean over the lengths of that side}. A side without lengths has no entry."""
+    """Return {"inside" | "beyond": geometric mean of the perplexity over the lengths of that side}. A side without lengths has no entry."""
     logs: dict[str, list[float]] = {}
     for length, value in values.items():
         logs.setdefault("beyond" if int(length) > native else "inside", []).append(math.log(value))
@@ -46,7 +46,7 @@ def mean_perplexity(values: Mapping[str, float], *, native: int) -> dict[str, fl
 
 
 def reach_sentences(systems: Mapping[str, Any], *, native: int) -> list[str]:
-    """One sentence per measure for the results inside and beyond the native window, and the effect of training.
+    """Return one sentence per measure for the results beyond and inside the native window, and one about the effect of training.
 
     Args:
         systems: `systems` of evaluation.json.
@@ -76,7 +76,8 @@ def reach_sentences(systems: Mapping[str, Any], *, native: int) -> list[str]:
 
 
 def training_sentences(systems: Mapping[str, Any], *, native: int) -> list[str]:
-    """The effect of training relative to the base with the new RoPE alone, also if there is none."""
+    """Return one sentence about the effect of training relative to the base with the new RoPE alone. It also names the measures without a
+    measurable effect. The list is empty if one of the two systems was not measured."""
     before, after = systems.get("untrained"), systems.get("trained")
     if not before or not after:
         return []

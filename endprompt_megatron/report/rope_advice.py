@@ -1,4 +1,5 @@
-"""The page that compares RoPE scalings of an untrained base: a table, a figure and a recommendation by a rule that the page states."""
+"""Write the page that compares RoPE scalings of an untrained base. The page contains a table, a figure, a recommendation, and the rule of
+the recommendation."""
 
 from __future__ import annotations
 
@@ -10,18 +11,19 @@ from endprompt_megatron.output_files import replace_text
 from endprompt_megatron.report.figures.reach import plot_reach
 from endprompt_megatron.report.reach import PLANTED, headline_task, mean_perplexity, right_answers
 
-# A scaling is usable without training if it keeps these shares of the base's results inside its window.
+# Thresholds of RULE, relative to the base's results inside the native window.
 KEPT_INSIDE, KEPT_BEYOND, PERPLEXITY_INSIDE = 0.9, 0.8, 1.05
 RULE = (
-    f"Rule: a scaling is usable without training if it keeps at least {KEPT_INSIDE:.0%} of the base's right answers inside the native "
-    f"window, if its share of right answers beyond the window is at least {KEPT_BEYOND:.0%} of the base's share inside, and if its "
-    f"perplexity inside is at most {PERPLEXITY_INSIDE} times the base's. The recommended scaling is the one with the most right answers "
-    f"beyond the window; if several have the same number, the one with the lowest perplexity beyond."
+    f"Rule: a scaling is usable without training if it meets three conditions. Inside the native window, it keeps at least "
+    f"{KEPT_INSIDE:.0%} of the base's right answers. Beyond the window, its share of right answers is at least {KEPT_BEYOND:.0%} of the "
+    f"base's share inside. Inside the window, its perplexity is at most {PERPLEXITY_INSIDE} times the base's. The recommended scaling has "
+    f"the most right answers beyond the window. If several scalings have the same number, the one with the lowest perplexity beyond the "
+    f"window is recommended."
 )
 
 
 def usable_untrained(system: Mapping[str, Any], base: Mapping[str, Any], *, native: int) -> bool:
-    """Whether the scaling meets RULE."""
+    """Return whether a scaling is usable without training according to RULE."""
     task = headline_task(base)
     mine, theirs = right_answers(system[task], native=native), right_answers(base[task], native=native)
     inside, beyond, base_inside = (_share(mine, "inside"), _share(mine, "beyond"), _share(theirs, "inside"))
@@ -35,7 +37,7 @@ def _share(found: Mapping[str, tuple[int, int]], side: str) -> float:
 
 
 def recommend(systems: Mapping[str, Mapping[str, Any]], *, native: int) -> tuple[str, list[str]]:
-    """The recommended scaling, and sentences that explain it and whether training is needed.
+    """Return the name of the recommended scaling, and two texts: the reason, and whether training is needed.
 
     Args:
         systems: {"base" or name of a scaling: results of the probes}.
@@ -70,9 +72,10 @@ def write_rope_page(path: Path, described: Mapping[str, Any]) -> list[str]:
 
     Args:
         path: path of the page; the figure is written to the same directory.
-        described: experiment, native, target, command, conditions, systems ({name: results of the probes, with "seconds"}).
+        described: content of the page, with the keys experiment, native, target, command, conditions and systems ({name: results of the
+            probes, with "seconds"}).
     Returns:
-        The table and the recommendation, as lines.
+        The table, the recommendation and the rule, as lines.
     """
     systems, native = described["systems"], described["native"]
     tasks = [task for task in PLANTED if systems["base"].get(task)]
@@ -99,8 +102,9 @@ def write_rope_page(path: Path, described: Mapping[str, Any]) -> list[str]:
         f"# {title}",
         f"`{described['command']}`",
         "\n".join(table),
-        f"Inside: contexts of {', '.join(f'{n:,}' for n in lengths if n <= native)} tokens; beyond: "
-        f"{', '.join(f'{n:,}' for n in lengths if n > native)}. Seconds: of this start; 0 for results of an earlier start.",
+        f"Inside means contexts of {', '.join(f'{n:,}' for n in lengths if n <= native)} tokens, beyond means contexts of "
+        f"{', '.join(f'{n:,}' for n in lengths if n > native)} tokens. Seconds count this start only; they are 0 for results of an "
+        f"earlier start.",
         "\n".join(advice),
         RULE,
         f"![Retrieval and perplexity of every scaling]({picture.name})",

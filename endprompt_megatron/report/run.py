@@ -1,9 +1,8 @@
-"""The report of a run: what was done, results before and after training, conditions, figures, and next steps. It reports numbers without a
-verdict."""
+"""Write the report of a run. The report contains the settings of the run, results before and after training, conditions, figures and next
+steps. It gives no verdict."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,16 +10,17 @@ from typing import Any
 
 from endprompt_megatron.errors import DataError
 from endprompt_megatron.log import read_metrics
-from endprompt_megatron.output_files import replace_text
+from endprompt_megatron.output_files import read_json, replace_text
 from endprompt_megatron.report.figures.evaluation import plot_depth_by_length
 from endprompt_megatron.report.figures.reach import plot_reach
 from endprompt_megatron.report.figures.run import length_label, plot_loss, plot_needle, plot_perplexity, plot_positions
 from endprompt_megatron.report.reach import PLANTED, ordered_systems, reach_sentences
 
-# key of evaluation.json -> name in tables and sentences
+# {key of evaluation.json: name in tables and sentences}
 RETRIEVAL = {"needle": "key retrieval", **{task: f"planted {words}" for task, words in PLANTED.items()}}
 _MISSING = "–"
-# Used in the figure of positions if the run did not record b; the caption says so. The exact value is not visible at the scale of a window.
+# Number of end prompt tokens in the figure of positions if the run did not record b. The caption then states this. The exact number is not
+# visible at the scale of a window.
 _DRAWN_PROMPT_TOKENS = 16
 
 
@@ -33,7 +33,7 @@ def write_report(output_dir: Path) -> Path:
     Returns:
         Path of report.md.
     Raises:
-        DataError: summary.json is missing or is not JSON.
+        DataError: summary.json is missing, or one of the files is damaged.
     """
     output_dir = Path(output_dir)
     summary = _read_json(output_dir / "summary.json")
@@ -61,7 +61,7 @@ def write_report(output_dir: Path) -> Path:
 
 
 def _reach(output_dir: Path, summary: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
-    """Figure and sentences about long texts; empty if the run has none."""
+    """Return the section about long texts, with a figure and sentences; empty if the run has no results on long texts."""
     systems = ordered_systems(evaluation.get("systems") or {})
     if not any(system.get(task) for system in systems.values() for task in PLANTED):
         return ""
@@ -71,7 +71,7 @@ def _reach(output_dir: Path, summary: Mapping[str, Any], evaluation: Mapping[str
     path = plot_reach(output_dir / "reach.png", systems, native=native, title=title)
     caption = (
         "Retrieval and perplexity by context length and by distance, inside the native window and beyond it (shaded). Every system reads "
-        "each text once. The intervals count every question, also those about the same fact at several lengths."
+        "each text once. The intervals count every question separately, even if several questions are about the same fact."
     )
     sentences = "\n".join(f"- {sentence}" for sentence in reach_sentences(systems, native=native))
     advice = (
@@ -90,7 +90,7 @@ def _time_by_phase(summary: Mapping[str, Any]) -> str:
 
 
 def format_table(evaluation: Mapping[str, Any]) -> str:
-    """A Markdown table with one row per measure and system, and one column per length.
+    """Return a Markdown table with one row per measure and system, and one column per length.
 
     Args:
         evaluation: content of evaluation.json. Systems and lengths may be missing.
@@ -99,12 +99,12 @@ def format_table(evaluation: Mapping[str, Any]) -> str:
     """
     header, rows = _table_cells(evaluation)
     aligned = ["---", "---", *["---:"] * (len(header) - 2)]
-    # "|" would end the cell
+    # a "|" in a cell would end the cell
     return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in (header, aligned, *rows))
 
 
 def format_terminal_table(evaluation: Mapping[str, Any]) -> str:
-    """The table of `format_table` as plain text with aligned columns.
+    """Return the table of `format_table` as plain text with aligned columns.
 
     Args:
         evaluation: content of evaluation.json. Systems and lengths may be missing.
@@ -176,6 +176,7 @@ def _what_was_done(summary: Mapping[str, Any], evaluation: Mapping[str, Any]) ->
         _optional(summary, "loss_first", "loss_last", text="The training loss went from {:.3f} to {:.3f} nats per token."),
         _optional(summary, "tokens_per_second", text="Training ran at {:,.0f} tokens per second")
         + _optional(summary, "wall_seconds", text=", the whole run took {:,.0f} seconds")
+        + (f" in {summary['sittings']} sittings" if summary.get("sittings", 1) > 1 else "")
         + _optional(summary, "peak_memory_gib", text=" and at most {:.2f} GiB on one rank")
         + f", on {summary['world_size']} process{'' if summary['world_size'] == 1 else 'es'} (backend {summary['backend']}).",
         *_measured_sentences(evaluation),
@@ -216,9 +217,9 @@ def _reading_note(evaluation: Mapping[str, Any]) -> str:
     )
     counted = f" Trials per length: {', '.join(map(str, trials))}." if trials else ""
     return (
-        "Perplexity: lower is better. Retrieval: share of planted keys, words or numbers reproduced exactly; in brackets the share of "
-        "right parts (digits) and the mean log-probability of the whole answer in nats (0 means certain). These two can change while no "
-        "whole answer is right."
+        "Perplexity: lower is better. Retrieval: share of planted keys, words or numbers reproduced exactly. The brackets contain the "
+        "share of right parts (digits) and the mean log-probability of the whole answer in nats (0 means certain). These two values can "
+        "change even if no whole answer is right."
         f"{counted} {_MISSING} means not measured."
     )
 
@@ -247,7 +248,7 @@ def _figures(output_dir: Path, summary: Mapping[str, Any], evaluation: Mapping[s
 
 
 def _maps(output_dir: Path, systems: Mapping[str, Mapping[str, Any]], summary: Mapping[str, Any]) -> list[str]:
-    """A map by depth and length for each kind of key that was tested at several depths and lengths."""
+    """Draw a map by depth and length for each kind of key that was tested at several depths and lengths."""
     pictures = []
     for key, kind in (("needle", "one key"), ("multi_key", "one of several keys")):
         panels = {}
@@ -324,7 +325,7 @@ def _what_next(output_dir: Path, summary: Mapping[str, Any]) -> str:
 
 
 def native_window(summary: Mapping[str, Any]) -> int:
-    """The native window of the base, in positions, from summary.json."""
+    """Return the native window of the base, in positions, from summary.json."""
     return round(summary["target_length"] / summary["rope_factor"])
 
 
@@ -340,7 +341,4 @@ def _number(value: Any) -> float | None:
 def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: is not JSON ({error}). Remove it and run again; the run resumes from its checkpoint.") from error
+    return read_json(path, way_out="Remove it and run again; the run resumes from its checkpoint.")

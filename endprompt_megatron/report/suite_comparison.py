@@ -1,5 +1,5 @@
-"""Page that compares results of recipes/evaluate.py for several models: tables of paired differences, maps, and curves by length. The page
-of a study has the same tables where its runs were evaluated."""
+"""Write the page that compares results of recipes/evaluate.py for several models. The page contains tables of paired differences, maps, and
+curves by length. The page of a study contains the same tables if its runs were evaluated."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ _SHOWN_CONDITIONS = ("harness", "backend", "dtype", "bos", "samples", "seed", "w
 def write_suite_comparison(
     output_dir: Path, name: str, models: Mapping[str, Mapping[int, Evaluation]], *, reference: str, commands: Sequence[str]
 ) -> Path:
-    """Writes comparison.md, comparison.json and the figures.
+    """Write comparison.md, comparison.json and the figures.
 
     Args:
-        output_dir: their directory.
-        name: of the comparison.
+        output_dir: directory of these files.
+        name: name of the comparison.
         models: {label: {training seed: scores}}, each with at least one score.
         reference: label of the model that the others are compared with.
         commands: command lines that reproduce the page.
@@ -56,9 +56,9 @@ def write_suite_comparison(
     }
     counts = {label: len(seeds) for label, seeds in models.items()}
     opening = (
-        f"Scores of 0 to 100 by recipes/evaluate.py. Reference: `{reference}`. Trainings (seeds): "
+        f"Scores are from recipes/evaluate.py and range from 0 to 100. The reference is `{reference}`. Number of training seeds: "
         + ", ".join(f"{label} {count}" for label, count in counts.items())
-        + (". With fewer than three seeds, nothing here includes the noise of training." if min(counts.values()) < 3 else ".")
+        + (". With fewer than three seeds, no number here includes the noise of training." if min(counts.values()) < 3 else ".")
     )
     parts = [f"# {name}: evaluations compared", opening, "\n".join(f"    {command}" for command in commands)]
     for suite in dict.fromkeys(key.suite for seeds in models.values() for found in seeds.values() for key in sorted(found)):
@@ -87,13 +87,13 @@ def _section(output_dir: Path, suite: str, panels: Mapping[str, list[dict[str, A
 
 
 def _conditions_of(models: Mapping[str, Mapping[int, Evaluation]], suite: str) -> dict[str, Any]:
-    """Conditions of the suite's first score. A model's suites may come from separate evaluations."""
+    """Return the conditions of the suite's first score. Other suites of a model may come from separate evaluations."""
     scores = (found for seeds in models.values() for scores in seeds.values() for key, found in scores.items() if key.suite == suite)
     return next(scores).conditions
 
 
 def _merged(seeds: Mapping[int, Evaluation], suite: str) -> list[dict[str, Any]]:
-    """Entries of results.json, averaged over seeds. Only a single seed has intervals over samples."""
+    """Return the entries of results.json for a suite, averaged over seeds. Entries of several seeds have no interval over samples."""
     found = []
     for key in sorted({key for scores in seeds.values() for key in scores if key.suite == suite}):
         entries = [scores[key].entry for scores in seeds.values() if key in scores]
@@ -107,7 +107,7 @@ def _merged(seeds: Mapping[int, Evaluation], suite: str) -> list[dict[str, Any]]
 
 
 def _mean_of(values: Sequence[Any]) -> Any:
-    """Averages the floats of nested dicts. Other values are those of the first dict."""
+    """Average the floats of nested dicts. Other values are taken from the first dict."""
     first = values[0]
     if isinstance(first, dict):
         return {key: _mean_of([value[key] for value in values if key in value]) for key in first}
@@ -115,26 +115,27 @@ def _mean_of(values: Sequence[Any]) -> Any:
 
 
 def suite_tables(suites: Mapping[str, Sequence[TaskComparison]], reference: str) -> list[str]:
-    """Table of tasks by model with differences to the reference; empty where nothing was evaluated.
+    """Return the table of tasks by model with differences to the reference, and its note; empty if nothing was evaluated.
 
     Args:
-        suites: {label: its comparisons}.
-        reference: a label.
+        suites: {label: comparisons of this model}.
+        reference: label of the reference.
     """
     compared = sorted(((label, found) for label, tasks in suites.items() for found in tasks), key=lambda pair: pair[1].key)
     if not compared:
         return []
     header = ["task", "method", "seeds", "score", "Δ", "95 % interval", "p (sign flips, samples)", "common samples"]
     note = (
-        f"Scores by recipes/evaluate.py. Δ: difference to `{reference}` on the samples of both (questions about one text are one sample), "
-        "averaged over their common seeds; interval (bootstrap) and p take a sample as the unit and do not include the noise of training."
+        f"Scores are from recipes/evaluate.py. Δ is the difference to `{reference}` on the samples that both have, averaged over their "
+        "common seeds. Questions about one text form one sample. The interval (bootstrap) and p have a sample as their unit and do not "
+        "include the noise of training."
     )
     differing = dict.fromkeys(f"{label} in {name}" for label, found in compared for name in found.differing)
     if differing:
         note += f" **Evaluated under other conditions than the reference: {', '.join(differing)}.**"
     better = ["higher is better"] if any(found.key.task != LOG_PERPLEXITY for _, found in compared) else []
     if any(found.key.task == LOG_PERPLEXITY for _, found in compared):
-        better.append(f"{LOG_PERPLEXITY}: nats a token, lower is better")
+        better.append(f"{LOG_PERPLEXITY}: nats per token, lower is better")
     return [f"### Suites ({'; '.join(better)})", table(header, [_suite_row(label, found) for label, found in compared]), note]
 
 

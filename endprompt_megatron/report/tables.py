@@ -1,4 +1,4 @@
-"""Markdown tables, and the format of numbers in their cells."""
+"""Format Markdown tables and the numbers in their cells."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ MISSING = "–"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers_from: int | None = 1) -> str:
-    """A table in Markdown.
+    """Return a Markdown table.
 
     Args:
-        header, rows: cells. A "|" in a cell becomes "/".
+        header, rows: texts of the cells. A "|" in a cell becomes "/".
         numbers_from: first column that is aligned to the right; None aligns no column to the right.
     """
     first = len(header) if numbers_from is None else numbers_from
@@ -23,7 +23,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers_from:
 
 
 def spread(summary: Summary, form: str) -> str:
-    """Mean ± deviation, both in the format `form`."""
+    """Return mean ± deviation, both in the format `form`. A NaN mean becomes MISSING, and a NaN deviation is left out."""
     if math.isnan(summary.mean):
         return MISSING
     text = format(summary.mean, form)
@@ -33,12 +33,12 @@ def spread(summary: Summary, form: str) -> str:
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """A difference with its sign."""
+    """Return a difference as text with its sign."""
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def p_value(value: float) -> str:
-    """A p-value as text; NaN becomes MISSING."""
+    """Return a p-value as text; NaN becomes MISSING."""
     return MISSING if math.isnan(value) else ("<0.001" if value < 0.001 else f"{value:.3f}")
 
 

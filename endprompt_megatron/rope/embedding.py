@@ -1,7 +1,8 @@
-"""A rotary embedding for explicit position_ids. Megatron-Core's own embedding builds its table from the sequence length alone and caches
-it, so position_ids have no effect on it.
+"""A rotary embedding for explicit position_ids. Megatron-Core's own embedding computes its table from the sequence length and caches it, so
+it ignores position_ids.
 
-Shapes: b micro-batch, s sequence on this rank, d head dim; Megatron order [s, b, n, d].
+Shapes: b is the micro-batch size, s the number of tokens on this rank, n the number of heads, d the head dimension. Megatron's order is
+[s, b, n, d].
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from endprompt_megatron.rope.scaling import RopeScaling
 
 
 class PositionRotaryEmbedding(RotaryEmbedding):
-    """Rotary angles, in float32, of the positions set by `at(position_ids)`.
+    """Computes the rotary angles, in float32, of the positions that `at(position_ids)` sets.
 
     Args:
-        scaling: computes the frequencies; `set_scaling` replaces it. The model applies its attention factor
-            (EndPromptGPTModel.set_rope), because angles cannot represent a factor.
+        scaling: scaling that computes the frequencies; `set_scaling` replaces it. EndPromptGPTModel.set_rope applies its attention factor,
+            which scales cosine and sine and not the angles.
     """
 
     def __init__(self, scaling: RopeScaling):
@@ -39,8 +40,10 @@ class PositionRotaryEmbedding(RotaryEmbedding):
         """Use these positions for the forward passes inside the block.
 
         Args:
-            position_ids: int64 [s], shared by the micro-batch, or [b, s], for this rank's part of the sequence (already sliced for context
-                parallelism).
+            position_ids: int64, positions of the tokens on this rank, already sliced for context parallelism. The shape is [s] if all
+                samples of the micro-batch have the same positions, and [b, s] otherwise.
+        Raises:
+            ValueError: position_ids has another number of dimensions.
         """
         if position_ids.dim() not in (1, 2):
             raise ValueError(f"position_ids of shape {tuple(position_ids.shape)}: must be [s] or [b, s]")
@@ -51,10 +54,10 @@ class PositionRotaryEmbedding(RotaryEmbedding):
             self._position_ids = None
 
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: object = None) -> Tensor:
-        """Angles, float32: [s, 1, 1, d] for positions [s], [s, b, 1, d] for positions [b, s].
+        """Return the angles in float32, [s, 1, 1, d] for positions [s] and [s, b, 1, d] for positions [b, s].
 
-        The arguments are those of Megatron. `max_seq_len` counts the whole sequence over all context parallel ranks and is only used to
-        check the number of positions. There is no cache: the table of one micro-batch costs far less than one layer.
+        The arguments are those of Megatron's class. `max_seq_len` is the length of the whole sequence over all context parallel ranks, and
+        is only used to check the number of positions. The angles are not cached, because computing them costs far less than one layer.
         """
         if self._position_ids is None:
             raise RuntimeError("the rotary embedding was called outside EndPromptGPTModel.forward, so it has no positions")

@@ -1,5 +1,5 @@
-"""RoPE scaling. One object computes the rotary frequencies for training, the RoPE fields of config.json for export and the numbers for
-theory, so these cannot differ. numpy only."""
+"""RoPE scaling. The same object computes the rotary frequencies for training, the RoPE fields of config.json for export, and the
+frequencies for the theory package, so they cannot differ. This module needs only numpy."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from endprompt_megatron.errors import CheckpointError, ConfigError
 
 FloatArray = npt.NDArray[np.float32]
 
-# ntk and abf only change the base of the frequencies, so config.json holds that base
+# `ntk` and `abf` only change the base of the frequencies, so config.json contains the changed base and no scaling.
 _HF_TYPE = {"none": "default", "pi": "linear", "ntk": "default", "abf": "default", "yarn": "yarn", "llama3": "llama3"}
 SCALING_TYPES = tuple(_HF_TYPE)
 _NEEDS_ORIGINAL = ("yarn", "llama3")
-# keys of the config group rope that a type reads in addition to its factor
+# Keys of the config group rope that a type reads in addition to `factor`.
 _OPTIONS = {
     "ntk": ("ntk_dynamic_factor",),
     "abf": ("theta",),
     "yarn": ("beta_fast", "beta_slow"),
     "llama3": ("low_freq_factor", "high_freq_factor"),
 }
-# keys of transformers' rope_scaling that from_hf supports, by type; an ignored key could change the frequencies without notice
+# Keys of transformers' rope_scaling that from_hf supports, by type. For scaled types, from_hf rejects all other keys, because they could
+# change the frequencies.
 _COMMON_KEYS = {"rope_type", "type", "rope_theta"}
 _HF_KEYS = {
     "default": set(),
@@ -41,25 +42,26 @@ class RopeScaling:
     """Rotary frequencies with their scaling.
 
     Attributes:
-        type: `none` (the model's own), `pi` (position interpolation: every frequency is divided by `factor`), `ntk` (a larger base:
-            the lowest frequency is divided by `factor`, the highest is kept), `abf` (a given larger base), `yarn` (low frequencies are
-            divided, high ones kept, and attention is sharpened), `llama3` (as in Llama 3.1: low frequencies are divided, high ones kept).
-        rope_theta: the base of the frequencies.
-        head_dim: d, dimensions of one head; even. All of them are rotated.
-        factor: s, the stretch of the window; 1.0 for `none`.
-        original_context_length: window before the stretch, in positions; `yarn` and `llama3` define their frequency bands with it.
+        type: type of the scaling. `none` keeps the model's own frequencies. `pi` (position interpolation) divides every frequency by
+            `factor`. `ntk` uses a larger base, which keeps the highest frequency and divides the lowest by `factor`. `abf` uses the larger
+            base `theta`. `yarn` divides low frequencies, keeps high frequencies and sharpens attention. `llama3` divides low frequencies
+            and keeps high frequencies, as in Llama 3.1.
+        rope_theta: base of the frequencies.
+        head_dim: d, dimension of one head, even. RoPE rotates all dimensions.
+        factor: s, factor by which the window grows; 1.0 for `none`.
+        original_context_length: window before the extension, in positions. `yarn` and `llama3` use it to define their frequency bands.
         theta: for `abf`, the base that replaces `rope_theta`.
-        ntk_dynamic_factor: for `ntk`, f of the dynamic rule, evaluated once at the target window of s L_original: s' = f s - (f - 1). None
-            selects the static rule, s' = s. The base becomes theta s'^(d / (d - 2)).
-        low_freq_factor, high_freq_factor: for `llama3`, frequencies with wavelengths above original / low are divided, and those with
-            wavelengths below original / high kept.
-        beta_fast, beta_slow: for `yarn`, a frequency with more than beta_fast rotations over the original window is kept, one with fewer
-            than beta_slow is divided.
-        truncate: for `yarn`, whether the ends of the band between the two are rounded outwards to whole dimensions.
-        explicit_attention_factor: for `yarn`, replaces 0.1 ln(factor) + 1.
-    Source: position interpolation (arXiv 2306.15595), which EndPrompt uses (arXiv 2605.14589, eq. 6); a raised base
-    (arXiv 2309.16039); YaRN (arXiv 2309.00071), which also describes NTK; the dynamic rule as in the training of LCEG
-    (arXiv 2409.12181); the frequencies of Llama 3.1 as computed by transformers.
+        ntk_dynamic_factor: for `ntk`, f of the dynamic rule s' = f s - (f - 1), evaluated once for the target window. None selects the
+            static rule s' = s. In both rules, the base becomes theta s'^(d / (d - 2)).
+        low_freq_factor, high_freq_factor: for `llama3`. Frequencies are divided if their wavelength exceeds original_context_length /
+            low_freq_factor, and kept if it is below original_context_length / high_freq_factor.
+        beta_fast, beta_slow: for `yarn`. A frequency is kept if it makes more than beta_fast rotations over the original window, and
+            divided if it makes fewer than beta_slow.
+        truncate: for `yarn`, whether the limits of the band between beta_slow and beta_fast are rounded outwards to whole dimensions.
+        explicit_attention_factor: for `yarn`, replaces the attention factor 0.1 ln(factor) + 1.
+    Source: `pi`: arXiv 2306.15595, used by EndPrompt (arXiv 2605.14589, eq. 6). `abf`: arXiv 2309.16039. `yarn` and `ntk`: YaRN (arXiv
+        2309.00071). Dynamic rule of `ntk`: the training of LCEG (arXiv 2409.12181). `llama3`: the frequencies that transformers computes
+        for Llama 3.1.
     """
 
     type: str
@@ -80,7 +82,7 @@ class RopeScaling:
         if self.type not in SCALING_TYPES:
             raise ConfigError(f"rope.type={self.type}: choose one of {', '.join(SCALING_TYPES)}.")
         if self.type == "none" and self.factor != 1.0:
-            raise ConfigError(f"rope.factor={self.factor} with rope.type=none: it must be 1.0. Set rope.type=pi to stretch.")
+            raise ConfigError(f"rope.factor={self.factor} with rope.type=none: must be 1.0. Set rope.type=pi to extend the window.")
         if not (self.factor >= 1.0 and math.isfinite(self.factor)):
             raise ConfigError(f"rope.factor={self.factor}: must be finite and >= 1.")
         if self.head_dim < 2 or self.head_dim % 2:
@@ -88,7 +90,7 @@ class RopeScaling:
         if self.type in _NEEDS_ORIGINAL and not (self.original_context_length or 0) > 0:
             raise ConfigError(
                 f"rope.original_context_length={self.original_context_length} with rope.type={self.type}: must be the window before the "
-                f"stretch, in positions."
+                f"extension, in positions."
             )
         if self.ntk_dynamic_factor is not None and (self.type != "ntk" or not self.ntk_dynamic_factor >= 1):
             raise ConfigError(
@@ -114,7 +116,7 @@ class RopeScaling:
 
     @property
     def attention_factor(self) -> float:
-        """Factor of cosine and sine; 1.0 unless the type is `yarn`."""
+        """Factor that multiplies cosine and sine; 1.0 unless the type is `yarn`."""
         if self.type != "yarn":
             return 1.0
         if self.explicit_attention_factor is not None:
@@ -135,13 +137,14 @@ class RopeScaling:
         return self.rope_theta * stretch ** (self.head_dim / max(1, self.head_dim - 2))
 
     def inv_freq(self) -> FloatArray:
-        """Angular frequencies in radians per position, float32 [head_dim / 2], highest first.
+        """Return the angular frequencies in radians per position, float32 [head_dim / 2], highest first.
 
-        They are computed in float32 in the order of operations of transformers (power, reciprocal, division by the factor). At position
-        65,535 a difference in the last bit of a frequency changes the angle by several milliradians.
+        The computation uses float32 and the same order of operations as transformers (power, reciprocal, division by the factor). At
+        position 65,535, a difference in the last bit of a frequency changes the angle by several milliradians.
         """
         exponent = np.arange(0, self.head_dim, 2, dtype=np.int64).astype(np.float32) / np.float32(self.head_dim)
-        # rounded once from float64: equals torch's float32 power except for the last bit of one value in a few hundred (tests/unit/rope)
+        # The power is rounded once from float64. It equals torch's float32 power except for the last bit of one value in a few hundred
+        # (tests/unit/rope).
         power = np.power(np.float64(self.effective_theta), exponent.astype(np.float64)).astype(np.float32)
         own = np.float32(1.0) / power
         if self.type == "yarn":
@@ -153,15 +156,15 @@ class RopeScaling:
         return (own / np.float32(self.factor)).astype(np.float32) if self.type == "pi" else own
 
     def unscaled_window(self, max_position_embeddings: int) -> int:
-        """The window before this stretch, in positions, of a model whose config.json has this `max_position_embeddings`."""
+        """Return the window before this scaling, in positions, of a model whose config.json has this `max_position_embeddings`."""
         return self.original_context_length or round(max_position_embeddings / self.factor)
 
     def extended(self, settings: Mapping[str, Any], *, max_position_embeddings: int) -> RopeScaling:
-        """The scaling that extends a model with these frequencies.
+        """Return the scaling that extends the window of a model with these frequencies.
 
         Args:
             settings: the config group rope, as a mapping.
-            max_position_embeddings: max_position_embeddings of the model.
+            max_position_embeddings: value in the model's config.json.
         Raises:
             ConfigError: see `stretched`.
         """
@@ -177,10 +180,10 @@ class RopeScaling:
         return RopeScaling(kind, self.rope_theta, self.head_dim, factor=factor, **options)
 
     def stretched(self, factor: float) -> RopeScaling:
-        """These frequencies, all divided by a further `factor`.
+        """Return a scaling that divides all these frequencies by a further `factor`.
 
         Raises:
-            ConfigError: config.json has no RoPE type for the result.
+            ConfigError: no RoPE type of config.json describes the result.
         """
         if self.type not in ("none", "pi"):
             raise ConfigError(
@@ -191,11 +194,12 @@ class RopeScaling:
 
     @property
     def _native_window(self) -> int:
-        assert self.original_context_length is not None  # of these types: see __post_init__
+        assert self.original_context_length is not None  # __post_init__ checks it for yarn and llama3
         return self.original_context_length
 
     def _yarn_ramp(self) -> FloatArray:
-        """Weights of the divided frequencies, [head_dim / 2]: 0 keeps a frequency, 1 divides it."""
+        """Return one weight per frequency, float32 [head_dim / 2]. A weight of 0 keeps the frequency, a weight of 1 divides it by the
+        factor."""
 
         original = self._native_window
 
@@ -224,10 +228,10 @@ class RopeScaling:
         return np.where(is_between, between, divided).astype(np.float32)
 
     def to_hf(self) -> dict[str, Any]:
-        """The RoPE fields of config.json: top-level `rope_theta`, and `rope_scaling` (None for `none`).
+        """Return the RoPE fields of config.json: `rope_theta`, and `rope_scaling` (None for `none`, `ntk` and `abf`).
 
-        The result holds theta at the top level and the type under both keys, because transformers 4.57 reads a config that has only
-        `rope_parameters` as theta 10000 without scaling.
+        `rope_theta` is a top-level field, and the type is stored under both `rope_type` and `type`. transformers 4.57 ignores
+        `rope_parameters`: for a config with only that field, it uses theta 10000 without scaling.
         """
         scaling: dict[str, Any] = {}
         hf_type = _HF_TYPE[self.type]
@@ -244,13 +248,13 @@ class RopeScaling:
 
     @staticmethod
     def from_hf(config: dict[str, Any], *, head_dim: int) -> RopeScaling:
-        """The scaling that a config.json describes, in the form of transformers 4.x or 5.x.
+        """Read the scaling from a config.json of transformers 4.x or 5.x.
 
         Args:
             config: the parsed config.json.
-            head_dim: d of the model.
+            head_dim: d, dimension of one head of the model.
         Raises:
-            CheckpointError: an unsupported RoPE type or key, or two descriptions that contradict each other.
+            CheckpointError: the RoPE type or a key is unsupported, a required key is missing, or two descriptions contradict each other.
         """
         new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
         if not (isinstance(new, dict) and isinstance(old, dict)):
@@ -269,14 +273,14 @@ class RopeScaling:
         hf_type = scaling.get("rope_type", scaling.get("type", "default"))
         if hf_type not in _HF_KEYS:
             raise CheckpointError(
-                f"config.json has RoPE scaling of type '{hf_type}': supported are {', '.join(_HF_KEYS)}. Start from the model's unscaled "
-                f"base, or remove rope_scaling from a copy of the config if you mean to drop it."
+                f"config.json has RoPE scaling of type {str(hf_type)[:40]!r}: supported are {', '.join(_HF_KEYS)}. Start from the model's "
+                f"unscaled base, or remove rope_scaling from a copy of the config if you mean to drop it."
             )
         unsupported = sorted(key for key in scaling.keys() - _HF_KEYS[hf_type] - _COMMON_KEYS if not _has_no_effect(key, scaling[key]))
         if unsupported and hf_type != "default":
             raise CheckpointError(
                 f"config.json has {unsupported[0]}={scaling[unsupported[0]]!r} in its RoPE scaling of type '{hf_type}'. "
-                f"Supported keys:  {', '.join(sorted(_HF_KEYS[hf_type]))}."
+                f"Supported keys: {', '.join(sorted(_HF_KEYS[hf_type]))}."
             )
         if "partial_rotary_factor" in unsupported:
             raise CheckpointError(f"config.json has partial_rotary_factor={scaling['partial_rotary_factor']!r}: only 1.0 is supported.")
@@ -290,7 +294,7 @@ class RopeScaling:
             return RopeScaling("pi", theta, head_dim, factor=factor)
         inner, outer = scaling.get("original_max_position_embeddings"), config.get("original_max_position_embeddings")
         if inner and outer and inner != outer:
-            raise CheckpointError(f"config.json says original_max_position_embeddings={outer} and, in its RoPE scaling, {inner}. Keep one.")
+            raise CheckpointError(f"config.json has original_max_position_embeddings={outer}, and {inner} in its RoPE scaling. Keep one.")
         original = int(inner or outer or config["max_position_embeddings"])
         if hf_type == "llama3":
             bands: dict[str, Any] = {key: float(scaling[key]) for key in ("low_freq_factor", "high_freq_factor")}

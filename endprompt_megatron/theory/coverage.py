@@ -1,8 +1,9 @@
-"""Counts how often each relative distance occurs in training under a position scheme: exactly for `contiguous` and `endprompt` (eq. 8-9),
-over random samples for the schemes that draw positions.
+"""Count how often each relative distance occurs in training under a position scheme. The counts are exact for `contiguous` and `endprompt`
+(eq. 8-9). For schemes that draw positions, the counts come from random samples.
 
-A pair is a query token and a key token that it may attend to, including itself. A sample of n tokens has n (n + 1) / 2 pairs under every
-scheme; the scheme determines their distances. A distance is a difference of position ids, before any division by s."""
+A pair consists of a query token and a key token that the query may attend to, including the query token itself. A sample of n tokens has
+n (n + 1) / 2 pairs under every scheme; the scheme determines their distances. A distance is a difference of position ids, before RoPE
+divides it by s."""
 
 from __future__ import annotations
 
@@ -23,14 +24,14 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Coverage:
-    """How often every relative distance occurs in `samples` training samples of one scheme.
+    """Counts of every relative distance in `samples` training samples of one scheme.
 
     Attributes:
-        scheme: as written in `method.position_scheme`.
-        pairs: int64 [L], number of pairs at distance 0 .. L - 1, over all samples.
+        scheme: value of `method.position_scheme`.
+        pairs: int64 [L], number of pairs at each distance 0 .. L - 1, over all samples.
         samples: number of samples counted; 1 if all samples have the same positions.
-        is_exact: whether every sample has these counts. If not, they come from random samples, and a distance that occurs in none of them
-            may occur in another sample.
+        is_exact: whether every sample of the scheme has these counts. Otherwise the counts come from random samples, and a distance with
+            the count 0 may still occur in other samples.
     """
 
     scheme: str
@@ -40,7 +41,7 @@ class Coverage:
 
     @property
     def target_context_length(self) -> int:
-        """L, in positions."""
+        """L, number of positions of the extended window."""
         return len(self.pairs)
 
     @property
@@ -50,7 +51,7 @@ class Coverage:
 
     @property
     def share(self) -> FloatArray:
-        """Share of all pairs, by distance, float64 [L]; sums to 1."""
+        """Share of all pairs, by distance, float64 [L]. The shares sum to 1."""
         return self.pairs / self.pairs.sum()
 
     @property
@@ -70,12 +71,12 @@ class Coverage:
         return [(int(first), int(past) - 1) for first, past in zip(edges[::2], edges[1::2], strict=True)]
 
     def share_from(self, distance: int) -> float:
-        """Share of the pairs that are at least `distance` positions apart."""
+        """Return the share of the pairs that are at least `distance` positions apart."""
         return float(self.pairs[distance:].sum() / self.pairs.sum())
 
     def binned(self, width: int) -> FloatArray:
-        """Mean number of pairs per sample and distance, in bins of `width` distances; float64 [ceil(L / width)]. The last bin may be
-        narrower."""
+        """Return the mean number of pairs per sample and distance in bins of `width` distances, float64 [ceil(L / width)]. The last bin may
+        be narrower."""
         starts = np.arange(0, len(self.pairs), width)
         return np.add.reduceat(self.pairs_per_sample, starts) / np.diff(np.append(starts, len(self.pairs)))
 
@@ -84,13 +85,13 @@ def coverage_of(scheme: str, layout: SampleLayout, *, samples: int = 1000, seed:
     """Count the pairs of a scheme by distance.
 
     Args:
-        scheme: as written in `method.position_scheme`.
-        layout: lengths of EndPrompt's sample. A scheme without an end prompt uses text for those b tokens, so that all schemes are compared
-            at the same physical length.
+        scheme: value of `method.position_scheme`.
+        layout: lengths of an EndPrompt sample. In schemes without an end prompt, the b tokens are text, so that all schemes have the same
+            physical length.
         samples: number of samples to draw; ignored if all samples have the same positions.
-        seed: seed of the draws, as in a training run; the samples have the indices 0 .. samples - 1.
+        seed: seed of the draws, as in a training run. The sample indices are 0 .. samples - 1.
     Raises:
-        ConfigError: unknown scheme, samples < 1, or lengths that do not fit into the window.
+        ConfigError: the scheme is unknown, samples < 1, or the lengths do not fit into the window.
     Source: EndPrompt (arXiv 2605.14589), eq. 8.
     """
     if samples < 1:
@@ -111,7 +112,7 @@ def coverage_of(scheme: str, layout: SampleLayout, *, samples: int = 1000, seed:
 
 
 def gap_of_endprompt(num_context_tokens: int, num_prompt_tokens: int, *, target_context_length: int) -> tuple[int, int] | None:
-    """The interval (first, last) of distances that occur in no EndPrompt sample; None if every distance occurs.
+    """Return the interval (first, last) of distances that occur in no EndPrompt sample, or None if every distance occurs.
 
     Args:
         num_context_tokens, num_prompt_tokens, target_context_length: a, b, L.
@@ -126,7 +127,7 @@ def gap_of_endprompt(num_context_tokens: int, num_prompt_tokens: int, *, target_
 
 
 def pairs_of_positions(positions: IntArray, *, target_context_length: int) -> IntArray:
-    """Number of pairs of one sample, by distance: int64 [L].
+    """Return the number of pairs of one sample by distance, int64 [L].
 
     Args:
         positions: int64 [n], strictly increasing, within [0, L - 1].
@@ -139,12 +140,13 @@ def pairs_of_positions(positions: IntArray, *, target_context_length: int) -> In
 
 def _contiguous_pairs(layout: SampleLayout) -> IntArray:
     total = layout.num_context_tokens
-    contiguous_positions(total, target_context_length=layout.target_context_length)  # checks the lengths
+    contiguous_positions(total, target_context_length=layout.target_context_length)  # raises ConfigError if the lengths do not fit
     return np.maximum(total - np.arange(layout.target_context_length, dtype=np.int64), 0)
 
 
 def _endprompt_pairs(layout: SampleLayout) -> IntArray:
-    """Pairs by distance as in eq. 8: pairs within the context, within the prompt, and from the prompt back to the context."""
+    """Count the pairs by distance as in eq. 8. Pairs lie within the context, within the prompt, or between a prompt token and a context
+    token."""
     a, b, window = layout.num_context_tokens, layout.num_prompt_tokens, layout.target_context_length
     check_segments(a, b, window)
     distance = np.arange(window, dtype=np.int64)
@@ -154,11 +156,12 @@ def _endprompt_pairs(layout: SampleLayout) -> IntArray:
 
 
 class _PairCounter:
-    """Counts pairs by distance over many samples. The time per sample depends on its number of segments, not of tokens.
+    """Counts pairs by distance over many samples. The time per sample depends on the number of segments, not on the number of tokens. A
+    segment is a run of consecutive positions.
 
-    As a function of distance, the number of pairs between two runs of consecutive positions is a trapezoid, and within one run it is a
-    falling ramp. The second difference of either is zero except at a few points. So the class accumulates second differences and sums them
-    twice at the end.
+    As a function of distance, the number of pairs between two segments is a trapezoid, and the number of pairs within one segment is a
+    falling ramp. The second differences of both functions are zero except at a few points. The class therefore adds up second differences
+    and sums them twice at the end.
     """
 
     def __init__(self, target_context_length: int):
@@ -183,5 +186,5 @@ class _PairCounter:
                 change[nearest + length + earlier_length] += 1
 
     def pairs(self) -> IntArray:
-        """Number of pairs added so far, by distance, int64 [L]."""
+        """Return the number of pairs added so far by distance, int64 [L]."""
         return np.cumsum(np.cumsum(self._second_difference))[: self._window]

@@ -1,20 +1,21 @@
-"""The attention score of one query and one key as a function S(d) of their relative distance, its largest slope, and the bound on the slope
-that EndPrompt derives from the highest frequency (eq. 3).
+"""Compute the attention score of one query and one key as a function S(d) of their relative distance d, measure its largest slope, and
+compare the slope with the bound that EndPrompt derives from the highest frequency (eq. 3).
 
-RoPE rotates dimension pair i of query and key by theta_i / s per position. For the vectors before rotation,
+RoPE rotates dimension pair i of query and key by theta_i / s radians per position. With the vectors q and k before rotation, the score is
 
     S(d) = sum_i A_i cos(theta_i d / s + phi_i),    A_i = |q_i| |k_i| / sqrt(head_dim),    phi_i = arg q_i - arg k_i,
 
-with q_i the pair (i, i + head_dim / 2) read as a complex number. Scores are taken before the softmax and include
-1 / sqrt(head_dim) and the attention factor of YaRN. Distances are in positions, slopes in score per position.
+where q_i is the complex number formed by the dimensions i and i + head_dim / 2 of q. Scores are taken before the softmax, and include the
+factor 1 / sqrt(head_dim) and the attention factor of YaRN. Distances are in positions, slopes in score per position.
 
-Eq. 3, sup|S'| <= (theta_0 / s) sup|S|, is Bernstein's inequality for almost periodic functions: both suprema are taken over ALL real d.
-This module measures them over a finite window, where sup|S| may be smaller, so the measured ratio can exceed 1; it is reported unchanged.
-Two other bounds hold on any window: sup|S'| <= sum_i A_i theta_i / s and sup|S| <= sum_i A_i. If the frequencies are linearly independent
-over the rationals, these bounds equal the suprema over all real d (Kronecker). Query and key are fixed: the bound does not cover their
-change in training.
+Eq. 3, sup|S'| <= (theta_0 / s) sup|S|, is Bernstein's inequality for almost periodic functions. Both suprema are taken over ALL real d.
+This module measures the suprema over a finite window, where sup|S| may be smaller, so the measured ratio can exceed 1. The ratio is
+reported unchanged. Two other bounds hold on any window: sup|S'| <= sum_i A_i theta_i / s and sup|S| <= sum_i A_i. They equal the suprema
+over all real d if the frequencies are linearly independent over the rationals (Kronecker). All bounds hold for a fixed query and a fixed
+key, and do not cover their changes during training.
 
-Shapes: ... any number of leading dimensions (layers, heads, pairs of tokens), f = head_dim / 2 frequencies, g distances.
+Shapes: `...` is any number of leading dimensions (layers, heads, pairs of tokens), f = head_dim / 2 is the number of frequencies, and g is
+the number of distances.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from endprompt_megatron.rope.scaling import RopeScaling
 FloatArray = npt.NDArray[np.float64]
 ComplexArray = npt.NDArray[np.complex128]
 
-# Distance between grid points, in radians of the highest frequency. A maximum between two points is underestimated by at most 0.125^2 / 8 =
-# 0.2 % of sum A.
+# Distance between grid points, in radians of the highest frequency. The grid underestimates a maximum between two points by at most
+# 0.125^2 / 8 = 0.2 % of sum_i A_i.
 _GRID_RADIANS = 0.125
-_VALUES_AT_ONCE = 2**23  # 64 MiB of float64
+_VALUES_AT_ONCE = 2**23  # number of values in one table; 64 MiB of float64
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ class ScoreFunctions:
         return float(self.frequencies.max())
 
     def at(self, distances: FloatArray, *, derivative: int = 0) -> FloatArray:
-        """Values of S or of one of its derivatives.
+        """Return the values of S or of one of its derivatives.
 
         Args:
-            distances: in positions, real numbers [g].
-            derivative: 0 for S, 1 for S' (per position), 2 for S'' (per position squared), and so on.
+            distances: real distances in positions, [g].
+            derivative: order of the derivative: 0 for S, 1 for S' (per position), 2 for S'' (per position squared), and so on.
         Returns:
             float64 [..., g].
         """
@@ -73,13 +74,14 @@ class ScoreFunctions:
         return coefficients.real @ np.cos(angles) - coefficients.imag @ np.sin(angles)
 
     def amplitude_share_below(self, frequency: float) -> FloatArray:
-        """Share of sum_i A_i at frequencies up to `frequency` (radians per position), float64 [...]."""
+        """Return the share of sum_i A_i at frequencies up to `frequency` (radians per position), float64 [...]."""
         return self.amplitudes[..., self.frequencies <= frequency].sum(axis=-1) / self.amplitudes.sum(axis=-1)
 
 
 @dataclass(frozen=True)
 class Smoothness:
-    """Suprema of |S|, |S'| and |S''| over the window [0, last_distance], and the bounds that eq. 3 derives from sup|S|; arrays [...].
+    """Suprema of |S|, |S'| and |S''| over the window [0, last_distance], and the bounds that eq. 3 derives from sup|S|. Arrays have the
+    shape [...].
 
     Attributes:
         last_distance: end of the window, in positions.
@@ -103,17 +105,18 @@ class Smoothness:
 
     @property
     def bound_slope(self) -> FloatArray:
-        """(theta_0 / s) sup|S| with the sup|S| of the window."""
+        """Bound on |S'|: (theta_0 / s) sup|S|, with sup|S| over the window."""
         return self.highest_frequency * self.sup_score
 
     @property
     def bound_curvature(self) -> FloatArray:
-        """(theta_0 / s)^2 sup|S| with the sup|S| of the window."""
+        """Bound on |S''|: (theta_0 / s)^2 sup|S|, with sup|S| over the window."""
         return self.highest_frequency**2 * self.sup_score
 
     @property
     def ratio(self) -> FloatArray:
-        """sup|S'| / bound_slope. At 1 the bound is attained; above 1, sup|S| over the window is smaller than over all d."""
+        """sup|S'| / bound_slope. The ratio is 1 if the bound is attained. It exceeds 1 only if sup|S| over the window is smaller than over
+        all d."""
         return self.sup_slope / self.bound_slope
 
     @property
@@ -123,17 +126,18 @@ class Smoothness:
 
     @property
     def ratio_everywhere(self) -> FloatArray:
-        """sum A_i theta_i / (theta_0 sum A_i), at most 1: the ratio of eq. 3 over all real d if the frequencies are independent."""
+        """sum_i A_i theta_i / (theta_0 sum_i A_i), at most 1. This is the ratio of eq. 3 over all real d if the frequencies are linearly
+        independent."""
         return self.slope_sum / (self.highest_frequency * self.amplitude_sum)
 
 
 def score_functions(queries: npt.ArrayLike, keys: npt.ArrayLike, rope: RopeScaling) -> ScoreFunctions:
-    """S(d) for pairs of vectors before rotation.
+    """Return S(d) for pairs of a query and a key before rotation.
 
     Args:
-        queries, keys: [..., head_dim], leading dimensions equal or broadcastable. The first half holds the real and the second half the
-            imaginary parts, the pairing of transformers' rotate_half and of Megatron's rotary embedding.
-        rope: frequencies and attention factor.
+        queries, keys: [..., head_dim], with equal or broadcastable leading dimensions. The first half of a vector contains the real parts
+            and the second half the imaginary parts, as in transformers' rotate_half and in Megatron's rotary embedding.
+        rope: scaling that gives the frequencies and the attention factor.
     Raises:
         ConfigError: the size of the vectors is not rope.head_dim.
     """
@@ -151,7 +155,7 @@ def measure_smoothness(functions: ScoreFunctions, *, last_distance: int) -> Smoo
     """Measure the suprema over the window, on a grid with a step of an eighth of a radian of the highest frequency.
 
     Args:
-        functions: any number of pairs.
+        functions: functions of any number of pairs.
         last_distance: L - 1, in positions; the window is the real interval [0, L - 1].
     """
     shape = functions.coefficients.shape[:-1]
@@ -176,30 +180,30 @@ def measure_smoothness(functions: ScoreFunctions, *, last_distance: int) -> Smoo
 
 
 def reach_of_bound(frequency: float) -> float:
-    """Distance from a known value up to which a slope bound of `frequency` times sup|S| constrains S, in positions: 2 / frequency.
+    """Return the distance from a known value up to which the slope bound `frequency` * sup|S| constrains S, in positions: 2 / frequency.
 
-    Any function with that supremum can change by 2 sup|S|, so the bound is empty where it allows this change. The sharper inequality of
-    Bernstein and Szego, S'^2 + frequency^2 S^2 <= frequency^2 sup|S|^2, constrains S up to pi / frequency.
+    At this distance the bound allows a change of 2 sup|S|, which is the largest change that S can make. The sharper inequality of Bernstein
+    and Szego, S'^2 + frequency^2 S^2 <= frequency^2 sup|S|^2, constrains S up to pi / frequency.
     """
     return 2 / frequency
 
 
 def frequency_held_across(gap: tuple[int, int]) -> float:
-    """The highest frequency (radians per position) whose bound reaches from an edge of a gap to its middle.
+    """Return the highest frequency (radians per position) whose slope bound constrains S up to the middle of a gap.
 
     Args:
-        gap: (first, last) of the distances that are not observed; the neighbouring distances are.
+        gap: (first, last) distance that is not observed. The distances first - 1 and last + 1 are observed.
     """
     first, last = gap
     return 4 / (last - first + 2)
 
 
 def outside_of_observed(functions: ScoreFunctions, gap: tuple[int, int], *, last_distance: int) -> tuple[FloatArray, FloatArray]:
-    """Measure how far scores in the gap leave the range of the scores at observed distances, for the same query and key.
+    """Measure how far scores in the gap lie outside the range of the scores at observed distances, for the same query and key.
 
     Args:
-        functions: any number of pairs.
-        gap: (first, last) of the distances that are not observed. All other integer distances in 0 .. last_distance are observed.
+        functions: functions of any number of pairs.
+        gap: (first, last) distance that is not observed. All other integer distances in 0 .. last_distance are observed.
         last_distance: L - 1.
     Returns:
         (share of the distances in the gap whose score lies outside [min, max] of the observed scores, largest excess as a share of
@@ -224,7 +228,7 @@ def outside_of_observed(functions: ScoreFunctions, gap: tuple[int, int], *, last
 
 
 def _in_parts(distances: npt.NDArray, rows: int) -> Iterator[npt.NDArray]:
-    """Yield the distances in parts that bound the size of a [rows, part] table."""
+    """Yield the distances in parts, so that a table [rows, part] has at most _VALUES_AT_ONCE values."""
     width = max(1, _VALUES_AT_ONCE // max(1, rows))
     for start in range(0, len(distances), width):
         yield distances[start : start + width]

@@ -1,4 +1,5 @@
-"""Detects bad steps before they change the weights: a loss or gradient norm that is not finite, or a spike of the gradient norm."""
+"""Detect bad steps before they change the weights. A step is bad if its loss or gradient norm is not finite, or if the gradient norm
+spikes."""
 
 from __future__ import annotations
 
@@ -6,15 +7,16 @@ import math
 import statistics
 
 WINDOW = 20
-_FEWEST = 5  # norms needed before a spike can be detected
+_FEWEST = 5  # number of norms that the detection of spikes needs
 
 
 class StepGuard:
-    """Checks steps by loss and gradient norm, which are equal on every rank, so that all ranks decide alike.
+    """Checks the loss and the gradient norm of a step. Both are equal on every rank, so all ranks take the same decision.
 
     Args:
-        grad_spike_factor: a norm above this many times the median of the last WINDOW good steps is a spike; 0 disables the check.
-        recent_norms: gradient norms of the last good steps, oldest first. The guard appends to the list in place; checkpoints store it.
+        grad_spike_factor: threshold for spikes. A norm above this factor times the median of the last WINDOW good steps is a spike; 0
+            disables this check.
+        recent_norms: gradient norms of the last good steps, oldest first. The guard changes this list in place. Checkpoints store it.
     """
 
     def __init__(self, grad_spike_factor: float, recent_norms: list[float]):
@@ -22,7 +24,7 @@ class StepGuard:
         self.recent_norms = recent_norms
 
     def fault(self, loss: float, grad_norm: float) -> str | None:
-        """A description of the fault of a step, or None for a good step, whose norm is then added to `recent_norms`."""
+        """Return a description of the fault of a step. For a good step, add its norm to `recent_norms` and return None."""
         if not math.isfinite(loss):
             return f"its loss is {loss}"
         if not math.isfinite(grad_norm):

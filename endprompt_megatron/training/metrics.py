@@ -1,4 +1,4 @@
-"""Metrics of a step: losses reduced over all ranks, memory, time."""
+"""Metrics of a step: losses averaged over all ranks, peak memory, and time."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from endprompt_megatron.training.step import LOSS_FIGURES
 
 
 def reduce_loss_figures(forward_data: list[dict[str, torch.Tensor]], num_micro_batches: int, device: torch.device) -> dict[str, float]:
-    """Losses of one global batch, equal on every rank.
+    """Return the losses of one global batch. All ranks must call this function, and all get the same result.
 
     Args:
-        forward_data: output of the schedule: one entry per micro-batch on the last pipeline stage, none on other stages.
-        num_micro_batches: micro-batches per rank.
-        device: device of the reduction.
+        forward_data: output of the schedule. It has one entry per micro-batch on the last pipeline stage, and none on other stages.
+        num_micro_batches: number of micro-batches per rank.
+        device: device on which the losses are reduced.
     Returns:
-        loss (weighted; the optimised one), context_loss and prompt_loss (unweighted means over their tokens; NaN without such tokens).
+        `loss` is the weighted loss that training optimises. `context_loss` and `prompt_loss` are unweighted means over context and prompt
+        tokens, or NaN without such tokens.
     """
     total = torch.zeros(len(LOSS_FIGURES), dtype=torch.float64, device=device)
     for entry in forward_data:
@@ -37,14 +38,19 @@ def reduce_loss_figures(forward_data: list[dict[str, torch.Tensor]], num_micro_b
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this process in GiB: allocated on the GPU, or resident on the CPU."""
+    """Return the peak memory of this process in GiB: allocated memory on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class Stopwatch:
-    """Seconds spent inside `with` blocks, including the queued work of the device."""
+    """Measures the seconds spent inside `with` blocks, including work that is queued on the device.
+
+    Attributes:
+        seconds: total over all blocks.
+        last: seconds of the last block.
+    """
 
     def __init__(self, device: torch.device):
         self.seconds = 0.0

@@ -1,4 +1,4 @@
-"""Megatron's AdamW and learning-rate schedule, built from the config."""
+"""Build Megatron's AdamW and learning-rate schedule from the config."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from endprompt_megatron.config.schema import OptimConfig
 def build_optimizer(
     model: list[DistributedDataParallel], optim: OptimConfig, *, bf16: bool, use_distributed_optimizer: bool, overlap_param_gather: bool
 ) -> MegatronOptimizer:
-    """AdamW for the wrapped model chunks; with bf16, it keeps float32 master weights and moments."""
+    """Build AdamW for the wrapped model chunks. With bf16, AdamW keeps float32 master weights and moments."""
     config = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -35,8 +35,8 @@ def build_optimizer(
 
 
 def _use_fused_kernel(optimizer: MegatronOptimizer) -> None:
-    """Use the fused kernel where Megatron falls back to torch's AdamW (no Transformer Engine, no Apex): one pass over the moments, not a
-    dozen."""
+    """Select torch's fused AdamW kernel, which makes one pass over the moments instead of a dozen. Megatron uses torch's AdamW only without
+    Transformer Engine and Apex."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part.optimizer, torch.optim.AdamW):
             for group in part.optimizer.param_groups:
@@ -46,14 +46,17 @@ def _use_fused_kernel(optimizer: MegatronOptimizer) -> None:
 def build_scheduler(
     optimizer: MegatronOptimizer, optim: OptimConfig, *, max_steps: int, global_batch_size: int, consumed_samples: int
 ) -> OptimizerParamScheduler:
-    """Learning rate and weight decay as a function of consumed samples alone, so that a resumed run needs no scheduler state.
+    """Build the schedule of learning rate and weight decay. The schedule depends only on the number of consumed samples, so a resumed run
+    needs no scheduler state.
 
     Step k (from 1) of the warm-up uses k / warmup_steps of the peak rate, so no step has a rate of zero.
 
     Args:
+        optimizer: optimizer returned by build_optimizer.
+        optim: learning rates and shape of the schedule.
         max_steps: step at which the cosine and linear schedules reach min_lr.
-        global_batch_size: samples per step. Megatron counts its schedule in samples.
-        consumed_samples: samples already trained on.
+        global_batch_size: number of samples per step. Megatron's schedule counts samples.
+        consumed_samples: number of samples that the run has already trained on.
     """
     scheduler = OptimizerParamScheduler(
         optimizer,

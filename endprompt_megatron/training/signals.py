@@ -1,5 +1,5 @@
-"""Handling of the stop signals SIGTERM and SIGUSR1, which Slurm, Kubernetes and `kill` send before they end a job. Training finishes its
-step, writes a checkpoint and exits with status 75 (resume). Every other phase of a run can be repeated, so it ends at once."""
+"""Handle the stop signals SIGTERM and SIGUSR1, which Slurm, Kubernetes and `kill` send before they end a job. Training finishes its step,
+writes a checkpoint and exits with status 75 (resume). Every other phase of a run can be repeated, so it ends at once."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from endprompt_megatron.mcore.runtime import agree_on_any
 
 
 class StopRequests:
-    """Records stop signals. As a context manager, it installs its signal handlers and restores the previous ones at the end.
+    """Records stop signals. The context manager installs signal handlers and restores the previous handlers at the end.
 
-    Outside `deferred()` a signal raises RunInterrupted at once; inside it is only recorded. Further signals are ignored: a worker often
-    receives two, from Slurm and from its launcher, and is already shutting down at the second.
+    Outside `deferred()`, a signal raises RunInterrupted at once. Inside `deferred()`, the signal is only recorded. Further signals are
+    ignored, because a worker often receives one signal from Slurm and one from its launcher, and is already shutting down when the second
+    arrives.
     """
 
     def __init__(self) -> None:
@@ -51,8 +52,8 @@ class StopRequests:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only record signals inside the block; call `received_on_any_rank` between two steps. A signal that is still pending at the end of
-        the block raises RunInterrupted there."""
+        """Only record signals inside the block. The caller checks `received_on_any_rank` between steps. If a signal was recorded, the end
+        of the block raises RunInterrupted."""
         self._deferred = True
         try:
             yield
@@ -62,5 +63,5 @@ class StopRequests:
             self._interrupt()
 
     def received_on_any_rank(self, device: torch.device) -> bool:
-        """Whether any rank has received a stop signal. A collective call: all ranks make it and get the same result."""
+        """Return whether any rank has received a stop signal. All ranks must call this method, and all get the same result."""
         return agree_on_any(self.received is not None, device)

@@ -1,4 +1,4 @@
-"""One forward step: the forward pass of a micro-batch, the weighted next-token loss and its metrics.
+"""The forward step of training: the forward pass of a micro-batch, the weighted next-token loss, and metrics of the loss.
 
 Shapes: b micro-batch, S physical sequence.
 """
@@ -17,7 +17,7 @@ LOSS_FIGURES = ("loss", "context_loss_sum", "context_tokens", "prompt_loss_sum",
 
 
 def make_forward_step(device: torch.device) -> Callable[[Iterator[dict[str, Tensor]], torch.nn.Module], tuple[Tensor, Callable]]:
-    """The forward step function that Megatron's schedules call on every pipeline stage.
+    """Return the forward step function that Megatron's schedules call on every pipeline stage.
 
     Args:
         device: device of the model.
@@ -32,14 +32,15 @@ def make_forward_step(device: torch.device) -> Callable[[Iterator[dict[str, Tens
 
 
 def weighted_loss(batch: MicroBatch, token_losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 11 of EndPrompt (arXiv 2605.14589): the weighted next-token loss of a micro-batch.
+    """Return the weighted next-token loss of a micro-batch.
 
     Args:
         batch: micro-batch with normalised loss weights.
         token_losses: float32 [b, S].
     Returns:
-        (loss, {"figures": float32 [5] in the order of LOSS_FIGURES}); sums and counts are unweighted and give
-        the separate losses of context and prompt.
+        (loss, {"figures": float32 [5] in the order of LOSS_FIGURES}). The sums in `figures` are unweighted, so that sums and counts give
+        the separate mean losses of context and prompt.
+    Source: EndPrompt (arXiv 2605.14589), eq. 11.
     """
     token_losses = token_losses.float()
     loss = (token_losses * batch.loss_weights).sum()

@@ -1,4 +1,4 @@
-"""The training loop. It uses the schedules, data-parallel wrapper, optimizer and checkpoints of Megatron-Core, and nothing of
+"""The training loop. It uses the schedules, the data-parallel wrapper, the optimizer and the checkpoints of Megatron-Core. It does not use
 `megatron.training`."""
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from endprompt_megatron.checkpoint.training import CheckpointWriter, RunState, l
 from endprompt_megatron.config.schema import RunConfig
 from endprompt_megatron.data.dataset import name_samples, sample_order
 from endprompt_megatron.data.loader import MicroBatchSampler, micro_batches
-from endprompt_megatron.errors import RunInterrupted, TrainingError
+from endprompt_megatron.errors import CheckpointError, RunInterrupted, TrainingError
 from endprompt_megatron.log import MetricsWriter, Progress, get_logger
 from endprompt_megatron.mcore.failures import FailureBoard
 from endprompt_megatron.mcore.guarded_step import guarded_step
-from endprompt_megatron.mcore.runtime import Runtime, agree_on_any
+from endprompt_megatron.mcore.runtime import Runtime, agree_on_any, from_rank_zero
 from endprompt_megatron.model.build import wrap_for_training
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from endprompt_megatron.model.lora import count_parameters
@@ -39,8 +39,8 @@ class TrainingResult:
 
     Attributes:
         state: state after the last step.
-        tokens_per_second: physical tokens per second over all ranks, averaged over the training steps of all attempts of the run.
-        peak_memory_gib: maximum over ranks.
+        tokens_per_second: physical tokens per second over all ranks, averaged over all training steps, including those before a resume.
+        peak_memory_gib: largest peak memory of a rank in GiB.
     """
 
     state: RunState
@@ -54,10 +54,10 @@ class Trainer:
     Args:
         config: the validated config of the run.
         runtime: device and ranks of this process.
-        chunks: loaded model chunks of this rank, not yet wrapped for data parallelism.
-        train_dataset, validation_dataset: datasets of EndPromptDataset samples; validation may be None.
+        chunks: model chunks of this rank with loaded weights, not yet wrapped for data parallelism.
+        train_dataset, validation_dataset: datasets of EndPromptDataset samples. `validation_dataset` may be None.
         output_dir: directory for checkpoints and metrics.
-        stop: recorder of stop signals; None if the process handles no signals.
+        stop: recorder of stop signals; None if this process handles no signals.
         provenance: description of the base and the data, stored in checkpoints.
         failures: board on which ranks record their failures; None makes one.
     """
@@ -98,7 +98,7 @@ class Trainer:
         self.schedule = get_forward_backward_func()
         checkpoints, described = self.output_dir / "checkpoints", config.to_dict()
         self.state = load_latest_checkpoint(checkpoints, chunks=chunks, optimizer=self.optimizer, config=described) or RunState()
-        failures = failures or FailureBoard()
+        self.failures = failures = failures or FailureBoard()
         self.writer = CheckpointWriter(
             checkpoints,
             chunks=chunks,
@@ -124,9 +124,11 @@ class Trainer:
         """Train from the last checkpoint up to `max_steps`.
 
         Raises:
-            RunInterrupted: a stop signal arrived; the step is finished and a checkpoint written.
-            OutputError, CheckpointError: the metrics or a checkpoint cannot be written, here or on another rank.
-            TrainingError: a bad step under the policy "stop"; the weights and the checkpoint are those before that step.
+            RunInterrupted: a stop signal arrived. The step is finished and the checkpoint is written.
+            TrainingError: a step was bad under the policy "stop", or there were too many bad steps in a row. The weights and the checkpoint
+                are those before that step.
+            OutputError: the metrics cannot be written, here or on another rank.
+            CheckpointError: a checkpoint cannot be written, or the output directory was renamed, here or on another rank.
         """
         with self.stop.deferred(), self.watchdog:
             metrics = MetricsWriter(self.output_dir, resume_step=self.state.step)
@@ -135,6 +137,14 @@ class Trainer:
             finally:
                 metrics.close()
         return self._result()
+
+    def _write(self, metrics: MetricsWriter, step: int, record: dict[str, Any]) -> None:
+        """Write a record on rank 0. The other ranks, which then wait for it in a collective, learn of a failure from the board, where the
+        watchdog publishes an OutputError."""
+        try:
+            metrics.write(step, record)
+        except CheckpointError as error:
+            raise CheckpointError(self.failures.publish(str(error))) from error
 
     def _train(self, metrics: MetricsWriter) -> None:
         trainer, state = self.config.trainer, self.state
@@ -172,7 +182,7 @@ class Trainer:
                             "consumed_samples": state.consumed_samples,
                             "tokens": state.tokens,
                         }
-                        metrics.write(state.step, record)
+                        self._write(metrics, state.step, record)
                 note = f"loss {figures['loss']:.3f} (context {figures['context_loss']:.3f}, prompt {figures['prompt_loss']:.3f})"
                 progress.advance(1, f"{note}, {rate:,.0f} tokens/s, {peak_memory_gib(self.runtime.device):.1f} GiB")
                 saved = self._due(trainer.save_interval)
@@ -187,7 +197,8 @@ class Trainer:
         self._gather_parameters()
 
     def _gather_parameters(self) -> None:
-        """Gather the weights of all ranks. With overlap_param_gather a rank has only its own share of them until the next forward pass."""
+        """Gather the weights of all ranks. With overlap_param_gather, a rank has only its own share of the weights until the next forward
+        pass."""
         if self.config.parallel.overlap_param_gather:
             for chunk in self.model:
                 chunk.start_param_sync(force_sync=True)
@@ -200,16 +211,16 @@ class Trainer:
         raise RunInterrupted(f"{reason} after step {self.state.step}, which is saved; start the same command again to resume")
 
     def _bad_step(self, fault: str, metrics: MetricsWriter) -> None:
-        """Report a bad step with its samples, then stop or skip it. Its update has not been applied.
+        """Report a bad step with its samples, and either skip the step or stop the run. The update of the step has not been applied.
 
         Raises:
-            TrainingError: the policy is "stop", or there were too many bad steps in a row.
+            TrainingError: the policy is "stop", or there are too many bad steps in a row.
         """
         trainer, state = self.config.trainer, self.state
         first = state.consumed_samples
         samples = name_samples(self.train_dataset, range(first, first + trainer.global_batch_size))
         state.bad_steps += 1
-        metrics.write(state.step + 1, {"bad_step": fault, "samples": samples})
+        self._write(metrics, state.step + 1, {"bad_step": fault, "samples": samples})
         problem = f"step {state.step + 1} is bad: {fault}. Its samples (corpus:index): {', '.join(samples)}."
         if trainer.bad_step == "skip" and state.bad_steps <= trainer.max_bad_steps:
             get_logger().warning(f"{problem} Its update is skipped (trainer.bad_step=skip).")
@@ -232,13 +243,13 @@ class Trainer:
         order = sample_order(self.train_dataset)
         if self.state.sample_order not in (None, order):
             get_logger().warning(
-                f"trainer.max_steps={self.config.trainer.max_steps} needs more epochs of the text than this run was started with, so the "
-                f"samples are shuffled again: samples of the first {self.state.step} steps may be repeated before others are used."
+                f"trainer.max_steps={self.config.trainer.max_steps} needs more epochs of the text than the earlier start of this run, so "
+                f"the samples are shuffled again: samples of the first {self.state.step} steps may be repeated before others are used."
             )
         self.state.sample_order = order
 
     def _step(self, batches: list[Iterator[dict]]) -> tuple[dict[str, float], float, str | None]:
-        """One optimizer step. Returns (losses, gradient norm, fault); with a fault the weights are unchanged."""
+        """Run one optimizer step. Return (losses, gradient norm, fault or None). A fault leaves the weights unchanged."""
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -247,7 +258,7 @@ class Trainer:
         faults: list[str | None] = []
 
         def accept(grad_norm: float) -> bool:
-            """Whether to apply the update."""
+            """Return whether to apply the update."""
             fault = self.guard.fault(figures["loss"], grad_norm)
             if agree_on_any(fault is not None, self.runtime.device):  # all ranks must take the same decision
                 fault = fault or "another rank reported a fault"
@@ -270,7 +281,7 @@ class Trainer:
         )
 
     def _batches(self, dataset: Any, consumed_samples: int) -> list[Iterator[dict]]:
-        """One iterator per model chunk, all over the same samples."""
+        """Return one iterator per model chunk. All iterators yield the same samples."""
         sampler = MicroBatchSampler(
             len(dataset),
             consumed_samples=consumed_samples,
@@ -282,7 +293,7 @@ class Trainer:
 
     @torch.no_grad()
     def validation_figures(self) -> dict[str, float]:
-        """Losses on the first `eval_batches` global batches of held-out samples."""
+        """Return the mean losses over the first `eval_batches` global batches of held-out samples."""
         for chunk in self.model:
             chunk.eval()
         batches = self._batches(self.validation_dataset, 0)
@@ -300,9 +311,11 @@ class Trainer:
         if self.validation_dataset is None or self.config.trainer.eval_interval == 0:
             return
         if self.state.step == 0 or self._due(self.config.trainer.eval_interval):
+            if from_rank_zero(metrics.has(self.state.step, "validation_loss")):
+                return  # an earlier start of the run stopped after it
             self.watchdog.beat(f"the validation loss after step {self.state.step}")
             figures = self.validation_figures()
-            metrics.write(self.state.step, figures)
+            self._write(metrics, self.state.step, figures)
             get_logger().info(
                 f"step {self.state.step}: held-out loss {figures['validation_loss']:.3f} "
                 f"(context {figures['validation_context_loss']:.3f}, prompt {figures['validation_prompt_loss']:.3f})"

@@ -5,13 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import hydra
 import pytest
-from _entry import (  # recipes/_entry.py
-    ROOT,
-    clear_empty_dicts,  # recipes/_entry.py
-    to_run_config,
-)
+from _entry import ROOT, clear_empty_dicts, to_run_config  # recipes/_entry.py
 from compare import to_study  # recipes/compare.py
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
@@ -22,6 +17,7 @@ from endprompt_megatron.jobs.dry_run import dry_run
 from endprompt_megatron.jobs.preflight import plan_request, resolve
 from endprompt_megatron.launch import launcher
 from endprompt_megatron.planning.run_plan import describe_plan
+from tests.support.compose import compose
 from tests.support.tools import load_tool
 
 predict = load_tool(ROOT / "tools" / "predict.py")
@@ -32,11 +28,6 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("
 def _plan(config) -> list[str]:
     world_size = launcher.planned_world_size(config)
     return describe_plan(plan_request(resolve(config, world_size=world_size, runs_here=False), num_prompt_tokens=None))
-
-
-def _compose(*overrides: str):
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return hydra.compose("extend", overrides=list(overrides))
 
 
 # The hub's own counts
@@ -53,7 +44,7 @@ PUBLISHED = {
 def test_experiment_dry_runs_and_fits(name, tmp_path, monkeypatch):
     """Composed, validated, built group by group and stage by stage, compared with its GPUs; its header says what that gave."""
     monkeypatch.chdir(tmp_path)  # no models/ and datasets/ here: a dry run needs none
-    config = to_run_config(_compose(f"+experiment={name}"))
+    config = to_run_config(compose(f"+experiment={name}"))
     assert config.name == ("llama3_8b_endprompt_65536" if name == "paper" else name) and config.output_dir == f"outputs/{config.name}"
     lines = list(dry_run(config, world_size=launcher.planned_world_size(config)))
     told = "\n".join(lines)
@@ -131,7 +122,7 @@ def test_the_page_of_experiments_states_what_the_headers_predict():
 )
 def test_other_gpus_precisions_and_layouts_are_an_override_away(name, overrides, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = to_run_config(_compose(f"+experiment={name}", *overrides))
+    config = to_run_config(compose(f"+experiment={name}", *overrides))
     told = "\n".join(dry_run(config, world_size=launcher.planned_world_size(config)))
     assert "tight" not in told and "SPAN NODES" not in told and "  time         " in told and "not estimated" not in told
     for override in overrides:
@@ -144,7 +135,7 @@ def test_other_gpus_precisions_and_layouts_are_an_override_away(name, overrides,
 
 @pytest.mark.parametrize(("precision", "cluster", "able"), [("fp8", "a100x8", "B200, H100-80GB, H200"), ("mxfp8", "h100x8", "B200")])
 def test_a_precision_that_a_gpu_lacks_is_refused(precision, cluster, able):
-    config = to_run_config(_compose("+experiment=llama3_8b_64k", f"cluster={cluster}", f"precision={precision}"))
+    config = to_run_config(compose("+experiment=llama3_8b_64k", f"cluster={cluster}", f"precision={precision}"))
     with pytest.raises(
         ConfigError, match=f"precision.name={precision}: {config.launch.gpu} has no tensor cores for it. Set .* one of {able}."
     ):
@@ -155,7 +146,7 @@ def test_a_precision_that_a_gpu_lacks_is_refused(precision, cluster, able):
     ("name", "ranks"), [("h100x8", 8), ("a100x8", 8), ("a800x8", 8), ("h100x32", 32), ("h100x64", 64), ("h100x256", 256)]
 )
 def test_every_cluster_has_the_gpus_of_its_name(name, ranks):
-    config = to_run_config(_compose("+experiment=paper", f"cluster={name}"))
+    config = to_run_config(compose("+experiment=paper", f"cluster={name}"))
     assert launcher.planned_world_size(config) == ranks and config.accelerator == "gpu"
     assert {path.stem for path in (ROOT / "conf" / "cluster").glob("*.yaml")} == {
         "h100x8",
@@ -169,7 +160,7 @@ def test_every_cluster_has_the_gpus_of_its_name(name, ranks):
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "parallel").glob("*.yaml")))
 def test_every_layout_is_the_one_of_its_name(name):
-    parallel = to_run_config(_compose("+experiment=paper", f"parallel={name}")).parallel
+    parallel = to_run_config(compose("+experiment=paper", f"parallel={name}")).parallel
     if name in ("single", "data_parallel_8"):
         assert parallel.model_parallel_size == 1
         return
@@ -181,7 +172,7 @@ def test_every_layout_is_the_one_of_its_name(name):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_obeys_another_length(name):
-    assert to_run_config(_compose(f"+experiment={name}", "length=128k")).rope.target_context_length == 131072
+    assert to_run_config(compose(f"+experiment={name}", "length=128k")).rope.target_context_length == 131072
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -195,7 +186,7 @@ def test_model_numbers_are_the_published_ones(name):
     from endprompt_megatron.jobs.preflight import known_base
     from endprompt_megatron.planning.flops import count_parameters
 
-    config = to_run_config(_compose("+experiment=tiny_random", f"model={name}", f"model.hf_path=/nonexistent/{name}"))
+    config = to_run_config(compose("+experiment=tiny_random", f"model={name}", f"model.hf_path=/nonexistent/{name}"))
     if name in PUBLISHED:
         assert count_parameters(known_base(config)[0]) == PUBLISHED[name]
     else:
@@ -215,7 +206,7 @@ def test_every_method_goes_with_every_model_and_length(method, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     windows = {"llama2_7b": 4096, "mistral_7b": 32768, "llama3_8b": 8192, "llama3_70b": 8192}
     for model, length in [("llama3_8b", length) for length in LENGTHS] + [(model, "64k") for model in MODELS if model != "llama3_8b"]:
-        composed = to_run_config(_compose("+experiment=paper", f"model={model}", f"length={length}", f"method={method}"))
+        composed = to_run_config(compose("+experiment=paper", f"model={model}", f"length={length}", f"method={method}"))
         target = composed.rope.target_context_length
         assert target == int(length.removesuffix("k")) * 1024
         config = resolve(composed, world_size=8, runs_here=False).config
@@ -232,7 +223,7 @@ FULL_LENGTH = ("full", "lceg_pi", "lceg_ntk", "lceg_yarn", "longlora")
 
 
 def test_a_window_that_is_none_is_refused():
-    config = to_run_config(_compose("+experiment=paper", "model=mistral_7b", "length=32k"))
+    config = to_run_config(compose("+experiment=paper", "model=mistral_7b", "length=32k"))
     with pytest.raises(ConfigError, match="must be larger than the native window of 32768"):
         resolve(config, world_size=8)
 
@@ -244,24 +235,32 @@ def test_the_methods_of_the_paper_are_all_there():
 
 
 @pytest.mark.parametrize("study", sorted(path.stem for path in (ROOT / "conf" / "study").glob("*.yaml")))
-def test_every_study_asks_for_runs_that_can_be(study, tmp_path, monkeypatch):
+def test_every_study_requests_valid_runs(study, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        asked = to_study(hydra.compose("compare", overrides=[f"+study={study}"]))
+    asked = to_study(compose(f"+study={study}", config="compare"))
     asked.validate(tuple(METHODS))
     first = {run.label: run for run in reversed(asked.runs())}
     assert set(first) == set(asked.methods)
     for run in first.values():
-        resolve(to_run_config(_compose(*run.overrides, f"seed={run.seed}")), world_size=1, runs_here=False)
+        resolve(to_run_config(compose(*run.overrides, f"seed={run.seed}")), world_size=1, runs_here=False)
     assert (ROOT / "conf" / "study" / f"{study}.yaml").read_text().count(f"recipes/compare.py +study={study}\n") == 1
 
 
-@pytest.mark.parametrize("rope", sorted(path.stem for path in (ROOT / "conf" / "rope").glob("*.yaml")))
-@pytest.mark.parametrize("method", METHODS)
+def _pairs(methods: list[str], choices: list[str]) -> list:
+    """Every pair; `make test` takes each method and each choice once or more, `make test-all` the other pairs too."""
+    short = {(methods[at % len(methods)], choices[at % len(choices)]) for at in range(max(len(methods), len(choices)))}
+    return [
+        pytest.param(method, choice, marks=() if (method, choice) in short else pytest.mark.repeated)
+        for method in methods
+        for choice in choices
+    ]
+
+
+@pytest.mark.parametrize(("method", "rope"), _pairs(METHODS, sorted(path.stem for path in (ROOT / "conf" / "rope").glob("*.yaml"))))
 def test_every_method_goes_with_every_scaling(method, rope, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = ["rope.theta=1e6"] if rope == "abf" else []
-    config = to_run_config(_compose("+experiment=smollm2_135m_64k", f"method={method}", f"rope={rope}", *base))
+    config = to_run_config(compose("+experiment=smollm2_135m_64k", f"method={method}", f"rope={rope}", *base))
     assert config.method.name == method and config.rope.type == rope.removesuffix("_dynamic")
     assert _plan(config)
     for folder, name in (("method", method), ("rope", rope)):
@@ -269,11 +268,10 @@ def test_every_method_goes_with_every_scaling(method, rope, tmp_path, monkeypatc
         assert text.removeprefix("# @package _global_\n").startswith("# ")
 
 
-@pytest.mark.parametrize("adapter", sorted(path.stem for path in (ROOT / "conf" / "adapter").glob("*.yaml")))
-@pytest.mark.parametrize("method", sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")))
+@pytest.mark.parametrize(("method", "adapter"), _pairs(METHODS, sorted(path.stem for path in (ROOT / "conf" / "adapter").glob("*.yaml"))))
 def test_every_method_goes_with_adapters_and_with_s2_attention(method, adapter, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = to_run_config(_compose("+experiment=smollm2_135m_64k", f"method={method}", f"adapter={adapter}", "method.attention=s2"))
+    config = to_run_config(compose("+experiment=smollm2_135m_64k", f"method={method}", f"adapter={adapter}", "method.attention=s2"))
     assert config.adapter.type == adapter and config.adapter.rank == 8 and config.adapter.alpha == 16
     assert _plan(config)
     assert (ROOT / "conf" / "adapter" / f"{adapter}.yaml").read_text().startswith("# ")
@@ -309,13 +307,13 @@ def test_every_key_of_the_schema_is_read_somewhere():
 
 def test_unknown_experiment_key_and_type():
     with pytest.raises(MissingConfigException, match="no_such"):
-        _compose("+experiment=no_such")
+        compose("+experiment=no_such")
     with pytest.raises(ConfigCompositionException, match="trainer.max_stepz"):
-        _compose("+experiment=tiny_random", "trainer.max_stepz=3")
+        compose("+experiment=tiny_random", "trainer.max_stepz=3")
     with pytest.raises(ConfigError, match="trainer.max_stepz"):
-        to_run_config(_compose("+experiment=tiny_random", "+trainer.max_stepz=3"))
+        to_run_config(compose("+experiment=tiny_random", "+trainer.max_stepz=3"))
     with pytest.raises(ConfigError, match="trainer.max_steps"):
-        to_run_config(_compose("+experiment=tiny_random", "trainer.max_steps=many"))
+        to_run_config(compose("+experiment=tiny_random", "trainer.max_steps=many"))
 
 
 def test_paths_in_conf_are_relative():
@@ -323,14 +321,13 @@ def test_paths_in_conf_are_relative():
         for line in path.read_text().splitlines():
             if not line.lstrip().startswith("#"):
                 assert ": /" not in line, f"{path.name}: {line}"
-    assert Path(to_run_config(_compose("+experiment=tiny_random")).data.directory) == Path("datasets")
+    assert Path(to_run_config(compose("+experiment=tiny_random")).data.directory) == Path("datasets")
 
 
 def test_an_empty_dictionary_on_the_command_line_clears_the_defaults():
     overrides = clear_empty_dicts(["+experiment=tiny_random", "model.hf_config={}", "optim.lr=1e-3"])
     assert overrides == ["+experiment=tiny_random", "~model.hf_config", "optim.lr=1e-3"]
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = to_run_config(hydra.compose("extend", overrides=overrides))
+    config = to_run_config(compose(*overrides))
     assert config.model.hf_config == {} and config.model.hf_path == "models/tiny_random"
 
 
@@ -343,5 +340,5 @@ def test_every_key_of_the_schema_can_be_set_without_a_plus(name):
             child = node._get_node(key)
             yield from leaves(child, f"{prefix}{key}.") if OmegaConf.is_dict(child) and len(child) else [prefix + key]
 
-    schema, composed = OmegaConf.structured(RunConfig), _compose(f"+experiment={name}")
+    schema, composed = OmegaConf.structured(RunConfig), compose(f"+experiment={name}")
     assert [key for key in leaves(schema) if OmegaConf.select(composed, key, default=...) is ...] == []

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hydra
 import pytest
 from _entry import ROOT, to_run_config  # recipes/_entry.py
 from plan import to_cluster, without_plan  # recipes/plan.py
@@ -20,14 +19,14 @@ from endprompt_megatron.launch.launcher import planned_world_size
 from endprompt_megatron.planning.layout_search import rank_layouts
 from endprompt_megatron.planning.pages import comparison_lines
 from endprompt_megatron.planning.run_plan import fullest, plan_memory
+from tests.support.compose import compose
 
 # one a model, cluster and method: other windows change nothing but the positions of EndPrompt
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*_64k*.yaml") if not path.stem.startswith("smollm2"))
 
 
 def _compose(*overrides: str):
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composed = hydra.compose("plan", overrides=list(overrides))
+    composed = compose(*overrides, config="plan")
     return to_run_config(without_plan(composed)), to_cluster(composed)
 
 
@@ -96,8 +95,7 @@ def test_the_command_on_the_page_starts_what_was_planned(typed, tmp_path, monkey
     config, options = _compose(*typed, "plan.lengths=[]")
     page = plan_cluster(config, options, command="x", overrides=[word for word in typed if not word.startswith("plan.")])
     (line,) = [line for line in page if line.startswith("    python recipes/extend.py ")]
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        run = to_run_config(hydra.compose("extend", overrides=shlex.split(line)[2:]))
+    run = to_run_config(compose(*shlex.split(line)[2:]))
     ranks = planned_world_size(run)
     request = cluster_request(*_compose(*typed))
     best = rank_layouts(request).candidates[0]

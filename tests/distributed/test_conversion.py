@@ -1,5 +1,5 @@
-"""Round trip Hugging Face -> torch_dist -> Megatron's loader and writer in every layout -> Hugging Face, bit for bit; and conversions that
-are killed."""
+"""Round trip Hugging Face -> torch_dist -> Megatron's loader and writer in every layout -> Hugging Face returns identical weights. A conversion
+that is killed leaves no partial model and can be repeated."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_every_family_through_megatron(layout, families, tmp_path):
     "parallel", [{}, {"tensor_model_parallel_size": 3}, {"pipeline_model_parallel_size": 2}], ids=["TP1", "TP3", "PP2"]
 )
 def test_smollm2_through_megatron(parallel, tmp_path):
-    """The real weights; three KV heads allow one or three tensor-parallel ranks."""
+    """Uses the real weights. SmolLM2 has three KV heads, so the tensor-parallel size can be 1 or 3."""
     hf = fetch_smollm2(ROOT / "models" / "smollm2_135m")
     megatron = hf_to_megatron(hf, tmp_path / "megatron", tensor_parallel_size=parallel.get("tensor_model_parallel_size", 1))
     job = {
@@ -101,7 +101,8 @@ _POINTS = ("rename", "write", "copy_file_range")  # functions of os that write b
 
 
 def _convert_until(point: int, counted: str, direction: str, source: str, destination: str) -> None:
-    """Convert in this process and SIGKILL it before the given call of _POINTS (0: never). `counted` receives the number of calls."""
+    """Convert, and kill this process with SIGKILL before call number `point` of the functions in _POINTS (0: do not kill). A conversion that
+    completes writes the number of calls to the file `counted`."""
     calls = 0
 
     def counting(real):
@@ -122,8 +123,8 @@ def _convert_until(point: int, counted: str, direction: str, source: str, destin
 
 @pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
 def test_ten_kills(direction, tmp_path):
-    """SIGKILL at ten points between the first and the last write: the destination never holds a partial model, and running the command
-    again gives the same bytes."""
+    """SIGKILL at ten points between the first and the last write: the destination never contains a partial model, and a second run of the same
+    command writes the same bytes as an undisturbed run."""
     hf = build_family("llama3", tmp_path / "hf", hidden_size=512, intermediate_size=1408, vocab_size=8192, num_hidden_layers=6)
     source = hf if direction == "hf-to-megatron" else hf_to_megatron(hf, tmp_path / "megatron")
     context = multiprocessing.get_context("fork")

@@ -86,7 +86,7 @@ def test_killed_at_every_point_of_a_save(place, undisturbed, asynchronous, kills
     assert not list(checkpoints.glob("*.damaged")), "no kill damaged a checkpoint"
 
 
-def test_one_rank_is_asked_and_all_save_and_stop(place, undisturbed):
+def test_one_signalled_rank_makes_all_ranks_save_and_stop(place, undisturbed):
     name = "asked"
     assert end_of(_signalled(_job(place, name, save_interval=0), signal.SIGUSR1, "before a step", 4, [1])) == [EXIT_RESUME, EXIT_RESUME]
     assert len(_losses(place, name)) == 4, "the step is finished and nothing is begun"
@@ -141,3 +141,16 @@ def test_rank_zero_that_finds_no_room_for_its_metrics_ends_every_rank_with_the_p
         assert expected in told, told
     assert end_of(_start(job)) == [0, 0]
     assert _losses(place, "no_metrics") == undisturbed
+
+
+def test_a_renamed_directory_is_the_same_error_on_every_rank_and_goes_on_under_its_name(place, undisturbed):
+    job = _job(place, "renamed", save_interval=2)
+    ranks = start_ranks(WORLD_SIZE, [job | {"worker": "tests.support.disk_worker", "disk": {"rank": 0, "step": 4, "fault": "renamed"}}])
+    assert end_of(ranks) == [EXIT_USER_ERROR, EXIT_USER_ERROR]
+    for process in ranks:
+        told = process.log.read_text()
+        assert "CheckpointError: rank 0: " in told and "renamed was renamed or removed while the job was writing to it" in told, told
+    assert not (place / "renamed").exists(), "it is not created anew"
+    (place / "renamed_elsewhere").rename(place / "renamed")
+    assert end_of(_start(job)) == [0, 0]
+    assert _losses(place, "renamed") == undisturbed

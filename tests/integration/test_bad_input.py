@@ -8,13 +8,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import hydra
 import pytest
 import torch
 
 from endprompt_megatron.checkpoint.hf.sources import build_tiny_random
-from endprompt_megatron.errors import USER_ERRORS
-from tests.support.run_recipe import ROOT, recipe_command, run_recipe, tiny_overrides
+from endprompt_megatron.errors import USER_ERRORS, CheckpointError
+from tests.support.compose import compose
+from tests.support.run_recipe import recipe_command, run_recipe, tiny_overrides
 
 _CASES = {
     "L within the native window": (["rope.target_context_length=128", "rope.factor=1"], "must be larger than the native window of 128"),
@@ -43,8 +43,7 @@ def _extend(workplace: Path, *more: str) -> None:
     from endprompt_megatron.jobs.extend import extend
 
     threads = torch.get_num_threads()
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composed = hydra.compose("extend", overrides=tiny_overrides(workplace, "run", *more))
+    composed = compose(*tiny_overrides(workplace, "run", *more))
     try:
         extend(to_run_config(composed))
     finally:
@@ -60,7 +59,7 @@ def test_bad_setting(workplace, case):
     assert not (workplace / "run").exists()
 
 
-def test_all_problems_are_told_at_once(workplace):
+def test_all_problems_are_reported_at_once(workplace):
     with pytest.raises(USER_ERRORS) as caught:
         _extend(workplace, "rope.factor=4", "optim.lr=-1", "trainer.global_batch_size=7")
     assert all(key in str(caught.value) for key in ("rope.factor", "optim.lr", "trainer.global_batch_size"))
@@ -87,6 +86,26 @@ def test_foreign_tokenizer_against_the_manifest(workplace):
     with pytest.raises(USER_ERRORS, match="made with another tokenizer"):
         _extend(workplace, f"data.train=[{{path: 'indexed:{prefix}'}}]")
     assert not (workplace / "run").exists()
+
+
+def test_damage_to_prepared_data_that_keeps_size_and_time(workplace):
+    """Found with data.verify=true, by a run and by its dry_run; without it the run gets to its next error."""
+    from endprompt_megatron.checkpoint.hf.tokenizer import hash_tokenizer, load_tokenizer
+    from endprompt_megatron.data.preprocess import prepare_dataset
+
+    model, prefix = workplace / "model", workplace / "prepared"
+    (workplace / "text.jsonl").write_text(json.dumps({"text": "One two three. " * 200}) + "\n")
+    tokenizer = dict(tokenizer=load_tokenizer(model), tokenizer_hash=hash_tokenizer(model))
+    prepare_dataset(workplace / "text.jsonl", output_prefix=prefix, **tokenizer)
+    damaged = workplace / "prepared.bin"
+    stat = damaged.stat()
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\1")
+    os.utime(damaged, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    overrides = [f"data.train=[{{path: 'indexed:{prefix}'}}]", "probes.text=[{path: 'no_such.jsonl'}]"]
+    for more, message in ((["data.verify=true"], "prepared.bin is damaged or was changed"), ([], "no_such.jsonl")):
+        with pytest.raises(USER_ERRORS, match=message):
+            _extend(workplace, *overrides, *more)
+        assert not (workplace / "run").exists()
 
 
 def test_truncated_safetensors(workplace):
@@ -117,6 +136,19 @@ def test_model_directory_of_another_model(workplace):
     build_tiny_random(workplace / "model", num_layers=4)
     with pytest.raises(USER_ERRORS, match="num_layers is 4 there and 2 in model.hf_config"):
         _extend(workplace)
+
+
+def test_a_model_that_fails_its_verification_is_not_under_its_final_name(workplace, monkeypatch):
+    from endprompt_megatron.jobs import extend
+
+    def fails(chunks, export, **_):
+        raise CheckpointError(f"{export} is not the trained model")
+
+    monkeypatch.setattr(extend, "verify_export", fails)
+    with pytest.raises(CheckpointError, match="run/hf.failed is not the trained model"):
+        _extend(workplace, "trainer.max_steps=1", "probes.enabled=false", "adapter=none")
+    assert (workplace / "run" / "hf.failed" / "model.safetensors").is_file()
+    assert not any((workplace / "run" / name).exists() for name in ("hf", "hf.partial", "summary.json"))
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_there_and_back_and_shown(hf, tmp_path):
     assert "window 2,048 positions, RoPE llama3, factor 32" in out
 
 
-def test_a_full_disk_is_told_and_survived(hf, tmp_path):
+def test_a_full_disk_is_reported_and_the_same_command_resumes(hf, tmp_path):
     """A file size limit simulates the full disk; without the limit the same command continues."""
     command = [sys.executable, "-W", "ignore", str(TOOL), "hf-to-megatron", str(hf), "megatron", "--no-verify", "--max-shard-size", "100KB"]
     limit = (85_000, 85_000)  # the file of the embedding fits, the files of the feed-forward layers do not
@@ -73,6 +73,20 @@ def test_verify_ends_with_one_on_a_difference(convert, hf, tmp_path):
     edit_config(other, rope_theta=10000.0)
     status, out, _ = convert("verify", "--hf", other, "--megatron", tmp_path / "megatron")
     assert status == 1 and "rotary frequencies (relative)" in out and "FAILED: " in out and "not checked" in out
+
+
+def test_a_conversion_that_fails_its_verification_is_set_aside(convert, hf, tmp_path, monkeypatch):
+    from endprompt_megatron.checkpoint.hf import verify
+
+    real = verify.verify_megatron_model
+    monkeypatch.setattr(verify, "verify_megatron_model", lambda *_, **__: [verify.Finding("tensors", 1.0, 0.0, "model.norm.weight")])
+    status, out, _ = convert("hf-to-megatron", hf, tmp_path / "megatron")
+    assert status == 1 and "FAILED" in out and "megatron.failed" in out
+    (tmp_path / "megatron.failed").rename(tmp_path / "source")
+    monkeypatch.setattr(verify, "verify_megatron_model", lambda hf, model, **options: real(tmp_path, model, **options))
+    status, _, errors = convert("megatron-to-hf", tmp_path / "source", tmp_path / "hf")
+    assert status == 2 and "hf.failed" in errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf.failed", "source"]
 
 
 def test_the_plan_needs_config_json_alone(convert, hf, tmp_path):

@@ -20,7 +20,6 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
-import hydra
 import pytest
 from _entry import ROOT, clear_empty_dicts, refuse_former_names, to_run_config  # recipes/_entry.py
 from compare import check_run, to_study  # recipes/compare.py
@@ -30,6 +29,7 @@ from endprompt_megatron.integrations.window_extension import WindowExtension
 from endprompt_megatron.jobs.plan import cluster_request
 from endprompt_megatron.jobs.preflight import resolve
 from endprompt_megatron.launch.launcher import planned_world_size
+from tests.support.compose import compose
 from tests.support.tools import load_tool
 
 DOCS = ROOT / "docs"
@@ -96,8 +96,7 @@ COMMANDS = [command for page in PAGES for command in _commands_of(page)]
 
 def _compose(config: str, overrides: list[str]) -> Any:
     refuse_former_names(overrides)
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return hydra.compose(config, overrides=clear_empty_dicts(overrides))
+    return compose(*clear_empty_dicts(overrides), config=config)
 
 
 def _with_experiment(overrides: list[str], default: str = "smollm2_135m_16k_cpu") -> list[str]:

@@ -63,7 +63,7 @@ def test_the_page_has_tables_maps_regions_and_perplexity(place):
     assert "| multi_value | " in page and "gap: never seen" in page and "Windows do not overlap." in page
 
 
-def test_the_same_command_asks_nothing_twice_and_another_stride_is_another_condition(place):
+def test_the_same_command_evaluates_nothing_twice_and_another_stride_is_refused(place):
     again = [*SETTINGS, "model=model", "suite.perplexity.text=[{path: held_out.jsonl}]", "output_dir=one"]
     done = _run(place, *again)
     assert done.returncode == 0 and "9 of 9 tasks and lengths are finished already" in done.stderr

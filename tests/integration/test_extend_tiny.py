@@ -27,7 +27,7 @@ from tests.support.tiny import edit_tensors
 
 SUMMARY_KEYS = {
     "experiment", "method", "seed", "steps", "tokens", "physical_length", "target_length", "rope_factor", "loss_first", "loss_last",
-    "tokens_per_second", "peak_memory_gib", "wall_seconds", "stage_seconds", "backend", "world_size", "hf_checkpoint", "needle_before",
+    "tokens_per_second", "peak_memory_gib", "wall_seconds", "sittings", "stage_seconds", "backend", "world_size", "hf_checkpoint", "needle_before",
     "needle_untrained", "needle_after", "perplexity_before", "perplexity_untrained", "perplexity_after",
 }  # fmt: skip
 
@@ -103,7 +103,7 @@ def test_export_means_the_same_to_transformers_4(finished):
         output = finished / f"logits{number}.pt"
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, "-W", "ignore", "-c", program, str(export), str(output)], env=environment, check=True, cwd=finished)
-        results.append(torch.load(output))
+        results.append(torch.load(output, weights_only=True))
     (old, old_logits), (new, new_logits) = results
     assert old.startswith("4.57") and old != new
     assert torch.allclose(old_logits, new_logits, atol=1e-5)
@@ -121,6 +121,10 @@ def test_a_killed_run_resumes_bit_for_bit(finished):
     assert "resuming from" in resumed.stderr
     assert _losses(output) == _losses(finished / "run")
     assert _weights_digest(output) == _weights_digest(finished / "run")
+    validated = [[r for r in read_metrics(place / "metrics.jsonl") if "validation_loss" in r] for place in (output, finished / "run")]
+    assert validated[0] == validated[1] != [], "each once"
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["sittings"] == 2 and sum(summary["stage_seconds"].values()) <= summary["wall_seconds"] + 1
 
 
 def test_more_steps_resume_the_same_run(finished):
@@ -193,7 +197,7 @@ def test_dry_run_refuses_what_does_not_fit(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_model_card_and_provenance_tell_how_it_was_made(finished):
+def test_model_card_and_provenance_record_how_the_model_was_made(finished):
     export = finished / "run" / "hf"
     card, provenance = (export / "README.md").read_text(), json.loads((export / "endprompt.json").read_text())
     for told in (

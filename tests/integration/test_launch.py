@@ -1,4 +1,4 @@
-"""Local workers of a plain start: what happens to them when somebody stops, or kills the job."""
+"""Local workers that extend.py starts itself: signals, killed processes, probes, and resuming with another number of workers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from endprompt_megatron.checkpoint.hf.sources import build_tiny_random
-from endprompt_megatron.errors import EXIT_RESUME
+from endprompt_megatron.errors import EXIT_INTERRUPTED, EXIT_RESUME
 from endprompt_megatron.launch.processes import STOP_SIGNALS
 from endprompt_megatron.log import read_metrics
 from tests.support.run_recipe import recipe_command, run_recipe, start_recipe, tiny_overrides
@@ -29,13 +29,13 @@ def place(tmp_path_factory) -> Path:
 
 
 class Job:
-    """A running recipe with two workers and a step long enough to be hit in its middle.
+    """A running recipe with two workers, whose steps are long enough for a signal to arrive during a step.
 
     Args:
         place: directory of the test's files.
-        name: of the run, and of its log.
-        more: overrides.
-        forked: False starts an interpreter for the recipe and for each worker, as a user's shell does.
+        name: name of the run and of its log file.
+        more: further overrides.
+        forked: fork the recipe and its workers from the server; False starts a new interpreter for each of them, as a shell does.
     """
 
     def __init__(self, place: Path, name: str, *more: str, forked: bool = True):
@@ -70,7 +70,7 @@ class Job:
         return [record["loss"] for record in read_metrics(self.output / "metrics.jsonl") if "loss" in record]
 
     def end(self, seconds: float = 240) -> int:
-        """Exit status; fails if a process is left behind."""
+        """Wait for the recipe and return its exit status. Fails if one of its processes is still running."""
         if isinstance(self._process, subprocess.Popen):
             status = self._process.wait(seconds)
         else:
@@ -92,9 +92,9 @@ def undisturbed(place) -> list[float]:
 
 
 def test_sigterm_in_the_middle_of_an_accumulation(place, undisturbed):
-    """Within one step the run is saved and ends with the status that says: start me again. Nothing is lost.
+    """The run saves a checkpoint within one step and exits with EXIT_RESUME. The resumed run has the losses of an undisturbed run.
 
-    The signal goes to every process, as Slurm sends it: to the workers' own helpers (loaders, checkpoint queue) as well.
+    Slurm signals every process of a job, so the test also signals the helper processes of the workers (data loaders, checkpoint queue).
     """
     name = "terminated"
     job = Job(place, name, "trainer.save_interval=1", "data.num_workers=1")
@@ -113,7 +113,7 @@ def test_sigterm_in_the_middle_of_an_accumulation(place, undisturbed):
 
 
 def test_one_process_goes_on_where_two_stood(place, undisturbed):
-    """The layout is free: a plain start without workers takes the finished training over, and probes it with the figures of two."""
+    """One process continues a run of two workers: it loads the finished training, and its probes give the same results."""
     output = place / "undisturbed"
     assert json.loads((output / "summary.json").read_text())["needle_after"] == {}
     found = {}
@@ -125,7 +125,7 @@ def test_one_process_goes_on_where_two_stood(place, undisturbed):
         summary = json.loads((output / "summary.json").read_text())
         assert summary["world_size"] == workers and set(summary["needle_after"]) == {"256"}
         found[workers] = json.loads((output / "evaluation.json").read_text())["systems"]
-        shutil.rmtree(output / "probes")  # so that the next start probes anew
+        shutil.rmtree(output / "probes")  # so that the next start computes the probes again
     assert found[1] == found[2] and set(found[2]) == {"base", "untrained", "trained"}
     refused = run_recipe(*Job.overrides(place, "undisturbed", "parallel.use_distributed_optimizer=true"), cwd=place)
     assert refused.returncode == 2 and "parallel.use_distributed_optimizer: False there, True now" in refused.stderr
@@ -134,7 +134,7 @@ def test_one_process_goes_on_where_two_stood(place, undisturbed):
 @pytest.mark.parametrize(
     "layout",
     [
-        # after the last step a rank holds only its own share of the newest weights
+        # after the last step a rank has only its own shard of the updated weights
         ["parallel.use_distributed_optimizer=true", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"],
         pytest.param(["parallel.pipeline_model_parallel_size=2"], marks=pytest.mark.repeated),
     ],
@@ -155,7 +155,7 @@ def test_two_workers_probe_what_they_trained_as_one_process_does(place, layout):
     assert found[0]["trained"]["perplexity"] != found[0]["untrained"]["perplexity"]
 
 
-def test_a_context_cut_over_ranks_is_not_probed_and_the_way_out_is_told(place):
+def test_probes_are_skipped_with_context_parallelism_and_the_log_names_the_remedy(place):
     overrides = Job.overrides(place, "cut", "probes.enabled=true", "trainer.max_steps=1", "parallel.context_parallel_size=2")
     done = run_recipe(*overrides, cwd=place, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -167,11 +167,11 @@ def test_a_context_cut_over_ranks_is_not_probed_and_the_way_out_is_told(place):
     [(signal.SIGINT, True), (signal.SIGKILL, True), pytest.param(signal.SIGKILL, False, marks=pytest.mark.repeated)],
 )
 def test_no_process_is_left_behind(place, number, forked):
-    """Ctrl-C, and the launcher's own death."""
+    """After Ctrl-C, and after SIGKILL of the launcher."""
     job = Job(place, f"ended_{number.name}", forked=forked)
     job.wait_for_steps(1)
     job.process.send_signal(number)
-    assert job.end() not in (0, EXIT_RESUME)
+    assert job.end() == (EXIT_INTERRUPTED if number == signal.SIGINT else -number)
     assert "Traceback" not in job.log.read_text()
 
 
@@ -186,8 +186,8 @@ def test_a_failed_ranks_traceback_is_shown_once(place):
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_asked_to_stop_while_it_still_imports(place, number):
-    """Imports take minutes on a cluster's shared disk: a warning that comes meanwhile ends the run as later ones do."""
+def test_stop_signal_during_imports(place, number):
+    """A stop signal during the imports, which can take minutes on a shared disk, ends the run with EXIT_RESUME and without a traceback."""
     process = subprocess.Popen(
         recipe_command(*tiny_overrides(place, "early")),
         cwd=place,
@@ -196,7 +196,7 @@ def test_asked_to_stop_while_it_still_imports(place, number):
         text=True,
     )
     deadline = time.monotonic() + 300
-    while "libtorch_cpu" not in Path(f"/proc/{process.pid}/maps").read_text():  # megatron.core and transformers are still to come
+    while "libtorch_cpu" not in Path(f"/proc/{process.pid}/maps").read_text():  # megatron.core and transformers are imported after torch
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
     process.send_signal(number)

@@ -28,7 +28,7 @@ def finished(tmp_path_factory) -> Path:
     return directory
 
 
-def test_base_untrained_and_trained_are_told_apart(finished):
+def test_training_lowers_loss_and_perplexity_and_the_card_lists_what_was_trained(finished):
     summary = json.loads((finished / "run" / "summary.json").read_text())
     assert summary["loss_last"] < summary["loss_first"] - 0.1
     assert summary["perplexity_after"]["256"] < summary["perplexity_untrained"]["256"]

@@ -37,7 +37,7 @@ def test_example_runs_as_it_stands(trained_by_us, tmp_path):
     assert (tmp_path / "extended/model.safetensors").is_file() and (tmp_path / "extended/tokenizer.json").is_file()
 
 
-def test_the_slurm_example_asks_for_the_nodes_of_its_recipe(monkeypatch):
+def test_the_slurm_example_requests_the_nodes_of_its_recipe(monkeypatch):
     submitted = []
     monkeypatch.setattr("nemo_run.run", lambda recipe, *, executor: submitted.append((recipe, executor)))
     runpy.run_path(str(EXAMPLES / "nemo_slurm.py"), run_name="__main__")

@@ -26,7 +26,7 @@ def require_transformer_engine() -> Any:
 
 @contextmanager
 def building(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Inside the block its modules can be built: they ask for a GPU and do not touch it."""
+    """Make Transformer Engine's modules constructible inside the block: their constructors query a GPU but do not use it."""
     properties = SimpleNamespace(major=9, minor=0, name="none", multi_processor_count=132, total_memory=80 * 2**30)
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)

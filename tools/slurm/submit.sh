@@ -3,29 +3,32 @@
 #
 #   tools/slurm/submit.sh [options] -- +experiment=NAME [key=value ...]
 #
-#   --nodes N             nodes (1)
-#   --gpus-per-node N     GPUs of a node, one task each (8); 0 trains on CPUs
-#   --ntasks-per-node N   tasks of a node, with --gpus-per-node 0 only (1)
-#   --cpus-per-task N     CPU cores of a task (8; 1 without GPUs)
-#   --container KIND      pyxis | apptainer | none (none)
-#   --image IMAGE         a file, or what the container runtime fetches by name: for pyxis REGISTRY#NAME:TAG, for apptainer docker://...
-#   --mounts A:B[,...]    directories for the container beside those that the run is known to need: this checkout, the working directory,
-#                         the output directory, HF_HOME, and data.directory and model.hf_path where they are absolute
-#   --mpi KIND            none | pmi2 | pmix, as the cluster's srun wants it (none; training itself needs no MPI)
-#   --time LIMIT          as sbatch takes it: minutes, HH:MM:SS, D-HH:MM:SS (the partition's)
-#   --partition, --account NAME
-#   --signal-seconds N    warning before the time limit, time to finish a step and to save (300)
-#   --max-requeues N      starts after the first (50)
-#   --python COMMAND      interpreter, in the container where there is one (python3)
-#   --shared DIRECTORY    is on a file system that every node sees, whatever its path looks like; may be repeated
-#   --local DIRECTORY     of each node, for temporary files and compiled kernels (/tmp)
-#   --log-dir DIRECTORY   for NAME-JOB.out (slurm/ beside the output directory)
-#   --sbatch OPTION       one more option for sbatch, as --sbatch --qos=high; may be repeated
-#   --srun OPTION         one more option for srun; may be repeated
-#   --dry-run             print the script instead of submitting it; needs no Slurm
+# Defaults are in parentheses.
 #
-# The job is warned before its time limit, saves, and goes back into the queue until it is done. README.md beside this file says more.
-# Exit status: 0 submitted; 2 something is wrong with the command, and nothing was submitted; else sbatch's own.
+#   --nodes N             number of nodes (1)
+#   --gpus-per-node N     number of GPUs per node, with one task per GPU (8); 0 trains on CPUs
+#   --ntasks-per-node N   number of tasks per node; only with --gpus-per-node 0 (1)
+#   --cpus-per-task N     number of CPU cores per task (8; 1 without GPUs)
+#   --container KIND      pyxis | apptainer | none (none)
+#   --image IMAGE         image file, or image name: REGISTRY#NAME:TAG for pyxis, docker://... for apptainer
+#   --mounts A:B[,...]    additional directories for the container. The checkout, the working directory, the parent of the output directory,
+#                         HF_HOME, and absolute data.directory and model.hf_path are always mounted.
+#   --mpi KIND            none | pmi2 | pmix: MPI plugin of srun (none; training does not use MPI)
+#   --time LIMIT          time limit in a format of sbatch: minutes, HH:MM:SS, D-HH:MM:SS (time limit of the partition)
+#   --partition NAME      partition of the job
+#   --account NAME        account of the job
+#   --signal-seconds N    seconds between the stop signal and the time limit; one step and one save must fit (300)
+#   --max-requeues N      maximum number of starts after the first (50)
+#   --python COMMAND      Python interpreter, inside the container if there is one (python3)
+#   --shared DIRECTORY    treat DIRECTORY as visible to every node, even if its path looks local; may be repeated
+#   --local DIRECTORY     local directory of each node for temporary files and compiled kernels (/tmp)
+#   --log-dir DIRECTORY   directory of the log NAME-JOB.out (slurm/ next to the output directory)
+#   --sbatch OPTION       additional option for sbatch, for example --sbatch --qos=high; may be repeated
+#   --srun OPTION         additional option for srun; may be repeated
+#   --dry-run             print the batch script and do not submit it; needs no Slurm
+#
+# Before its time limit, the job receives a signal, saves, and requeues itself until the run is finished. See README.md in this directory.
+# The exit status is 0 if the job was submitted, and 2 if the command is wrong and nothing was submitted. Otherwise it is that of sbatch.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -49,7 +52,7 @@ while [[ $# -gt 0 ]]; do
         --) shift && overrides=("$@") && break ;;
         -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" && exit 0 ;;
         --dry-run) dry_run=1 && shift && continue ;;
-        --sbatch | --srun) [[ $# -gt 1 ]] && option=$1 value=$2 && shift ;; # their values have a = of their own
+        --sbatch | --srun) [[ $# -gt 1 ]] && option=$1 value=$2 && shift ;; # the next word is the whole value, which may contain =
         --*=*) option=${1%%=*} value=${1#*=} ;;
         --*) option=$1 value=${2-} && if [[ $# -gt 1 ]]; then shift; fi ;;
         *) problem "$1 is no option. Settings of the run (key=value) go after --." && shift && continue ;;
@@ -84,8 +87,8 @@ while [[ $# -gt 0 ]]; do
     esac
 done
 
-# ------------------------------------------------------------------ the run: its experiment and output directory
-override() { # last value that the overrides give a key
+# ------------------------------------------------------------------ experiment and output directory of the run
+override() { # KEY: print the last value of the key in the overrides
     local word found=""
     for word in ${overrides[@]+"${overrides[@]}"}; do
         word=${word#+} && word=${word#+}
@@ -103,12 +106,12 @@ if [[ -z $experiment ]]; then
     problem "no experiment: end the command with -- +experiment=NAME; NAME is one of ${known% }."
 elif [[ ! -f $recipe ]]; then
     problem "+experiment=$experiment is unknown: choose one of ${known% }."
-elif [[ " ${overrides[*]} " == *" experiment=$experiment "* ]]; then # the recipe has no experiment that could be replaced
+elif [[ " ${overrides[*]} " == *" experiment=$experiment "* ]]; then # the config has no default experiment, so Hydra needs the +
     problem "experiment=$experiment: write +experiment=$experiment."
 elif [[ -z $output_dir ]]; then
     name=$(override name)
     name=${name:-$(sed -n 's/^name: *//p' "$recipe")}
-    if [[ -z $name || $name == *'$'* ]]; then # only Hydra knows, and a login node may have none
+    if [[ -z $name || $name == *'$'* ]]; then # only Hydra can compose the name, and a login node may not have Hydra
         problem "+experiment=$experiment composes the name of its output directory. Choose one: output_dir=outputs/NAME."
     fi
     output_dir=outputs/$name
@@ -119,17 +122,17 @@ if [[ -z $log_directory ]]; then log_directory=$(dirname "$output_dir")/slurm; f
 log_directory=$(absolute "$log_directory")
 
 # ------------------------------------------------------------------ rules
-whole() { [[ $1 =~ ^(0|[1-9][0-9]{0,8})$ ]]; } # bash takes 08 for octal
-at_least() { # option value smallest
+whole() { [[ $1 =~ ^(0|[1-9][0-9]{0,8})$ ]]; } # no leading zero, because bash reads 08 as octal
+at_least() { # OPTION VALUE SMALLEST
     if ! whole "$2" || [[ $2 -lt $3 ]]; then problem "$1 $2: must be a whole number, $3 or more."; fi
 }
-one_of() { # option value choices...
+one_of() { # OPTION VALUE CHOICE...
     local option=$1 value=$2 choice
     shift 2
     for choice in "$@"; do if [[ $value == "$choice" ]]; then return; fi; done
     problem "$option $value: choose one of $*."
 }
-seconds_of() { # a time limit of sbatch; nothing if it is none
+seconds_of() { # LIMIT: print a time limit of sbatch in seconds; print nothing for an invalid limit
     local days=0 left=$1 fields
     if [[ ! $1 =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]]; then return; fi
     if [[ $1 == *-* ]]; then days=${1%%-*} left=${1#*-}; fi
@@ -140,17 +143,17 @@ seconds_of() { # a time limit of sbatch; nothing if it is none
         echo $((10#${fields[0]} * 60 + 10#${fields[1]:-0}))
     fi
 }
-seen_by_every_node() { # what DIRECTORY
+seen_by_every_node() { # LABEL DIRECTORY: report a directory that looks local to one node
     local known_shared
     for known_shared in ${shared[@]+"${shared[@]}"}; do
         if [[ $2/ == "${known_shared%/}"/* ]]; then return; fi
     done
     if [[ $2/ =~ ^(/tmp|/var/tmp|/dev/shm|/run|/var/run)/ || (-n ${TMPDIR-} && $2/ == "${TMPDIR%/}"/*) ]]; then
-        problem "$1 $2 is on a disk of one node: the others, and the next start of the job, do not see it." \
-            "Use a shared file system (or say --shared DIRECTORY if it is one)."
+        problem "$1 $2 is on a disk of one node, and other nodes and later starts of the job do not see it." \
+            "Use a directory on a shared file system, or pass --shared DIRECTORY if this file system is shared."
     fi
 }
-plain() { # what DIRECTORY
+plain() { # LABEL DIRECTORY: report a character that Slurm or a container runtime does not accept in a path
     if [[ $2 =~ [^A-Za-z0-9_./@+=-] ]]; then
         problem "$1 $2: neither Slurm's options nor container mounts take a '${BASH_REMATCH[0]}' in a path. Use another directory."
     fi
@@ -175,13 +178,14 @@ if [[ -n $time ]] && whole "$signal_seconds"; then
     if [[ -z $limit ]]; then
         problem "--time $time: sbatch takes minutes, HH:MM:SS or D-HH:MM:SS."
     elif [[ $limit -lt $((2 * signal_seconds)) ]]; then
-        problem "--time $time is less than twice --signal-seconds $signal_seconds: the job would be told to stop before it got anywhere." \
-            "Set a longer --time, or a shorter --signal-seconds that still holds a step and a save."
+        problem "--time $time is less than twice --signal-seconds $signal_seconds: the job would have to stop before it made progress." \
+            "Set a longer --time, or a shorter --signal-seconds in which a step and a save still fit."
     fi
 fi
 
-# The layout of the run, from the files that Hydra composes: a login node may have no Python. tests/unit/tools/test_slurm_scripts.py compares it with Hydra's.
-built_on() { # GROUP FILE: the file of the same group that this one starts from; nothing if there is none
+# The following functions read the layout of the run from the files in conf/, because a login node may have no Python.
+# tests/unit/tools/test_slurm_scripts.py compares the result with Hydra's.
+built_on() { # GROUP FILE: print the file of the same group that FILE extends; print nothing if FILE extends none
     local name
     while IFS= read -r name; do
         if [[ -f $checkout/conf/$1/$name.yaml ]]; then echo "$checkout/conf/$1/$name.yaml"; fi
@@ -196,7 +200,7 @@ parallel_group() {
     done
     echo "${chosen:-single}"
 }
-size_of() { # tensor | pipeline | context
+size_of() { # NAME: print the parallel size of the run for NAME = tensor, pipeline or context
     local value file
     value=$(override "parallel.$1_model_parallel_size")
     if [[ $1 == context ]]; then value=$(override parallel.context_parallel_size); fi
@@ -214,7 +218,7 @@ if [[ -f $recipe ]] && whole "$nodes" && whole "$tasks_per_node"; then
         if [[ $of_a_model -gt 0 && $((ranks % of_a_model)) -ne 0 ]]; then
             advice="Set parallel=NAME (conf/parallel) to a layout of fewer ranks."
             if [[ $tasks_per_node -gt 0 && $((of_a_model % tasks_per_node)) -eq 0 ]]; then
-                advice="Ask for --nodes $((of_a_model / tasks_per_node)) or a multiple of it, or set parallel=NAME (conf/parallel)."
+                advice="Ask for --nodes $((of_a_model / tasks_per_node)) or a multiple, or set parallel=NAME (conf/parallel)."
             fi
             problem "--nodes $nodes with $tasks_per_node tasks a node: $ranks ranks, but +experiment=$experiment lays a model over" \
                 "TP $tensor x PP $pipeline x CP $context = $of_a_model ranks, and their number must be a multiple of that. $advice"
@@ -233,7 +237,7 @@ if [[ $local_directory != /* ]]; then problem "--local $local_directory: must be
 huggingface=${HF_HOME:-$HOME/.cache/huggingface}
 if [[ $container == none ]]; then
     if [[ -n $image ]]; then problem "--image $image with --container none: choose pyxis or apptainer, or leave --image out."; fi
-    if [[ -n $mounts ]]; then problem "--mounts $mounts with --container none: there is nothing to mount into. Leave it out."; fi
+    if [[ -n $mounts ]]; then problem "--mounts $mounts with --container none: there is no container. Leave --mounts out."; fi
 elif [[ -z $image && $container =~ ^(pyxis|apptainer)$ ]]; then
     problem "--container $container needs --image: a file, or REGISTRY#NAME:TAG (pyxis) or docker://NAME:TAG (apptainer)."
 elif [[ -e $image ]]; then
@@ -243,14 +247,14 @@ elif [[ -e $image ]]; then
 elif [[ $image == [./~]* || $image =~ \.(sqsh|squashfs|sif|img)$ ]]; then
     problem "--image $image: no such file (looked for $(absolute "$image"))."
 elif [[ $container == apptainer && $image != *://* ]]; then
-    problem "--image $image: no such file, and a name that apptainer fetches starts with docker://, library:// or oras://."
+    problem "--image $image: no such file. The name of an image for apptainer starts with docker://, library:// or oras://."
 elif [[ $container == pyxis && ${image#*://} =~ ^[A-Za-z0-9-]+\.[A-Za-z0-9.-]+(:[0-9]+)?/ && $image != *'#'* ]]; then
-    problem "--image $image: pyxis wants a # after the registry's name: --image '${image/\//#}'."
+    problem "--image $image: pyxis needs a # after the name of the registry: --image '${image/\//#}'."
 fi
 
-# ------------------------------------------------------------------ what the container sees
+# ------------------------------------------------------------------ mounts of the container
 bound=()
-bind() { # DIRECTORY, unless it lies in one that is bound already
+bind() { # DIRECTORY: mount it, unless a mounted directory contains it
     local other
     for other in ${bound[@]+"${bound[@]}"}; do
         if [[ $1/ == "$other"/* ]]; then return; fi
@@ -271,15 +275,15 @@ if [[ -n $mounts ]]; then
     IFS=, read -ra wanted <<<"$mounts"
     for mount in "${wanted[@]}"; do
         if [[ ! $mount =~ ^/[^:]*:/[^:]*(:[^:]+)?$ ]]; then
-            problem "--mounts $mount: write ABSOLUTE_PATH:ABSOLUTE_PATH_IN_CONTAINER, with :ro behind it where nothing may be written."
+            problem "--mounts $mount: write ABSOLUTE_PATH:ABSOLUTE_PATH_IN_CONTAINER, and append :ro for a read-only mount."
         fi
         binds+=,$mount
     done
 fi
 stop_at_problems
 
-# ------------------------------------------------------------------ the script
-quoted() { # WORD...: one a line, as bash reads them
+# ------------------------------------------------------------------ batch script
+quoted() { # WORD...: print one quoted word per line
     local word
     for word in "$@"; do
         if [[ $word =~ ^[A-Za-z0-9_./:@%+=#-]+$ ]]; then printf '    %s\n' "$word"; else printf '    %s\n' "${word@Q}"; fi
@@ -293,7 +297,7 @@ if [[ -n $partition ]]; then sbatch_lines+=("--partition=$partition"); fi
 if [[ -n $account ]]; then sbatch_lines+=("--account=$account"); fi
 sbatch_lines+=(${sbatch_options[@]+"${sbatch_options[@]}"})
 exports=()
-# shellcheck disable=SC2016 # the job expands them
+# shellcheck disable=SC2016 # the job expands these variables
 if [[ $gpus_per_node -gt 0 ]]; then
     # one queue to the device keeps communication and computation in the order in which Megatron issues them
     exports+=('export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}' 'export NCCL_DEBUG=${NCCL_DEBUG:-WARN}')
@@ -308,7 +312,7 @@ elif [[ $container == apptainer ]]; then
 fi
 if [[ $container != none ]]; then exports+=('export PYTHONNOUSERSITE=1 # ~/.local was installed for another Python'); fi
 command=("$python" -W ignore "$checkout/recipes/extend.py" "${overrides[@]}")
-if [[ $((nodes * tasks_per_node)) -eq 1 ]]; then command+=(launch.nproc_per_node=1); fi # Slurm starts one, so it would start more by itself
+if [[ $((nodes * tasks_per_node)) -eq 1 ]]; then command+=(launch.nproc_per_node=1); fi # else extend.py starts one process per GPU
 
 declare -A values=(
     [TASK_IS_A]=$(if [[ $gpus_per_node -gt 0 ]]; then echo GPU; else echo "CPU process"; fi)
@@ -330,7 +334,7 @@ declare -A values=(
     [CONTAINER]=$(quoted ${in_container[@]+"${in_container[@]}"})
     [COMMAND]=$(quoted "${command[@]}")
 )
-render() { # one pass, so that nothing in a value is taken for a placeholder
+render() { # fill in the template in one pass, so that a placeholder inside a value is not replaced
     local line rest only
     while IFS= read -r line; do
         only=$line rest=""
@@ -339,7 +343,7 @@ render() { # one pass, so that nothing in a value is taken for a placeholder
             line=${BASH_REMATCH[1]}
         done
         line+=$rest
-        if [[ -n $line || -z $only ]]; then printf '%s\n' "$line"; fi # a placeholder without a value leaves no empty line
+        if [[ -n $line || -z $only ]]; then printf '%s\n' "$line"; fi # a placeholder with an empty value leaves no empty line
     done <"$here/extend.sbatch"
 }
 script=$(render)
@@ -350,15 +354,15 @@ fi
 
 # ------------------------------------------------------------------ submission
 if ! command -v sbatch >/dev/null; then
-    problem "sbatch is not here: submit on a login node of the cluster, or print the script with --dry-run."
+    problem "sbatch is not here: run this command on a login node of the cluster, or print the script with --dry-run."
     stop_at_problems
 fi
-mkdir -p "$log_directory" "$(dirname "$output_dir")" "$huggingface" # bind mounts want directories that exist
+mkdir -p "$log_directory" "$(dirname "$output_dir")" "$huggingface" # the sources of mounts must exist
 job=$(sbatch --parsable <<<"$script")
 job=${job%%;*}
 cat <<TOLD
 submitted as job $job
   log     $log_directory/$(basename "$output_dir")-$job.out
   output  $output_dir
-  save and go back into the queue: scancel --batch --signal=USR1 $job    end: scancel $job
+  save and requeue: scancel --batch --signal=USR1 $job    end: scancel $job
 TOLD

@@ -3,12 +3,12 @@ it for the converted or extended model. The supported families are a table. Stan
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from endprompt_megatron.checkpoint.hf.config_schema import check_fields, check_types
+from endprompt_megatron.checkpoint.hf.json_files import read_json_object, shown
 from endprompt_megatron.errors import CheckpointError, ConfigError
 from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.rope.scaling import RopeScaling
@@ -24,7 +24,8 @@ class Family:
         models: names of the models.
         supported: field that changes the computation -> supported values, in addition to those of all families; others are rejected.
         absent: field -> value that transformers uses if config.json lacks it, unless that is the first supported value.
-        head_dim: (config) -> head dimension if config.json has no head_dim.
+        default_head_dim: head dimension if config.json has no head_dim; None for hidden_size / num_attention_heads.
+        may_have_null_head_dim: whether transformers reads head_dim=null as no head_dim.
         qkv_bias, qk_norm: as in ModelArchitecture.
     """
 
@@ -33,7 +34,8 @@ class Family:
     models: str
     supported: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     absent: dict[str, Any] = field(default_factory=dict)
-    head_dim: Callable[[dict[str, Any]], int] = lambda config: int(config["hidden_size"]) // int(config["num_attention_heads"])
+    default_head_dim: int | None = None
+    may_have_null_head_dim: bool = True
     qkv_bias: bool = False
     qk_norm: bool = False
 
@@ -57,8 +59,8 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family("LlamaForCausalLM", "llama", "Llama 2, 3, 3.1, 3.2, 3.3, SmolLM2"),
         Family("MistralForCausalLM", "mistral", "Mistral v0.2 and later", {"sliding_window": (None,)}, absent={"sliding_window": 4096}),
-        Family("Qwen2ForCausalLM", "qwen2", "Qwen2, Qwen2.5", _QWEN, qkv_bias=True),
-        Family("Qwen3ForCausalLM", "qwen3", "Qwen3", _QWEN, head_dim=lambda config: 128, qk_norm=True),
+        Family("Qwen2ForCausalLM", "qwen2", "Qwen2, Qwen2.5", _QWEN, may_have_null_head_dim=False, qkv_bias=True),
+        Family("Qwen3ForCausalLM", "qwen3", "Qwen3", _QWEN, default_head_dim=128, may_have_null_head_dim=False, qk_norm=True),
     )
 }
 
@@ -73,10 +75,13 @@ _HARMLESS = {
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id", "return_dict",
     "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "torchscript", "problem_type", "id2label", "label2id",
     "name_or_path", "task_specific_params", "transformers.js_config", "is_llama_config", "tokenizer_class",
-    "max_window_layers", "finetuning_task", "prefix", "attn_implementation", "neftune_noise_alpha",
+    "max_window_layers", "finetuning_task", "prefix", "neftune_noise_alpha",
 }  # fmt: skip
 # replaced by top-level fields with names that all versions of transformers read
 _REPLACED = ("rope_parameters", "original_max_position_embeddings", "_name_or_path", "dtype")
+# how a program runs the model, which each program decides itself: never passed to transformers, never exported
+_RUNTIME = {"attn_implementation", "experts_implementation", "custom_generate", "trust_remote_code"}
+_KERNELS = ("attn_implementation", "experts_implementation")
 _LAYERS = {"full_attention"}
 
 
@@ -84,7 +89,7 @@ def read_hf_config(hf_path: Path) -> dict[str, Any]:
     """Read config.json of a model directory.
 
     Raises:
-        CheckpointError: there is no config.json, or it is not a JSON object.
+        CheckpointError: there is no config.json, or it is not a JSON object; see read_json_object.
     """
     path = Path(hf_path) / "config.json"
     if not path.is_file():
@@ -92,66 +97,96 @@ def read_hf_config(hf_path: Path) -> dict[str, Any]:
             f"{hf_path}: no config.json in this directory. model.hf_path must be a Hugging Face model directory "
             f"(config.json, *.safetensors, tokenizer files), for example one made by `huggingface-cli download MODEL --local-dir DIR`."
         )
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): copy it again from the model.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a JSON object but {str(config)[:40]}: copy it again from the model.")
-    return config
+    return read_json_object(path)
+
+
+def check_names_no_code(config: dict[str, Any], *, file: str = "config.json") -> None:
+    """Check that a JSON file of a model directory names neither code nor a kernel that transformers would load.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    if config.get("auto_map"):
+        raise CheckpointError(
+            f"{file} has auto_map={str(config['auto_map'])[:80]}, names of Python code in the model's directory: code of a model is "
+            f"never run here (trust_remote_code=False). If the model works without it, delete auto_map from a copy of {file}."
+        )
+    if config.get("configuration_files"):
+        raise CheckpointError(
+            f"{file} has configuration_files={str(config['configuration_files'])[:80]}, by which transformers reads another file instead: "
+            f"delete it from a copy of {file}."
+        )
+    for name in (*_KERNELS, *(f"_{name}" for name in _KERNELS), *(f"_{name}_internal" for name in _KERNELS)):
+        if "/" in str(config.get(name, "")):
+            raise CheckpointError(
+                f"{file} has {name}={str(config[name])[:80]!r}, the name of a kernel to download and run: only this package's own "
+                f"attention is used. Delete {name} from a copy of {file}."
+            )
 
 
 def architecture_from_hf(config: dict[str, Any]) -> ModelArchitecture:
     """Convert config.json into an architecture.
 
     Raises:
-        CheckpointError: unknown architecture, missing field, or unsupported value of a field that changes the computation.
+        CheckpointError: unknown architecture, missing field, a field of another type or out of range, or unsupported value of a field that
+            changes the computation.
     """
-    found = config.get("architectures") or ["(none named)"]
-    if found[0] not in FAMILIES:
+    check_fields(config, "architectures")
+    named = config.get("architectures") or ["(none named)"]
+    if named[0] not in FAMILIES:
         known = "; ".join(f"{name} ({family.models})" for name, family in FAMILIES.items())
-        raise CheckpointError(f"config.json has the architecture {found[0]}: supported are {known}.")
-    family = FAMILIES[found[0]]
+        raise CheckpointError(f"config.json has the architecture {shown(named[0])[1:-1]}: supported are {known}.")
+    family = FAMILIES[named[0]]
+    check_types(config)
     if config.get("model_type", family.model_type) != family.model_type:
         raise CheckpointError(
-            f"config.json has the architecture {family.architecture} but model_type={config['model_type']!r}, by which transformers "
+            f"config.json has the architecture {family.architecture} but model_type={shown(config['model_type'])}, by which transformers "
             f"selects the model: they are different models. Copy it again from the model."
         )
+    check_names_no_code(config)
     _check_fields(config, family)
     try:
         return _read_architecture(config, family)
     except KeyError as error:
         raise CheckpointError(f"config.json lacks {error}: copy it again from the model.") from error
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        if isinstance(error, (CheckpointError, ConfigError)):
-            raise
-        raise CheckpointError(f"config.json has a field of the wrong type ({error}): copy it again from the model.") from error
+    except ConfigError as error:  # of RopeScaling, in the words of the config group rope
+        raise CheckpointError(f"config.json describes a RoPE that is not supported ({error}): copy it again from the model.") from error
 
 
 def _read_architecture(config: dict[str, Any], family: Family) -> ModelArchitecture:
-    heads = int(config["num_attention_heads"])
-    head_dim = int(config.get("head_dim") or family.head_dim(config))
-    sizes = {
-        "num_layers": int(config["num_hidden_layers"]),
-        "hidden_size": int(config["hidden_size"]),
-        "ffn_hidden_size": int(config["intermediate_size"]),
-        "num_attention_heads": heads,
-        "num_query_groups": _key_value_heads(config, family, heads),
-        "head_dim": head_dim,
-        "vocab_size": int(config["vocab_size"]),
-        "max_position_embeddings": int(config["max_position_embeddings"]),
-    }
-    wrong = [f"{name}={value}" for name, value in sizes.items() if value < 1]
-    if wrong:
-        raise CheckpointError(f"config.json has {wrong[0]}, which must be at least 1: copy it again from the model.")
+    heads, head_dim = config["num_attention_heads"], _head_dim(config, family)
+    key_value_heads = _key_value_heads(config, family, heads)
+    if heads % key_value_heads:
+        raise CheckpointError(
+            f"config.json has num_key_value_heads={key_value_heads}: must divide num_attention_heads={heads}. Copy it again from the model."
+        )
     return ModelArchitecture(
-        **sizes,
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        ffn_hidden_size=config["intermediate_size"],
+        num_attention_heads=heads,
+        num_query_groups=key_value_heads,
+        head_dim=head_dim,
+        vocab_size=config["vocab_size"],
+        max_position_embeddings=config["max_position_embeddings"],
         rope_theta=RopeScaling.from_hf(config, head_dim=head_dim).rope_theta,
         norm_epsilon=float(config["rms_norm_eps"]),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tied_embeddings=config.get("tie_word_embeddings", False),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
     )
+
+
+def window_from_hf(config: dict[str, Any]) -> int:
+    """Read the window of a model of any family, in positions.
+
+    Raises:
+        CheckpointError: config.json does not have it, or not as a whole number in range.
+    """
+    check_fields(config, "max_position_embeddings")
+    if "max_position_embeddings" not in config:
+        raise CheckpointError("config.json lacks 'max_position_embeddings', the window of the model: copy it again from the model.")
+    return int(config["max_position_embeddings"])
 
 
 def rope_from_hf(config: dict[str, Any]) -> RopeScaling:
@@ -169,6 +204,25 @@ def _key_value_heads(config: dict[str, Any], family: Family, heads: int) -> int:
     return int(config.get("num_key_value_heads") or heads)
 
 
+def _head_dim(config: dict[str, Any], family: Family) -> int:
+    given, hidden_size, heads = config.get("head_dim"), config["hidden_size"], config["num_attention_heads"]
+    if given is not None:
+        return int(given)
+    if "head_dim" in config and not family.may_have_null_head_dim:
+        raise CheckpointError(
+            f"config.json has head_dim=null, which transformers does not read for {family.architecture}: remove the field, or copy "
+            f"config.json again from the model."
+        )
+    if family.default_head_dim is not None:
+        return family.default_head_dim
+    if hidden_size % (2 * heads):
+        raise CheckpointError(
+            f"config.json has hidden_size={hidden_size} and no head_dim: must be a multiple of 2*num_attention_heads={2 * heads} (RoPE "
+            f"rotates pairs). Copy it again from the model."
+        )
+    return int(hidden_size // heads)
+
+
 def _check_fields(config: dict[str, Any], family: Family) -> None:
     supported = {**_COMMON_FIELDS, **family.supported}
     for name, values in supported.items():
@@ -182,34 +236,51 @@ def _check_fields(config: dict[str, Any], family: Family) -> None:
                     'most finetunes of v0.2), set "sliding_window": null in a copy of config.json.'
                 )
             raise CheckpointError(
-                f"config.json has {name}={value!r}{default}, which changes the computation: only {values[0]!r} is supported for "
+                f"config.json has {name}={shown(value)}{default}, which changes the computation: only {values[0]!r} is supported for "
                 f"{family.architecture}.{way_out}"
             )
     other_layers = sorted(set(config.get("layer_types") or ()) - _LAYERS)
     if other_layers:
-        raise CheckpointError(f"config.json has layers of type {other_layers[0]!r} in layer_types: only full_attention is supported.")
-    known = _SHAPE_FIELDS | _ROPE_FIELDS | _HARMLESS | supported.keys() | {"layer_types", "sliding_window"}
+        raise CheckpointError(f"config.json has layers of type {shown(other_layers[0])} in layer_types: only full_attention is supported.")
+    layer_types, num_layers = config.get("layer_types"), config.get("num_hidden_layers")
+    if layer_types is not None and len(layer_types) != num_layers:
+        raise CheckpointError(
+            f"config.json has {len(layer_types)} layer_types, but num_hidden_layers={num_layers}. Copy it again from the model."
+        )
+    known = _known_fields(family)
     for name, value in config.items():
-        if name in known or name.startswith(("_", "unsloth_")) or value is None or value is False:
+        if name in known or name in _RUNTIME or name.startswith(("_", "unsloth_")) or value is None or value is False:
             continue
         raise CheckpointError(
-            f"config.json has {name}={value!r}, an unknown field for {family.architecture} that may change the computation. If you "
-            f"know that it changes nothing, delete it from a copy of config.json."
+            f"config.json has {shown(name)[1:-1]}={shown(value)}, an unknown field for {family.architecture} that may change the "
+            f"computation. If you know that it changes nothing, delete it from a copy of config.json."
         )
 
 
+def _known_fields(family: Family) -> set[str]:
+    return _SHAPE_FIELDS | _ROPE_FIELDS | _HARMLESS | _COMMON_FIELDS.keys() | family.supported.keys() | {"layer_types", "sliding_window"}
+
+
+def known_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a checked config.json whose meaning is known here, with model_type. Others (private ones of transformers, those of
+    `_RUNTIME`, empty unknown ones) may make transformers act, so they are passed on neither to it nor to exports."""
+    family = FAMILIES[config["architectures"][0]]
+    known = _known_fields(family)
+    return {**{key: value for key, value in config.items() if key in known}, "model_type": family.model_type}
+
+
 def extended_hf_config(base: dict[str, Any], rope: RopeScaling, *, target_context_length: int, dtype: str) -> dict[str, Any]:
-    """Create config.json of the exported model: the base's, with new context window and RoPE fields.
+    """Create config.json of the exported model: the known fields of the base's, with new context window and RoPE fields.
 
     `rope_parameters` of transformers 5 is dropped: 4.57 ignores it silently, and 5.x reads the top-level fields.
 
     Args:
-        base: parsed config.json of the base.
+        base: parsed config.json of the base, which architecture_from_hf accepts.
         rope: RoPE of the trained model.
         target_context_length: L, the new max_position_embeddings.
         dtype: name of the weights' dtype, e.g. "bfloat16".
     """
-    config = {key: value for key, value in base.items() if key not in _REPLACED}
+    config = {key: value for key, value in known_fields(base).items() if key not in _REPLACED}
     config.update(rope.to_hf())
     config["max_position_embeddings"] = int(target_context_length)
     config["torch_dtype"] = dtype

@@ -38,8 +38,12 @@ def export_hf(
     target_context_length: int,
     max_shard_bytes: int,
     provenance: dict[str, Any],
+    verify: Callable[[Path], None] | None = None,
 ) -> Path:
     """Export the model. Collective over all ranks; rank 0 writes.
+
+    The directory gets its final name after its verification. One that fails is renamed to `destination` with the suffix .failed, and an
+    earlier export stays as it is.
 
     Args:
         chunks: this rank's model chunks, without Megatron's wrappers.
@@ -50,15 +54,18 @@ def export_hf(
         target_context_length: L.
         max_shard_bytes: maximum size of a safetensors file.
         provenance: how the model was trained; written to endprompt.json and README.md.
+        verify: called on every rank with the complete directory, under a temporary name; raises on every rank, or on none. None skips it.
     Returns:
         destination.
     Raises:
         CheckpointError: destination exists and is not an export.
         OutputError: the directory cannot be written (on rank 0); an earlier export stays.
+        Exception: of `verify`.
     """
     destination = Path(destination)
-    if destination.exists() and not (destination / PROVENANCE_FILE).is_file():
-        raise CheckpointError(f"{destination} exists and is not an export of this tool: choose another output_dir, or move it away.")
+    for place in (destination, *([_failed(destination)] if verify else [])):
+        if place.exists() and not (place / PROVENANCE_FILE).is_file():
+            raise CheckpointError(f"{place} exists and is not an export of this tool: choose another output_dir, or move it away.")
     known = {
         "base": Path(base_hf_path).name,
         "original_context_length": architecture.max_position_embeddings,
@@ -67,14 +74,14 @@ def export_hf(
         "rope_factor": rope.factor,
     }
     provenance = known | provenance
+    partial = _partial(destination)
     tensors = gather_hf_tensors(chunks, architecture)
     if global_rank() != 0:
         for _ in tensors:
             pass
-        barrier()
-        return destination
+        return _finish(partial, destination, verify)
     dtype = chunks[0].config.params_dtype
-    with new_directory(destination) as partial:
+    with _partial_directory(destination):
         _write_weights(tensors, partial, architecture, dtype, max_shard_bytes)
         config = extended_hf_config(
             read_hf_config(base_hf_path), rope, target_context_length=target_context_length, dtype=str(dtype).removeprefix("torch.")
@@ -83,6 +90,36 @@ def export_hf(
         copy_auxiliary_files(Path(base_hf_path), partial, target_context_length)
         (partial / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n")
         (partial / MODEL_CARD).write_text(model_card(provenance, base_hf_path=base_hf_path))
+    return _finish(partial, destination, verify)
+
+
+def _finish(partial: Path, destination: Path, verify: Callable[[Path], None] | None) -> Path:
+    """Verify a written directory and rename it. Collective over all ranks; rank 0 renames. An export that fails replaces one that failed
+    earlier."""
+    barrier()
+    if verify is not None:
+        failed = _failed(destination)
+        try:
+            verify(partial)
+        except Exception as error:
+            if global_rank() == 0:
+                _move_into_place(partial, failed)
+                get_logger().warning(f"the export failed its verification: it is in {failed} and not in {destination}")
+            if isinstance(error, CheckpointError):
+                raise CheckpointError(*(problem.replace(str(partial), str(failed)) for problem in error.problems)) from error
+            raise
+    if global_rank() == 0:
+        _move_into_place(partial, destination)
+    barrier()
+    return destination
+
+
+def _failed(destination: Path) -> Path:
+    return destination.with_name(destination.name + ".failed")
+
+
+def _partial(destination: Path) -> Path:
+    return destination.with_name(destination.name + ".partial")
     barrier()
     return destination
 
@@ -191,32 +228,53 @@ def new_directory(destination: Path) -> Iterator[Path]:
     Raises:
         OutputError: the directory cannot be written; an earlier export stays.
     """
-    partial = destination.with_name(destination.name + ".partial")
+    with _partial_directory(destination) as partial:
+        yield partial
+    _move_into_place(partial, destination)
+
+
+@contextmanager
+def _partial_directory(destination: Path) -> Iterator[Path]:
+    """Yield an empty directory beside `destination`; delete it if the block fails.
+
+    Raises:
+        OutputError: the directory cannot be written.
+    """
+    partial = _partial(destination)
     with writing(destination):
         try:
             if partial.exists():
                 shutil.rmtree(partial)
             partial.mkdir(parents=True)
             yield partial
-            _move_into_place(partial, destination)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
 
 
 def _move_into_place(partial: Path, destination: Path) -> None:
+    """Rename a complete directory to its final name, and delete an earlier export of that name.
+
+    Raises:
+        OutputError: that is not possible. The earlier export stays, and the complete directory is deleted to free its disk space.
+    """
     old = destination.with_name(destination.name + ".replaced")
-    if old.exists():
-        shutil.rmtree(old)
-    if destination.exists():
-        get_logger().info(f"replacing the earlier export of this run in {destination}")
-        destination.rename(old)
-    try:
-        partial.rename(destination)
-    except OSError:
-        if old.exists():
-            old.rename(destination)
-        raise
+    with writing(destination):
+        try:
+            if old.exists():
+                shutil.rmtree(old)
+            if destination.exists():
+                get_logger().info(f"replacing the earlier export of this run in {destination}")
+                destination.rename(old)
+            try:
+                partial.rename(destination)
+            except OSError:
+                if old.exists():
+                    old.rename(destination)
+                raise
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     shutil.rmtree(old, ignore_errors=True)  # the next export deletes what this leaves
 
 

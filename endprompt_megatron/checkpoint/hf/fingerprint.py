@@ -1,4 +1,5 @@
-"""Fingerprint that detects whether two directories have the same weights, without reading all of them."""
+"""Fingerprint of the weights in a model directory. It is computed from samples of the files, so comparing two models does not read all
+weights."""
 
 from __future__ import annotations
 
@@ -9,11 +10,12 @@ _SAMPLES, _SAMPLE_BYTES = 16, 2**16
 
 
 def weights_fingerprint(hf_path: Path) -> str:
-    """SHA-256 (hex) of config.json and, for each safetensors file, of its size and 16 samples of 64 KiB, including its first and last
-    bytes.
+    """Return the SHA-256 (hex) of config.json and of the name, the size and 16 samples of 64 KiB of each safetensors file. The samples
+    include the start and the end of the file.
 
-    Independent of the path of the directory. Training changes every weight, and a truncated or converted file has another size or header,
-    so the samples distinguish models in practice; they do not protect against deliberate manipulation.
+    The fingerprint does not depend on the path of the directory. Training changes every weight, and a truncated or converted file has
+    another size or header, so the fingerprints of different models differ in practice. The fingerprint does not protect against deliberate
+    manipulation.
 
     Args:
         hf_path: model directory.

@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from endprompt_megatron.checkpoint.hf.mapping import Binding, bindings, unfused_name
 from endprompt_megatron.checkpoint.hf.safetensors_io import SafetensorsReader
-from endprompt_megatron.checkpoint.hf.weights import check_tensors
+from endprompt_megatron.checkpoint.hf.weights import check_tensors, is_finite, not_finite
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import track
 from endprompt_megatron.model.adapters import is_adapter
@@ -54,15 +54,17 @@ def _fill(
     value = binding.layout.read(architecture, binding.hugging_face, reader.rows, reader.columns, rank, size)
     if value.shape != parameter.shape:
         raise AssertionError(f"{binding.megatron}: read {tuple(value.shape)}, the model has {tuple(parameter.shape)}")
-    if not torch.isfinite(value).all():
-        bad = int((~torch.isfinite(value)).sum())
-        places = "; ".join(f"{name} in {reader.file_of(name)}" for name in binding.hugging_face)
-        raise CheckpointError(
-            f"the base model's weights hold {bad} values that are NaN or infinite: {places}. Training would fail later. Download the file "
-            f"again, or convert the model again."
-        )
+    places = "; ".join(f"{name} in {reader.file_of(name)}" for name in binding.hugging_face)
+    if not is_finite(value):
+        raise not_finite(int((~torch.isfinite(value)).sum()), places)
     with torch.no_grad():
         parameter.copy_(value)
+    # a pass over the result only where it can overflow
+    if torch.finfo(parameter.dtype).max < torch.finfo(value.dtype).max and not is_finite(parameter.detach()):
+        raise CheckpointError(
+            f"the base model's weights hold {float(value.abs().max()):g}, more than {parameter.dtype} can represent: {places}. Set "
+            f"precision=fp32, or use another copy of the weights."
+        )
 
 
 def _parameters_by_whole_model_name(chunks: list[EndPromptGPTModel]) -> dict[str, list[torch.nn.Parameter]]:

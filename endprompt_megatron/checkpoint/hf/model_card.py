@@ -8,6 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from endprompt_megatron.checkpoint.hf.no_code import leaves_model
+
 MODEL_CARD = "README.md"
 _ROWS = (
     ("Method", "method"),
@@ -95,7 +97,7 @@ def _cell(value: Any) -> str:
 def _field_of_card(directory: Path, field: str) -> str | None:
     """Return a field of the front matter of a model card; None if it does not exist."""
     card = Path(directory) / MODEL_CARD
-    if not card.is_file():
+    if not card.is_file() or leaves_model(card, Path(directory)):
         return None
     front = re.match(r"---\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL)
     found = re.search(rf"^{field}:[ \t]*(\S.*)$", front.group(1), re.MULTILINE) if front else None

@@ -20,13 +20,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from endprompt_megatron.checkpoint.hf.json_files import INDEX_BYTES, read_json_object, shown
 from endprompt_megatron.checkpoint.torch_dist.background_sync import BackgroundSync
 from endprompt_megatron.errors import CheckpointError
+from endprompt_megatron.output_files import path_inside
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 BLOCK_BYTES = 2**20  # larger blocks do not stay in the CPU cache between read and write: measured several times slower
 _COPY_BYTES = 2**26
+_HEADER_BYTES = 2**24  # a header has about 100 bytes per tensor
+_IGNORED = "rotary_emb.inv_freq"  # config.json determines the frequencies; old checkpoints hold them as well
 _CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
@@ -58,7 +62,7 @@ class SafetensorsReader:
         hf_path: model directory.
         reuse_memory: read small ranges of rows into the same buffer: each call of `rows` overwrites the tensor that the last call returned.
     Raises:
-        CheckpointError: there are no safetensors, a shard is missing or truncated, or the index names tensors that do not exist.
+        CheckpointError: there are no safetensors, a shard is missing or truncated, or the index and the files disagree about the tensors.
     """
 
     def __init__(self, hf_path: Path, *, reuse_memory: bool = False):
@@ -72,13 +76,22 @@ class SafetensorsReader:
     def __enter__(self) -> SafetensorsReader:
         for path in sorted(set(self._file_of.values())):
             header = _read_header(path)
+            self._check_index(path, header)
             self._descriptors[path] = os.open(path, os.O_RDONLY)
             self._stack.callback(os.close, self._descriptors[path])
-            for name in [name for name, file in self._file_of.items() if file == path]:
-                if name not in header:
-                    raise CheckpointError(f"{path} lacks {name}, which {INDEX_FILE} assigns to this file. Download it again.")
-                self._stored[name] = header[name]
+            self._stored |= {name: stored for name, stored in header.items() if self._file_of.get(name) == path}
         return self
+
+    def _check_index(self, path: Path, header: dict[str, _Stored]) -> None:
+        """Check that a file holds exactly the tensors that the index assigns to it: transformers reads all of them, in the order of the
+        files."""
+        for name in sorted(name for name, file in self._file_of.items() if file == path and name not in header):
+            raise CheckpointError(f"{path} lacks {shown(name)[1:-1]}, which {INDEX_FILE} assigns to this file. Download it again.")
+        for name in sorted(name for name in header if self._file_of.get(name) != path and not is_ignored(name)):
+            other = self._file_of.get(name)
+            if other is None:
+                raise CheckpointError(f"{path} holds {shown(name)[1:-1]}, which {INDEX_FILE} does not name. Copy all files from one model.")
+            raise CheckpointError(f"{path} and {other} both hold {shown(name)[1:-1]}. Copy all files from one model.")
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
@@ -134,6 +147,11 @@ class SafetensorsReader:
         if name not in self._file_of:
             raise CheckpointError(f"{self.hf_path}: no tensor {name} in its safetensors. Check that the model is complete.")
         return self._stored[name]
+
+
+def is_ignored(name: str) -> bool:
+    """Whether transformers and this package ignore a tensor of this name."""
+    return name.endswith(_IGNORED)
 
 
 def read_tensor(
@@ -292,10 +310,16 @@ def _locate_tensors(hf_path: Path) -> dict[str, Path]:
     index = hf_path / INDEX_FILE
     if index.is_file():
         try:
-            weight_map = {name: str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            weight_map = {name: str(file) for name, file in read_json_object(index, max_bytes=INDEX_BYTES)["weight_map"].items()}
+        except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index} is damaged ({type(error).__name__}: {error}). Copy it again from the model.") from error
-        if (hf_path / SINGLE_FILE).is_file() and SINGLE_FILE not in weight_map.values():
+        outside = sorted(file for file in weight_map.values() if path_inside(hf_path, file) is None)
+        if outside:
+            raise CheckpointError(
+                f"{index} names the file {outside[0]!r}: names in it must be relative and stay inside the model's directory. Copy the "
+                f"index again from the model."
+            )
+        if (hf_path / SINGLE_FILE).is_file() and set(weight_map.values()) != {SINGLE_FILE}:
             raise CheckpointError(
                 f"{hf_path} has {SINGLE_FILE}, which transformers reads, but {INDEX_FILE} names other files. Remove the outdated ones."
             )
@@ -316,9 +340,13 @@ def _locate_tensors(hf_path: Path) -> dict[str, Path]:
 
 def _read_header(path: Path) -> dict[str, _Stored]:
     try:
-        safe_open(str(path), framework="pt")  # checks the header against the file size
         with path.open("rb") as stream:
-            length = struct.unpack("<Q", stream.read(8))[0]
+            length = int.from_bytes(stream.read(8), "little")
+            if length > _HEADER_BYTES:
+                raise CheckpointError(
+                    f"{path} has a header of {length:,} bytes, more than the {_HEADER_BYTES:,} that are read. Copy it again."
+                )
+            safe_open(str(path), framework="pt")  # checks the header against the file size
             header = json.loads(stream.read(length))
         return {
             name: _Stored(_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])

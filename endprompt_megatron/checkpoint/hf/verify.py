@@ -7,7 +7,6 @@ Shapes: s tokens of a probe, v vocabulary.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +17,11 @@ import psutil
 import torch
 from megatron.core import parallel_state
 
-from endprompt_megatron.checkpoint.hf.config import architecture_from_hf
+from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config
 from endprompt_megatron.checkpoint.hf.importer import load_hf_weights, merged_weights_of_whole_model
 from endprompt_megatron.checkpoint.hf.mapping import bindings
 from endprompt_megatron.checkpoint.hf.safetensors_io import SafetensorsReader, row_blocks, tensor_bytes
+from endprompt_megatron.checkpoint.hf.transformers_model import load_transformers_model, transformers_config, transformers_logits
 from endprompt_megatron.checkpoint.hf.weights import count_weights, missing_tensors, unexpected_tensors
 from endprompt_megatron.checkpoint.lora_reader import open_torch_dist
 from endprompt_megatron.checkpoint.megatron_model import MegatronModel
@@ -70,7 +70,8 @@ class Finding:
 def verify_export(
     chunks: list[EndPromptGPTModel], export: Path, *, architecture: ModelArchitecture, rope: RopeScaling, target_context_length: int
 ) -> list[Finding]:
-    """Compare an export with the live model. Collective over all ranks. Logits are compared only if one process holds the whole model.
+    """Compare an export with the live model. Collective over all ranks, which all return or all raise. Logits are compared only if one
+    process holds the whole model.
 
     Args:
         chunks: this rank's live model chunks, without Megatron's wrappers.
@@ -79,8 +80,29 @@ def verify_export(
     Returns:
         Findings, all passed.
     Raises:
-        CheckpointError: a check failed; the message contains the table.
+        CheckpointError: a check failed on some rank; the message contains its table.
     """
+    failure: Exception | None = None
+    findings: list[Finding] = []
+    try:
+        findings = _findings(chunks, export, architecture, rope, target_context_length)
+        if not all(finding.passed for finding in findings):
+            failure = CheckpointError(f"{export} is not the trained model:\n{format_findings(findings)}")
+    except Exception as error:  # of any kind: the other ranks must not wait for this one
+        failure = error
+    failures: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(failures, failure and f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    for rank, found in enumerate(failures):
+        if found is not None:
+            raise CheckpointError(f"{export} failed its verification on rank {rank}: {found}")
+    return findings
+
+
+def _findings(
+    chunks: list[EndPromptGPTModel], export: Path, architecture: ModelArchitecture, rope: RopeScaling, target_context_length: int
+) -> list[Finding]:
     findings = [_verify_tensors(chunks, export, architecture), *_verify_config(export, architecture, rope, target_context_length)]
     reason = _reason_to_skip_logits(findings, architecture)
     if torch.distributed.get_world_size() > 1:
@@ -89,8 +111,6 @@ def verify_export(
         findings.append(_skipped_logits(reason))
     else:
         findings += verify_logits(export, architecture, rope, target_context_length=target_context_length, live=chunks[0])
-    if not all(finding.passed for finding in findings):
-        raise CheckpointError(f"{export} is not the trained model:\n{format_findings(findings)}")
     return findings
 
 
@@ -203,13 +223,11 @@ def _verify_stored_tensors(export: Path, model: MegatronModel, dtype: torch.dtyp
 
 
 def _verify_config(export: Path, architecture: ModelArchitecture, rope: RopeScaling, target_context_length: int) -> list[Finding]:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(export)
-    stored = json.loads((export / "config.json").read_text())
+    stored = read_hf_config(export)
+    exported = architecture_from_hf(stored)
+    config = transformers_config(stored, origin=export)
     window = abs(config.max_position_embeddings - target_context_length)
     expected = replace(architecture, max_position_embeddings=target_context_length, rope_theta=rope.effective_theta)
-    exported = architecture_from_hf(stored)
     differing = [name for name, value in vars(expected).items() if getattr(exported, name) != value]
     frequencies, factor = _transformers_rope(config)
     expected_frequencies = rope.inv_freq()
@@ -348,29 +366,6 @@ def probe_positions(num_tokens: int, target_context_length: int) -> dict[str, to
         "spread": spread,
         "last": torch.arange(target_context_length - num_tokens, target_context_length),
     }
-
-
-def load_transformers_model(hf_path: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Load a directory with transformers, in evaluation mode on the CPU."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(hf_path, dtype=dtype, attn_implementation="sdpa").eval()
-
-
-@torch.no_grad()
-def transformers_logits(model: Any, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Logits [b, s, v] of transformers at explicit positions.
-
-    Passes a 4-D causal mask: without one, transformers treats a jump in position_ids as the boundary of a packed sequence, and the end
-    prompt would not attend to the context.
-
-    Args:
-        tokens: [b, s]; positions: [s].
-    """
-    length = tokens.shape[1]
-    blocked = torch.full((length, length), torch.finfo(model.dtype).min, dtype=model.dtype).triu(1)
-    mask = blocked[None, None].expand(tokens.shape[0], 1, length, length)
-    return model(input_ids=tokens, position_ids=positions[None].expand_as(tokens), attention_mask=mask, use_cache=False).logits.float()
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ common.pt. Layers are stored either stacked, `decoder.layers.<name>` with the la
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
@@ -22,20 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import (
-    MetadataIndex,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from endprompt_megatron.checkpoint.hf.mapping import FUSED_NAMES, bindings
 from endprompt_megatron.checkpoint.hf.safetensors_io import BLOCK_BYTES, FileRange, empty, read_tensor
 from endprompt_megatron.checkpoint.training_directory import RUN_FILE
 from endprompt_megatron.errors import CheckpointError
+from endprompt_megatron.mcore.unpickling import METADATA_FILE, load_archive, read_metadata
 from endprompt_megatron.model.adapters import is_adapter
+from endprompt_megatron.output_files import path_inside
 from endprompt_megatron.planning.architecture import ModelArchitecture
 
-METADATA_FILE = ".metadata"
 LAYERS = "decoder.layers."
 _PREFIXES = ("", "module.", "model.")  # NeMo prefixes names with the name of its wrapper
 _NO_WEIGHTS = re.compile(r"(^|\.)(optimizer|random_state|rng_state|rerun_state_machine_state|opt_param_scheduler)\b|_extra_state")
@@ -59,7 +57,7 @@ def find_torch_dist(path: Path) -> Path:
     pointer = path / "latest_checkpointed_iteration.txt"
     if pointer.is_file():
         iteration = _read_pointer(pointer)
-        return find_torch_dist(path / (f"iter_{int(iteration):07d}" if iteration.isdigit() else iteration))
+        return find_torch_dist(path / (f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration))
     for directory in (path, path / "checkpoints"):
         latest = directory / "latest"
         if latest.is_file():
@@ -71,9 +69,12 @@ def find_torch_dist(path: Path) -> Path:
 
 
 def _read_pointer(pointer: Path) -> str:
-    name = pointer.read_text().strip()
-    if not name or name.startswith("."):
-        raise CheckpointError(f"{pointer} does not name a checkpoint ({name!r}): write the name of one into it.")
+    try:
+        name = pointer.read_text().strip()
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
+        raise CheckpointError(f"{pointer} cannot be read ({error}): write the name of a checkpoint into it.") from error
+    if name.startswith(".") or path_inside(pointer.parent, name) is None:
+        raise CheckpointError(f"{pointer} does not name a checkpoint of its directory ({name[:80]!r}): write the name of one into it.")
     return name
 
 
@@ -82,7 +83,7 @@ def _check_backend(directory: Path) -> Path:
     if description.is_file():
         try:
             backend = json.loads(description.read_text()).get("sharded_backend", "torch_dist")
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{description} is damaged ({error}). Copy it again.") from error
         if backend != "torch_dist":
             raise CheckpointError(
@@ -111,20 +112,26 @@ class TorchDistReader:
     """
 
     def __init__(self, path: Path, *, reuse_memory: bool = False):
-        self._scratch, self._gathered = (torch.empty(BLOCK_BYTES, dtype=torch.uint8) if reuse_memory else None for _ in range(2))
         self.directory = find_torch_dist(path)
-        try:
-            self._metadata = FileSystemReader(self.directory).read_metadata()
-        except Exception as error:
-            raise CheckpointError(f"{self.directory / METADATA_FILE} cannot be read ({type(error).__name__}: {error}).") from error
+        self._metadata = read_metadata(self.directory)
         self._tensors: dict[str, TensorStorageMetadata] = {
             name: entry for name, entry in self._metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
         }
         self._prefix = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix + "decoder.") for name in self._tensors)), "")
+        self._begin(reuse_memory=reuse_memory)
+
+    def _begin(self, *, reuse_memory: bool) -> None:
+        self._scratch, self._gathered = (torch.empty(BLOCK_BYTES, dtype=torch.uint8) if reuse_memory else None for _ in range(2))
         self._chunks: dict[str, list[_Chunk]] = {}
         self._descriptors: dict[Path, int] = {}
         self._positions: dict[tuple[Path, int], int | None] = {}
         self._whole: tuple[Any, torch.Tensor] | None = None
+
+    def for_thread(self) -> TorchDistReader:
+        """Return another reader of the directory for a thread of its own, with `reuse_memory`. It does not parse the metadata again."""
+        other = copy.copy(self)
+        other._begin(reuse_memory=True)
+        return other
 
     def __enter__(self) -> TorchDistReader:
         return self
@@ -303,7 +310,8 @@ class TorchDistReader:
         if position is None:  # not stored row by row: rare, so the whole chunk is read
             where = (chunk.path, chunk.position)
             if self._whole is None or self._whole[0] != where:
-                self._whole = (where, torch.load(_FileSlice(self._open(chunk.path), chunk.position, chunk.length), weights_only=True))
+                archive = _FileSlice(self._open(chunk.path), chunk.position, chunk.length)
+                self._whole = (where, load_archive(archive, where=chunk.path))
             whole = self._whole[1]
             return (whole[lead[0]] if lead else whole)[first:last]
         sizes = chunk.sizes[len(lead) :]
@@ -321,12 +329,16 @@ class TorchDistReader:
     def _find_data(self, chunk: _Chunk, dtype: torch.dtype) -> int | None:
         archive = _FileSlice(self._open(chunk.path), chunk.position, chunk.length)
         try:
-            described = torch.load(archive, map_location="meta", weights_only=True)
+            described = load_archive(archive, where=chunk.path, map_location="meta")
             position = chunk.position + _position_in_archive(archive)
+        except CheckpointError:
+            raise
         except _BROKEN_ARCHIVE as error:
             raise CheckpointError(
                 f"{chunk.path} is damaged or truncated at byte {chunk.position} ({type(error).__name__}: {error}). Copy it again."
             ) from error
+        if not isinstance(described, torch.Tensor):
+            raise CheckpointError(f"{chunk.path} holds a {type(described).__name__} at byte {chunk.position} where a tensor is expected.")
         if tuple(described.shape) != chunk.sizes or described.dtype != dtype:
             raise CheckpointError(
                 f"{chunk.path} holds {list(described.shape)} of {described.dtype} where {METADATA_FILE} says {list(chunk.sizes)} of "

@@ -26,7 +26,8 @@ from torch.distributed.checkpoint.metadata import (
 from endprompt_megatron.checkpoint.hf.mapping import FUSED_NAMES
 from endprompt_megatron.checkpoint.hf.safetensors_io import FileRange, write_all, write_block
 from endprompt_megatron.checkpoint.torch_dist.background_sync import BackgroundSync
-from endprompt_megatron.checkpoint.torch_dist.read import LAYERS, METADATA_FILE, SeekableFile
+from endprompt_megatron.checkpoint.torch_dist.read import LAYERS, SeekableFile
+from endprompt_megatron.mcore.unpickling import METADATA_FILE
 
 # linear layers that each have an `_extra_state` object; its value None means an empty state
 _EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
@@ -53,7 +54,7 @@ class StoredChunks:
         """Parse JSON; None if it is invalid, e.g. after a power failure."""
         try:
             return StoredChunks(**json.loads(text))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             return None
 
 

@@ -1,7 +1,7 @@
-"""Runs tasks with lm-eval (EleutherAI's language model evaluation harness). The model is loaded once; each run evaluates one task at one
-length and returns the output and the score of every sample. Settings that are easily wrong are fixed here: one BOS, raw prompts, the
-length, the samples. lm_eval is imported only in this package, and only inside functions, because it is an optional dependency and takes
-seconds."""
+"""Run tasks with lm-eval (EleutherAI's language model evaluation harness). The model is loaded once. Each run evaluates one task at one
+length and returns the output and the score of every sample. This module fixes settings that are easily wrong: one BOS, raw prompts, the
+length, the samples. Only this package imports lm_eval, and this module imports it inside functions, because lm_eval is an optional
+dependency and its import takes seconds."""
 
 from __future__ import annotations
 
@@ -21,33 +21,35 @@ from typing import Any
 import numpy as np
 import torch
 
+from endprompt_megatron.checkpoint.hf.no_code import without_custom_generate, without_questions
 from endprompt_megatron.checkpoint.hf.tokenizer import end_tokens, load_tokenizer
 from endprompt_megatron.errors import BackendUnavailableError, DataError
-from endprompt_megatron.evaluation.lm_eval_harness.ruler_prompts import bounded, generator_of, replaced
+from endprompt_megatron.evaluation.lm_eval_harness.ruler_prompts import bounded, generator_of
 from endprompt_megatron.evaluation.sample import Sample
 from endprompt_megatron.evaluation.suite import PREFILL_CHUNK, RULER_SAMPLES, EvaluateConfig
 from endprompt_megatron.evaluation.task_sources import SOURCES, is_offline, sources_of
 from endprompt_megatron.evaluation.tasks import ESSAYS, MEGATRON, PUNKT, RULER, Task
 from endprompt_megatron.log import Progress
+from endprompt_megatron.mcore.patching import replaced
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from endprompt_megatron.output_files import writing
 
 VERSION = "0.4.13"
 INSTALL = "pip install -e '.[eval]'"
-# tokens beyond a RULER length for the answer prefix and the answer, which lm-eval does not count (at most 128 tokens are generated)
+# number of tokens beyond a RULER length, for the answer prefix and the answer (at most 128 tokens). lm-eval does not count these tokens.
 ANSWER_ROOM = 512
-# lm-eval's folders with these tasks; reading all of its thousands of task files takes half a minute
+# lm-eval's folders that contain the tasks of tasks.py; reading all of lm-eval's thousands of task files takes half a minute
 _TASK_FOLDERS = ("ruler", "longbench", "mmlu/default", "gsm8k", "hellaswag", "humaneval")
 _BOS_CHECK_TEXT = "The grass is green."
-_INITIAL_STATE = "_state_when_loaded"  # attribute of a RULER module: state of its random generator after the import
-_REQUESTS_PER_PROGRESS_LINE = {"generate_until": 8, "loglikelihood": 256}  # times the batch size
+_INITIAL_STATE = "_state_when_loaded"  # attribute of a RULER module with the state of its random generator after the import
+_REQUESTS_PER_PROGRESS_LINE = {"generate_until": 8, "loglikelihood": 256}  # multiplied by the batch size
 
 
 def harness_version() -> str:
-    """Installed version of lm-eval.
+    """Return the installed version of lm-eval.
 
     Raises:
-        BackendUnavailableError: lm-eval is not installed, or its version is not the one that ruler_prompts patches.
+        BackendUnavailableError: lm-eval is not installed, or ruler_prompts does not support its version.
     """
     try:
         found = importlib.metadata.version("lm_eval")
@@ -59,7 +61,7 @@ def harness_version() -> str:
 
 
 def check_backend(backend: str) -> None:
-    """Checks that the backend is installed.
+    """Check that the backend is installed.
 
     Raises:
         BackendUnavailableError: the backend is vllm, and vLLM is not installed.
@@ -69,7 +71,7 @@ def check_backend(backend: str) -> None:
 
 
 def has_punkt() -> bool:
-    """Whether NLTK finds punkt_tab in its own search path."""
+    """Return whether NLTK finds punkt_tab in its own search path."""
     if importlib.util.find_spec("nltk") is None:
         return False
     import nltk
@@ -82,7 +84,7 @@ def has_punkt() -> bool:
 
 
 def bos_token_of(model_dir: Path) -> str | None:
-    """The tokenizer's BOS token; None where it has none (such models were trained without)."""
+    """Return the tokenizer's BOS token; None if the tokenizer has none, because the model was trained without one."""
     return load_tokenizer(model_dir).bos_token
 
 
@@ -90,10 +92,10 @@ class Harness:
     """Runs lm-eval's tasks on one model.
 
     Args:
-        config: of the evaluation.
-        max_length: maximum tokens of a prompt and its answer together.
-        model: the loaded model, for backend megatron; the other backends load their own.
-        device: of that model.
+        config: configuration of the evaluation.
+        max_length: maximum number of tokens of a prompt and its answer together.
+        model: the loaded model for backend megatron; None for the other backends, for which this class loads the model.
+        device: device of `model`.
         lm: an lm-eval LM that replaces the model, for tests.
     """
 
@@ -143,21 +145,22 @@ class Harness:
         if config.backend == "vllm":
             from lm_eval.models.vllm_causallms import VLLM
 
-            # vLLM multiplies max_position_embeddings by a linear factor, and rejects lengths beyond the window that results
+            # vLLM multiplies max_position_embeddings by the factor of linear scaling, and rejects lengths beyond the resulting window
             os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
             own |= {"max_model_len": self.max_length, "tensor_parallel_size": config.tensor_parallel_size, "seed": config.seed}
-            return VLLM(**own, batch_size="auto")
+            return VLLM(**own, batch_size="auto", trust_remote_code=False)
         from lm_eval.models.huggingface import HFLM
 
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         own |= {"max_length": self.max_length, "device": device, "batch_size": config.batch_size, "attn_implementation": "sdpa"}
-        return HFLM(**own)
+        with without_questions(), without_custom_generate():
+            return HFLM(**own, trust_remote_code=False)
 
     def _needs_bos(self) -> bool:
         return self.config.bos == "one" and bos_token_of(Path(self.config.model)) is not None
 
     def _check_bos(self, lm: Any) -> None:
-        """Counts the BOS tokens that the model really gets, whatever the settings of the tokenizer."""
+        """Check that the model's input has the required number of BOS tokens. The tokenizer's settings do not guarantee this number."""
         required = int(self._needs_bos())
         encodings = {"tok_encode": list(lm.tok_encode(_BOS_CHECK_TEXT))}
         if hasattr(lm, "tok_batch_encode"):
@@ -171,18 +174,18 @@ class Harness:
                 )
 
     def run(self, task: Task, *, length: int | None, window: int, label: str, log_file: Path) -> list[Sample]:
-        """Runs one task.
+        """Run one task.
 
         Args:
-            task: one of lm-eval's.
-            length: of RULER's prompts, in tokens; None for other tasks.
-            window: of the model, in tokens. Prompts and answers of other tasks are truncated to it.
-            label: for the progress display.
-            log_file: receives the output of lm-eval.
+            task: a task of lm-eval.
+            length: length of RULER's prompts, in tokens; None for other tasks.
+            window: window of the model, in tokens. Without `length`, prompt and answer together are truncated to the window.
+            label: text of the progress display.
+            log_file: file to which the output of lm-eval is appended.
         Returns:
             The scored samples, sorted by index.
         Raises:
-            Exception: whatever lm-eval raises, e.g. where a dataset cannot be loaded or memory runs out.
+            Exception: any exception of lm-eval, e.g. if a dataset cannot be loaded or memory runs out.
         """
         from lm_eval.evaluator import evaluate
 
@@ -224,7 +227,7 @@ class Harness:
         return self._samples(task, length, answered["samples"])
 
     def _prepared(self, task: Task) -> Iterator[contextlib.AbstractContextManager]:
-        """Context managers for a run: local sources instead of downloads, bounded generators, permission to execute code."""
+        """Yield the context managers of a run. They replace downloads by local sources, bound the generators and allow code execution."""
         paths = {name: path and str(Path(path).expanduser()) for name, path in sources_of(task, vars(self.config.suite.sources)).items()}
         if PUNKT in task.needs and paths[PUNKT]:
             import nltk
@@ -234,6 +237,9 @@ class Harness:
         yield _local_datasets({hub: path for hub, path in local.items() if hub})
         if task.suite == RULER:
             module = self._ruler_module(generator_of(task.id)[0])
+            from lm_eval.tasks.ruler import common_utils
+
+            yield replaced(common_utils, "AutoTokenizer", OwnTokenizer)  # lm-eval loads it with trust_remote_code=True
             for name in ("squad", "hotpotqa"):
                 path, url = paths.get(name), SOURCES[name].url
                 if path and url:
@@ -243,8 +249,8 @@ class Harness:
             yield _environment("HF_ALLOW_CODE_EVAL", "1")
 
     def _ruler_module(self, name: str) -> ModuleType:
-        """One of lm-eval's RULER modules, in its initial state. The module of common words has a random generator of its own. It is reset
-        here, because loading the module again takes seconds."""
+        """Return one of lm-eval's RULER modules, in its initial state. The module of common words has its own random generator, which is
+        reset here, because loading the module again takes seconds."""
         from lm_eval.tasks._yaml_loader import _load_module_with_cache
 
         module = sys.modules.get(f"lm_eval.tasks.ruler.{name}")
@@ -263,7 +269,7 @@ class Harness:
     def _samples(self, task: Task, length: int | None, answered: dict[str, list[dict[str, Any]]]) -> list[Sample]:
         metric = str(length) if task.suite == RULER else task.metric
         found: list[Sample] = []
-        for subject in sorted(answered):  # 57 for MMLU, one for other tasks
+        for subject in sorted(answered):  # MMLU has 57 subjects, other tasks have one
             for sample in sorted(answered[subject], key=lambda sample: sample["doc_id"]):
                 if sample["filter"] != task.filter:
                     continue
@@ -277,13 +283,22 @@ class Harness:
         return found
 
 
+class OwnTokenizer:
+    """Replaces transformers' AutoTokenizer in lm-eval's RULER."""
+
+    @staticmethod
+    def from_pretrained(model_dir: str, **_: Any) -> Any:
+        """Same as load_tokenizer."""
+        return load_tokenizer(Path(model_dir))
+
+
 def _references(task: Task, sample: dict[str, Any]) -> Any:
     return sample["doc"]["outputs"] if task.suite == RULER else sample["target"]
 
 
 @contextlib.contextmanager
 def _in_portions(lm: Any, name: str, size: int, label: str) -> Iterator[None]:
-    """Inside the block the model gets its requests in portions, with a progress line after each."""
+    """Pass requests to the model in portions inside the `with` block, and print a progress line after each portion."""
     original: Callable = getattr(lm, name)
 
     def answer(requests: list, **_: Any) -> list:
@@ -304,7 +319,7 @@ def _in_portions(lm: Any, name: str, size: int, label: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _local_datasets(local: dict[str, str]) -> Iterator[None]:
-    """Inside the block datasets.load_dataset reads local folders instead of datasets of the hub.
+    """Make datasets.load_dataset read local folders instead of datasets of the hub inside the `with` block.
 
     Args:
         local: {name on the hub: folder}.
@@ -322,7 +337,7 @@ def _local_datasets(local: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _local_download(module: ModuleType, url: str, path: str) -> Iterator[None]:
-    """Inside the block the module reads a local JSON file instead of downloading `url`."""
+    """Make the module read a local JSON file instead of downloading `url` inside the `with` block."""
     original = module.download_json
 
     def read(requested: str) -> Any:
@@ -334,7 +349,7 @@ def _local_download(module: ModuleType, url: str, path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_nltk_download() -> Iterator[None]:
-    """Inside the block NLTK downloads nothing. Otherwise importing lm-eval's modules would, even for tasks that do not need it."""
+    """Disable NLTK's downloads inside the `with` block. Importing lm-eval's modules downloads data even for tasks that do not need it."""
     import nltk
 
     with replaced(nltk, "download", lambda *args, **options: False):
@@ -343,7 +358,7 @@ def _no_nltk_download() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
-    """Inside the block the environment variable has the value."""
+    """Set an environment variable inside the `with` block and restore it afterwards."""
     kept = os.environ.get(name)
     os.environ[name] = value
     try:

@@ -1,6 +1,7 @@
-"""The Megatron model as an lm-eval LM. lm-eval makes the prompts and scores the answers; Megatron-Core generates them with the computation
-of training, in any layout without context parallelism, with neither a generation server nor an export. The model reads the same token ids
-as lm-eval's own transformers model, truncated from the left to the same window. Decoding is greedy; sampling raises an error.
+"""Provide the Megatron model as an lm-eval LM. lm-eval makes the prompts and scores the answers. Megatron-Core generates the answers with
+the same computation as in training, in any layout without context parallelism. Neither a generation server nor an export is needed. The
+model reads the same token ids as lm-eval's own transformers model, truncated from the left to the same window. Decoding is greedy; a task
+that samples raises an error.
 
 Import this module only where lm-eval is installed.
 """
@@ -20,23 +21,23 @@ from endprompt_megatron.errors import DataError
 from endprompt_megatron.inference.generation import greedy_generate, sequence_log_probabilities
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 
-_MAX_NEW_TOKENS = 256  # lm-eval's default, where a task sets none
-# settings of a task that greedy decoding honours, or that have no effect on it
+_MAX_NEW_TOKENS = 256  # lm-eval's default for tasks that set no limit
+# generation settings of a task that are accepted, because greedy decoding obeys them or does not depend on them
 _GREEDY = {"do_sample", "temperature", "num_beams", "top_p", "top_k"}
-_LOOK_BACK = 2  # extra tokens, because a stop sequence may be generated as other tokens than the tokenizer's; lm-eval's value
+_LOOK_BACK = 2  # extra tokens, because the model may generate a stop sequence with more tokens than the tokenizer; lm-eval's value
 
 
 class MegatronLM(TemplateLM):
     """An lm-eval LM on Megatron-Core.
 
     Args:
-        model: the model, or this rank's model chunks; in evaluation mode.
-        tokenizer: from the directory of the model.
-        end_tokens: ids that end a text.
-        bos: id put before every prompt that does not begin with it; None for no BOS.
-        max_length: maximum tokens of a prompt and its answer together.
-        prefill_chunk: prompt tokens per forward pass; 0 reads a prompt whole.
-        device: of the model.
+        model: the model, or this rank's model chunks, in evaluation mode.
+        tokenizer: tokenizer of the model.
+        end_tokens: ids of the tokens that end a text.
+        bos: id of the BOS token, which is put before every prompt that does not begin with it; None for no BOS.
+        max_length: maximum number of tokens of a prompt and its answer together.
+        prefill_chunk: number of prompt tokens per forward pass; 0 reads each prompt in one pass.
+        device: device of the model.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class MegatronLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int | None:
-        """Id before a text that has no context."""
+        """Id of the token that precedes a text without context."""
         return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
 
     @property
@@ -71,16 +72,16 @@ class MegatronLM(TemplateLM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Formats a chat history as one text."""
+        """Return a chat history as one text."""
         return self.tokenizer.apply_chat_template(
             chat_history, tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Encodes a text. Where BOS is enabled, the result starts with exactly one, even if the text already has it.
+        """Encode a text. If BOS is enabled, the result starts with exactly one BOS, even if the text already starts with BOS.
 
         Args:
-            string: the text.
+            string: text to encode.
             add_special_tokens: False omits BOS.
         """
         ids = self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
@@ -91,10 +92,11 @@ class MegatronLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """lm-eval's interface: requests are (unused, context, continuation) in token ids. Long contexts are truncated from the left."""
+        """Return (log-probability of the continuation, whether greedy decoding would produce the continuation) for each request. A request
+        is (unused, context, continuation) in token ids, as in lm-eval's interface. Long contexts are truncated from the left."""
         truncated = []
         for _, context, continuation in requests:
-            room = self._max_length + 1 - len(continuation)  # the model predicts the last token and does not read it
+            room = self._max_length + 1 - len(continuation)  # the model predicts the last token but does not read it
             if room < 1:
                 raise DataError(
                     f"a continuation of {len(continuation)} tokens does not fit the window of {self._max_length}. Remove the task."
@@ -103,7 +105,7 @@ class MegatronLM(TemplateLM):
         return sequence_log_probabilities(self.model, truncated, prefill_chunk=self.prefill_chunk, device=self._device, label=self.label)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts in nats, from windows that score each token once."""
+        """Return the log-probability of each whole text in nats, from windows that score each token once."""
         windows, owners = [], []
         for owner, request in enumerate(requests):
             rolling = get_rolling_token_windows(
@@ -118,7 +120,7 @@ class MegatronLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Generates greedily up to the first stop sequence. Consecutive requests with the same settings are processed together."""
+        """Generate greedily up to the first stop sequence. Consecutive requests with the same settings are processed together."""
         groups = groupby(requests, lambda request: request.args[1])
         return [text for settings, group in groups for text in self._generate(settings, list(group))]
 
@@ -146,6 +148,7 @@ class MegatronLM(TemplateLM):
         return [postprocess_generated_text(text, stops, None) for text in texts]
 
     def _ends_with(self, stops: list[str]) -> Callable[[Sequence[int]], bool]:
-        """Returns a test of whether the generated tokens end with one of the stop sequences. It decodes only the last few tokens."""
+        """Return a function that checks whether the generated tokens end with one of the stop sequences. The function decodes only
+        the last few tokens."""
         tail_sizes = [(stop, len(self.tokenizer(stop, add_special_tokens=False)["input_ids"]) + _LOOK_BACK) for stop in stops]
         return lambda generated: any(stop in self.tokenizer.decode(generated[-count:]) for stop, count in tail_sizes)

@@ -1,11 +1,12 @@
-"""Patches around lm-eval's RULER generators. They make the configured number of samples instead of always 500 (the first of the same 500),
-the same samples for a task and length whatever ran before, and they raise an error instead of looping forever.
+"""Patch lm-eval's RULER generators. The patched generators return the configured number of samples, which are the first of the 500 samples
+that lm-eval always generates. The samples of a task and length do not depend on earlier tasks. A generator that would loop forever raises
+an error instead.
 
-Why the generators loop: where a prompt is too long, ruler_vt and ruler_cwe remove ten units (noise sentences, words), but only while there
-are more than ten; otherwise they try again, under a bare `except` that also swallows the exceptions that would stop them. If ten units do
-not fit the length, they continue with none: variable tracking never ends, common words ends with an empty answer or never. Whether ten
-units fit depends on the tokenizer, so it is measured.
-Upstream: lm_eval/tasks/ruler/*_utils.py of lm-eval 0.4.13. Review these patches with every new version.
+The infinite loop has this cause: if a prompt is too long, ruler_vt and ruler_cwe remove ten units (noise sentences or words) and retry. If
+at most ten units are left, they retry without a change. A bare `except` around the retry also catches the exceptions that would end the
+loop. If ten units do not fit the length, the generators continue with zero units: ruler_vt never ends, and ruler_cwe either ends with an
+empty answer or never ends. Whether ten units fit depends on the tokenizer, so the patches measure the length of a prompt with ten units.
+The patched files are lm_eval/tasks/ruler/*_utils.py of lm-eval 0.4.13. Review these patches with every new version.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from endprompt_megatron.errors import DataError
+from endprompt_megatron.mcore.patching import replaced
 
-# task id -> (lm-eval's module, function in it that makes the samples of a length)
+# task id -> (lm-eval module, function of the module that generates the samples of one length)
 GENERATORS = {
     "ruler_vt": ("vt_utils", "sys_vartrack_w_noise_random"),
     "ruler_cwe": ("cwe_utils", "sys_word_pair_random"),
@@ -32,29 +34,18 @@ _NEEDLES = ("niah_utils", "generate_samples")
 
 
 def generator_of(task: str) -> tuple[str, str]:
-    """(module, function) that makes the samples of a RULER task, by task id."""
+    """Return (module, function) of lm-eval's sample generator for a RULER task id."""
     return GENERATORS.get(task, _NEEDLES)
 
 
 @contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Inside the block `owner.name` is replaced with `value`."""
-    kept = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, kept)
-
-
-@contextmanager
 def bounded(task: str, module: ModuleType, *, samples: int) -> Iterator[None]:
-    """Inside the block the task's generator makes at most `samples` samples, and raises DataError where it would not end.
+    """Inside the `with` block, make the task's generator return at most `samples` samples and raise DataError instead of looping forever.
 
     Args:
         task: id of a RULER task.
-        module: the module that generator_of(task) names.
-        samples: maximum number.
+        module: the imported module of generator_of(task).
+        samples: maximum number of samples.
     """
     _, name = generator_of(task)
     original = getattr(module, name)
@@ -64,7 +55,7 @@ def bounded(task: str, module: ModuleType, *, samples: int) -> Iterator[None]:
         if check is not None:
             with _random_state_restored(module):
                 check(module, **options)
-        if options.get("num_samples", 500) > 1:  # 1: the worked example of variable tracking
+        if options.get("num_samples", 500) > 1:  # variable tracking generates its worked example with num_samples=1
             options["num_samples"] = samples
         return original(*args, **options)
 
@@ -74,7 +65,7 @@ def bounded(task: str, module: ModuleType, *, samples: int) -> Iterator[None]:
 
 @contextmanager
 def _random_state_restored(module: ModuleType) -> Iterator[None]:
-    """Restores the state of all random generators after the block."""
+    """Restore the state of all random generators after the `with` block."""
     own = getattr(module, "RNG", None)
     states = random.getstate(), np.random.get_state(), own and own.getstate()
     try:
@@ -98,7 +89,7 @@ def _check_chain(
     tokens_to_generate: int = 30,
     **_: Any,
 ) -> None:
-    """Measures the prompt of the generator's first step, with the same random draw."""
+    """Raise DataError if a prompt with `incremental` units is too long. The generator's first step draws the same prompt."""
     text, answer = module.generate_input_output(incremental, num_chains, num_hops, is_icl=icl_example is None)
     needed = len(tokenizer(f"{text} {answer}").input_ids) + tokens_to_generate
     if icl_example is not None:
@@ -110,7 +101,7 @@ def _check_chain(
 def _check_words(
     module: ModuleType, *, tokenizer: Callable, max_seq_length: int, incremental: int = 10, tokens_to_generate: int = 120, **_: Any
 ) -> None:
-    """Measures the prompt of the generator's first step, with the same random draw."""
+    """Raise DataError if a prompt with `incremental` units is too long. The generator's first step draws the same prompt."""
     example, text, answer = module.generate_input_output(incremental, max_seq_length)
     written = example + "\n" + text + " " + " ".join(f"{number + 1}. {word}" for number, word in enumerate(answer))
     needed = len(tokenizer(written).input_ids) + tokens_to_generate

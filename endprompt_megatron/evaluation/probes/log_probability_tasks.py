@@ -1,5 +1,5 @@
-"""Runs the tasks of the suites needle and perplexity: answers about planted facts and held-out documents, scored by log-probability on
-Megatron-Core. Each question and each document is a sample, so that models are compared on the same ones. Same interface as
+"""Run the tasks of the suites needle and perplexity on Megatron-Core. Answers about planted facts, and held-out documents, are scored by
+log-probability. Each question and each document is one sample, so that models are compared on the same samples. The interface is that of
 lm_eval_harness.harness.Harness."""
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from endprompt_megatron.evaluation.tasks import GAP_TASK, LOG_PERPLEXITY, Task
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 from endprompt_megatron.theory.coverage import gap_of_endprompt
 
-_DEFAULT_HAYSTACKS, _DEFAULT_DOCUMENTS = 10, 8  # where suite.samples is null
+_DEFAULT_HAYSTACKS, _DEFAULT_DOCUMENTS = 10, 8  # if suite.samples is null
 NO_SEGMENTS = (
-    "the model has no endprompt.json of a training with a fixed end prompt that left distances unseen (eq. 9): set "
+    "the model has no endprompt.json from a training with a fixed end prompt that left distances unseen (eq. 9): set "
     "suite.needle.num_context_tokens, num_prompt_tokens and target_context_length to those of the model to compare with"
 )
 
@@ -41,13 +41,13 @@ class TrainedSegments:
 
 
 def trained_segments(config: EvaluateConfig, provenance: dict[str, Any]) -> TrainedSegments | None:
-    """Reads the segments from suite.needle, or else from the model's endprompt.json.
+    """Read the segments from suite.needle or, if they are not set there, from the model's endprompt.json.
 
     Args:
-        config: of the evaluation.
-        provenance: content of the model's endprompt.json; empty where there is none.
+        config: configuration of the evaluation.
+        provenance: content of the model's endprompt.json; empty if the file does not exist.
     Returns:
-        The segments; None where neither has them, where the end prompt moved between samples (eq. 8 does not hold then), or where the
+        The segments; None if neither source has them, if the end prompt moved between samples (eq. 8 does not hold then), or if the
         training left no distance unseen.
     """
     named = config.suite.needle
@@ -62,14 +62,14 @@ def trained_segments(config: EvaluateConfig, provenance: dict[str, Any]) -> Trai
 
 
 def log_probability_details(samples: Sequence[Sample], trained: TrainedSegments | None) -> dict[str, Any] | None:
-    """Figures of samples that are scored by log-probability, in addition to their score.
+    """Return further figures of samples that are scored by log-probability, in addition to their scores.
 
     Args:
-        samples: of one task and length.
-        trained: segments whose distances divide the questions into the regions near, gap and anchor (gap.py); None leaves the regions out.
+        samples: samples of one task and length.
+        trained: segments that divide the questions by distance into the regions near, gap and anchor (gap.py); None leaves the regions out.
     Returns:
         For questions {"parts_right", "log_probability", "by_depth": {depth: figures}, "by_region": {region: figures}}, with shares from 0
-        to 1 and figures from needle.summarise. For documents {"tokens"}, the scored tokens of each. None for other samples.
+        to 1 and figures from needle.summarise. For documents {"tokens"}, the number of scored tokens per document. None for other samples.
     """
     if isinstance(samples[0], DocumentSample):
         return {"tokens": samples[0].tokens}
@@ -91,14 +91,14 @@ class LogProbabilityTasks:
     """Runs tasks that are scored by log-probability.
 
     Args:
-        config: of the evaluation.
+        config: configuration of the evaluation.
         chunks: the model, or this rank's chunks, in evaluation mode.
         encode: text -> token ids without special tokens.
-        prefix: tokens prefix every text of suite needle: BOS, or none.
-        texts: returns an iterator over the held-out documents.
-        lengths: all lengths of the evaluation. The same documents are scored at each of them.
-        trained: segments for the gap task; None where they are unknown.
-        device: of the model.
+        prefix: token ids before every text of suite needle: the BOS token, or none.
+        texts: function that returns an iterator over the held-out documents.
+        lengths: all lengths of the evaluation. The same documents are scored at each length.
+        trained: segments for the gap task; None if they are unknown.
+        device: device of the model.
     """
 
     def __init__(
@@ -117,16 +117,16 @@ class LogProbabilityTasks:
         self.lengths, self.trained, self.device = lengths, trained, device
 
     def run(self, task: Task, *, length: int | None, label: str, **_: Any) -> list[Sample]:
-        """Runs one task.
+        """Run one task.
 
         Args:
-            task: of suite needle or perplexity.
-            length: tokens of a text with its question and answer, or of a window; None for the gap task.
-            label: for the progress display.
+            task: a task of suite needle or perplexity.
+            length: number of tokens of a text with its question and answer, or of a window; None for the gap task.
+            label: text of the progress display.
         Returns:
             The scored samples, sorted by index, the same on every rank.
         Raises:
-            DataError: the length is too short for the facts, or no document has the longest length.
+            DataError: the length is too short for the facts, or every document is shorter than the longest length.
             ConfigError: the segments for the gap task are unknown, or its regions cannot be probed.
         """
         if task.id != LOG_PERPLEXITY:
@@ -144,7 +144,7 @@ class LogProbabilityTasks:
         for index, ((number, question), record) in enumerate(zip(questions, records, strict=True)):
             depth, exact, right, log_probability, distance = record
             tokens = len(placed[number].tokens) + len(question.prompt)
-            # covers the text too: the same key at another depth or distance is another question
+            # the hash covers the text too, because the same key at another depth or distance is another question
             hashed = [*haystacks[number].tokens, *question.prompt, *question.answer]
             identity = hashlib.sha256(np.array(hashed, dtype=np.int64).tobytes()).hexdigest()[:12]
             samples.append(

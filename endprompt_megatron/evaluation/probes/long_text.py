@@ -1,14 +1,14 @@
-"""Retrieval and perplexity at every context length from a single pass over a long held-out text with planted facts.
+"""Measure retrieval and perplexity at every context length with a single pass over a long held-out text with planted facts.
 
 Attention is causal: after a model has read n tokens, the first l entries of its key/value cache are the cache of a context of l tokens. The
 text is therefore read once. Then the cache is truncated to each length, from the longest to the shortest, and the questions about all facts
-before that point are scored. A long context costs one prefill per model instead of one per key. A length includes question and answer: the
-text is truncated that much earlier, so that no position lies beyond the length.
+before the end of the truncated text are scored. A long context costs one prefill per model instead of one per key. A length includes
+question and answer: the text is truncated earlier by their number of tokens, so that no position lies beyond the length.
 
 A fact is a name or a number that a paragraph states twice ("The password of the library is Peru. Remember: the password of the library is
-Peru."). Every fact has a sentence of its own, so that no question requires a choice between facts of the same form.
+Peru."). Every fact has its own sentence, so that no question requires a choice between facts of the same form.
 
-Shapes: t tokens of the text, q tokens of a question with its answer, v vocabulary.
+Shapes: t tokens of the text, q tokens of a question with its answer, v vocabulary size.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from endprompt_megatron.model.gpt import EndPromptGPTModel
 
 Encode = Callable[[str], list[int]]
 WORD, NUMBER = "word", "number"
-# tokens per block; mean losses of blocks are recorded for paired tests between models
+# number of tokens per block; the mean loss of each block is recorded for paired tests between models
 BLOCK_TOKENS = 64
 
-# The sentences about words are those that SmolLM2-135M answers most often within its window, best first (measured on 2,048 to 6,144 tokens
-# of six stretches of prose, 32 facts each). A question that a base model cannot answer measures nothing about its window.
+# The sentences about words are those that SmolLM2-135M completes correctly most often within its window, best first (measured on 2,048 to
+# 6,144 tokens of six stretches of prose, 32 facts each). A question that a base model cannot answer within its window measures nothing
+# about its window.
 _SUBJECTS = {
     WORD: (
         "the telescope was pointed at the", "the pilot's call sign is", "the key to the garage was hidden under the",
@@ -63,10 +64,10 @@ _WORDS = (
     "Friday", "October", "Jupiter", "Saturn", "Mars", "Neptune", "Alice", "Oscar", "Victor", "Emma", "Laura", "Kevin", "Diana", "Turkey",
     "Chile", "Denmark", "Finland", "Hawaii", "Kansas", "Montana", "November", "December", "Sunday",
 )  # fmt: skip
-# a paragraph of its own
+# a fact is a separate paragraph
 _FACT = "\n\n{opening} {answer}. Remember: {subject} {answer}.\n\n"
 _QUESTION = "\nRemember: {subject}"
-_FIRST = 16  # a text with fewer facts of a kind draws them from the first 16
+_FIRST = 16  # a text with fewer facts of a kind draws its subjects from the first 16 of that kind
 MOST_FACTS = {task: len(subjects) for task, subjects in _SUBJECTS.items()}
 
 
@@ -75,8 +76,8 @@ class PlantedFact:
     """A fact of a long text.
 
     Attributes:
-        end: index after its last token.
-        question: about the fact. Its depth and distance depend on the length to which the text is truncated.
+        end: index after the last token of the fact.
+        question: question about the fact, without depth and distance, which depend on the length to which the text is truncated.
     """
 
     end: int
@@ -88,9 +89,9 @@ class LongText:
     """A held-out text with facts planted in it.
 
     Attributes:
-        tokens: t ids.
-        planted: bool [t], true for tokens of facts. Perplexity leaves them out.
-        facts: in text order.
+        tokens: t token ids.
+        planted: bool [t], true for tokens of facts, which perplexity leaves out.
+        facts: the facts in text order.
     """
 
     tokens: tuple[int, ...]
@@ -101,16 +102,16 @@ class LongText:
 def make_long_texts(
     documents: Iterable[str], encode: Encode, *, length: int, facts: dict[str, int], digits: int, count: int, seed: int
 ) -> list[LongText]:
-    """Makes long texts. They are a pure function of the arguments, so all models that are compared get the same ones.
+    """Make long texts. They are a pure function of the arguments, so all models that are compared get the same texts.
 
     Args:
-        documents: held-out text. Each long text is a stretch of one document; stretches do not overlap.
+        documents: held-out documents. Each long text is a stretch of one document, and stretches do not overlap.
         encode: text -> token ids without special tokens.
-        length: t, in tokens.
-        facts: {"word" | "number": facts per text}, at most MOST_FACTS. They are evenly spaced, with both kinds mixed.
-        digits: of a number.
+        length: t, number of tokens of each text.
+        facts: {"word" | "number": number of facts per text}, at most MOST_FACTS. The facts are evenly spaced, with both kinds mixed.
+        digits: number of digits of a number.
         count: number of texts.
-        seed: of answers, subjects and their order.
+        seed: seed of answers, subjects and their order.
     Raises:
         DataError: the documents are too short for `count` texts, or the facts take more than half of a text.
     """
@@ -149,14 +150,14 @@ def make_long_texts(
 
 
 def _sentences(document: str, encode: Encode) -> Iterator[list[int]]:
-    """Yields the tokens of each sentence, including the white space before it."""
+    """Yield the tokens of each sentence, including the white space before the sentence."""
     for match in re.finditer(r"\s*\S.*?(?:[.!?][\"'\u2019\u201d)]*(?=\s)|$)", document, flags=re.DOTALL):
         yield encode(match.group())
 
 
 def _written_facts(encode: Encode, facts: dict[str, int], digits: int, random: np.random.Generator) -> list[tuple[list[int], Question]]:
-    """(tokens of a fact, question about it) in text order. The kinds are mixed evenly: the k-th of m facts of a kind stands at
-    (k + 1/2) / m."""
+    """Return (tokens of a fact, question about the fact) for all facts in text order. The kinds are mixed evenly: the facts are sorted by
+    (k + 1/2) / m, where k counts the m facts of a kind from 0."""
     placed = []
     for task, number in facts.items():
         placed += [((k + 0.5) / number, task, written) for k, written in enumerate(_write(task, number, encode, digits, random))]
@@ -164,7 +165,7 @@ def _written_facts(encode: Encode, facts: dict[str, int], digits: int, random: n
 
 
 def _lay_out(stretch: Sequence[list[int]], facts: Sequence[tuple[list[int], Question]], room: int) -> LongText:
-    """Places the facts between sentences, evenly spaced over `room` tokens of text."""
+    """Place the facts between sentences, evenly spaced over `room` tokens of text."""
     tokens: list[int] = []
     planted: list[bool] = []
     placed: list[PlantedFact] = []
@@ -179,7 +180,7 @@ def _lay_out(stretch: Sequence[list[int]], facts: Sequence[tuple[list[int], Ques
         tokens += kept
         planted += [False] * len(kept)
         read += len(kept)
-    for fact, question in facts[len(placed) :]:  # the last sentence was so long that they could not stand before it
+    for fact, question in facts[len(placed) :]:  # facts whose places lie inside the last sentence
         tokens += fact
         planted += [True] * len(fact)
         placed.append(PlantedFact(len(tokens), question))
@@ -187,11 +188,11 @@ def _lay_out(stretch: Sequence[list[int]], facts: Sequence[tuple[list[int], Ques
 
 
 def _write(task: str, count: int, encode: Encode, digits: int, random: np.random.Generator) -> list[tuple[list[int], Question]]:
-    """(tokens of a fact, question about it) for `count` facts of a kind."""
+    """Return (tokens of a fact, question about the fact) for `count` facts of a kind."""
     subjects = random.permutation(_SUBJECTS[task][: max(count, _FIRST)])[:count]
     if task == NUMBER:
         answers = [draw_key(random, digits) for _ in subjects]
-    else:  # one-token words first, so that mostly a single token decides
+    else:  # prefer words of one token, so that a single token decides most answers
         words = sorted(random.permutation(_WORDS), key=lambda word: len(encode(f" {word}")))
         answers = [str(word) for word in words[:count]]
     written = []
@@ -212,19 +213,19 @@ def read_long_texts(
     label: str,
     prefill_chunk: int = 0,
 ) -> dict[str, Any]:
-    """Reads each text once, and at every length scores its questions and its tokens. Data-parallel ranks split the texts.
+    """Read each text once, and score its questions and tokens at every length. Data-parallel ranks split the texts.
 
     Args:
-        model: the model, or this rank's model chunks; in evaluation mode.
-        texts: from make_long_texts.
-        lengths: context lengths in tokens, including question and answer, at most that of the texts.
-        perplexity_tail: number of tokens before each length whose loss is measured, without planted ones; 0 measures none.
-        device: of the model.
-        label: for the progress display.
-        prefill_chunk: tokens per forward pass; 0 reads a text whole.
+        model: the model, or this rank's model chunks, in evaluation mode.
+        texts: texts from make_long_texts.
+        lengths: context lengths in tokens, including question and answer, at most the length of the texts.
+        perplexity_tail: the loss is measured on this many tokens before each length, except tokens of facts; 0 measures no loss.
+        device: device of the model.
+        label: text of the progress display.
+        prefill_chunk: number of tokens per forward pass; 0 reads each text in one pass.
     Returns:
-        {task: {length: figures of needle.describe_rows, without by_depth}}, the same on every rank. With a perplexity tail also
-        {"perplexity": {length: value}, "perplexity_blocks": {length: [mean loss in nats of each BLOCK_TOKENS scored tokens]}}.
+        {task: {length: figures of needle.describe_rows, with an empty by_depth}}, the same on every rank. With a perplexity tail also
+        {"perplexity": {length: value}, "perplexity_blocks": {length: [mean loss in nats of each block of BLOCK_TOKENS scored tokens]}}.
     """
     forward = ForwardModel(model, device=device)
     ordered = sorted(lengths)
@@ -237,7 +238,7 @@ def read_long_texts(
         with forward.cached(ordered[-1]):
             every_target = {target for found in targets.values() for target in found}
             losses = _prefill_with_losses(forward, text.tokens[: ordered[-1]], every_target, prefill_chunk)
-            for length in reversed(ordered):  # the questions overwrite the cache after the truncated text
+            for length in reversed(ordered):  # longest first, because questions overwrite the cache after the truncated text
                 cut = length - longest
                 known = [fact for fact in text.facts if fact.end <= cut]
                 if not known:
@@ -255,13 +256,13 @@ def read_long_texts(
 
 
 def _scored_tokens(text: LongText, length: int, tail: int) -> list[int]:
-    """Indices of the tokens whose loss is measured at a length. The first token of a text has no loss."""
+    """Return the indices of the tokens whose loss is measured at a length. The first token of a text has no loss."""
     return [index for index in range(max(1, length - tail), length) if not text.planted[index]] if tail else []
 
 
 def _prefill_with_losses(forward: ForwardModel, tokens: Sequence[int], targets: set[int], chunk: int) -> dict[int, float]:
-    """Reads the text into the cache and returns {index in `targets`: negative log-likelihood in nats} on the last pipeline stage, {} on the
-    others."""
+    """Read the text into the cache. Return {index in `targets`: negative log-likelihood in nats} on the last pipeline stage, {} on the
+    other stages."""
     losses: dict[int, float] = {}
     for start, end in chunk_ranges(len(tokens), chunk):
         scored = [index for index in range(start, end) if index + 1 in targets]  # rows that predict a scored token
@@ -274,13 +275,14 @@ def _prefill_with_losses(forward: ForwardModel, tokens: Sequence[int], targets: 
 
 
 def _negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
-    """Per row of logits [rows, v], in nats. Computed in slices, because the log-softmax of all rows would double the memory."""
+    """Return the negative log-likelihood in nats for each row of logits [rows, v]. The rows are processed in slices, because the
+    log-softmax of all rows at once would double the memory."""
     parts = zip(logits.split(256), labels.split(256), strict=True)
     return torch.cat([torch.nn.functional.cross_entropy(part, target, reduction="none") for part, target in parts])
 
 
 def _row(fact: PlantedFact, logits: Tensor, length: int) -> Any:
-    """(task, record) of a fact's question, where the text is truncated to `length` tokens."""
+    """Return (task, record) of a fact's question when the text is truncated to `length` tokens."""
     hits, log_probability = score_answer(logits, fact.question.answer)
     distance = length - fact.end + len(fact.question.prompt)
     return fact.question.task, score_row(fact.question, hits, log_probability, depth=fact.end / length, distance=distance)

@@ -1,11 +1,11 @@
-"""Retrieval of planted facts by context length and depth, on contiguous positions, scored by log-probability. The facts are a pass key,
-several pass keys with one name each, several pass keys of one name, or a chain of variables.
+"""Measure the retrieval of planted facts by context length and depth, on contiguous positions, scored by log-probability. The facts are a
+pass key, several pass keys with one name each, several pass keys of one name, or a chain of variables.
 
-One forward pass scores a haystack. Greedy decoding reproduces an answer exactly where, under teacher forcing, each of its tokens is the
-most likely one. Exact match therefore needs no generation, and the log-probability of the answer shows progress before answers become
+One forward pass scores a haystack. Greedy decoding reproduces an answer if and only if each token of the answer is the most likely one
+under teacher forcing. Exact match therefore needs no generation. The log-probability of the answer shows progress before answers become
 exact. The questions of a haystack share its prefill and do not attend to each other.
 
-Shapes: t tokens of a haystack, q tokens of a question with its answer, v vocabulary.
+Shapes: t tokens of a haystack, q tokens of a question with its answer, v vocabulary size.
 """
 
 from __future__ import annotations
@@ -31,22 +31,23 @@ INTRODUCTION = "There is an important piece of information hidden in a long text
 FACT = " The pass key is {key}. Remember it. {key} is the pass key. "
 QUESTION = "\nWhat is the pass key? The pass key is"
 _NOISE = "".join(f"{sentence} " for sentence in NOISE_SENTENCES)
-# The same with a name for each key, as in RULER's multi-key needle task (arXiv 2404.06654).
+# Task multi_key: each key has a name, as in RULER's multi-key needle task (arXiv 2404.06654).
 _NAMED_FACT = " The pass key of {name} is {key}. Remember it. {key} is the pass key of {name}. "
 _NAMED_QUESTION = "\nWhat is the pass key of {name}? The pass key of {name} is"
 _NAMES = ("London", "Paris", "Berlin", "Madrid", "Rome", "Vienna", "Oslo", "Athens", "Dublin", "Prague", "Cairo", "Tokyo", "Lima", "Quito")
 _SEVERAL_KEYS_OF = "Lisbon"
-# And with several keys of one name, as in RULER's multi-value needle task. Teacher forcing needs a single correct order: that of the text.
+# Task multi_value: one name has several keys, as in RULER's multi-value needle task. Teacher forcing needs a single correct order, which is
+# the order of the text.
 _VALUE_INTRODUCTION = "Several pass keys of one city are hidden in a long text. Memorize them in the order of the text.\n"
 _VALUE_QUESTION = "\nWhat are the {count} pass keys of {name}, in the order of the text? The pass keys of {name} are"
-# As in RULER's variable tracking: one chain of four hops.
+# Task variable_tracking: one chain of four hops, as in RULER's variable tracking.
 _CHAIN_INTRODUCTION = "Memorize and track the chain of variable assignment hidden in the following text.\n\n"
 _CHAIN_QUESTION = (
     "\nQuestion: Find all variables that are assigned the value {value} in the text above. Answer: According to the chain of variable "
     "assignment in the text above, {count} variables are assigned the value {value}, they are:"
 )
 _CHAIN_LENGTH = 5
-# depth, exact, digits, log-probability, distance
+# (depth, exact, digits, log-probability, distance), see score_haystacks
 _Row = tuple[float | None, float, float, float, int | None]
 
 
@@ -56,12 +57,12 @@ class Question:
 
     Attributes:
         task: single | multi_key | multi_value | variable_tracking | gap (gap.py) | word | number (long_text.py).
-        prompt, answer: token ids.
-        units: (start, end) token indices, end exclusive, of the parts of the answer whose share of hits is reported. A part is a digit
-            token of a key, a name of a chain, or a whole key where the answer has several. A separate space token that some tokenizers put
-            first belongs to no part.
-        depth: of the fact, 0 = start of the text, 1 = end; None for several facts.
-        distance: tokens from the end of the fact to the first token of the answer; None for several facts.
+        prompt, answer: token ids of the question and of its answer.
+        units: (start, end) token indices, end exclusive, of the parts of the answer. digit_accuracy is the share of parts that are right. A
+            part is a digit token of a key, a name of a chain, or a whole key if the answer has several keys. Some tokenizers put a separate
+            space token first; if the parts are single tokens, the space token belongs to no part.
+        depth: depth of the fact, 0 = start of the text, 1 = end; None for several facts.
+        distance: number of tokens from the end of the fact to the first token of the answer; None for several facts.
     """
 
     task: str
@@ -79,7 +80,7 @@ class Haystack:
     Attributes:
         length: context length in tokens. Text, question and answer together fill it to within one repetition of the noise.
         tokens: token ids of the text.
-        questions: each is scored independently of the others.
+        questions: questions about the text. Each question is scored independently of the others.
     """
 
     length: int
@@ -89,7 +90,7 @@ class Haystack:
 
 @dataclass
 class HaystackWriter:
-    """Makes haystacks of one context length: noise sentences with facts between them."""
+    """Makes haystacks of one context length. A haystack consists of noise sentences with facts between them."""
 
     encode: Encode
     length: int
@@ -99,7 +100,7 @@ class HaystackWriter:
         self.noise = self.encode(_NOISE)
 
     def haystack(self, introduction: str, facts: list[tuple[float, str]], questions: list[Question]) -> Haystack:
-        """A haystack of the introduction and then noise, with the facts at their depths.
+        """Return a haystack that starts with the introduction and continues with noise, with the facts at their depths.
 
         Raises:
             DataError: there is no room for noise.
@@ -112,7 +113,7 @@ class HaystackWriter:
             before = round(depth * sentences)
             tokens += self.noise * (before - written) + fact
             written = before
-            ends.setdefault(depth, len(tokens))  # where facts share a depth, a question with that depth is about the first
+            ends.setdefault(depth, len(tokens))  # if facts share a depth, a question with this depth is about the first of them
         tokens += self.noise * (sentences - written)
         placed = [
             question if question.depth is None else replace(question, distance=len(tokens) - ends[question.depth] + len(question.prompt))
@@ -121,10 +122,10 @@ class HaystackWriter:
         return Haystack(self.length, tuple(tokens), tuple(placed))
 
     def sentences(self, introduction: str, facts: list[str], questions: list[Question]) -> int:
-        """Number of repetitions of the noise (len(self.noise) tokens each) that fill the length around the facts.
+        """Return the number of repetitions of the noise (len(self.noise) tokens each) that fill the length around the facts.
 
         Raises:
-            DataError: there is no room for one.
+            DataError: there is no room for one repetition.
         """
         taken = sum(len(self.encode(text)) for text in (introduction, *facts))
         taken += max(len(question.prompt) + len(question.answer) for question in questions)
@@ -150,20 +151,21 @@ def make_haystacks(
     seed: int,
     max_tokens: int = 0,
 ) -> list[Haystack]:
-    """Makes haystacks. They are a pure function of the arguments, so all models that are compared get the same ones.
+    """Make haystacks. They are a pure function of the arguments, so all models that are compared get the same haystacks.
 
     Args:
         encode: text -> token ids without special tokens.
-        tasks: single (one key per haystack; the haystacks of a length cycle through the depths, starting at one that depends on the seed),
-            multi_key (a key at every depth, with a question for each), multi_value (a key of one name at every depth, with one question for
-            all), variable_tracking (a chain of assignments at random depths). All but `single` share their haystacks.
+        tasks: single (one key per haystack; the haystacks of a length cycle through the depths, starting at a depth that depends on the
+            seed), multi_key (a key at every depth, with one question per key), multi_value (a key of one name at every depth, with one
+            question for all keys), variable_tracking (a chain of assignments at random depths). All tasks except single share their
+            haystacks.
         lengths: context lengths in tokens.
-        depths: of the facts, between 0 and 1.
-        trials: haystacks per length.
-        digits: of a key.
-        seed: of keys, names and depths.
-        max_tokens: bound on the total tokens of the haystacks of a length, separately for `single` and for the others. At least one
-            haystack is made. 0: no bound.
+        depths: depths of the facts, between 0 and 1.
+        trials: number of haystacks per length.
+        digits: number of digits of a key.
+        seed: seed of keys, names and depths.
+        max_tokens: bound on the total number of tokens of the haystacks of a length. It applies to single and to the other tasks
+            separately. At least one haystack is made. 0: no bound.
     Raises:
         DataError: a length is too short for the facts and the question.
     """
@@ -184,12 +186,12 @@ def make_haystacks(
 
 
 def draw_key(random: np.random.Generator, digits: int) -> str:
-    """A random number with `digits` digits."""
+    """Return a random number with `digits` digits."""
     return str(random.integers(10 ** (digits - 1), 10**digits))
 
 
 def make_question(encode: Encode, task: str, question: str, answer: str, depth: float | None) -> Question:
-    """Encodes a question. HaystackWriter.haystack sets its distance."""
+    """Encode a question. HaystackWriter.haystack sets its distance."""
     tokens = encode(" " + answer)
     space = encode(" ")
     first = int(len(space) == 1 and tokens[0] == space[0])  # a separate space token before the answer
@@ -198,20 +200,20 @@ def make_question(encode: Encode, task: str, question: str, answer: str, depth: 
 
 
 def _single(writer: HaystackWriter, random: np.random.Generator, depths: list[float], digits: int) -> Haystack:
-    """One key at the first of the depths."""
+    """Return a haystack with one key at the first of the depths."""
     key = draw_key(random, digits)
     question = make_question(writer.encode, "single", QUESTION, key, depths[0])
     return writer.haystack(INTRODUCTION, [(depths[0], FACT.format(key=key))], [question])
 
 
 def _several(planters: list[Callable], writer: HaystackWriter, random: np.random.Generator, depths: list[float], digits: int) -> Haystack:
-    """One haystack with the introductions, facts and questions of several planters."""
+    """Return one haystack with the introductions, facts and questions of several planters."""
     introductions, facts, questions = zip(*(plant(writer, random, depths, digits) for plant in planters), strict=True)
     return writer.haystack("".join(introductions), [*chain(*facts)], [*chain(*questions)])
 
 
 def _keys(writer: HaystackWriter, random: np.random.Generator, depths: list[float], digits: int) -> tuple[str, list, list[Question]]:
-    """A named key at every depth, with a question for each."""
+    """Return introduction, facts and questions for a named key at every depth, with one question per key."""
     turns = range(1, 2 + len(depths) // len(_NAMES))  # more depths than names: "London", "London 2", ...
     names = random.permutation([name if turn == 1 else f"{name} {turn}" for turn in turns for name in _NAMES])
     facts, questions = [], []
@@ -223,7 +225,7 @@ def _keys(writer: HaystackWriter, random: np.random.Generator, depths: list[floa
 
 
 def _values(writer: HaystackWriter, random: np.random.Generator, depths: list[float], digits: int) -> tuple[str, list, list[Question]]:
-    """A key of one name at every depth, with one question for all."""
+    """Return introduction, facts and question for a key of one name at every depth, with one question for all keys."""
     keys = [draw_key(random, digits) for _ in depths]
     facts = [(depth, _NAMED_FACT.format(name=_SEVERAL_KEYS_OF, key=key)) for depth, key in zip(sorted(depths), keys, strict=True)]
     question = _VALUE_QUESTION.format(name=_SEVERAL_KEYS_OF, count=len(keys))
@@ -231,7 +233,7 @@ def _values(writer: HaystackWriter, random: np.random.Generator, depths: list[fl
 
 
 def _chain(writer: HaystackWriter, random: np.random.Generator, depths: list[float], digits: int) -> tuple[str, list, list[Question]]:
-    """A chain of assignments at random depths."""
+    """Return introduction, facts and question for a chain of assignments at random depths."""
     value = draw_key(random, digits)
     names = ["".join(letters) for letters in random.choice(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"), (_CHAIN_LENGTH, 5))]
     assigned = [value, *(f"VAR {name}" for name in names[:-1])]
@@ -242,7 +244,7 @@ def _chain(writer: HaystackWriter, random: np.random.Generator, depths: list[flo
 
 
 def _question_with_parts(writer: HaystackWriter, task: str, question: str, parts: list[str]) -> Question:
-    """A question whose answer consists of several parts in order."""
+    """Return a question whose answer consists of several parts in order."""
     ends = [len(writer.encode(" " + " ".join(parts[: count + 1]))) for count in range(len(parts))]
     made = make_question(writer.encode, task, question, " ".join(parts), None)
     return replace(made, units=tuple(zip([0, *ends[:-1]], ends, strict=True)))
@@ -257,19 +259,19 @@ def score_haystacks(
     label: str,
     prefill_chunk: int = 0,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Scores every question on contiguous positions. Data-parallel ranks split the haystacks.
+    """Score every question on contiguous positions. Data-parallel ranks split the haystacks.
 
     Args:
-        model: the model, or this rank's model chunks; in evaluation mode.
-        haystacks: from make_haystacks.
-        device: of the model.
-        label: for the progress display.
-        prefill_chunk: haystacks longer than this are read in chunks of this many tokens; 0 reads them whole.
+        model: the model, or this rank's model chunks, in evaluation mode.
+        haystacks: haystacks from make_haystacks or make_gap_haystacks.
+        device: device of the model.
+        label: text of the progress display.
+        prefill_chunk: number of tokens per chunk in which longer haystacks are read; 0 reads each haystack in one pass.
     Returns:
-        {task: {length: {"exact_match", "digit_accuracy", "key_log_probability", "trials", "by_depth": {depth: the same}, "records"}}};
-        the same on every rank. Accuracies are fractions (digit_accuracy: of the answer's units). The log-probability is the mean over
-        questions of the sum over the answer's tokens, in nats. A record is [depth, exact, digits, log-probability, distance] of one
-        question, in the order of the questions.
+        {task: {length: {"exact_match", "digit_accuracy", "key_log_probability", "trials", "by_depth": {depth: the same figures},
+        "records"}}}, the same on every rank. exact_match is a fraction of the questions, and digit_accuracy is the mean fraction of an
+        answer's units that are right. key_log_probability is the mean over questions of the summed log-probability of the answer's tokens,
+        in nats. A record is [depth, exact, digits, log-probability, distance] of one question. Records are in the order of the questions.
     """
     forward = ForwardModel(model, device=device)
 
@@ -292,21 +294,21 @@ def score_haystacks(
 def score_row(
     question: Question, hits: list[bool], log_probability: float, *, depth: float | None = None, distance: int | None = None
 ) -> _Row:
-    """The record of one question, see score_haystacks. `depth` and `distance` default to those of the question."""
+    """Return the record of one question, see score_haystacks. `depth` and `distance` default to those of the question."""
     right = float(np.mean([all(hits[first:past]) for first, past in question.units]))
     own_depth = question.depth if depth is None else depth
     return (own_depth, float(all(hits)), right, log_probability, question.distance if distance is None else distance)
 
 
 def describe_rows(rows: list[_Row], *, by_depth: bool = True) -> dict[str, Any]:
-    """Figures of one task and length from its records, see score_haystacks. Set `by_depth` only where facts share depths."""
+    """Return the figures of one task and length from its records, see score_haystacks. Set `by_depth` only if facts share depths."""
     depths = sorted({row[0] for row in rows if row[0] is not None}) if by_depth else []
     figures = {str(depth): summarise([row for row in rows if row[0] == depth]) for depth in depths}
     return {**summarise(rows), "by_depth": figures, "records": [list(row) for row in rows]}
 
 
 def summarise(rows: Sequence[Sequence[float | None]]) -> dict[str, float]:
-    """Means over questions, see score_haystacks."""
+    """Return the means over questions, see score_haystacks."""
     exact, digits, log_probability = np.array([row[1:4] for row in rows]).mean(axis=0)
     return {
         "exact_match": float(exact),

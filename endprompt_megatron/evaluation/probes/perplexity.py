@@ -1,5 +1,5 @@
-"""Perplexity of held-out text by window length, on contiguous positions. The same tokens are scored at every length, in windows that either
-do not overlap or slide, so that a longer window can only help through its additional context.
+"""Measure the perplexity of held-out text by window length, on contiguous positions. The same tokens are scored at every length, in windows
+that either do not overlap or slide, so that a longer window can help only through its additional context.
 
 Shapes: w tokens of a window.
 """
@@ -21,17 +21,17 @@ from endprompt_megatron.model.gpt import EndPromptGPTModel
 
 
 def held_out_blocks(texts: Iterable[str], encode: Callable[[str], list[int]], *, block_length: int, num_tokens: int) -> np.ndarray:
-    """The first tokens of long held-out documents.
+    """Return the first tokens of long held-out documents.
 
     Args:
-        texts: documents, in a fixed order. Shorter ones are skipped.
+        texts: documents, in a fixed order. Documents shorter than a block are skipped.
         encode: text -> token ids without special tokens.
-        block_length: tokens taken of each document: the longest window.
-        num_tokens: total tokens, rounded up to whole blocks. The result is smaller where the documents run out.
+        block_length: number of tokens per block, which is the longest window. Each document provides one block.
+        num_tokens: total number of tokens, rounded up to whole blocks. The result is smaller if there are too few documents.
     Returns:
         int64 [blocks, block_length].
     Raises:
-        DataError: no document is long enough.
+        DataError: every document is shorter than a block.
     """
     num_blocks = math.ceil(num_tokens / block_length)
     blocks: list[list[int]] = []
@@ -58,7 +58,7 @@ def held_out_blocks(texts: Iterable[str], encode: Callable[[str], list[int]], *,
 def perplexity_by_window(
     model: EndPromptGPTModel | list[EndPromptGPTModel], blocks: np.ndarray, lengths: list[int], **options: Any
 ) -> dict[str, float]:
-    """Perplexity of the blocks in windows of each length. For the arguments see losses_by_window.
+    """Return the perplexity of the blocks in windows of each length. The arguments are those of losses_by_window.
 
     Returns:
         {length: exp(mean negative log-likelihood per token)}, the same on every rank.
@@ -79,19 +79,20 @@ def losses_by_window(
     stride: int = 0,
     prefill_chunk: int = 0,
 ) -> dict[int, list[tuple[float, int]]]:
-    """Negative log-likelihood of the blocks in windows of each length. Data-parallel ranks split the windows.
+    """Return the negative log-likelihood of the blocks in windows of each length. Data-parallel ranks split the windows.
 
     Args:
-        model: the model, or this rank's model chunks; in evaluation mode.
-        blocks: int64 [blocks, longest window].
-        lengths: window lengths in tokens, none longer than a block.
-        device: of the model.
-        label: for the progress display.
+        model: the model, or this rank's model chunks, in evaluation mode.
+        blocks: int64 [blocks, longest window], token ids.
+        lengths: window lengths in tokens, at most the length of a block.
+        device: device of the model.
+        label: text of the progress display.
         stride: step of a sliding window in tokens, less than every length. Each token is then scored with at least window - stride tokens
-            of context, or with all that its block has. 0: windows do not overlap, and the first token of each is not scored.
-        prefill_chunk: windows longer than this are read in chunks of this many tokens; 0 reads them whole.
+            of context, or with all earlier tokens of its block if there are fewer. 0: windows do not overlap, and the first token of each
+            window is not scored.
+        prefill_chunk: number of tokens per chunk in which longer windows are read; 0 reads each window in one pass.
     Returns:
-        {length: (sum in nats, tokens scored) of each block}, the same on every rank.
+        {length: (sum in nats, number of scored tokens) of each block}, the same on every rank.
     """
     forward = ForwardModel(model, device=device)
     windows = _windows(blocks.shape[1], lengths, stride)
@@ -112,7 +113,7 @@ def losses_by_window(
 
 
 def _losses(forward: ForwardModel, ids: list[int], prefill_chunk: int) -> torch.Tensor | None:
-    """Negative log-likelihood of the tokens after the first, float64 [w - 1]."""
+    """Return the negative log-likelihood of every token after the first, float64 [w - 1]."""
     ranges = chunk_ranges(len(ids) - 1, prefill_chunk)
     with forward.cached(len(ids) - 1) if len(ranges) > 1 else nullcontext():
         losses = [forward.losses(ids[start:end], ids[start + 1 : end + 1], first_position=start) for start, end in ranges]
@@ -121,7 +122,7 @@ def _losses(forward: ForwardModel, ids: list[int], prefill_chunk: int) -> torch.
 
 @dataclass(frozen=True)
 class _Window:
-    """A window of `length` tokens that scores its tokens from `first` to `end`, end exclusive, counted from its own start."""
+    """A window of `length` tokens. Its tokens from `first` to `end` (exclusive), counted from the start of the window, are scored."""
 
     length: int
     first: int
@@ -129,13 +130,13 @@ class _Window:
 
 
 def _windows(block_length: int, lengths: list[int], stride: int) -> dict[int, list[_Window]]:
-    """{start in a block: windows that begin there}. Attention is causal, so a short window equals the beginning of a longer one with the
-    same start, and only the longest needs a forward pass."""
+    """Return {start in a block: windows that begin at this start}. Attention is causal, so a short window has the same losses as the
+    beginning of a longer window with the same start, and only the longest window needs a forward pass."""
     windows: dict[int, list[_Window]] = {}
     for length in lengths:
         last = block_length - length
         for start in range(0, last + 1, stride or length):
             windows.setdefault(start, []).append(_Window(length, length - stride if stride and start else 1, length))
-        if stride and last % stride:  # the rest of the block
+        if stride and last % stride:  # one more window scores the rest of the block
             windows.setdefault(last, []).append(_Window(length, length - last % stride, length))
     return windows

@@ -1,5 +1,5 @@
-"""Probes of one system (base, untrained, trained, control). The results are cached in one file per system, so that a resumed run does not
-repeat them. Results of an untrained base are also cached next to the base model, for all runs that start from it."""
+"""Probe one system (base, untrained, trained or control). The results are cached in one file per system, so that a resumed run does not
+repeat the probes. Results of an untrained base are also cached next to the base model, for all runs that start from this base."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from endprompt_megatron.config.schema import ProbesConfig
+from endprompt_megatron.errors import DamagedFileError
 from endprompt_megatron.evaluation.probes.long_text import LongText, read_long_texts
 from endprompt_megatron.evaluation.probes.needle import Haystack, score_haystacks
 from endprompt_megatron.evaluation.probes.perplexity import perplexity_by_window
@@ -21,10 +22,10 @@ from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore.runtime import from_rank_zero
 from endprompt_megatron.mcore.version import megatron_core_version
 from endprompt_megatron.model.gpt import EndPromptGPTModel
-from endprompt_megatron.output_files import replace_text, writing
+from endprompt_megatron.output_files import json_digest, make_directory, read_json, read_or_set_aside, replace_text
 
-_KEY = {"single": "needle"}  # task -> key in summary.json and evaluation.json, where it differs
-# Packages that compute the figures of a probe. A change of their code invalidates the results next to a base model.
+_KEY = {"single": "needle"}  # {task: its key in summary.json and evaluation.json} for tasks whose key is not the name of the task
+# Packages that compute the figures of a probe. A change of their code invalidates the results that are cached next to a base model.
 _CODE = ("evaluation", "inference", "model", "rope")
 
 
@@ -34,9 +35,9 @@ class Probes:
 
     Attributes:
         haystacks: noise texts with planted facts, for retrieval.
-        blocks: held-out tokens, int64 [blocks, longest window], for perplexity; empty where it is measured on long_texts.
-        config: the configuration that they were made from.
-        seed: of the needle keys.
+        blocks: held-out tokens, int64 [blocks, longest window], for perplexity; empty if perplexity is measured on long_texts.
+        config: configuration of the probes, from which haystacks, blocks and long_texts were made.
+        seed: seed of the needle keys.
         long_texts: held-out prose with planted facts.
     """
 
@@ -47,7 +48,8 @@ class Probes:
     long_texts: Sequence[LongText] = ()
 
     def conditions(self) -> dict[str, Any]:
-        """Conditions of the figures, for pages and for the comparison with cached results. A change of wording invalidates the cache."""
+        """Return the conditions of the figures, for pages and for the comparison with cached results. A change of their wording invalidates
+        cached results."""
         config = self.config
         words: dict[str, Any] = {}
         if self.haystacks:
@@ -75,7 +77,7 @@ class Probes:
         return {**words, "seed": self.seed}
 
     def digest(self) -> str:
-        """SHA-256 of all tokens that are read and scored."""
+        """Return the SHA-256 of all tokens that the model reads or that are scored."""
         tokens = [
             [*one.tokens, *(token for question in one.questions for token in question.prompt + question.answer)] for one in self.haystacks
         ]
@@ -105,38 +107,41 @@ def probe_system(
     device: torch.device,
     cache: Path | None,
     kept_beside: Path | None = None,
+    weights: Any = None,
 ) -> dict[str, Any]:
-    """Probes one system, or reads its cached results where the conditions are the same. Every rank must call this function.
+    """Probe one system, or read its cached results if they have the same conditions. Every rank must call this function.
 
     Args:
-        name: base | untrained | trained | control.
-        description: for tables.
+        name: name of the system, base | untrained | trained | control.
+        description: label of the system in tables.
         model: the model, or this rank's model chunks, with the RoPE frequencies to probe.
-        probes: questions and texts.
-        device: of the model.
-        cache: file with cached results, which rank 0 reads and writes; None neither reads nor writes one.
-        kept_beside: directory of the base model, where the system is that base without training. Results are then also cached in
+        probes: questions and texts of the probes.
+        device: device of the model.
+        cache: file of cached results, which rank 0 reads and writes; None disables this cache.
+        kept_beside: directory of the base model if the system is this base without training, else None. Results are then also cached in
             `<directory>.probes/`, in a file named by a hash of weights, questions, RoPE, precision and code.
+        weights: JSON value that identifies the weights of the model, for the comparison with cached results.
     Returns:
         {"label": description, "perplexity": {length: value}, task: {length: figures of score_haystacks or read_long_texts}}. The task
         `single` of probes.tasks has the key "needle".
     """
     chunks = model if isinstance(model, list) else [model]
     conditions = {**probes.conditions(), "evaluation": _settings_of_figures(asdict(probes.config)), "system": name}
+    made_of = json_digest({"questions": probes.digest(), "weights": weights, **_rope_identity(chunks[0])})
     shared = _shared_file(kept_beside, chunks[0], probes, device) if kept_beside is not None and global_rank() == 0 else None
-    stored = from_rank_zero(_read(cache, conditions))
+    stored = from_rank_zero(_read(cache, conditions, made_of) if global_rank() == 0 else None)
     if stored is not None:
         return stored
     found = from_rank_zero(_read_shared(shared))
     if found is None:
         found = _measure(name, chunks, probes, device)
         if shared is not None:
-            _keep_where_possible(shared, found)
+            _keep_where_possible(shared, {"result": found, "digest": json_digest(found)})
     elif shared is not None:
-        get_logger().info(f"{name}: read from {shared}, no need to probe again")
+        get_logger().info(f"{name}: results read from {shared} instead of probing again")
     result = {"label": description, **found}
     if cache is not None and global_rank() == 0:
-        _keep(cache, {"conditions": conditions, "result": result})
+        _keep(cache, {"conditions": conditions, "made_of": made_of, "result": result, "digest": json_digest(result)})
     return result
 
 
@@ -160,19 +165,18 @@ def _measure(name: str, chunks: list[EndPromptGPTModel], probes: Probes, device:
 
 
 def _shared_file(base: Path, chunk: EndPromptGPTModel, probes: Probes, device: torch.device) -> Path:
-    """Cache file for results of an untrained base. Weights are identified by the names, sizes and modification times of their files."""
+    """Return the cache file for results of an untrained base. Weights are identified by the names, sizes and modification times of their
+    files."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(base.glob("*.safetensors"))]
     package = Path(__file__).resolve().parents[1]
     code = hashlib.sha256()
     for path in sorted(path for folder in _CODE for path in (package / folder).rglob("*.py")):
         code.update(path.read_bytes())
-    live = chunk.rotary_pos_emb.inv_freq.cpu().numpy()
     identity = {
         "weights": files,
         "questions": probes.digest(),
         "evaluation": _settings_of_figures(asdict(probes.config)),
-        "inv_freq": hashlib.sha256(live.tobytes()).hexdigest(),
-        "attention_factor": chunk.rotary_pos_emb.scaling.attention_factor,
+        **_rope_identity(chunk),
         "dtype": str(next(chunk.parameters()).dtype),
         "device": device.type,
         "code": code.hexdigest(),
@@ -182,20 +186,27 @@ def _shared_file(base: Path, chunk: EndPromptGPTModel, probes: Probes, device: t
     return base.with_name(f"{base.name}.probes") / f"{name}.json"
 
 
+def _rope_identity(chunk: EndPromptGPTModel) -> dict[str, Any]:
+    frequencies = chunk.rotary_pos_emb.inv_freq.cpu().numpy()
+    return {
+        "inv_freq": hashlib.sha256(frequencies.tobytes()).hexdigest(),
+        "attention_factor": chunk.rotary_pos_emb.scaling.attention_factor,
+    }
+
+
 def _read_shared(shared: Path | None) -> dict[str, Any] | None:
-    """Cached results of another run; None where the file is missing or damaged."""
-    if shared is None or not shared.is_file():
+    """Return cached results of another run; None if the file is missing or damaged."""
+    if shared is None:
         return None
     try:
-        found = json.loads(shared.read_text())
-        return found if isinstance(found, dict) and "perplexity" in found else None
-    except (OSError, ValueError):
-        return None
+        stored = read_json(shared, way_out="")
+    except DamagedFileError:
+        return None  # it is replaced
+    return stored.get("result") if stored.get("digest") == json_digest(stored.get("result")) else None
 
 
 def _keep(path: Path, value: dict[str, Any]) -> None:
-    with writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     replace_text(path, json.dumps(value, indent=2))
 
 
@@ -207,17 +218,28 @@ def _keep_where_possible(path: Path, value: dict[str, Any]) -> None:
 
 
 def _settings_of_figures(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """The settings that figures depend on: all keys of the config but prefill_chunk, systems and enabled. A key that an older file lacks
-    gets its default."""
+    """Return the settings that the figures depend on: all keys of the config except prefill_chunk, systems and enabled. Keys that an older
+    file lacks get their defaults."""
     every = {**asdict(ProbesConfig()), **evaluation}
     return {key: value for key, value in every.items() if key not in ("prefill_chunk", "systems", "enabled")}
 
 
-def _read(cache: Path | None, conditions: dict[str, Any]) -> dict[str, Any] | None:
-    """The cached result; None where there is none, or where its conditions differ."""
-    if cache is None or not cache.is_file():
+def _read(cache: Path | None, conditions: dict[str, Any], made_of: str) -> dict[str, Any] | None:
+    """Return the cached result; None if there is none, if its conditions or inputs differ, or if it is damaged. Sets a damaged file aside.
+    Files of earlier releases have no digests."""
+    if cache is None:
         return None
-    stored = json.loads(cache.read_text())
+    stored = read_or_set_aside(cache, is_valid=_is_result, consequence="the probes are repeated")
+    if stored is None or stored.get("made_of", made_of) != made_of:
+        return None
     before = stored["conditions"]
     same = {**before, "evaluation": _settings_of_figures(before["evaluation"])} == conditions
     return stored["result"] if same else None
+
+
+def _is_result(stored: dict[str, Any]) -> bool:
+    result = stored["result"]
+    whole = (
+        isinstance(result["label"], str) and isinstance(result["perplexity"], dict) and isinstance(stored["conditions"]["evaluation"], dict)
+    )
+    return whole and stored.get("digest", json_digest(result)) == json_digest(result)

@@ -1,7 +1,8 @@
-"""The forms of RULER's synthetic tasks. Each writes a prompt for a given haystack size. The task rules are RULER's (arXiv 2404.06654,
-section 3 and appendix B), the sentences are our own. Compare the scores between models, not with published RULER scores.
+"""The forms of RULER's synthetic tasks. Each form writes a prompt for a given haystack size. The task rules are RULER's (arXiv 2404.06654,
+section 3 and appendix B), but the sentences are our own. Compare the scores between models, not with published RULER scores.
 
-Every form draws its random numbers so that a larger haystack extends the smaller one. The number of tokens then grows evenly with the size.
+Every form draws its random numbers such that a larger haystack extends a smaller one. The number of tokens therefore grows evenly with the
+size.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from endprompt_megatron.errors import DataError
 from endprompt_megatron.evaluation.ruler.words import ADJECTIVES, NOUNS, WORDS, compounds
 
-# Source: pass-key retrieval of landmark attention (arXiv 2305.16300); RULER uses the same five.
+# Source: pass-key retrieval of landmark attention (arXiv 2305.16300). RULER uses the same five sentences.
 NOISE_SENTENCES = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
 NUM_DEPTHS = 40  # RULER places its needles at this many evenly spaced depths, 0 and 1 included
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -37,9 +38,9 @@ class RulerHaystack:
 
     Attributes:
         label: content of the haystack, for tables.
-        units: sentences or words. They repeat in haystacks that are larger.
-        boundaries: indices of units, ascending, before which a fact may stand without splitting a sentence, including 0 and len(units);
-            None allows all.
+        units: sentences or words. They are repeated if a haystack has more units.
+        boundaries: ascending indices of the units before which a fact may stand without splitting a sentence, including 0 and len(units);
+            None allows all indices.
     """
 
     label: str
@@ -47,7 +48,7 @@ class RulerHaystack:
     boundaries: np.ndarray | None = None
 
     def with_facts(self, size: int, facts: Sequence[tuple[float, str]], *, joint: str = " ") -> str:
-        """The first `size` units as text, with each fact inserted at the unit that `place` returns for its depth."""
+        """Return the first `size` units as text, with each fact inserted at the unit that `place` returns for its depth."""
         rounds = -(-size // len(self.units))
         units = list(self.units * rounds)[:size]
         parts, written = [], 0
@@ -58,7 +59,8 @@ class RulerHaystack:
         return joint.join([*parts, *units[written:]])
 
     def place(self, depth: float, size: int) -> int:
-        """Number of units before a fact at `depth` (0 = start, 1 = end) in a haystack of `size` units: the nearest boundary."""
+        """Return the number of units before a fact at `depth` (0 = start, 1 = end) in a haystack of `size` units. The number is rounded to
+        the nearest boundary."""
         target = depth * size
         if self.boundaries is None:
             return round(target)
@@ -71,31 +73,32 @@ NOISE = RulerHaystack("noise", NOISE_SENTENCES)
 
 
 def prose(label: str, texts: Sequence[str]) -> RulerHaystack:
-    """A haystack of concatenated documents, with words as units. Facts stand between sentences or at the end of the haystack.
+    """Return a haystack of concatenated documents, with words as units. Facts stand between sentences or at the end of the haystack.
 
     Raises:
         DataError: the documents contain no words.
     """
     words = tuple(word for text in texts for word in text.split())
     if not words:
-        raise DataError(f"haystack {label!r} contains no words. Name a text with words, or none for noise sentences.")
+        raise DataError(f"haystack {label!r} contains no words. Use a text with words, or no text for noise sentences.")
     ends = [index + 1 for index, word in enumerate(words) if word.rstrip("\"')]”’").endswith((".", "!", "?"))]
     return RulerHaystack(label, words, np.unique([0, *ends, len(words)]))
 
 
+# (random generator, haystack size in units, haystack, maximum length in tokens) -> prompt
 Writer = Callable[[np.random.Generator, int, RulerHaystack, int], Draft]
 
 
 @dataclass(frozen=True)
 class Needles:
-    """Keys with values (numbers or uuids), hidden in a haystack. The question is about the values of the first keys.
+    """A form that hides keys with values in a haystack. The question is about the values of the first keys.
 
     Attributes:
         keys: number of keys.
-        values: values per key.
+        values: number of values per key.
         queried: number of keys that the question names.
-        kind: of keys and values: "words", "numbers" (of 7 digits) or "uuids".
-        only_needles: the haystack consists of further keys and values instead of text.
+        kind: (kind of the keys, kind of the values). Keys are "words", "numbers" (of 7 digits) or "uuids"; values are "numbers" or "uuids".
+        only_needles: whether the haystack consists of further keys and values instead of text.
     """
 
     keys: int = 1
@@ -105,7 +108,7 @@ class Needles:
     only_needles: bool = False
 
     def __call__(self, random: np.random.Generator, size: int, haystack: RulerHaystack, length: int) -> Draft:
-        """Writes a prompt, see Writer; `size` in units of the haystack."""
+        """Write a prompt; see Writer for the arguments."""
         key_kind, value_kind = self.kind
         thing = "number" if value_kind == "numbers" else "uuid"
         taken: set[str] = set()
@@ -129,7 +132,7 @@ class Needles:
 
 
 def _new(random: np.random.Generator, kind: str, taken: set[str]) -> str:
-    """Draws a key or value that is not in `taken`, and adds it."""
+    """Draw a key or value that is not in `taken`, add it to `taken`, and return it."""
     while True:
         if kind == "words":
             made = f"{ADJECTIVES[random.integers(len(ADJECTIVES))]}-{NOUNS[random.integers(len(NOUNS))]}"
@@ -147,8 +150,8 @@ _EXAMPLE_SENTENCES = 10  # in the worked example of variable_tracking
 
 
 def variable_tracking(random: np.random.Generator, size: int, haystack: RulerHaystack, length: int) -> Draft:
-    """A chain of five variables, each assigned from the previous one. The question is which variables hold the value. A worked example with
-    short names comes first."""
+    """Write a prompt with a chain of five variables. Each variable is assigned from the previous one. The question is which variables hold
+    the value. A worked example with short names comes first."""
     example, names = _chain(random, _EXAMPLE_SENTENCES, NOISE, letters=3)
     prompt, references = _chain(random, size, haystack, letters=5)
     return Draft(f"{example} {' '.join(names)}\n\n{prompt}", tuple(references))
@@ -172,14 +175,16 @@ def _chain(random: np.random.Generator, size: int, haystack: RulerHaystack, *, l
 
 
 NUM_COMMON_WORDS = 10
-# (minimum length, (repetitions of a common word, of another word) in the list, the same in the worked example, words in that example).
-# From 4096 tokens: RULER's values. From 1024: RULER's values for short lengths. Below: our choice, which leaves room for a list.
+# (minimum length in tokens, (repetitions of a common word, of another word) in the list, the same pair for the worked example, number of
+# words in the worked example). The first row has RULER's values, the second row has RULER's values for short lengths, and the third row is
+# our choice, which leaves room for a list.
 _FREQUENCIES = ((4096, (30, 3), (10, 3), 40), (1024, (6, 1), (3, 1), 20), (0, (3, 1), (2, 1), 11))
-_TOKENS_A_WORD = 8  # at least; each word occurs three times or more, each time with its number
+_TOKENS_A_WORD = 8  # lower bound for lengths >= 4096, at which each word occurs three times or more, each time with a number
 
 
 def common_words(random: np.random.Generator, size: int, haystack: RulerHaystack, length: int) -> Draft:
-    """A shuffled list of `size` words, ten of which are more frequent. The question is which ones. A worked example comes first."""
+    """Write a prompt with a shuffled list of `size` words. Ten of the words are more frequent, and the question is which ten. A worked
+    example comes first."""
     times, example_times, example_size = next(row[1:] for row in _FREQUENCIES if length >= row[0])
     words = _word_order(random, size + example_size, at_least=length // _TOKENS_A_WORD)
     example, common = _word_list(random, words[:example_size], example_times)
@@ -189,8 +194,8 @@ def common_words(random: np.random.Generator, size: int, haystack: RulerHaystack
 
 
 def _word_order(random: np.random.Generator, count: int, *, at_least: int) -> list[str]:
-    """The first `count` words of a random order. WORDS come first, mixed with as many compounds as make up `at_least` words; the other
-    compounds follow."""
+    """Return the first `count` words of a random order. The order starts with all WORDS, mixed with compounds so that there are at least
+    `at_least` words. The other compounds follow."""
     plain = len(WORDS)
     rest = plain + random.permutation(len(ADJECTIVES) * len(NOUNS))
     mixed = max(at_least - plain, 0)
@@ -200,8 +205,8 @@ def _word_order(random: np.random.Generator, count: int, *, at_least: int) -> li
 
 
 def _word_list(random: np.random.Generator, words: list[str], times: tuple[int, int]) -> tuple[str, list[str]]:
-    """A word list as a question, and its answer. Words that contain a common word, or are contained in one, are left out, because scoring
-    by string match cannot distinguish them."""
+    """Return a word list with a question, and the answer. Words that contain a common word, or are contained in one, are left out, because
+    scoring by string match cannot distinguish them."""
     common: list[str] = []
     others: list[str] = []
     for word in words:
@@ -221,11 +226,12 @@ def _word_list(random: np.random.Generator, words: list[str], times: tuple[int, 
 
 _ZETA_OF_TWO = math.pi**2 / 6
 _CODED_LETTERS = 6
-_TOKENS_A_CODED_WORD = 50  # tokens of the length for each coded word of the vocabulary
+_TOKENS_A_CODED_WORD = 50  # the vocabulary has one coded word per 50 tokens of the length
 
 
 def frequent_words(random: np.random.Generator, size: int, haystack: RulerHaystack, length: int) -> Draft:
-    """Coded words; the k-th occurs size / (zeta(2) k^2) times, rounded down. The first is "...", the next three are the answer."""
+    """Write a prompt with a text of coded words. The k-th word occurs size / (zeta(2) k^2) times, rounded down. The first word is "...",
+    and the next three words are the answer."""
     coded: dict[str, None] = {}
     while len(coded) < length // _TOKENS_A_CODED_WORD:
         coded["".join(random.choice(list(_LETTERS), _CODED_LETTERS))] = None
@@ -241,5 +247,5 @@ def frequent_words(random: np.random.Generator, size: int, haystack: RulerHaysta
     return Draft(prompt, tuple(vocabulary[1:4]))
 
 
-# the smallest size at which the third coded word is more frequent than the fourth (here 3 times and once)
+# the smallest size at which the third coded word (3 times) is more frequent than the fourth (once)
 SMALLEST_TEXT = math.ceil(3 * _ZETA_OF_TWO * 16)

@@ -1,5 +1,6 @@
-"""Runs the tasks of suite ruler_offline: greedy generation on Megatron-Core, with the same computation as in training and with neither
-lm-eval nor a generation server. Prompts are read in chunks to bound the memory. Same interface as lm_eval_harness.harness.Harness."""
+"""Run the tasks of suite ruler_offline by greedy generation on Megatron-Core. The computation is the same as in training, and needs neither
+lm-eval nor a generation server. Prompts are read in chunks to bound the memory. The interface is that of
+lm_eval_harness.harness.Harness."""
 
 from __future__ import annotations
 
@@ -19,16 +20,16 @@ from endprompt_megatron.evaluation.tasks import Task
 from endprompt_megatron.inference.generation import greedy_generate
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 
-_DEFAULT_SAMPLES = 100  # for each task and length, where suite.samples is null
+_DEFAULT_SAMPLES = 100  # number of samples for each task and length if suite.samples is null
 
 
 class GenerationTasks:
     """Runs tasks that are scored by greedy generation.
 
     Args:
-        config: of the evaluation.
+        config: configuration of the evaluation.
         model: this rank's chunks of the model that `config` names, in evaluation mode.
-        device: of the model.
+        device: device of the model.
     """
 
     def __init__(self, config: EvaluateConfig, model: list[EndPromptGPTModel], *, device: torch.device):
@@ -39,16 +40,16 @@ class GenerationTasks:
         self.stop_tokens = end_tokens(Path(config.model), self.tokenizer)
 
     def run(self, task: Task, *, length: int, label: str, **_: Any) -> list[Sample]:
-        """Runs one task.
+        """Run one task.
 
         Args:
-            task: of suite ruler_offline.
-            length: maximum tokens of a prompt (including BOS) and its answer together.
-            label: for the progress display.
+            task: a task of suite ruler_offline.
+            length: maximum number of tokens of a prompt (including BOS) and its answer together.
+            label: text of the progress display.
         Returns:
             The scored samples, sorted by index.
         Raises:
-            DataError: the task's smallest prompt does not fit, or a local source cannot be read or has too little text.
+            DataError: the task's smallest prompt does not fit the length, or a local source cannot be read or has too little text.
         """
         samples = self._make_samples(task, length)
         prompts = [[*self.prefix, *self.encode(sample.prompt)] for sample in samples]
@@ -68,9 +69,9 @@ class GenerationTasks:
         ]
 
     def _make_samples(self, task: Task, length: int) -> list[RulerSample]:
-        """The task's samples, from local sources where the task uses any."""
+        """Return the task's samples, from local sources if the task uses any."""
         paths = vars(self.config.suite.sources)
-        assert task.form is not None  # every built-in task has one
+        assert task.form is not None  # every task of suite ruler_offline has a form
         options = dict(length=length, count=self.config.suite.samples or _DEFAULT_SAMPLES, seed=self.config.seed)
         if task.form in QA_TASKS:
             (source,) = task.needs
@@ -80,5 +81,5 @@ class GenerationTasks:
         return make_samples(self.encode, task=task.form, text=text, **options)
 
     def encode(self, text: str) -> list[int]:
-        """Encodes a text without special tokens."""
+        """Encode a text without special tokens."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""Reads the texts of a local folder, for tasks that hide facts in prose. lm-eval's essay tasks read the same folders."""
+"""Read the texts of a local folder, for tasks that hide facts in prose. lm-eval's essay tasks read the same folders."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from endprompt_megatron.errors import DataError
 
 
 def read_texts(folder: Path) -> list[str]:
-    """Returns every text of a folder, sorted by file name.
+    """Return every text of a folder, sorted by file name.
 
     Args:
-        folder: with .txt files, one text each, or .jsonl or .parquet files with rows {"text"}; subfolders are read too.
+        folder: folder with .txt files of one text each, or .jsonl or .parquet files with rows {"text"}. Subfolders are read too.
     Raises:
         DataError: the folder contains no text, or a file has another format.
     """
@@ -37,7 +37,7 @@ def _jsonl(path: Path) -> Iterator[str]:
 
 
 def _parquet(path: Path) -> list[str]:
-    import pyarrow.parquet  # comes with datasets; half a second to import
+    import pyarrow.parquet  # the import takes half a second; pyarrow is a dependency of datasets
 
     return pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()
 

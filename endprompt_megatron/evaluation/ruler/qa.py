@@ -1,5 +1,5 @@
-"""RULER's two question-answering tasks, from local copies of SQuAD and HotpotQA. The paragraphs that answer a question are mixed with
-others of the same data set, as many as fit the length.
+"""Make samples of RULER's two question-answering tasks from local copies of SQuAD and HotpotQA. The paragraphs that answer a question are
+mixed with other paragraphs of the same data set, as many as fit the length.
 
 Source: RULER (arXiv 2404.06654), section 3; SQuAD's and HotpotQA's own JSON formats.
 """
@@ -27,10 +27,10 @@ class QAQuestion:
     """One question of a data set.
 
     Attributes:
-        text: of the question.
-        answers: accepted answers; any one is correct.
-        gold: numbers of the question's own documents.
-        related: numbers of other documents of the same article. They are added before any others.
+        text: text of the question.
+        answers: accepted answers; each of them is correct.
+        gold: indices of the question's own documents in QuestionSet.documents.
+        related: indices of other documents of the same article. They are added before documents of other articles.
     """
 
     text: str
@@ -41,11 +41,11 @@ class QAQuestion:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """A data set.
+    """A data set of questions.
 
     Attributes:
         task: qa_squad | qa_hotpotqa.
-        documents: all documents, each once.
+        documents: all documents, without duplicates.
         questions: all questions that have an answer.
     """
 
@@ -55,11 +55,11 @@ class QuestionSet:
 
 
 def read_questions(task: str, path: Path) -> QuestionSet:
-    """Reads a data set from its JSON file.
+    """Read a data set from its JSON file.
 
     Args:
         task: qa_squad (SQuAD 1.1 or 2.0; questions without an answer are skipped) or qa_hotpotqa (the distractor setting).
-        path: of the file.
+        path: path of the JSON file.
     Raises:
         ConfigError: the task does not exist.
         DataError: the file is missing, has another format, or contains no question with an answer.
@@ -75,7 +75,7 @@ def read_questions(task: str, path: Path) -> QuestionSet:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         questions = list((_squad if task == "qa_squad" else _hotpotqa)(content, number))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{task}: {path} is no file of this data set ({error!r}). Give its JSON file as published.") from error
+        raise DataError(f"{task}: {path} is no file of this data set ({error!r}). Use the JSON file as published.") from error
     if not questions:
         raise DataError(f"{task}: {path} holds no question with an answer.")
     return QuestionSet(task, tuple(numbers), tuple(questions))
@@ -99,16 +99,16 @@ def _hotpotqa(content: Any, number: Callable[[str], int]) -> Iterator[QAQuestion
 
 
 def make_qa_samples(encode: Encode, questions: QuestionSet, *, length: int, count: int, seed: int = 42) -> list[RulerSample]:
-    """Makes samples. They are a pure function of the arguments, so models with the same tokenizer get the same samples.
+    """Make samples. They are a pure function of the arguments, so models with the same tokenizer get the same samples.
 
     Questions are drawn in random order. A question whose own documents do not fit the length is skipped.
 
     Args:
         encode: text -> token ids without special tokens.
-        questions: from read_questions.
-        length: maximum tokens of prompt and answer together.
+        questions: data set from read_questions.
+        length: maximum number of tokens of prompt and answer together.
         count: number of samples.
-        seed: of the order of questions and documents.
+        seed: seed of the order of questions and documents.
     Raises:
         DataError: fewer than `count` questions fit.
     """
@@ -137,7 +137,8 @@ def make_qa_samples(encode: Encode, questions: QuestionSet, *, length: int, coun
 def _write(
     questions: QuestionSet, question: QAQuestion, random: np.random.Generator, size: int, haystack: RulerHaystack, length: int
 ) -> Draft:
-    """A prompt with `size` documents: first those of the question, then related ones, then any others. They repeat when they run out."""
+    """Write a prompt with `size` documents in random order. The question's own documents are chosen first, then related documents, then
+    others. Documents are repeated if `size` exceeds the number of documents."""
     order = random.permutation(len(questions.documents)).tolist()
     ranked = list(dict.fromkeys([*question.gold, *random.permutation(question.related).astype(int).tolist(), *order]))
     rounds = -(-size // len(ranked))

@@ -1,9 +1,9 @@
-"""RULER's synthetic tasks at any length from 512 tokens: samples whose prompts fill the length for a given tokenizer, and their scoring.
+"""Make and score samples of RULER's synthetic tasks at any length from 512 tokens. The prompts fill the length for a given tokenizer.
 
 The rules follow NVIDIA's harness. The haystack of every sample is as large as the length allows, counting the answer prefix and the tokens
-to generate. A prompt is raw text that ends with the answer prefix, for base models. The seed is 42. An answer counts when it occurs in the
-output, ignoring case. A BOS token does not exceed the length: it takes the room of the last generated token, which the model never reads.
-Names and sentences are our own (forms.py), so scores are "in RULER's form" and not RULER's.
+to generate. A prompt is raw text that ends with the answer prefix, for base models. The default seed is 42. An answer is correct if it
+occurs in the output, ignoring case. A BOS token does not make a sample too long, because it takes the place of the last generated token,
+which the model never reads. Names and sentences are our own (forms.py), so pages label the scores "in RULER's form", not as RULER scores.
 
 Source: RULER (arXiv 2404.06654).
 """
@@ -36,8 +36,8 @@ from endprompt_megatron.evaluation.ruler.forms import (
 
 Encode = Callable[[str], list[int]]
 SHORTEST = 512
-_UNITS_A_TOKEN = 4  # upper bound of the search; no tokenizer packs as many words into a token
-_INTERPOLATION_STEPS = 8  # of the search for a size; then it only bisects
+_UNITS_A_TOKEN = 4  # upper bound of the search for a size; no tokenizer packs as many words into a token
+_INTERPOLATION_STEPS = 8  # number of steps of the search for a size that may interpolate; later steps bisect
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class RulerSample:
 
     Attributes:
         task: a name in FORMS or QA_TASKS.
-        length: maximum tokens of prompt and answer together.
-        index: number of the sample within task and length, from 0.
+        length: maximum number of tokens of prompt and answer together.
+        index: index of the sample within task and length, from 0.
         prompt: raw text, including the answer prefix.
-        references: strings that the answer must contain.
+        references: strings that the output must contain; for QA_TASKS, one of them is enough.
         max_new_tokens: number of tokens to generate.
-        depth: of the fact that the question is about, 0 = start of the haystack, 1 = end; None for several facts.
-        haystack: content of the haystack, for tables: noise, the caller's name of a text, needles, words, coded words or documents.
+        depth: depth of the fact that the question is about, 0 = start of the haystack, 1 = end; None for several facts.
+        haystack: content of the haystack, for tables: noise, the name of the caller's text, needles, words, coded words or documents.
     """
 
     task: str
@@ -70,11 +70,11 @@ class RulerForm:
     """The form of a RULER task.
 
     Attributes:
-        write: writes a prompt for a haystack size.
+        write: function that writes a prompt for a haystack size.
         max_new_tokens: number of tokens to generate.
-        counterpart: RULER's names of the task, with a noise haystack and with essays; None where RULER has no such task.
-        smallest: size of the smallest haystack that makes sense.
-        made_of: content of the haystack, for forms that do not use the caller's text; None for forms that do.
+        counterpart: (RULER's name of the task with a noise haystack, RULER's name with essays); None if RULER has no such task.
+        smallest: smallest permitted size of the haystack, in units.
+        made_of: content of the haystack, for forms that do not use the caller's text; None for forms that use it.
     """
 
     write: Writer
@@ -84,7 +84,8 @@ class RulerForm:
     made_of: str | None = None
 
 
-QA_TASKS = ("qa_squad", "qa_hotpotqa")  # in qa.py, because they need external data; any one of the references is enough
+# These tasks are in qa.py, because they need external data. An output is correct if it contains any one of the references.
+QA_TASKS = ("qa_squad", "qa_hotpotqa")
 _UUIDS = ("words", "uuids")
 FORMS: dict[str, RulerForm] = {
     "niah_single": RulerForm(Needles(), 128, ("niah_single_1", "niah_single_2")),
@@ -103,16 +104,16 @@ FORMS: dict[str, RulerForm] = {
 def make_samples(
     encode: Encode, *, task: str, length: int, count: int, seed: int = 42, text: tuple[str, Iterable[str]] | None = None
 ) -> list[RulerSample]:
-    """Makes samples. They are a pure function of the arguments, so models with the same tokenizer get the same samples.
+    """Make samples. They are a pure function of the arguments, so models with the same tokenizer get the same samples.
 
     Args:
         encode: text -> token ids without special tokens.
         task: a name in FORMS.
-        length: maximum tokens of prompt and answer together, >= 512.
+        length: maximum number of tokens of prompt and answer together, >= 512.
         count: number of samples.
-        seed: of all random draws.
-        text: (name, documents) to hide facts in; None uses noise sentences. Forms with `made_of` ignore it. Where the text is too short it
-            is repeated, and `RulerSample.haystack` then ends with ", repeated".
+        seed: seed of all random draws.
+        text: (name, documents) of the text that hides the facts; None uses noise sentences. Forms with `made_of` ignore this argument. A
+            text that is too short is repeated, and `RulerSample.haystack` then ends with ", repeated".
     Raises:
         ConfigError: the task does not exist, or the length is below 512.
         DataError: the smallest prompt of the task does not fit with this tokenizer, or the text is empty.
@@ -146,18 +147,19 @@ class HaystackSizer:
         self.encode, self.form, self.haystack, self.length, self.entropy, self.name = encode, form, haystack, length, entropy, name
 
     def write(self, size: int) -> Draft:
-        """The sample with a haystack of `size` units."""
+        """Return the sample with a haystack of `size` units."""
         return self.form.write(np.random.default_rng(self.entropy), size, self.haystack, self.length)
 
     def spare(self, size: int) -> int:
-        """Tokens of the length that remain free; negative where the sample does not fit."""
+        """Return the number of tokens of the length that remain free; negative if the sample does not fit."""
         return self.length - self.form.max_new_tokens - len(self.encode(self.write(size).prompt))
 
     def largest(self, guess: int) -> int:
-        """The largest size that fits. The first steps of the search interpolate from the tokens per unit, the others bisect.
+        """Return the largest size that fits. The first steps of the search interpolate from the number of tokens per unit, and the other
+        steps bisect.
 
         Args:
-            guess: size of a similar sample, at which the search starts; 0 where there is none.
+            guess: size of a similar sample, at which the search starts; 0 if there is none.
         Raises:
             DataError: the smallest size does not fit, or the tokenizer returns too few tokens for the text.
         """
@@ -179,33 +181,33 @@ class HaystackSizer:
             interpolates = step < _INTERPOLATION_STEPS and spare < most
             tried += math.floor(spare * (tried - smallest) / (most - spare)) if interpolates else (low + high) // 2 - tried
         if high == limit:
-            raise DataError(f"{self.name} at {self.length} tokens: {low} words or sentences fit, too many. Check the tokenizer.")
+            raise DataError(f"{self.name} at {self.length} tokens: {low} words or sentences fit, which is too many. Check the tokenizer.")
         return low
 
 
 def score(task: str, output: str, references: Sequence[str]) -> float:
-    """Scores an output, 0 to 100.
+    """Return the score of an output, 0 to 100.
 
     Args:
         task: a name in FORMS or QA_TASKS.
         output: the generated text, without the prompt.
-        references: of the sample.
+        references: references of the sample.
     """
     return string_match_part(output, references) if task in QA_TASKS else string_match_all(output, references)
 
 
 def string_match_all(output: str, references: Sequence[str]) -> float:
-    """Share of the references that occur in the output, ignoring case, 0 to 100."""
+    """Return the percentage of the references that occur in the output, ignoring case, 0 to 100."""
     normalized = _normalized(output)
     return 100.0 * sum(reference.lower() in normalized for reference in references) / len(references)
 
 
 def string_match_part(output: str, references: Sequence[str]) -> float:
-    """100 if any of the references (aliases of one answer) occurs in the output, ignoring case, else 0."""
+    """Return 100 if any of the references (aliases of one answer) occurs in the output, ignoring case, else 0."""
     normalized = _normalized(output)
     return 100.0 if any(reference.lower() in normalized for reference in references) else 0.0
 
 
 def _normalized(output: str) -> str:
-    """The output as RULER normalizes it: control characters become line breaks."""
+    """Return the output in RULER's normalization, which replaces control characters by line breaks, in lower case."""
     return re.sub(r"[\x00-\x1f]", "\n", output.strip()).strip().lower()

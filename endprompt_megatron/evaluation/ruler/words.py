@@ -1,4 +1,4 @@
-"""English words for the keys and word lists of RULER's tasks. Fixed here, so that samples do not depend on a package's word list."""
+"""English words for the keys and word lists of RULER's tasks. They are fixed here, so samples do not depend on a package's word list."""
 
 from __future__ import annotations
 
@@ -68,5 +68,5 @@ WORDS = tuple(sorted({*ADJECTIVES, *NOUNS, *VERBS}))
 
 
 def compounds() -> list[str]:
-    """Every pair of an adjective and a noun: keys of needles, and further words beyond WORDS."""
+    """Return every pair of an adjective and a noun. Keys of needles have this form, and word lists use the pairs in addition to WORDS."""
     return [f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS]

@@ -1,4 +1,4 @@
-"""EndPrompt's samples for Megatron-Bridge: a dataset provider over our dataset, with the samples of our own trainer."""
+"""Dataset provider for Megatron-Bridge. The samples equal those of our own trainer for the same data and seed."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from endprompt_megatron.integrations.window_extension import WindowExtension
 
 @dataclass(kw_only=True)
 class EndPromptDatasetProvider(DatasetProvider):
-    """Training and validation samples; nothing is tested.
+    """Provides a training and a validation dataset. There is no test dataset.
 
     Attributes:
-        extension: what is extended and how.
-        paths, weights: prefixes of .bin/.idx files (recipes/prepare_data.py makes them) and their shares; one path needs none.
-        validation_paths, validation_weights: as these; without, `split` cuts them off.
-        split: train,validation,test shares.
-        seed: of sample order, and of the draws of end prompts and positions.
-        index_cache_dir: where Megatron keeps its index caches.
-        dataloader_type: of Bridge: one pass, in the order of our own trainer.
+        extension: base model, target window and method.
+        paths, weights: prefixes of .bin/.idx files (written by recipes/prepare_data.py) and their weights. A single path needs no weight.
+        validation_paths, validation_weights: same as `paths` and `weights`, for validation. Without validation_paths, the validation data
+            is split from `paths`.
+        split: train,validation,test shares for splitting `paths`.
+        seed: seed of the sample order and of the random end prompts and positions.
+        index_cache_dir: directory of Megatron's index caches.
+        dataloader_type: Bridge's type of data loader. "single" reads the dataset once, in the same order as our own trainer.
     """
 
     extension: WindowExtension
@@ -40,15 +41,15 @@ class EndPromptDatasetProvider(DatasetProvider):
 
     @property
     def seq_length(self) -> int:
-        """Physical tokens of a sample; Bridge logs throughput by it."""
+        """Number of physical tokens of a sample. Bridge computes its throughput from this value."""
         return self.extension.seq_length
 
     def build_datasets(self, context: DatasetBuildContext) -> tuple[Any, Any, None]:
-        """The datasets of a run; Bridge calls it with its numbers of samples.
+        """Build the training and validation datasets. Bridge calls this method with the numbers of samples.
 
         Raises:
-            ConfigError: corpora without weights.
-            DataError: as WindowExtension.build_datasets.
+            ConfigError: the number of weights differs from the number of paths.
+            ConfigError, DataError, CheckpointError: same as WindowExtension.build_datasets.
         """
         train, validation = self.extension.build_datasets(
             _blend(self.paths, self.weights),
@@ -60,11 +61,11 @@ class EndPromptDatasetProvider(DatasetProvider):
             cache_dir=Path(self.index_cache_dir),
         )
         for dataset in filter(None, (train, validation)):
-            dataset.collate_fn = collate  # where Bridge looks for one
+            dataset.collate_fn = collate  # Bridge reads this attribute
         return train, validation, None
 
 
 def _blend(paths: list[str], weights: list[float] | None) -> Blend:
     if len(weights or [1.0]) != len(paths):
-        raise ConfigError(f"paths={paths}, weights={weights}: several corpora need a weight each.")
+        raise ConfigError(f"paths={paths}, weights={weights}: give one weight for each path.")
     return Blend(list(paths), weights or [1.0])

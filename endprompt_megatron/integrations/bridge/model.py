@@ -1,5 +1,5 @@
-"""EndPrompt's model for Megatron-Bridge (0.3 on Python 3.11, 0.6 on 3.12): a provider whose `provide` makes our GPT model and that loads
-the base's weights itself. Bridge's own conversion is left out on both ways: it drops or rewrites linear RoPE scaling."""
+"""Model provider for Megatron-Bridge (0.3 on Python 3.11, 0.6 on 3.12). The provider builds our GPT model and loads the weights of the
+base. Import and export do not use Bridge's own conversion, because that conversion drops or rewrites linear RoPE scaling."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from endprompt_megatron.model.gpt import EndPromptGPTModel
 
 @dataclass
 class EndPromptModelProvider(GPTModelProvider):
-    """GPTModelProvider whose model is ours. `endprompt_model_provider` fills its numbers from the base.
+    """GPTModelProvider that builds EndPromptGPTModel. Use `endprompt_model_provider` to create it with the sizes of the base.
 
     Attributes:
-        extension: what is extended and how.
+        extension: base model, target window and method; required by `provide`.
     """
 
     extension: WindowExtension | None = None
 
     def provide(self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None) -> EndPromptGPTModel:
-        """As WindowExtension.build_chunk."""
+        """Build this rank's chunk of the model with WindowExtension.build_chunk."""
         if self.extension is None:
-            raise ConfigError("EndPromptModelProvider(extension=None): name what is extended. endprompt_model_provider(extension) does.")
+            raise ConfigError("EndPromptModelProvider(extension=None): set `extension`, or use endprompt_model_provider(extension).")
         return self.extension.build_chunk(self, vp_stage=vp_stage, pre_process=pre_process, post_process=post_process)
 
     def load_base_weights(self, chunks: list[EndPromptGPTModel]) -> list[EndPromptGPTModel]:
-        """Bridge's hook before it wraps a model: fill this rank's chunks from the base, each rank reading only its slices. A checkpoint
-        that Bridge resumes comes after, and replaces them."""
-        assert self.extension is not None  # `provide` has refused None
+        """Load the weights of the base into this rank's chunks. Bridge calls this method before it wraps the model. Each rank reads only
+        its slices. If Bridge resumes a checkpoint, the weights of the checkpoint replace those of the base afterwards."""
+        assert self.extension is not None  # `provide` raises for None
         base, _ = self.extension.check()
         load_hf_weights(chunks, base.hf_path, base.architecture)
         return chunks
 
 
 def endprompt_model_provider(extension: WindowExtension, **fields: Any) -> EndPromptModelProvider:
-    """EndPromptModelProvider with the numbers of the base's config.json.
+    """Return an EndPromptModelProvider with the sizes from config.json of the base.
 
     Args:
-        extension: what is extended and how.
-        fields: further fields of GPTModelProvider: layout, recomputation.
+        extension: base model, target window and method.
+        fields: additional fields of GPTModelProvider, such as layout and recomputation.
     Raises:
-        ConfigError, DataError, CheckpointError: as WindowExtension.check.
+        ConfigError, DataError, CheckpointError: same as WindowExtension.check.
     """
     base, rope = extension.check()
     known: dict[str, Any] = {

@@ -1,5 +1,5 @@
-"""EndPrompt's forward step for Megatron-Bridge: `pretrain(config, endprompt_forward_step)`. Bridge's own gives middle pipeline stages no
-batch and the last one no positions, and rounds the sum of the loss weights to whole tokens.
+"""Forward step for Megatron-Bridge, used as `pretrain(config, endprompt_forward_step)`. Bridge's own forward step passes no batch to middle
+pipeline stages and no positions to the last stage, and rounds the sum of the loss weights to whole tokens.
 
 Shapes: b micro-batch, s physical sequence on this rank.
 """
@@ -18,13 +18,14 @@ from endprompt_megatron.training.step import weighted_loss
 
 
 def endprompt_forward_step(data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> tuple[Tensor, Callable]:
-    """The same on every pipeline stage: each rotates by the positions of the micro-batch.
+    """Run the forward pass of one micro-batch. Every pipeline stage gets the positions of the micro-batch, because every stage rotates
+    queries and keys.
 
     Args:
-        data_iterator: of EndPromptDatasetProvider's samples.
-        model: a chunk of EndPromptModelProvider's model.
+        data_iterator: iterator over the batches of EndPromptDatasetProvider.
+        model: model chunk built by EndPromptModelProvider.
     Returns:
-        (loss of each token [b, s] or hidden states, loss function).
+        (output, loss function). The output is the loss of each token [b, s] on the last pipeline stage, else hidden states.
     """
     batch = to_micro_batch(next(data_iterator), torch.device(torch.cuda.current_device()))
     output = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
@@ -32,8 +33,8 @@ def endprompt_forward_step(data_iterator: Iterator[dict[str, Tensor]], model: to
 
 
 def _reported_loss(batch: MicroBatch, token_losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """weighted_loss with figures as Bridge adds them up: over micro-batches and ranks, [sum, count] each."""
+    """Return weighted_loss and its figures as [sum, count] tensors. Bridge adds them up over micro-batches and ranks."""
     loss, report = weighted_loss(batch, token_losses)
     figures = report["figures"]
-    share = figures.new_tensor([1.0 / parallel_state.get_context_parallel_world_size()])  # ranks of a group share one micro-batch
+    share = figures.new_tensor([1.0 / parallel_state.get_context_parallel_world_size()])  # the group's ranks share one micro-batch
     return loss, {"lm loss": torch.cat([figures[:1], share]), "context loss": figures[1:3]}

@@ -1,4 +1,4 @@
-"""EndPrompt's samples for NeMo 2.x: PreTrainingDataModule over our dataset; for the same data and seed the samples of our own trainer."""
+"""Data module for NeMo 2.x. The samples equal those of our own trainer for the same data and seed."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from endprompt_megatron.integrations.window_extension import WindowExtension
 
 
 class EndPromptDataModule(llm.PreTrainingDataModule):
-    """PreTrainingDataModule of EndPrompt's samples.
+    """PreTrainingDataModule with EndPromptDataset.
 
     Args:
-        paths: prefixes of .bin/.idx files (recipes/prepare_data.py makes them), or [weight, prefix, ...], or {"train": ..., "validation":
-            ..., "test": ...} of these, as PreTrainingDataModule takes them; nothing is tested.
-        extension: what is extended and how; its seq_length is that of the samples.
-        tokenizer: what Megatron needs of one. NeMo's own would copy the base with its weights into every checkpoint.
-        seed: of sample order, and of the draws of end prompts and positions.
-        split: train,validation,test shares where `paths` names no validation data.
-        index_mapping_dir: where Megatron keeps its index caches.
-        micro_batch_size, global_batch_size, num_workers, pin_memory, persistent_workers: as PreTrainingDataModule.
+        paths: text in the format of PreTrainingDataModule: [prefix] or [weight, prefix, ...] of .bin/.idx files (written by
+            recipes/prepare_data.py), or {"train": ..., "validation": ..., "test": ...} of such lists. Test data is ignored.
+        extension: base model, target window and method. Its seq_length is the length of the samples.
+        tokenizer: tokenizer attributes that Megatron reads. NeMo's own tokenizer would copy the base with its weights into every
+            checkpoint.
+        seed: seed of the sample order and of the random end prompts and positions.
+        split: train,validation,test shares for splitting `paths`, if `paths` contains no validation data.
+        index_mapping_dir: directory of Megatron's index caches.
+        micro_batch_size, global_batch_size, num_workers, pin_memory, persistent_workers: same as PreTrainingDataModule.
     """
 
     def __init__(
@@ -64,15 +65,17 @@ class EndPromptDataModule(llm.PreTrainingDataModule):
         trainer_limit_val_batches: int | float,
         trainer_limit_test_batches: int | float,
     ) -> None:
-        """Build the datasets of a run; NeMo calls it with the trainer's settings. Every validation takes the same batches.
+        """Build the training and validation datasets. NeMo calls this method with the settings of the trainer. Every validation uses the
+        same batches.
 
         Raises:
-            ConfigError, DataError: as WindowExtension.build_datasets; or the number of steps or batches is not known beforehand.
+            ConfigError: the trainer does not set the number of steps or of validation batches, or several paths have no weights.
+            ConfigError, DataError, CheckpointError: same as WindowExtension.build_datasets.
         """
-        if trainer_max_steps < 1:  # NeMo's -1 would also let learning rates end at 0
-            raise ConfigError(f"max_steps={trainer_max_steps}: the number of samples follows from it. Set the trainer's max_steps.")
+        if trainer_max_steps < 1:  # with NeMo's default of -1, the learning rate would also end at 0
+            raise ConfigError(f"max_steps={trainer_max_steps}: must be at least 1. Set the trainer's max_steps.")
         if isinstance(trainer_limit_val_batches, float) and trainer_limit_val_batches != 0.0:
-            raise ConfigError(f"limit_val_batches={trainer_limit_val_batches}: a share of unknown text. Set a number of batches, or 0.")
+            raise ConfigError(f"limit_val_batches={trainer_limit_val_batches}: shares are not supported. Set a number of batches, or 0.")
         blends = [_blend(*blend) for blend in self.build_kwargs.get("blend_per_split", [self.build_kwargs.get("blend")])]
         self._train_ds, self._validation_ds = self.extension.build_datasets(
             blends[0],
@@ -85,7 +88,7 @@ class EndPromptDataModule(llm.PreTrainingDataModule):
         )
         self._test_ds = None
         for dataset in filter(None, (self._train_ds, self._validation_ds)):
-            dataset.collate_fn = collate  # where PreTrainingDataModule looks for one
+            dataset.collate_fn = collate  # PreTrainingDataModule reads this attribute
 
 
 def _blend(prefixes: list[str], weights: list[float] | None) -> Blend:
@@ -95,5 +98,11 @@ def _blend(prefixes: list[str], weights: list[float] | None) -> Blend:
 
 
 def endprompt_data_module(paths: Any, extension: WindowExtension, **settings: Any) -> EndPromptDataModule:
-    """EndPromptDataModule of an extension that is checked first; arguments as there, errors as of WindowExtension.check."""
+    """Check the extension and return its EndPromptDataModule.
+
+    Args:
+        paths, extension, settings: same as for EndPromptDataModule.
+    Raises:
+        ConfigError, DataError, CheckpointError: same as WindowExtension.check.
+    """
     return EndPromptDataModule(paths, extension, extension.tokenizer_facts(), **settings)

@@ -1,6 +1,6 @@
-"""EndPrompt's model for NeMo 2.x: a Llama config whose `configure_model` makes our GPT model, and a Llama model that starts from the base's
-weights, gives every pipeline stage its positions (NeMo's own step drops them after the first) and optimises the weighted loss (NeMo's own
-rounds the sum of the weights to whole tokens).
+"""Llama config and Llama model for NeMo 2.x. The config builds our GPT model. The model starts from the weights of the base, passes the
+positions to every pipeline stage, and optimises the weighted loss. NeMo's own forward step drops the positions after the first stage, and
+NeMo's own loss rounds the sum of the loss weights to whole tokens.
 
 Shapes: b micro-batch, s physical sequence on this rank.
 """
@@ -30,25 +30,26 @@ from endprompt_megatron.training.step import weighted_loss
 
 
 def data_step(batches: Iterator[Any]) -> MicroBatch:
-    """NeMo's data step: the next micro-batch of EndPromptDataModule, on this rank's device, cut for its context-parallel rank."""
+    """Return the next micro-batch of EndPromptDataModule on this rank's device, with only the tokens of its context-parallel rank."""
     batch = next(batches)
     return to_micro_batch(batch[0] if isinstance(batch, tuple) else batch, torch.device(torch.cuda.current_device()))
 
 
 def forward_step(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
-    """NeMo's forward step, the same on every pipeline stage: each rotates by the positions of the micro-batch."""
+    """Run the forward pass of one micro-batch. Every pipeline stage gets the positions of the micro-batch, because every stage rotates
+    queries and keys. Return the loss of each token [b, s] on the last stage, else hidden states."""
     return model(batch.tokens, batch.position_ids, None, labels=batch.labels)
 
 
 class EndPromptLossReduction(MegatronLossReduction):
-    """training.step.weighted_loss as NeMo's loss."""
+    """NeMo's interface to training.step.weighted_loss."""
 
     def forward(self, batch: MicroBatch, forward_out: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a micro-batch, [], and its figures."""
+        """Return the scalar loss of a micro-batch and its figures."""
         return weighted_loss(batch, forward_out)
 
     def reduce(self, losses_reduced_per_micro_batch: list[dict[str, Tensor]]) -> Tensor:
-        """The weighted loss of a global batch, [], for the last pipeline stage; NeMo hands it to the others."""
+        """Return the scalar weighted loss of a global batch on the last pipeline stage. NeMo broadcasts it to the other stages."""
         loss = torch.stack([entry["figures"][0] for entry in losses_reduced_per_micro_batch]).mean()
         torch.distributed.all_reduce(loss, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         return loss / parallel_state.get_data_parallel_world_size()
@@ -56,10 +57,11 @@ class EndPromptLossReduction(MegatronLossReduction):
 
 @dataclass
 class EndPromptLlamaConfig(llm.LlamaConfig):
-    """llm.LlamaConfig whose model is ours. `endprompt_llama_config` fills its numbers from the base.
+    """llm.LlamaConfig that builds EndPromptGPTModel. Use `endprompt_llama_config` to create it with the sizes of the base.
 
     Attributes:
-        extension: what is extended and how.
+        extension: base model, target window and method; required by `configure_model`.
+        data_step_fn, forward_step_fn: functions of this module.
     """
 
     extension: WindowExtension | None = None
@@ -69,21 +71,22 @@ class EndPromptLlamaConfig(llm.LlamaConfig):
     def configure_model(
         self, tokenizer: Any, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
     ) -> EndPromptGPTModel:
-        """As WindowExtension.build_chunk. The tokenizer is not used: the vocabulary is the base's."""
+        """Build this rank's chunk of the model with WindowExtension.build_chunk. The tokenizer is ignored, because the vocabulary size is
+        that of the base."""
         if self.extension is None:
-            raise ConfigError("EndPromptLlamaConfig(extension=None): name what is extended. endprompt_llama_config(extension) does.")
+            raise ConfigError("EndPromptLlamaConfig(extension=None): set `extension`, or use endprompt_llama_config(extension).")
         stage = (vp_stage or 0) if self.virtual_pipeline_model_parallel_size else None
         return self.extension.build_chunk(self, vp_stage=stage, pre_process=pre_process, post_process=post_process)
 
 
 def endprompt_llama_config(extension: WindowExtension, **fields: Any) -> EndPromptLlamaConfig:
-    """EndPromptLlamaConfig with the numbers of the base's config.json.
+    """Return an EndPromptLlamaConfig with the sizes from config.json of the base.
 
     Args:
-        extension: what is extended and how.
-        fields: further fields of llm.LlamaConfig, e.g. recompute_granularity.
+        extension: base model, target window and method.
+        fields: additional fields of llm.LlamaConfig, e.g. recompute_granularity.
     Raises:
-        ConfigError, DataError, CheckpointError: as WindowExtension.check.
+        ConfigError, DataError, CheckpointError: same as WindowExtension.check.
     """
     base, rope = extension.check()
     shape = {"vocab_size": base.architecture.vocab_size, "share_embeddings_and_output_weights": base.architecture.tied_embeddings}
@@ -92,14 +95,14 @@ def endprompt_llama_config(extension: WindowExtension, **fields: Any) -> EndProm
 
 
 class EndPromptLlamaModel(llm.LlamaModel):
-    """llm.LlamaModel that starts from the weights of the base and trains with EndPrompt's loss. A checkpoint that NeMo restores comes
-    after them, and replaces them."""
+    """llm.LlamaModel that starts from the weights of the base and trains with the loss of EndPrompt. If NeMo restores a checkpoint, its
+    weights replace those of the base."""
 
     def configure_model(self, vp_stage: int | None = None) -> None:
-        """As llm.GPTModel's, with the weights of the base: each rank reads only its slices."""
+        """Run llm.GPTModel.configure_model and load the weights of the base. Each rank reads only its slices."""
         if hasattr(self, "module"):
             return
-        if cpu.cpu_shims_installed():  # NeMo seeds Megatron's generators only where it counts a GPU
+        if cpu.cpu_shims_installed():  # NeMo seeds Megatron's generators only if it finds a GPU
             tensor_parallel.model_parallel_cuda_manual_seed(torch.initial_seed())
         accept_legacy_optimizer_arguments()
         super().configure_model(vp_stage=vp_stage)
@@ -107,18 +110,18 @@ class EndPromptLlamaModel(llm.LlamaModel):
         load_hf_weights([self.module], base.hf_path, base.architecture)
 
     def on_fit_start(self) -> None:
-        """Refuse to train with the samples of another extension.
+        """Check that the data module and the model have the same extension.
 
         Raises:
-            ConfigError: the data module's is not the model's.
+            ConfigError: the extensions of the data module and of the model differ.
         """
         theirs = getattr(self.trainer.datamodule, "extension", None)
         if theirs != self.config.extension:
-            raise ConfigError(f"the model extends {self.config.extension}, the data module {theirs}: give both the same WindowExtension.")
+            raise ConfigError(f"the model has {self.config.extension}, the data module has {theirs}: give both the same WindowExtension.")
 
     @property
     def training_loss_reduction(self) -> EndPromptLossReduction:
-        """Of a training step, and of the others."""
+        """Loss reduction of training, validation and test steps."""
         return EndPromptLossReduction()
 
     validation_loss_reduction = test_loss_reduction = training_loss_reduction
@@ -126,14 +129,15 @@ class EndPromptLlamaModel(llm.LlamaModel):
 
 @io.model_exporter(EndPromptLlamaModel, "hf")
 class EndPromptExporter(io.ModelConnector[EndPromptLlamaModel, Any]):
-    """`llm.export_ckpt(path, "hf")` of a checkpoint of EndPromptLlamaModel, by our exporter: NeMo's own loses linear RoPE scaling and names
-    the physical length as the window."""
+    """Exports a checkpoint of EndPromptLlamaModel for `llm.export_ckpt(path, "hf")`. NeMo's own exporter loses linear RoPE scaling and
+    writes the physical length as the window."""
 
     def nemo_load(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: llm.export_ckpt loads every model onto a GPU first, to see whether ModelOpt exports it, and takes this error for a no."""
+        """Raise RuntimeError, so that the model is not loaded. llm.export_ckpt first loads every model onto a GPU to find out whether
+        ModelOpt can export it. If this fails, llm.export_ckpt calls `apply`."""
         raise RuntimeError("an EndPrompt checkpoint is exported from its files")
 
     def apply(self, output_path: Path) -> Path:
-        """Write the Hugging Face directory; no GPU, no process group."""
+        """Write the Hugging Face directory and return its path. This needs neither a GPU nor a process group."""
         config = io.load_context(Path(str(self)), subpath="model.config")
         return config.extension.export_checkpoint(Path(str(self)), Path(output_path))

@@ -1,5 +1,6 @@
-"""NeMo-Run recipes of the paper's setting, Llama 3 from 8K to 64K: `run.run(llama3_8b_64k(paths=[...]))`, or on a cluster through an
-executor. They take NeMo's layouts for the physical 8,192 tokens of a sample, not those of its own 64K recipes."""
+"""NeMo-Run recipes for the setting of the paper: Llama 3 extended from 8K to 64K. Run `run.run(llama3_8b_64k(paths=[...]))`. On a
+cluster, pass an executor to `run.run`. The recipes use NeMo's layouts for 8,192 tokens and not the layouts of NeMo's 64K recipes, because a
+sample has 8,192 physical tokens."""
 
 from __future__ import annotations
 
@@ -22,12 +23,12 @@ _MAX_STEPS = 1907  # x 64 samples x 8,192 tokens = 1.0B tokens. Source: EndPromp
 def llama3_8b_64k(
     paths: list[str], hf_path: str = "models/llama3_8b", dir: str | None = None, name: str = "endprompt_llama3_8b_64k", num_nodes: int = 1
 ) -> run.Partial:
-    """Llama-3-8B on nodes of 8 GPUs of 80 GB, data-parallel.
+    """Return the recipe of Llama-3-8B for nodes with 8 GPUs of 80 GB, with data parallelism only.
 
     Args:
-        paths: training text, as EndPromptDataModule takes it.
+        paths: training text, in the format of `paths` of EndPromptDataModule.
         hf_path: Hugging Face directory of the base.
-        dir, name, num_nodes: as NeMo's own recipes.
+        dir, name, num_nodes: same as for NeMo's recipes.
     """
     trainer = llama3_8b.trainer(context_parallelism=1, num_nodes=num_nodes, max_steps=_MAX_STEPS)
     return _recipe(trainer, paths, hf_path, dir, name)
@@ -37,7 +38,8 @@ def llama3_8b_64k(
 def llama3_70b_64k(
     paths: list[str], hf_path: str = "models/llama3_70b", dir: str | None = None, name: str = "endprompt_llama3_70b_64k", num_nodes: int = 8
 ) -> run.Partial:
-    """Llama-3-70B on nodes of 8 GPUs of 80 GB: TP 4, PP 4 with 5 virtual stages, CP 2. Arguments as llama3_8b_64k."""
+    """Return the recipe of Llama-3-70B for nodes with 8 GPUs of 80 GB. The layout is TP 4, PP 4 with 5 virtual stages, and CP 2. The
+    arguments are those of llama3_8b_64k."""
     trainer = llama3_70b.trainer(num_nodes=num_nodes, max_steps=_MAX_STEPS)
     return _recipe(trainer, paths, hf_path, dir, name)
 

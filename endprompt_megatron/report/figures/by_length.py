@@ -1,4 +1,4 @@
-"""Figure of the mean score of a suite by prompt length, for one model or several. For RULER it includes the paper's curve."""
+"""Draw the mean score of a suite by prompt length, for one or several models. For RULER, the figure includes the paper's curve."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ Scores = Sequence[Mapping[str, Any]]
 
 
 def length_picture(output_dir: Path, suite: str, panels: Mapping[str, Scores], conditions: Mapping[str, Any]) -> str:
-    """Draws the mean over tasks by length. Only lengths at which all tasks ran count; fewer than two of them give no figure.
+    """Draw the mean over tasks by length. A curve includes only lengths at which all tasks ran. If a system has fewer than two such
+    lengths, there is no figure.
 
     Args:
         output_dir: directory of the figure.
         suite: ruler or ruler_offline.
-        panels: {system: its scores}. Only tasks that all systems have count, and none with a stand-in haystack.
-        conditions: with native_window and window.
+        panels: {system: its scores}. The mean includes only tasks that all systems have, and excludes tasks with a stand-in haystack.
+        conditions: conditions of the evaluation, with native_window and window.
     Returns:
-        Markdown of the figure; empty where there is none.
+        Markdown of the figure; empty if there is none.
     """
     own = {label: [score for score in scores if score["haystack"] != STAND_IN_HAYSTACK] for label, scores in panels.items()}
     common = set.intersection(*({_task_of(score) for score in scores} for scores in own.values()))
@@ -60,6 +61,6 @@ def _curve(label: str, scores: Scores, num_tasks: int) -> Curve:
 
 
 def _interval_of_mean(mean: float, scores: Scores) -> tuple[float, float]:
-    """95 % interval of a mean over tasks with independent samples: squares of half widths add."""
+    """Return the 95 % interval of a mean over tasks. The tasks have independent samples, so the squares of the half widths add up."""
     half = sum(((score["interval"][1] - score["interval"][0]) / 2) ** 2 for score in scores) ** 0.5 / len(scores)
     return max(0.0, mean - half), min(100.0, mean + half)

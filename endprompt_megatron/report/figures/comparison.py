@@ -1,5 +1,5 @@
-"""The figures of a study: retrieval by context length and by the distance back to the fact, and results against the cost of training. A
-method has the same colour, marker and line in all figures."""
+"""The figures of a study: retrieval by context length, retrieval by the distance from the question to the fact, and results against
+training time. A method has the same colour, marker and line in all figures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from endprompt_megatron.report.figures.run import (
 
 _Question = tuple[float, int, int]  # depth, length, number
 _PURPLE = "#CC79A7"
-_SMALL_DIFFERENCE = 0.5  # nats; an axis of differences is linear up to this value
+_SMALL_DIFFERENCE = 0.5  # in nats; a symlog axis of differences is linear up to this value
 TASK_NAMES = {
     "needle": "One key",
     "number": "Planted numbers",
@@ -55,19 +55,21 @@ _MORE_STYLES = [SystemStyle(color, marker, ":") for marker in "*>p8Xd" for color
 
 
 def styles_of(labels: Sequence[str]) -> dict[str, SystemStyle]:
-    """The style of each label; equal labels give equal styles in all figures."""
+    """Return the style of each label. Labels without an entry in _STYLES get the styles of _MORE_STYLES in order, so equal lists of labels
+    give equal styles in all figures."""
     more = iter(_MORE_STYLES * (1 + len(labels) // len(_MORE_STYLES)))
     return {label: _STYLES.get(label) or next(more) for label in labels}
 
 
 def plot_scores_by_length(path: Path, groups: dict[str, list[RunResult]]) -> Path | None:
-    """Share of right answers (digits of a key, whole chains) and log-probability of the answer, by context length, for each task.
+    """Draw the accuracy and the log-probability of the answer by context length for each task. Accuracy is the share of correct digits, and
+    for variable tracking the share of chains that are entirely correct.
 
     Args:
         path: path of the PNG.
         groups: {label: runs}.
     Returns:
-        path, or None without results.
+        path, or None if there are no results.
     """
     runs = [run for group in groups.values() for run in group]
     tasks = [task for task in TASKS if any(run.scores(task) for run in runs)]
@@ -97,8 +99,8 @@ def plot_scores_by_length(path: Path, groups: dict[str, list[RunResult]]) -> Pat
 
 
 def plot_scores_by_distance(path: Path, groups: dict[str, list[RunResult]], *, reference: str) -> Path | None:
-    """Log-probability of the answer by the distance from the question to the fact, and its difference to the reference on the same
-    questions. The gap of eq. 9 is shaded.
+    """Draw the log-probability of the answer by the distance from the question to the fact, and the difference from the reference on the
+    same questions. The gap of eq. 9 is shaded.
 
     Args:
         path: path of the PNG.
@@ -137,7 +139,8 @@ def plot_scores_by_distance(path: Path, groups: dict[str, list[RunResult]], *, r
                             differences.setdefault(distance, []).append(score - theirs[run.seed][question])
                 _draw(absolute, _octave_bins(scores), styles[label], label, bars=False)
                 _draw(relative, _octave_bins(differences), styles[label], label, of_mean=True)
-            if max(abs(limit) for limit in relative.get_ylim()) > 10 * _SMALL_DIFFERENCE:  # large differences would hide small ones
+            # On a linear axis, large differences would hide small differences.
+            if max(abs(limit) for limit in relative.get_ylim()) > 10 * _SMALL_DIFFERENCE:
                 relative.set_yscale("symlog", linthresh=_SMALL_DIFFERENCE, linscale=0.8)
                 relative.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
                 relative.minorticks_off()
@@ -152,7 +155,7 @@ def plot_scores_by_distance(path: Path, groups: dict[str, list[RunResult]], *, r
 
 
 def _by_question(run: RunResult, task: str) -> dict[_Question, float]:
-    """{(depth, length, number of the question): log-probability}."""
+    """Return {(depth, length, number of the question): log-probability}."""
     return {
         (float(depth), length, number): log_probability
         for length, figures in run.scores(task).items()
@@ -162,8 +165,9 @@ def _by_question(run: RunResult, task: str) -> dict[_Question, float]:
 
 
 def _distances(runs: list[RunResult], task: str) -> dict[tuple[int, _Question], int]:
-    """{(seed, question): distance from the question back to the fact}. If no run recorded it, it is computed from depth and length. At
-    short lengths this is too large by the question and the other facts (a fifth at 512 tokens, little from 4K on)."""
+    """Return {(seed, question): distance from the question back to the fact}. If no run recorded the distance of a question, it is computed
+    from depth and length. The computed distance also counts the tokens of the question and of the other facts, so it is too large (by a
+    fifth at 512 tokens, and only slightly from 4K on)."""
     computed, recorded = {}, {}
     for run in runs:
         for length, figures in run.scores(task).items():
@@ -177,13 +181,13 @@ def _distances(runs: list[RunResult], task: str) -> dict[tuple[int, _Question], 
 
 
 def plot_cost(path: Path, groups: dict[str, list[RunResult]]) -> Path | None:
-    """Perplexity and retrieval against seconds of training, with one point per method.
+    """Draw perplexity and retrieval against the training time in seconds, with one point per method.
 
     Args:
         path: path of the PNG.
         groups: {label: runs}.
     Returns:
-        path, or None if no method trains.
+        path, or None if no method was trained.
     """
     trained = {label: group for label, group in groups.items() if group[0].summary["steps"]}
     if not trained:
@@ -220,7 +224,7 @@ def _gap(run: RunResult) -> tuple[int, int] | None:
 
 
 def _octave_bins(by_distance: dict[int, list[float]]) -> list[tuple[float, list[float]]]:
-    """Group distances into bins of one octave, each placed at its geometric mean."""
+    """Group the values into bins of one octave of distance. Each bin is placed at the geometric mean of its distances."""
     bins: dict[int, list[tuple[int, float]]] = {}
     for distance, values in by_distance.items():
         bins.setdefault(math.floor(math.log2(distance)), []).extend((distance, value) for value in values)
@@ -234,7 +238,8 @@ def _octave_bins(by_distance: dict[int, list[float]]) -> list[tuple[float, list[
 def _draw(
     axes: Axes, points: list[tuple[float, list[float]]], style: SystemStyle, label: str, *, bars: bool = True, of_mean: bool = False
 ) -> None:
-    """Draw the mean of the values at each x, with bars of one standard deviation of the values or one standard error of their mean."""
+    """Draw the mean of the values at each x. With `bars`, error bars show the standard deviation of the values, or with `of_mean` the
+    standard error of their mean."""
     summaries = [(x, summarize(values)) for x, values in points]
     summaries = [(x, found) for x, found in summaries if not math.isnan(found.mean)]
     if not summaries:
@@ -261,7 +266,7 @@ def _bar(found: Summary, of_mean: bool) -> float:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    """Legend below the panels, with as many columns as fit into the figure."""
+    """Draw the legend below the panels, with as many columns as fit into the figure."""
     handles, labels = axes.get_legend_handles_labels()
     for columns in (4, 3, 2, 1):
         legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns)

@@ -1,6 +1,6 @@
-"""Figures of an evaluation: scores by depth and length as a map, and scores by length with intervals and published curves. The functions
-take plain numbers and return the path of a PNG. Colours follow report/figures/run.py. Maps use cividis, whose lightness rises evenly for
-all kinds of colour vision."""
+"""Draw the figures of an evaluation: maps of scores by depth and length, and curves of scores by length with intervals and published
+scores. The functions take plain numbers and return the path of a PNG. Colours are those of report/figures/run.py. Maps use cividis, whose
+lightness rises evenly for all kinds of colour vision."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Curve:
     """Scores of one system by length.
 
     Attributes:
-        label: for the legend.
+        label: label in the legend.
         scores: {length in tokens: score}.
-        intervals: {length: (low, high)} where they are known.
-        published: whether the numbers come from a publication; drawn thin and hollow.
+        intervals: {length: (low, high)} for the lengths with a known interval.
+        published: whether the scores come from a publication. Published curves are thin and have hollow markers.
     """
 
     label: str
@@ -61,15 +61,15 @@ def plot_depth_by_length(
     target_context_length: int,
     title: str,
 ) -> Path:
-    """Draws one map per system: a value by the depth of a fact and the length of the text.
+    """Draw one map per system. A map shows a value by the depth of a fact and the length of the text.
 
     Args:
-        path: of the PNG.
+        path: path of the PNG.
         panels: {system: {(length in tokens, depth from 0 = start to 1 = end): value}}; missing cells are grey.
         measure: name and unit of the values.
         value_range: values of the darkest and of the lightest colour.
-        original_context_length, target_context_length: windows, marked between the columns that they separate.
-        title: of the figure.
+        original_context_length, target_context_length: windows, each marked by a line between two columns.
+        title: title of the figure.
     Returns:
         path.
     """
@@ -124,7 +124,7 @@ def _draw_map(axes: Axes, cells: Cells, lengths: Sequence[int], depths: Sequence
 
 
 def _mark_windows(axes: Axes, lengths: Sequence[int], native: int, target: int) -> None:
-    """Marks each window with a line between the last column inside it and the first beyond it."""
+    """Mark each window with a line between the last column inside the window and the first column beyond it."""
     windows = ((native, "native", "-"), (target, "target", "--")) if native != target else ((native, "model's", "-"),)
     for window, name, line in windows:
         if window > lengths[-1]:
@@ -137,13 +137,13 @@ def _mark_windows(axes: Axes, lengths: Sequence[int], native: int, target: int) 
 def plot_scores_by_length(
     path: Path, curves: Sequence[Curve], *, measure: str, title: str, original_context_length: int, target_context_length: int
 ) -> Path:
-    """Draws scores by length with their intervals, and published curves.
+    """Draw scores by length with their intervals, and published curves.
 
     Args:
-        path: of the PNG.
-        curves: measured and published ones.
-        measure: label of the y axis, from 0 to 100.
-        title: of the figure.
+        path: path of the PNG.
+        curves: measured and published curves.
+        measure: label of the y axis, which ranges from 0 to 100.
+        title: title of the figure.
         original_context_length, target_context_length: windows to mark.
     Returns:
         path.

@@ -1,4 +1,4 @@
-"""The figure of a cluster plan: memory per GPU and hours by window, for EndPrompt's short samples and for full-length samples."""
+"""Draw the figure of a cluster plan: memory per GPU and hours by window, for EndPrompt's short samples and for full-length samples."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _NO_FIT = {"color": VERMILLION, "marker": "X", "ms": 10, "ls": ""}
 
 
 def plot_lengths(path: Path, comparisons: Sequence[LengthComparison], *, request: ClusterRequest, tokens: float) -> Path:
-    """Two panels over the window: GiB per GPU, with the memory of the GPU marked, and hours. A window for which no layout fits full-length
-    samples is marked at the top of both panels.
+    """Draw two panels over the window. The first panel shows GiB per GPU and the memory of the GPU, and the second panel shows hours. A
+    mark at the top of both panels shows the windows for which no layout fits full-length samples.
 
-    The fastest layout of short samples may use all memory. Therefore the first panel shows the short samples in the layout of the long
-    ones.
+    The fastest layout of short samples may use all memory. The first panel therefore shows the short samples in the fastest layout of the
+    long samples.
 
     Args:
         path: path of the PNG.
         comparisons: one per window, at least one.
         request: the planned model and cluster.
-        tokens: physical tokens of the training run, for the hours.
+        tokens: number of physical tokens of the training run, which determines the hours.
     Returns:
         path.
     """

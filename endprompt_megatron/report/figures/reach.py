@@ -1,5 +1,5 @@
-"""The main figure of a run's result: retrieval by context length and by distance, and perplexity, inside the native window and beyond
-it."""
+"""Draw the main figure of a run's results: retrieval by context length and by distance, and perplexity, inside and beyond the native
+window."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ _BINS = 5
 
 
 def plot_reach(path: Path, systems: Mapping[str, Mapping[str, Any]], *, native: int, title: str) -> Path:
-    """Retrieval of planted facts by context length and by distance, perplexity by context length, and retrieval of the other kind of fact.
+    """Draw the retrieval of planted facts by context length and by distance, perplexity by context length, and the retrieval of the other
+    kind of fact by context length.
 
     Args:
         path: path of the PNG.
@@ -90,8 +91,8 @@ def _by_length(figures: Mapping[str, Any]) -> list[tuple[float, float, int]]:
 
 
 def _by_distance(figures: Sequence[Mapping[str, Any]], longest: int) -> list[tuple[float, float, int]]:
-    """(centre of a bin of distances, share of right answers, number of questions), pooled over lengths, in equal bins up to the longest
-    context."""
+    """Return (centre of a bin, share of right answers, number of questions) for equal bins of distance up to the longest context, pooled
+    over lengths."""
     records = [record for of_length in figures for record in of_length["records"]]
     distances = np.array([record[4] for record in records], dtype=float)
     right = np.array([record[1] for record in records], dtype=float)

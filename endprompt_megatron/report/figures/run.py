@@ -1,6 +1,6 @@
-"""The figures of a run's report (positions, loss, key retrieval, perplexity) and the style of all figures. Every function takes plain
-numbers and returns the path of the file. Colours are those of Okabe and Ito; every system also has its own marker and line style, so that
-no figure depends on colour."""
+"""Draw the figures of a run's report (positions, loss, key retrieval, perplexity), and define the style of all figures. Every function
+takes plain numbers and returns the path of the file. Colours are those of Okabe and Ito. Every system also has its own marker and line
+style, so no figure depends on colour."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # before pyplot: a cluster node has no display
+matplotlib.use("Agg")  # must precede the import of pyplot, because a cluster node has no display
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -25,8 +25,8 @@ from PIL import Image
 from endprompt_megatron.output_files import replace_bytes
 
 BLUE, VERMILLION, GREEN, ORANGE, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#767676"
-_PALETTE = 128  # colours per file
-WIDTH_INCHES, DPI = 10.0, 120  # 1,200 px: text of 11 points stays readable at a display width of 1,000
+_PALETTE = 128  # number of colours in a file
+WIDTH_INCHES, DPI = 10.0, 120  # 1,200 px wide; text of 11 points stays readable at a display width of 1,000 px
 STYLE = {
     "font.size": 11,
     "axes.titlesize": 12,
@@ -64,14 +64,14 @@ OTHER_STYLES = tuple(
 def plot_positions(
     path: Path, *, num_context_tokens: int, num_prompt_tokens: int, target_context_length: int, original_context_length: int
 ) -> Path:
-    """Position by physical index for one training sample, and below it the relative distances that occur in training.
+    """Draw the position by physical index for one training sample, and below it the relative distances that occur in training.
 
     Args:
         path: path of the PNG.
-        num_context_tokens: a, physical tokens of text.
-        num_prompt_tokens: b, physical tokens of the end prompt; 0 draws only contiguous positions.
-        target_context_length: L, positions of the extended window.
-        original_context_length: positions of the native window.
+        num_context_tokens: a, number of physical tokens of the text.
+        num_prompt_tokens: b, number of physical tokens of the end prompt; 0 draws only contiguous positions.
+        target_context_length: L, number of positions of the extended window.
+        original_context_length: number of positions of the native window.
     Returns:
         path.
     Source: EndPrompt (arXiv 2605.14589), eq. 5 (positions), eq. 8 (observed distances), eq. 9 (gap).
@@ -141,7 +141,7 @@ def _bar(axes: Axes, first: int, last: int, color: str, label: str, **style: Any
 
 
 def plot_loss(path: Path, records: Sequence[Mapping[str, Any]]) -> Path:
-    """Loss by step: context and held-out text in the upper panel, end prompt in the lower one, which has another scale.
+    """Draw the loss by step. The upper panel shows context and held-out text. The lower panel shows the end prompt on another scale.
 
     Args:
         path: path of the PNG.
@@ -197,7 +197,7 @@ def _draw_series(axes: Axes, points: list[tuple[int, float]], color: str, label:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Exponential running mean without initial bias. Its time constant is a twentieth of the series, at least one value.
+    """Return the exponential running mean without initial bias. Its time constant is a twentieth of the series, at least one value.
 
     Args:
         values: values in order of steps.
@@ -213,7 +213,8 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def plot_needle(path: Path, systems: Mapping[str, Mapping[str, Any]], *, original_context_length: int) -> Path:
-    """Retrieval of a planted key by context length: exact matches, and the log-probability of the key, which changes before them.
+    """Draw the retrieval of a planted key by context length: the share of exact matches, and the log-probability of the key, which changes
+    earlier.
 
     Args:
         path: path of the PNG.
@@ -239,7 +240,7 @@ def plot_needle(path: Path, systems: Mapping[str, Mapping[str, Any]], *, origina
 
 
 def plot_perplexity(path: Path, systems: Mapping[str, Mapping[str, Any]], *, original_context_length: int) -> Path:
-    """Perplexity of held-out text by window length.
+    """Draw the perplexity of held-out text by window length.
 
     Args:
         path: path of the PNG.
@@ -252,7 +253,7 @@ def plot_perplexity(path: Path, systems: Mapping[str, Mapping[str, Any]], *, ori
         figure, axes = plt.subplots(figsize=(WIDTH_INCHES, 5.2), layout="constrained")
         _draw_systems(axes, systems, "perplexity", lambda score: score)
         values = [number for system in systems.values() for number in map(_number, (system.get("perplexity") or {}).values()) if number]
-        if values and max(values) > 4 * min(values):  # an unadapted RoPE scaling would flatten all other lines
+        if values and max(values) > 4 * min(values):  # on a linear axis, one high line would flatten all others
             axes.set_yscale("log", base=2)
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
         axes.set(ylabel="perplexity (lower is better)")
@@ -302,7 +303,7 @@ def _draw_systems(
 
 
 def wilson_interval(share: float, trials: int) -> tuple[float, float]:
-    """Wilson 95% interval of a share over `trials` independent trials, both ends in [0, 1]."""
+    """Return the Wilson 95% interval of a share over `trials` independent trials. Both ends are in [0, 1]."""
     z = 1.959964
     centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
@@ -321,7 +322,7 @@ def length_axis(axes: Axes, lengths: list[int], native: int, label: str) -> None
 
 
 def _closest_octaves(lengths: Sequence[int]) -> float:
-    """Smallest distance of neighbouring lengths in octaves; 1 with fewer than two lengths."""
+    """Return the smallest distance of neighbouring lengths in octaves; 1 with fewer than two lengths."""
     return min((math.log2(high / low) for low, high in pairwise(lengths)), default=1.0)
 
 
@@ -331,7 +332,7 @@ def _shared_legend(figure: Figure, axes: Axes) -> None:
 
 
 def length_label(length: int) -> str:
-    """512 -> "512", 8192 -> "8K"."""
+    """Return a length as short text, such as "512" for 512 and "8K" for 8192."""
     return f"{length // 1024}K" if length >= 1024 and length % 1024 == 0 else f"{length:,}"
 
 
@@ -358,7 +359,7 @@ def _number(value: Any) -> float | None:
 
 
 def write_figure(figure: Figure, path: Path) -> Path:
-    """Write the figure as a PNG with a palette, which has a third of the size, and close it.
+    """Write the figure as a PNG with a colour palette, and close the figure. The palette reduces the file to a third of its size.
 
     Args:
         figure: the figure.

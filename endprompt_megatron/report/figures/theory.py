@@ -1,4 +1,4 @@
-"""The figures of the theory: the relative distances that occur under each position scheme, and the slope of real attention scores over
+"""Draw the figures of the theory: the relative distances that occur under each position scheme, and the slope of real attention scores by
 distance with the bound of eq. 3 and the gap of eq. 9."""
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from endprompt_megatron.theory.smoothness import ScoreFunctions, Smoothness
 FloatArray = npt.NDArray[np.float64]
 
 _BINS = 256
-_COLUMNS, _POINTS_A_COLUMN = 700, 200  # of a curve on a logarithmic axis; at 64K neighbouring points are at most half a radian apart
+_COLUMNS, _POINTS_A_COLUMN = 700, 200  # for curves on a logarithmic axis; at 64K, neighbouring points are at most half a radian apart
 
 
 @dataclass(frozen=True)
 class ScoreExample:
-    """One query and one key, to be drawn as S(d).
+    """Scores S(d) of one query and one key for the figure.
 
     Attributes:
-        label: layer, head and tokens.
-        base, stretched: S under the base's own frequencies and under the scaled ones; coefficients [f].
+        label: title with layer, head and tokens.
+        base, stretched: S with the base's own frequencies and with the scaled frequencies. The coefficients have the shape [f].
         smoothness: smoothness of `stretched`, without leading dimensions.
     """
 
@@ -43,14 +43,14 @@ class ScoreExample:
 def plot_coverage(
     path: Path, coverages: Sequence[Coverage], *, gap: tuple[int, int] | None, physical_length: int, original_context_length: int | None
 ) -> Path:
-    """Pairs per sample by relative distance, with one panel per scheme.
+    """Draw the number of pairs per sample by relative distance, with one panel per scheme.
 
     Args:
         path: path of the PNG.
         coverages: coverage of every scheme, with the same lengths.
         gap: (first, last) of eq. 9, marked in every panel; None if there is no gap.
-        physical_length: S, tokens of a sample.
-        original_context_length: native window, marked; None marks none.
+        physical_length: S, number of tokens of a sample.
+        original_context_length: native window, marked in every panel; None marks no window.
     Returns:
         path.
     Source: EndPrompt (arXiv 2605.14589), eq. 8-9.
@@ -108,12 +108,13 @@ def plot_smoothness(
     original_context_length: int,
     scaling_label: str,
 ) -> Path:
-    """S(d) and |S'(d)| of two pairs of tokens over the window, a detail at the edge of the gap, and the tightness of eq. 3 for all heads.
+    """Draw S(d) and |S'(d)| of two pairs of tokens over the window, a detail at the edge of the gap, and the tightness of eq. 3 for all
+    heads.
 
     Args:
         path: path of the PNG.
-        examples: two pairs; the detail shows the first one.
-        steepest_ratios, median_ratios: sup|S'| / (theta_0/s sup|S|) per head, of its steepest pair and of its median pair.
+        examples: two pairs of tokens. The detail shows the first pair.
+        steepest_ratios, median_ratios: sup|S'| / (theta_0/s sup|S|) of each head, for its steepest pair and for its median pair.
         gap: (first, last) of eq. 9.
         original_context_length: native window.
         scaling_label: name of the scaling, such as "PI x2".
@@ -159,7 +160,8 @@ def _distance_axis(axes: Axes, last: int) -> None:
 
 
 def _columns(last: int) -> FloatArray:
-    """Distances from 1 to `last`, grouped by columns of a logarithmic axis, [columns, points]. Neighbouring columns share an edge."""
+    """Return distances from 1 to `last`, grouped by columns of a logarithmic axis, [columns, points]. Neighbouring columns share an
+    edge."""
     edges = np.geomspace(1, last, _COLUMNS + 1)
     return np.linspace(edges[:-1], edges[1:], _POINTS_A_COLUMN, axis=1)
 
@@ -179,7 +181,7 @@ def _draw_slopes(axes: Axes, example: ScoreExample) -> None:
     axes.axhline(float(example.smoothness.slope_sum), color=GREEN, ls=":", lw=2.2)
     axes.set_yscale("log")
     axes.set_ylim(slopes.max() / 300, float(max(example.smoothness.bound_slope, example.smoothness.slope_sum)) * 2.5)
-    axes.set_title(f"its largest slope is {float(example.smoothness.ratio):.1%} of the bound", loc="left", fontsize=11)
+    axes.set_title(f"largest slope: {float(example.smoothness.ratio):.1%} of the bound", loc="left", fontsize=11)
 
 
 def _draw_edge(axes: Axes, example: ScoreExample, gap: tuple[int, int]) -> None:

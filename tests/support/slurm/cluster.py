@@ -89,7 +89,7 @@ class Cluster:
         raise AssertionError(f"{command}: exit status {done.returncode}\n{done.stdout}{done.stderr}{self.told()}")
 
     def job(self, number: str) -> dict[str, str]:
-        """What `scontrol show job` tells: JobState, Restarts, ExitCode, NodeList, BatchHost, ..."""
+        """Return the fields of `scontrol show job`: JobState, Restarts, ExitCode, NodeList, BatchHost, ..."""
         told = self.run("scontrol", "show", "job", "--oneliner", number, attempts=5).stdout
         return dict(word.split("=", 1) for word in told.split() if "=" in word)
 

@@ -1,5 +1,5 @@
-"""Stands in for Python and the recipe in a job: tells where it is, "trains" without a library, and stops as training does. Started with the
-recipe's own command line, whose `output_dir=` it obeys."""
+"""Replaces Python and the recipe in a job: prints where it runs, "trains" without a library, and stops as training does. It is started with
+the recipe's command line and reads `output_dir=` from it."""
 
 from __future__ import annotations
 

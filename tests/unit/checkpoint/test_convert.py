@@ -119,7 +119,7 @@ def test_a_directory_that_megatron_wrote(llama, tmp_path, single_process):
         assert all(finding.passed for finding in verify_megatron_model(back, described))
 
 
-def test_scaling_of_a_foreign_directory_is_told(tmp_path, single_process):
+def test_scaling_of_a_foreign_directory_comes_from_the_arguments(tmp_path, single_process):
     hf = build_family("llama3", tmp_path / "hf")
     megatron = hf_to_megatron(hf, tmp_path / "megatron")
     shutil.rmtree(megatron / "huggingface")
@@ -152,7 +152,7 @@ def test_every_scaling_is_exported_so_that_transformers_writes_the_same_logits(s
     assert all(finding.passed and not finding.skipped for finding in findings), format_findings(findings)
 
 
-def test_told_and_written_scaling_contradict_each_other(converted):
+def test_scaling_arguments_that_contradict_the_directory_are_refused(converted):
     with pytest.raises(CheckpointError, match="already describes"):
         describe_megatron_model(converted, rope_factor=2.0, context_length=256)
     with pytest.raises(CheckpointError, match="go together"):

@@ -214,7 +214,7 @@ def test_saving_replaces_leftovers_and_keeps_the_newest(saved, fresh, tmp_path):
 
 
 @pytest.mark.parametrize("keep_last", [1, 2, 5])
-def test_as_many_are_kept_as_asked_for(saved, tmp_path, keep_last):
+def test_keep_last_is_the_number_of_checkpoints_that_remain(saved, tmp_path, keep_last):
     directory = tmp_path / "checkpoints"
     for step in range(1, 9):
         final = checkpoint_directory.step_directory(directory, step)
@@ -352,7 +352,7 @@ def test_latest_may_name_nothing_that_is_there(saved, fresh, tmp_path):
     assert load(directory, fresh) == STATE, "a crash between the checkpoint's name and `latest`"
 
 
-def test_an_asynchronous_save_holds_the_moment_it_was_asked_for(saved, fresh, tmp_path):
+def test_an_asynchronous_save_holds_the_state_at_the_time_of_the_call(saved, fresh, tmp_path):
     """Training continues during the write; only `finish` gives the checkpoint its name."""
     load(copied(saved, tmp_path), fresh)
     before = fresh.snapshot()

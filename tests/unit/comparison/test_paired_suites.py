@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -36,6 +37,11 @@ def test_damaged_files_are_named(tmp_path):
     write_suite(tmp_path, {("vt", 4096): [0.0]})
     (tmp_path / "records" / "vt_4096.jsonl").unlink()
     with pytest.raises(DataError, match="results.json or the records it names cannot be read .FileNotFoundError"):
+        read_evaluation(tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    results["scores"][0]["records"] = "/dev/zero"
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with pytest.raises(DataError, match="names the records '/dev/zero', which are not in its directory"):
         read_evaluation(tmp_path)
     (tmp_path / "results.json").write_text('{"scores": [{}]}')
     with pytest.raises(DataError, match="KeyError"):

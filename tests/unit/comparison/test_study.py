@@ -1,4 +1,4 @@
-"""The rules of a study, and which runs it asks for in which order."""
+"""The rules of a study, and the runs that it requests, in order."""
 
 from __future__ import annotations
 

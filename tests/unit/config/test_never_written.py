@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[3] / "endprompt_megatron"
-# Megatron's own configuration objects, which it wants filled in after they are made
+# these fill in Megatron's own configuration objects after construction, as Megatron requires
 MEGATRONS = {"model/shifted_sparse.py", "training/trainer.py", "mcore/rope_concentration.py", "integrations/bridge/recipes.py"}
 
 

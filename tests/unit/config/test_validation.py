@@ -101,7 +101,7 @@ def test_adapters_and_attention(changes, quoted):
     assert quoted in problem
 
 
-def test_s2_attention_wants_whole_groups_on_a_rank():
+def test_s2_attention_requires_whole_groups_on_a_rank():
     problems = problems_of(2, method__attention="s2", parallel__context_parallel_size=2)
     assert problems == [
         "method.attention=s2 with parallel.context_parallel_size=2: a group has to stand whole on a rank. Set parallel.context_parallel_size=1."

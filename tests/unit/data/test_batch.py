@@ -1,4 +1,4 @@
-"""Normalised loss weights: eq. 11 as a mean over samples, for every micro-batch size."""
+"""Normalised loss weights: the loss is the mean of eq. 11 over samples, for every micro-batch size."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def batch_of(weights: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def random_batch(count: int, seed: int, weight: float = 0.1) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Samples with prompts of different lengths, as with a cue set, and a loss per token."""
+    """Return a batch whose samples have end prompts of different lengths, as a set of several end prompts produces, and a random loss per token."""
     generator = torch.Generator().manual_seed(seed)
     weights = torch.ones(count, 24)
     masks = torch.zeros(count, 24, dtype=torch.bool)
@@ -57,7 +57,7 @@ def test_hand_worked_weights():
 
 @pytest.mark.parametrize("micro", [1, 2, 3, 6])
 def test_the_loss_does_not_depend_on_the_micro_batch(micro):
-    """Accumulation divides the sum over micro-batches by their number; so does Megatron's schedule."""
+    """Gradient accumulation divides the sum over micro-batches by their number, as Megatron's schedule does."""
     batch, losses = random_batch(6, seed=5)
     weights = batch["loss_weights"].double()
     expected = ((weights * losses.double()).sum(dim=1) / weights.sum(dim=1)).mean()  # eq. 11, then the mean over samples
@@ -75,7 +75,7 @@ def test_a_padding_sample_adds_nothing_and_no_nan():
     assert float(loss) == 0.0 and figures["figures"].tolist() == [0.0] * 5
 
 
-def test_figures_tell_context_from_prompt():
+def test_figures_separate_context_from_prompt():
     batch = batch_of(torch.tensor([[1.0, 1.0, 0.1, 0.1, 0.0]]))
     batch["prompt_mask"] = torch.tensor([[False, False, True, True, False]])
     losses = torch.tensor([[3.0, 1.0, 10.0, 20.0, 99.0]], requires_grad=True)

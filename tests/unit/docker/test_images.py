@@ -81,7 +81,7 @@ def test_paths_in_the_image_are_the_checkouts(path):
     assert all((ROOT / name).is_file() for name in inside)
 
 
-def test_the_build_asks_the_doctor_for_things_that_he_knows():
+def test_the_build_runs_the_doctor_with_known_arguments():
     text = "".join(path.read_text() for path in DOCKERFILES)
     called = [arguments.split() for arguments in re.findall(r"tools/doctor\.py ([^\\\n]+)", text)]
     assert called == [["--strict-build"], ["--require", "python,torch,megatron_core,transformers"]]
@@ -136,7 +136,7 @@ def echo(tmp_path):
         (("python", "tools/own.py", "a=b"), None, ["tools/own.py", "a=b"]),
     ],
 )
-def test_entrypoint_runs_what_it_is_asked(echo, arguments, program, rest):
+def test_entrypoint_runs_the_recipe_tool_or_command(echo, arguments, program, rest):
     assert echo(*arguments) == ([str(ROOT / program)] if program else []) + rest
 
 

@@ -76,7 +76,7 @@ def test_memory(machine, monkeypatch):
 @pytest.mark.parametrize(("state", "limit", "levels"), [
     ("4: ACTIVE", 8 * MIB, (OK, LIMITS)), ("4: ACTIVE", resource.RLIM_INFINITY, (OK, OK)), ("1: DOWN", 8 * MIB, (MISSING, OK)),
 ])  # fmt: skip
-def test_infiniband_wants_locked_memory(machine, monkeypatch, state, limit, levels):
+def test_infiniband_requires_locked_memory(machine, monkeypatch, state, limit, levels):
     port = machine.root / "sys/class/infiniband/mlx5_0/ports/1"
     port.mkdir(parents=True)
     (port / "state").write_text(f"{state}\n")

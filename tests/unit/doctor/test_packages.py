@@ -71,7 +71,7 @@ def test_empty_transformer_engine_meta_package(fakes):
     ],
 )
 def test_transformer_engine_that_breaks_on_import(fakes, code, expected):
-    """A wheel that kills its process must not kill the examination."""
+    """A wheel that kills its process must not kill the doctor."""
     fakes.package("transformer_engine", code, version="2.13.0", distribution="transformer-engine")
     fakes.package("transformer_engine_torch", version="2.13.0", distribution="transformer-engine-torch")
     found = packages.check_transformer_engine()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-import hydra
 import pytest
 
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.evaluation.suite import EvaluateConfig, NeedleConfig, PerplexityConfig, SourcesConfig, SuiteConfig
 from endprompt_megatron.evaluation.tasks import SUITES
+from tests.support.compose import compose
 from tests.support.run_recipe import ROOT
 
 SUITE_FILES = sorted(path.stem for path in (ROOT / "conf" / "suite").glob("*.yaml"))
@@ -26,8 +26,7 @@ def to_evaluation():
 
 
 def _compose(*overrides: str):
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return hydra.compose("evaluate", overrides=list(overrides))
+    return compose(*overrides, config="evaluate")
 
 
 @pytest.mark.parametrize("name", SUITE_FILES)

@@ -58,7 +58,7 @@ def test_chosen_layers_are_the_same_and_nothing_stays_hooked(tiny_model_dir):
 
 
 def test_pairs_are_causal_and_keep_to_their_head():
-    """Vectors that tell their layer, token and head."""
+    """Each vector contains its layer, token and head."""
     layers, tokens, heads, groups = 2, 9, 4, 2
     queries, keys = (np.stack(np.indices((layers, tokens, count)), axis=-1).astype(np.float32) for count in (heads, groups))
     found_queries, found_keys = QueriesAndKeys((0, 1), queries, keys).pairs(50, seed=1)

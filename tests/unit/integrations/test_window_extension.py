@@ -43,7 +43,7 @@ def test_factor_and_prompts_follow_from_the_base(extension):
         ({"backend": "abacus"}, "backend=abacus"),
     ],
 )
-def test_broken_rules_are_told(extension, changes, told):
+def test_broken_rules_are_reported(extension, changes, told):
     with pytest.raises(ConfigError, match=told):
         dataclasses.replace(extension, **changes).check()
 
@@ -75,7 +75,7 @@ def test_missing_base_and_checkpoint(extension, tmp_path):
         (Blend(["text"], [1.0]), Blend(["held_out"], [-1.0]), "1,0,0", "held_out: weight=-1.0"),
     ],
 )
-def test_wrong_corpora_are_told(extension, tmp_path, monkeypatch, train, validation, split, told):
+def test_wrong_corpora_are_reported(extension, tmp_path, monkeypatch, train, validation, split, told):
     monkeypatch.chdir(tmp_path)
     sizes = {"num_train_samples": 8, "num_validation_samples": 8, "seed": 1, "cache_dir": tmp_path}
     with pytest.raises((ConfigError, DataError), match=told):

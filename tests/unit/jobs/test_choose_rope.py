@@ -42,7 +42,7 @@ def _config(hf_path: Path, directory: Path, **groups) -> RunConfig:
     )
 
 
-def test_every_scaling_is_asked_the_same_inside_and_beyond_the_window(tiny_model_dir, tmp_path):
+def test_every_scaling_is_measured_on_the_same_text_inside_and_beyond_the_window(tiny_model_dir, tmp_path):
     lines = compare_ropes(_config(tiny_model_dir, tmp_path), command="python recipes/choose_rope.py")
     folder = tmp_path / "outputs" / "tiny_ropes"
     found = json.loads((folder / "ropes.json").read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -56,7 +57,17 @@ def _run(config: RunConfig) -> str:
     return "\n".join(dry_run(config, world_size=planned_world_size(config)))
 
 
-def test_512_ranks_are_told_group_by_group_and_stage_by_stage():
+def test_code_in_the_base_is_refused_without_a_question(tiny_model_dir, tmp_path, monkeypatch):
+    base = copy_model(tiny_model_dir, tmp_path / "base")
+    (base / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}))
+    (base / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: (tmp_path / "asked").touch() or "y")
+    with pytest.raises(CheckpointError, match="code of a model is never run here"):
+        _run(config_of(base, tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_512_ranks_are_listed_by_group_and_by_stage():
     sizes = {"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 4, "context_parallel_size": 4, "sequence_parallel": True}
     told = _run(_cluster(LLAMA3_70B, nodes=64, use_distributed_optimizer=True, **sizes))
     for words in (
@@ -84,7 +95,7 @@ def test_tensor_parallel_groups_over_nodes_are_called_out():
     assert "TENSOR PARALLEL GROUPS SPAN NODES of 4" in told
 
 
-def test_interleaved_stages_tell_their_layers_and_adapters_what_trains():
+def test_interleaved_stages_list_their_layers_and_the_parameters_that_train():
     config = _cluster(LLAMA3_8B, pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=4)
     config.adapter = dataclasses.replace(config.adapter, type="lora")
     told = _run(config)

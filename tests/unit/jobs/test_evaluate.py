@@ -23,7 +23,7 @@ OFFLINE_TASKS = ["niah_single_1", "ruler_vt"]
 
 
 class FakeHarness:
-    """Answers every second sample right; fails where it is told to."""
+    """Answers every second sample correctly. Raises the exception in `failing` for a task listed there."""
 
     asked: list[tuple[str, int | None]] = []
     failing: dict[str, Exception] = {}
@@ -103,7 +103,7 @@ def test_a_disk_that_refuses_a_write_ends_the_evaluation_and_loses_no_score(tiny
         assert len(harness.asked) == 2 - finished and len(_results(root)["scores"]) == 2, (operation, kind)
 
 
-def test_a_second_start_asks_what_is_missing_alone(tiny_model_dir, tmp_path, harness):
+def test_a_second_start_runs_only_what_is_missing(tiny_model_dir, tmp_path, harness):
     harness.failing = {"ruler_vt": KeyboardInterrupt()}
     with pytest.raises(KeyboardInterrupt):
         evaluate(_config(tiny_model_dir, tmp_path), command="")
@@ -114,10 +114,10 @@ def test_a_second_start_asks_what_is_missing_alone(tiny_model_dir, tmp_path, har
     assert "are not finished" not in (tmp_path / "evaluation.md").read_text()
     harness.asked[:] = []
     assert evaluate(_config(tiny_model_dir, tmp_path, suite={"tasks": ["ruler_cwe"], "lengths": [512]}), command="")
-    assert harness.asked == [("ruler_cwe", 512)] and len(_results(tmp_path)["scores"]) == 5  # what was asked before stays
+    assert harness.asked == [("ruler_cwe", 512)] and len(_results(tmp_path)["scores"]) == 5  # earlier scores stay
 
 
-def test_a_score_without_its_end_mark_is_asked_again(tiny_model_dir, tmp_path, harness):
+def test_a_score_without_its_end_mark_is_computed_again(tiny_model_dir, tmp_path, harness):
     evaluate(_config(tiny_model_dir, tmp_path), command="")
     (tmp_path / "records" / "ruler_vt_512.json").unlink()
     harness.asked[:] = []
@@ -134,7 +134,7 @@ def test_a_score_without_its_end_mark_is_asked_again(tiny_model_dir, tmp_path, h
         ({"suite": {"apply_chat_template": True}}, "chat_template was False, is True"),
     ],
 )
-def test_other_conditions_are_refused_and_redone_when_asked(tiny_model_dir, tmp_path, harness, changes, words):
+def test_other_conditions_are_refused_and_overwrite_replaces_the_results(tiny_model_dir, tmp_path, harness, changes, words):
     evaluate(_config(tiny_model_dir, tmp_path), command="")
     with pytest.raises(ConfigError, match=words):
         evaluate(_config(tiny_model_dir, tmp_path, **changes), command="")
@@ -143,7 +143,7 @@ def test_other_conditions_are_refused_and_redone_when_asked(tiny_model_dir, tmp_
     harness.asked[:] = []
     assert evaluate(_config(tiny_model_dir, tmp_path, overwrite=True, **changed), command="")
     assert harness.asked == [("ruler_vt", 512), ("ruler_vt", 1024)]
-    assert {score["task"] for score in _results(tmp_path)["scores"]} == {"ruler_vt"}  # niah_single_1 was asked under other conditions
+    assert {score["task"] for score in _results(tmp_path)["scores"]} == {"ruler_vt"}  # niah_single_1 was evaluated under other conditions
 
 
 def test_another_model_in_the_same_place_is_another_condition(tiny_model_dir, tmp_path):
@@ -193,7 +193,7 @@ def test_a_stand_in_haystack_is_marked_everywhere(tiny_model_dir, tmp_path):
     assert "| **mean over tasks, of those that ran** | 50.0 (1 of 13) |" in page and "They are no RULER scores" in page
 
 
-def test_a_window_below_the_default_lengths_asks_for_lengths(tiny_model_dir, tmp_path):
+def test_a_window_below_the_default_lengths_requires_lengths(tiny_model_dir, tmp_path):
     with pytest.raises(ConfigError, match="Name the lengths"):
         evaluate(_config(tiny_model_dir, tmp_path, suite={"lengths": None}), command="")
 

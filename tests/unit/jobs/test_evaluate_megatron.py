@@ -127,7 +127,7 @@ def test_suites_share_a_directory_and_a_comparison(tiny_model_dir, tmp_path):
     assert "| needle_single at 512 | apart | 1 | 0.0 | +0.0 |" in page and "| log_perplexity at 512 | apart |" in page
 
 
-def test_another_held_out_text_of_the_same_name_is_asked_anew(tiny_model_dir, tmp_path):
+def test_another_held_out_text_of_the_same_name_is_refused(tiny_model_dir, tmp_path):
     held_out = tmp_path / "held_out.jsonl"
     asked = dict(tasks=["perplexity"], lengths=[512], perplexity=PerplexityConfig(text=[TextSource(path=str(held_out))]))
     held_out.write_text(json.dumps({"text": PROSE[0] * 40}) + "\n")
@@ -137,7 +137,7 @@ def test_another_held_out_text_of_the_same_name_is_asked_anew(tiny_model_dir, tm
         _evaluate(tiny_model_dir, tmp_path / "out", **asked)
 
 
-def test_lm_evals_tasks_are_asked_of_the_same_model(word_model_dir, tmp_path, monkeypatch):
+def test_lm_evals_tasks_run_on_the_same_model(word_model_dir, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e .[eval]")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     suite = SuiteConfig(name="ruler", tasks=["ruler_fwe"], lengths=[512], samples=1)

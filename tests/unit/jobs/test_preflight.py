@@ -87,6 +87,29 @@ def test_ids_beyond_the_embedding_are_refused_with_the_numbers(tiny_model_dir, t
         checked(config_of(base))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("generation_config.json", ["a list"], "generation_config.json is not a JSON object"),
+        ("generation_config.json", {"temperature": "hot"}, "temperature='hot', which is of another type"),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}, "never run here"),
+    ],
+)
+def test_what_the_verification_would_refuse_is_refused_before_training(tiny_model_dir, tmp_path, name, content, words):
+    base = copy_model(tiny_model_dir, tmp_path / "base")
+    (base / name).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=words):
+        checked(config_of(base))
+
+
+def test_a_tokenizer_that_lies_elsewhere_is_refused_before_training(tiny_model_dir, tmp_path):
+    base = copy_model(tiny_model_dir, tmp_path / "base")
+    (base / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    (base / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
+    with pytest.raises(CheckpointError, match="Replace the link by a copy"):
+        checked(config_of(base))
+
+
 def test_added_tokens_without_a_row_are_refused(tiny_model_dir, tmp_path):
     base = copy_model(tiny_model_dir, tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -103,7 +126,7 @@ def test_prompt_lengths_are_checked_with_the_real_tokenizer(tiny_model_dir):
 
 
 def test_numbers_come_from_the_config_until_the_model_is_there(tmp_path, tiny_model_dir):
-    numbers = {"architectures": ["LlamaForCausalLM"], **yaml.safe_load((tiny_model_dir / "config.json").read_text())}
+    numbers = {"architectures": ["LlamaForCausalLM"], **json.loads((tiny_model_dir / "config.json").read_text())}
     config = config_of(tmp_path / "later", model=ModelConfig("tiny", str(tmp_path / "later"), hf_config=numbers))
     assert preflight.known_base(config) == preflight.known_base(config_of(tiny_model_dir))
     with pytest.raises(CheckpointError, match="later: no config.json in this directory"):
@@ -111,7 +134,7 @@ def test_numbers_come_from_the_config_until_the_model_is_there(tmp_path, tiny_mo
 
 
 def test_a_directory_of_another_model_is_refused(tiny_model_dir):
-    numbers = yaml.safe_load((tiny_model_dir / "config.json").read_text()) | {"num_hidden_layers": 30}
+    numbers = json.loads((tiny_model_dir / "config.json").read_text()) | {"num_hidden_layers": 30}
     config = config_of(tiny_model_dir, model=ModelConfig("big", str(tiny_model_dir), hf_config=numbers))
     with pytest.raises(CheckpointError, match="num_layers is 2 there and 30 in model.hf_config"):
         preflight.known_base(config)
@@ -138,7 +161,7 @@ class TestABaseThatIsStretchedAlready:
             ("qwen2.5-yarn", "type yarn, factor 4.*replace rope.factor=8 drops it and starts from the unscaled window of 128"),
         ],
     )
-    def test_wants_a_choice(self, family, words, tmp_path):
+    def test_requires_a_choice(self, family, words, tmp_path):
         with pytest.raises(ConfigError, match=words):
             checked(self.config(tmp_path, family, "pi", 2.0, 1024, None))
 

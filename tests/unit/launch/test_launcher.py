@@ -1,14 +1,18 @@
-"""The environment that a task of srun sets from Slurm's variables."""
+"""The environment that a task of srun sets from Slurm's variables; the exit status of local workers."""
 
 from __future__ import annotations
 
 import itertools
 import os
+import signal
 
 import pytest
 
-from endprompt_megatron.errors import ConfigError
+from endprompt_megatron.config.schema import LaunchConfig, RunConfig
+from endprompt_megatron.errors import EXIT_INTERRUPTED, ConfigError
 from endprompt_megatron.launch import launcher
+from endprompt_megatron.launch.processes import STOP_SIGNALS
+from tests.support.run_recipe import ROOT
 
 TASK = {"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0"}
 
@@ -68,3 +72,36 @@ def test_what_is_no_rank_of_srun_stays_as_it_is(task, variables):
 def test_an_unknown_first_node_is_an_error_with_the_way_out(task):
     with pytest.raises(ConfigError, match="export MASTER_ADDR yourself"):
         task()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, EXIT_INTERRUPTED), (signal.SIGHUP, 129)])
+def test_workers_that_ctrl_c_ends_have_the_exit_status_of_one_process(tmp_path, monkeypatch, number, status):
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.launcher import api
+
+    def interrupted(*arguments: str) -> None:
+        raise SignalException("", number)
+
+    monkeypatch.setattr(api, "elastic_launch", lambda config, entrypoint: interrupted)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    (tmp_path / "logs").write_text("")  # is set aside
+    try:
+        config = RunConfig(output_dir=str(tmp_path), launch=LaunchConfig(nproc_per_node=2))
+        assert launcher.run_workers(config, ["recipe"]) == status
+    finally:
+        for other, handler in before.items():
+            signal.signal(other, handler)
+
+
+def test_ctrl_c_in_one_process_ends_it_in_a_sentence(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    before = signal.getsignal(signal.SIGINT)
+    from _entry import exit_on_errors
+
+    try:
+        with pytest.raises(SystemExit) as ended, exit_on_errors():
+            raise KeyboardInterrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == EXIT_INTERRUPTED and "start the same command again" in capsys.readouterr().err

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 
+from endprompt_megatron.launch.processes import sweep_multiprocessing_directories
+from endprompt_megatron.output_files import owner
 from tests.support.tiny import ROOT
 
 # Every child gets both signals from the moment it exists until the queue is served.
@@ -54,3 +57,36 @@ def test_stop_signals_before_helpers_ignore_them(tmp_path):
         timeout=600,
     )
     assert done.returncode == 0 and done.stdout == "served\n", done.stderr[-3000:]
+
+
+# A process that owns multiprocessing's directory, with a helper that has its socket there; both are killed.
+OWNER = """
+import multiprocessing, os, signal
+from multiprocessing.managers import SyncManager
+from endprompt_megatron.launch.processes import own_multiprocessing_directory, serve_parent
+
+if __name__ == "__main__":
+    own_multiprocessing_directory()
+    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    manager.start(initializer=serve_parent)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_directory_of_killed_processes_is_swept(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed = subprocess.run(
+        [sys.executable, "-c", OWNER], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}, timeout=600
+    )
+    assert killed.returncode == -9
+    (left,) = tmp_path.iterdir()  # one directory for both
+    assert left.name.startswith("pymp-") and any(path.is_socket() for path in left.iterdir())
+    alive, foreign, other_host, odd = (tmp_path / f"pymp-{name}" for name in ("alive", "foreign", "other_host", "odd"))
+    for directory, text in ((alive, owner()), (other_host, "00000000.4194305"), (odd, "?")):
+        directory.mkdir()
+        (directory / "owner").write_text(text)
+    foreign.mkdir()  # of another program: no owner
+    (odd / "owner").write_bytes(b"\xff")
+    (link := tmp_path / "pymp-link").symlink_to(left)
+    sweep_multiprocessing_directories()
+    assert set(tmp_path.iterdir()) == {alive, foreign, other_host, odd, link}

@@ -166,7 +166,7 @@ class TestWhatTrains:
     @pytest.mark.parametrize("embeddings", [True, False])
     @pytest.mark.parametrize("norms", [True, False])
     @pytest.mark.parametrize("name", MODELS[:2])
-    def test_adapters_and_what_is_asked_for(self, name, norms, embeddings, request):
+    def test_adapters_and_the_configured_norms_and_embeddings(self, name, norms, embeddings, request):
         model = load_model(request.getfixturevalue(name), adapter=lora(train_embeddings=embeddings, train_norms=norms))
         trains = {parameter for parameter, value in model.named_parameters() if value.requires_grad}
         expected = {parameter for parameter, _ in model.named_parameters() if is_adapter(parameter)}

@@ -56,7 +56,7 @@ def test_gradients_equal_those_of_autograd(dtype, tolerance, rows):
         assert (mine - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-def test_starts_at_one_and_tells_sequence_parallelism():
+def test_weight_starts_at_one_and_has_the_sequence_parallel_flag():
     norm = RMSNorm(config_of(), SIZE)
     assert torch.equal(norm.weight, torch.ones(SIZE)) and norm.weight.sequence_parallel is False
     assert RMSNorm(config_of(sequence_parallel=True, tensor_model_parallel_size=2), SIZE).weight.sequence_parallel is True

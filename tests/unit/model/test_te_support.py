@@ -128,9 +128,9 @@ package = Path(sys.argv[1]) / "transformer_engine"
 package.mkdir()
 (package / "__init__.py").write_text("raise RuntimeError('Found empty transformer-engine meta package installed.')")
 sys.path.insert(0, sys.argv[1])
-from endprompt_megatron.mcore.optional_packages import treat_broken_as_missing
-treat_broken_as_missing()
-treat_broken_as_missing()
+from endprompt_megatron.mcore.import_hooks import install_import_hooks
+install_import_hooks()
+install_import_hooks()
 from endprompt_megatron.model import backends, te_support
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 print(te_support.import_transformer_engine()[1])

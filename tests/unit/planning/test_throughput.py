@@ -75,7 +75,8 @@ def test_published_speeds_are_predicted_within_a_tenth(architecture, layout, seq
     ],
 )  # fmt: skip
 def test_published_rates_at_all_lengths_are_predicted_within_six_hundredths(thousands, tensor, pipeline, context, data, published):
-    """NVIDIA, NeMo long sequence performance, Llama-2 7B, FP8, H100: every row. Its batch is not told: 4M tokens a step are taken."""
+    """NVIDIA, NeMo long sequence performance, Llama-2 7B, FP8, H100: every row. The source does not state the batch size; the test assumes 4M
+    tokens per step."""
     seq_length = 1024 * thousands
     layout = _layout(tensor, pipeline, context, data, batch=max(data, 2**22 // seq_length))
     rate = _speed(LLAMA2_7B, layout, seq_length, "H100-80GB", "fp8") * training_flops_per_token(LLAMA2_7B, seq_length)

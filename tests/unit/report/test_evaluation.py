@@ -53,7 +53,7 @@ def test_the_papers_numbers_stand_beside_ours_with_their_source(tmp_path):
     assert "| *paper*, EndPrompt | – | – | – | – | – | – | 38.30 |" in page and "| *paper*, EndPrompt | – | – | – | – | 52.41 |" in page
 
 
-def test_longbench_is_told_by_its_six_groups(tmp_path):
+def test_longbench_is_reported_by_its_six_groups(tmp_path):
     scores = [_score(task.id, float(index)) for index, task in enumerate(tasks_of(["longbench"]))]
     cells = _cells(_page(tmp_path, scores), "this model")
     assert cells[1:7] == ["1.0", "4.0", "7.0", "10.0", "12.5", "14.5"] and cells[7] == f"{fmean([1, 4, 7, 10, 12.5, 14.5]):.1f}"

@@ -1,4 +1,4 @@
-"""What a run's page says of retrieval and perplexity inside and beyond the native window."""
+"""Counts, sentences and figure on the page of a run about retrieval and perplexity inside and beyond the native window."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_sentences_hold_every_system_in_order():
         line.startswith("Inside it, planted words answered: base 10 of 10, untrained 9 of 10, extended 9 of 10") for line in sentences
     )
     assert any("perplexity" in line and "base 20.0" in line for line in sentences)
-    assert reach_sentences(SYSTEMS, native=200) == []  # nothing longer was read
+    assert reach_sentences(SYSTEMS, native=200) == []  # no length is beyond the window
 
 
 def test_the_page_says_in_words_whether_training_added_something():

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from endprompt_megatron.doctor.check_result import LIMITS, MISSING, OK, CheckResult
-from endprompt_megatron.doctor.examination import NO, YES, Examination, Verdict
+from endprompt_megatron.doctor.checks import NO, YES, Diagnosis, Verdict
 from tests.support.tiny import ROOT
 
 TOOL = ROOT / "tools" / "doctor.py"
@@ -23,8 +23,8 @@ def doctor(monkeypatch, capsys):
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
 
-    def call(examination: Examination, *arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(tool, "examine", lambda directory, experiments, network: examination)
+    def call(diagnosis: Diagnosis, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(tool, "examine", lambda directory, experiments, network: diagnosis)
         monkeypatch.setattr(tool, "read_experiments", list)
         monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments])
         status = tool.main()
@@ -35,10 +35,10 @@ def doctor(monkeypatch, capsys):
     return call
 
 
-def _machine(te: str = MISSING, verdict: str = YES, **levels: str) -> Examination:
+def _machine(te: str = MISSING, verdict: str = YES, **levels: str) -> Diagnosis:
     keys = {"system": OK, "python": OK, "torch": OK, "megatron_core": OK, "transformers": OK, "apex": OK, "nccl": OK, "cudnn": OK, "te": te}
     results = [CheckResult(key, level, "2.13", "so it is", "do this") for key, level in {**keys, **levels}.items()]
-    return Examination(tuple(results), (Verdict("tiny_random", verdict), Verdict("llama3_8b_64k", NO, "needs more")))
+    return Diagnosis(tuple(results), (Verdict("tiny_random", verdict), Verdict("llama3_8b_64k", NO, "needs more")))
 
 
 def test_lines(doctor):
@@ -66,7 +66,7 @@ def test_strict_build_fails_for_what_an_image_has_to_bring(doctor, key):
     assert status == 1 and err == f"\nrequired and missing: {key}\n"
 
 
-def test_strict_build_does_not_ask_for_a_gpu(doctor):
+def test_strict_build_does_not_require_a_gpu(doctor):
     """A build host has none."""
     assert doctor(_machine(te=OK, gpu=MISSING, driver=MISSING, fp8=MISSING, verdict=NO), "--strict-build")[0] == 0
 

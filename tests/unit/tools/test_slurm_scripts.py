@@ -10,10 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hydra
 import pytest
 
 from tests.support.checkout import CHECKOUT, SUBMIT
+from tests.support.compose import compose
 from tests.support.tiny import ROOT
 
 GOLDEN = ROOT / "tests" / "golden" / "slurm"
@@ -93,8 +93,7 @@ def test_sources_are_clean():
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")))
 def test_the_ranks_of_a_layout_are_those_that_hydra_composes(experiment, tmp_path):
     """Without Python on a login node the script reads conf/ itself: one rank more than the layout is refused with its size."""
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        parallel = hydra.compose("extend", overrides=[f"+experiment={experiment}"]).parallel
+    parallel = compose(f"+experiment={experiment}").parallel
     sizes = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size)
     ranks = sizes[0] * sizes[1] * sizes[2]
     done = _submit(tmp_path, "--dry-run", f"--nodes={ranks + 1}", "--gpus-per-node=1", "--", f"+experiment={experiment}", "output_dir=out")
@@ -167,7 +166,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_told_and_nothing_is_submitted(case, tmp_path):
+def test_bad_input_is_reported_and_nothing_is_submitted(case, tmp_path):
     arguments, message = BAD[case]
     fake = tmp_path / "bin"
     fake.mkdir()
@@ -225,7 +224,7 @@ WAIT = "echo waiting; until [[ ${asked-} ]]; do sleep 0.05; done; "
 
 
 class Script:
-    """A rendered script, and what its Slurm was asked."""
+    """Runs a rendered script with stand-ins for the Slurm commands and records its calls of scontrol."""
 
     def __init__(self, place: Path):
         self.place, self.output = place, place / "run"
@@ -245,7 +244,7 @@ class Script:
             (place / "bin" / name).chmod(0o755)
 
     def run(self, step: str, number: signal.Signals | None = None, **environment: str) -> tuple[int, str, bool]:
-        """Exit status, what it said, whether it asked to be requeued; a signal is sent once something in it waits."""
+        """Return exit status, output, and whether the script requeued itself. `number` is sent once the output contains "waiting"."""
         slurm = {
             "SLURM_JOB_ID": "7",
             "SLURM_NTASKS": "16",
@@ -284,17 +283,17 @@ def test_a_warning_reaches_the_tasks_and_the_job_goes_back_into_the_queue(script
     assert requeued and f"{number.name} asks to stop" in said and "passed on" in said and "progress 0 at its start, 9 now" in said
 
 
-def test_tasks_that_were_told_by_slurm_itself_are_enough(script):
+def test_tasks_signalled_by_slurm_alone_are_requeued(script):
     assert script.run("save; exit 75")[2]
 
 
-def test_a_busy_controller_is_asked_again(script):
+def test_a_busy_controller_is_called_again(script):
     (script.place / "busy").touch()
     _, _, requeued = script.run("save; exit 75")
     assert requeued and not (script.place / "busy").exists()
 
 
-def test_tasks_that_die_of_the_warning_while_python_starts_count_as_asked(script):
+def test_tasks_killed_by_the_warning_while_python_starts_count_as_stopped(script):
     status, said, requeued = script.run(WAIT + "exit 138", signal.SIGUSR1)
     assert (status, requeued) == (138, False) and "no checkpoint was made since this start" in said
 

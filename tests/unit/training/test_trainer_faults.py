@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from endprompt_megatron.data.dataset import name_samples
-from endprompt_megatron.errors import OutputError, TrainingError
+from endprompt_megatron.errors import CheckpointError, OutputError, TrainingError
 from endprompt_megatron.log import read_metrics
 from tests.support.disk_faults import fill_open_file
 from tests.support.layout_worker import run_job
@@ -105,6 +105,65 @@ def test_skip_passes_over_the_update_and_goes_on(place, tmp_path, undisturbed, k
     found = figures(tmp_path)
     assert list(found) == [step for step in range(1, 9) if step != BAD_STEP]
     assert all(found[step] == undisturbed[step] for step in range(1, BAD_STEP)) and found[8] < found[1]
+
+
+class _Crash(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+def validating(at: tuple[str, int] | None = None):
+    """Measures a validation loss every two steps, and crashes in the named method after so many steps."""
+
+    def prepare(trainer):
+        trainer.validation_dataset = trainer.train_dataset
+        trainer.config.trainer.eval_interval, trainer.config.trainer.eval_batches = 2, 1
+        if at is None:
+            return
+        method = getattr(trainer, at[0])
+
+        def crashing(*arguments):
+            if trainer.state.step == at[1]:
+                raise _Crash
+            return method(*arguments)
+
+        setattr(trainer, at[0], crashing)
+
+    return prepare
+
+
+def test_crashes_leave_each_validation_loss_once(place, tmp_path):
+    """After a save at the same step, in the measurement, and where nothing is left to train."""
+    short = place | {"steps": 4}
+    for at in (("validation_figures", 2), ("_step", 3)):
+        with pytest.raises(_Crash):
+            run_job(job(short, tmp_path, save_interval=2), validating(at))
+    for _ in range(2):
+        run_job(job(short, tmp_path, save_interval=2), validating())
+        rows = [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl") if "validation_loss" in record]
+        assert rows == [0, 2, 4] and list(figures(tmp_path)) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_directory_renamed_while_it_is_written_is_one_error_and_goes_on_under_its_name(place, tmp_path, undisturbed, asynchronous):
+    output, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+
+    def rename(trainer):
+        step = trainer._step
+
+        def renaming(batches):
+            if trainer.state.step == BAD_STEP and output.is_dir():
+                output.rename(elsewhere)
+            return step(batches)
+
+        trainer._step = renaming
+
+    options = dict(save_interval=2, async_save=asynchronous, log_interval=100 if asynchronous else 1)
+    with pytest.raises(CheckpointError, match="run was renamed or removed while the job was writing to it.*same command again"):
+        run_job(job(place, output, **options), rename)
+    assert not output.exists(), "it is not created anew"
+    elsewhere.rename(output)
+    run_job(job(place, output, save_interval=2))
+    assert {**undisturbed, **figures(output)} == undisturbed and 8 in figures(output)
 
 
 def test_too_many_in_a_row_stop_after_all(place, tmp_path):

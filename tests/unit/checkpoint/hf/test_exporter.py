@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,13 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from endprompt_megatron.checkpoint.hf.auxiliary_files import PROVENANCE_FILE
 from endprompt_megatron.checkpoint.hf.exporter import export_hf
 from endprompt_megatron.checkpoint.hf.model_card import MODEL_CARD
+from endprompt_megatron.checkpoint.hf.transformers_model import load_transformers_model, transformers_logits
 from endprompt_megatron.checkpoint.hf.verify import (
     Finding,
     format_findings,
-    load_transformers_model,
     megatron_logits,
     probe_positions,
-    transformers_logits,
     verify_export,
 )
 from endprompt_megatron.errors import CheckpointError
@@ -33,7 +33,9 @@ pytestmark = pytest.mark.usefixtures("single_process")
 MODELS = ["tiny_model_dir", "untied_model_dir", "multi_head_model_dir"]
 
 
-def export(model: EndPromptGPTModel, base: Path, destination: Path, *, max_shard_bytes: int = 2**30) -> Path:
+def export(
+    model: EndPromptGPTModel, base: Path, destination: Path, *, max_shard_bytes: int = 2**30, verify: Callable[[Path], None] | None = None
+) -> Path:
     return export_hf(
         [model],
         destination,
@@ -43,6 +45,7 @@ def export(model: EndPromptGPTModel, base: Path, destination: Path, *, max_shard
         target_context_length=WINDOW,
         max_shard_bytes=max_shard_bytes,
         provenance={"method": "endprompt"},
+        verify=verify,
     )
 
 
@@ -126,13 +129,14 @@ class TestExport:
 
     def test_stray_files_are_named_once_and_left_out(self, tiny_model_dir, tmp_path, caplog):
         base = copy_model(tiny_model_dir, tmp_path / "base")
+        model = load_model(base)
         for name in ("adapter_config.json", "optimizer.pt", "trainer_state.json", "modeling_custom.py", "notes.txt"):
             (base / name).write_text("{}")
         (base / "chat_template.jinja").write_text("{{ messages }}")
         (base / "LICENSE.txt").write_text("terms")
         get_logger().propagate = True
         try:
-            out = export(load_model(base), base, tmp_path / "hf")
+            out = export(model, base, tmp_path / "hf")
         finally:
             get_logger().propagate = False
         assert {"chat_template.jinja", "LICENSE.txt"} <= {path.name for path in out.iterdir()}
@@ -182,6 +186,31 @@ class TestExport:
         assert [path.name for path in out.glob("*.safetensors")] == ["model.safetensors"], "no shard of the earlier one is left"
         assert not (out / "half").exists() and sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
         verify(model, tiny_model_dir, out)
+
+    def test_an_export_that_fails_its_verification_is_never_under_its_final_name(self, tiny_model_dir, tmp_path):
+        model, out, failed = load_model(tiny_model_dir), tmp_path / "hf", tmp_path / "hf.failed"
+        seen = []
+
+        def changed(written: Path) -> None:
+            seen.append((written.name, out.exists()))
+            edit_tensors(written, lambda tensors: tensors["model.norm.weight"].add_(1.0))
+            verify(model, tiny_model_dir, written)
+
+        for _ in range(2):  # one that failed earlier is replaced
+            with pytest.raises(CheckpointError, match=re.escape(f"{failed} is not the trained model")):
+                export(model, tiny_model_dir, out, verify=changed)
+            assert [path.name for path in tmp_path.iterdir()] == ["hf.failed"] and (failed / "model.safetensors").is_file()
+        assert seen == [("hf.partial", False)] * 2
+        export(model, tiny_model_dir, out, verify=lambda written: seen.append(verify(model, tiny_model_dir, written)))
+        assert all(finding.passed for finding in seen[-1])
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        with pytest.raises(ZeroDivisionError):
+            export(model, tiny_model_dir, out, verify=lambda written: 1 / 0)
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before, "the earlier export stays"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "hf.failed"]
+        (failed / PROVENANCE_FILE).unlink()
+        with pytest.raises(CheckpointError, match="hf.failed exists and is not an export of this tool"):
+            export(model, tiny_model_dir, out, verify=changed)
 
     def test_transformers_sees_what_megatron_sees(self, untied_model_dir, tmp_path):
         """The trained model, opened by transformers, at positions across the extended window."""
@@ -282,6 +311,14 @@ class TestVerify:
         change(changed)
         failed = self.failures(exported, changed)
         assert any(check in line for line in failed), failed
+
+    def test_a_failure_on_another_rank_is_a_failure_here(self, exported, monkeypatch):
+        def gather(found: list[str | None], own: str | None) -> None:
+            found[:] = [own, "CheckpointError: one element differs"]
+
+        monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+        with pytest.raises(CheckpointError, match="failed its verification on rank 1: CheckpointError: one element differs"):
+            verify(*exported)
 
     def test_live_weights_that_moved_on_are_found(self, exported, tmp_path):
         model = load_model(exported[1])

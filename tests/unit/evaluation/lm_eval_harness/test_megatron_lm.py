@@ -1,4 +1,4 @@
-"""lm-eval's tasks asked of the same weights through transformers and through Megatron-Core: the same prompts, the same answers."""
+"""lm-eval with the same weights on transformers and on Megatron-Core: both receive the same prompts and return the same answers."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def test_a_key_at_every_depth_is_a_question_of_one_haystack(make_tasks, tiny_mod
     assert log_probability_details(samples, None)["by_region"] == {}
 
 
-def test_several_keys_of_one_name_are_asked_for_in_the_order_of_the_text(tiny_model_dir, make_tasks):
+def test_several_keys_of_one_name_are_expected_in_the_order_of_the_text(tiny_model_dir, make_tasks):
     config = config_of(tiny_model_dir, needle=NeedleConfig(depths=[0.9, 0.1], digits=3), samples=1)
     tasks = make_tasks(config)
     (haystack,) = tasks._haystacks(TASKS["needle_multi_value"], 1600)
@@ -109,7 +109,7 @@ def _find(tokens, part):
     return next((place for place in range(len(tokens) - len(part) + 1) if list(tokens[place : place + len(part)]) == list(part)), None)
 
 
-def test_the_gap_probe_asks_in_every_region_and_what_it_finds_is_parted_by_them(make_tasks, tiny_model_dir, monkeypatch):
+def test_the_gap_probe_places_questions_in_every_region_and_reports_them_by_region(make_tasks, tiny_model_dir, monkeypatch):
     _answer_with(monkeypatch, right=True)
     samples = make_tasks(config_of(tiny_model_dir)).run(TASKS[GAP_TASK], length=None, label="t")
     assert len(samples) == 9 and {sample.haystack for sample in samples} == set(range(9))

@@ -67,7 +67,7 @@ def test_a_bound_on_tokens_leaves_at_least_one_haystack(encode):
     made = make_haystacks(encode, **arguments, seed=1, max_tokens=2048)
     assert [haystack.length for haystack in made] == [1024, 1024, 2048, 4096] * 2
     depths = [make_haystacks(encode, **arguments, seed=seed, max_tokens=1)[0].questions[0].depth for seed in (0, 1)]
-    assert depths == [0.2, 0.8]  # a length with one trial asks at another depth with the next seed
+    assert depths == [0.2, 0.8]  # a length with one trial uses another depth with the next seed
 
 
 def test_the_fact_stands_at_its_depth(encode):
@@ -139,7 +139,7 @@ def test_exact_match_is_what_greedy_generation_does(both):
         assert scored["records"] == [[0.5, exact, scored["digit_accuracy"], scored["key_log_probability"], 10]]
 
 
-def test_questions_that_share_a_haystack_score_as_if_asked_alone(both):
+def test_questions_that_share_a_haystack_score_as_they_do_separately(both):
     chunk, reference = both
     random = np.random.default_rng(0)
     tokens = tuple(random.integers(0, 512, 70).tolist())
@@ -202,8 +202,8 @@ class TestStoredResults:
     def probes(self):
         return Probes([], np.zeros((1, 32), dtype=np.int64), ProbesConfig(lengths=[32]), 1)
 
-    def _probe(self, both, probes, cache, label="found"):
-        return probe_system("base", label, both[0], probes, device=torch.device("cpu"), cache=cache)["label"]
+    def _probe(self, both, probes, cache, label="found", **options):
+        return probe_system("base", label, both[0], probes, device=torch.device("cpu"), cache=cache, **options)["label"]
 
     def test_are_read_back_under_the_same_conditions_only(self, both, probes, tmp_path):
         cache = tmp_path / "base.json"
@@ -212,12 +212,23 @@ class TestStoredResults:
         other = replace(probes, config=ProbesConfig(lengths=[32], perplexity_stride=8))
         assert self._probe(both, other, cache, "slides") == "slides"
 
+    def test_are_of_the_tokens_and_the_weights_that_they_were_made_of(self, both, probes, tmp_path):
+        """The name and the settings of a held-out text stay where its content changes."""
+        cache = tmp_path / "base.json"
+        assert self._probe(both, probes, cache, weights=["a", 1]) == "found"
+        assert self._probe(both, probes, cache, "again", weights=["a", 1]) == "found"
+        assert self._probe(both, probes, cache, "other weights", weights=["a", 2]) == "other weights"
+        other = replace(probes, blocks=np.ones((1, 32), dtype=np.int64))
+        assert self._probe(both, other, cache, "other text", weights=["a", 2]) == "other text"
+        assert self._probe(both, other, cache, "again", weights=["a", 2]) == "other text"
+
     def test_of_a_run_before_a_key_existed_count_as_of_its_default(self, both, probes, tmp_path):
         cache = tmp_path / "base.json"
         self._probe(both, probes, cache)
         stored = json.loads(cache.read_text())
         for key in ("perplexity_stride", "prefill_chunk"):
             stored["conditions"]["evaluation"].pop(key, None)
+        del stored["made_of"], stored["digest"]  # which that release did not write
         cache.write_text(json.dumps(stored))
         assert self._probe(both, probes, cache, "again") == "found"
 

@@ -21,7 +21,7 @@ def test_every_form_is_read_in_the_order_of_the_names(tmp_path):
     assert read_texts(tmp_path) == ["first", "first again", "second, ü", "third"]
 
 
-def test_what_is_no_text_is_told(tmp_path):
+def test_files_without_text_are_refused(tmp_path):
     with pytest.raises(DataError, match="no text there"):
         read_texts(tmp_path)
     for name, content in (("a.jsonl", b'{"body": "x"}'), ("a.jsonl", b"no json"), ("a.parquet", b"PAR1"), ("a.txt", b"\xff")):

@@ -96,7 +96,7 @@ def test_samples_are_a_pure_function_of_the_arguments():
 
 @pytest.mark.parametrize("task", NEEDLE_TASKS)
 @pytest.mark.parametrize("with_text", [False, True])
-def test_needles_of_the_keys_that_are_asked_for_and_of_no_other(task, with_text):
+def test_references_are_the_needles_of_the_queried_keys(task, with_text):
     hidden = {"niah_multikey": 4, "niah_multivalue": 4, "niah_multiquery": 4}.get(task, 1)
     for sample in _samples(task, 2048, count=4, text=("prose", PROSE) if with_text else None):
         needles, asked = _needles(sample.prompt), _asked(sample.prompt)
@@ -127,7 +127,7 @@ def test_the_fact_stands_at_its_depth(task, with_text):
 def test_facts_in_prose_stand_between_sentences():
     for sample in _samples("niah_multikey", 2048, count=6, text=("prose", PROSE)):
         for found in re.finditer(r"A secret number of \S+ is \d+\.", sample.prompt):
-            at_the_end = sample.prompt[found.end() :].startswith("\nQuestion")  # where the text is cut as the length wants it
+            at_the_end = sample.prompt[found.end() :].startswith("\nQuestion")  # the text is cut here to fit the length
             assert at_the_end or re.search(r"[.!?\n]\s?$", sample.prompt[: found.start()])
         without = re.sub(r"A secret number of \S+ is \d+\. ?", "", sample.prompt).split("\n")[1]
         assert " ".join(PROSE).startswith(without[:300]) and "prose" in sample.haystack

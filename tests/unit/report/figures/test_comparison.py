@@ -37,7 +37,7 @@ def groups_of(tmp_path, *labels: str, with_distance: tuple[str, ...] = ()) -> di
     return groups
 
 
-def test_a_run_that_tells_distances_is_paired_with_one_that_does_not(tmp_path, figures):
+def test_a_run_with_distances_is_paired_with_one_without(tmp_path, figures):
     groups = groups_of(tmp_path, "control_short_pi", "endprompt", "longlora", with_distance=("longlora",))
     plot_scores_by_distance(tmp_path / "d.png", groups, reference="control_short_pi")
     absolute, relative = figures[0].axes[:2]
@@ -46,7 +46,7 @@ def test_a_run_that_tells_distances_is_paired_with_one_that_does_not(tmp_path, f
         found = [float(value) for value in drawn[label].get_ydata()]
         assert len(found) >= 3 and found == pytest.approx([gain] * len(found)), "the same questions, each the gain better"
     ours = {container.get_label(): container.lines[0] for container in absolute.containers}
-    assert list(ours["endprompt"].get_xdata()) == list(ours["longlora"].get_xdata())  # the same questions at the same, told distance
+    assert list(ours["endprompt"].get_xdata()) == list(ours["longlora"].get_xdata())  # the same questions at the same recorded distance
 
 
 @pytest.mark.parametrize("draw", [plot_scores_by_distance, plot_scores_by_length])

@@ -1,4 +1,4 @@
-"""Runs all checks, and derives which experiments this machine can run."""
+"""Run all checks and derive from the results which experiments this machine can run."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from endprompt_megatron.doctor.packages import (
 from endprompt_megatron.errors import ConfigError
 
 REQUIRED_BY_EVERY_RUN = ("system", "python", "torch", "megatron_core", "transformers")
-# Checks that an image built by docker/Dockerfile must pass. A build host has no GPU, so checks of GPUs are not among them.
+# Checks that an image built by docker/Dockerfile must pass. GPU checks are excluded, because a build host has no GPU.
 REQUIRED_IN_IMAGE = (*REQUIRED_BY_EVERY_RUN, "te", "apex", "nccl", "cudnn")
-_SMALLER = 0.97  # the usable memory of GPUs of one kind differs by a percent or two
+_SMALLER = 0.97  # tolerance: the usable memory of GPUs of the same model differs by one or two percent
 
 YES, PART, UNSURE, NO = "yes", "as one node of several", "perhaps", "no"
 
 
 @dataclass(frozen=True)
 class Requirements:
-    """What an experiment requires of a machine.
+    """Requirements of an experiment.
 
     Attributes:
         name: name of the experiment.
-        on_gpu: whether it requires GPUs; False also for accelerator=auto.
-        gpus_per_node: GPUs per node.
+        on_gpu: whether the experiment requires GPUs; False for accelerator=auto.
+        gpus_per_node: number of GPUs per node.
         nodes: number of nodes.
-        gpu: the kind of GPU it is planned for.
-        gpu_memory_gib: memory of that GPU.
-        precision: value of the config.
+        gpu: name of the GPU model that the experiment is planned for.
+        gpu_memory_gib: memory of this GPU model in GiB.
+        precision: precision.name of the experiment's config.
     """
 
     name: str
@@ -54,7 +54,13 @@ class Requirements:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an experiment can run on this machine: YES, PART, UNSURE or NO, with a reason unless it is YES."""
+    """Whether an experiment can run on this machine.
+
+    Attributes:
+        name: name of the experiment.
+        verdict: YES, PART (as one of several nodes), UNSURE (a GPU has less memory than planned) or NO.
+        reason: reason for the verdict; "" for YES.
+    """
 
     name: str
     verdict: str
@@ -62,12 +68,12 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Examination:
+class Diagnosis:
     """The results of all checks.
 
     Attributes:
-        results: in display order.
-        verdicts: one per experiment.
+        results: results of the checks, in display order.
+        verdicts: one verdict per experiment.
     """
 
     results: tuple[CheckResult, ...]
@@ -75,16 +81,16 @@ class Examination:
 
     @property
     def can_run_nothing(self) -> bool:
-        """Whether no experiment can run, not even in part. Without known experiments: whether a requirement of every run is missing."""
+        """Whether no experiment can run. Without experiments, whether a check in REQUIRED_BY_EVERY_RUN has the level MISSING."""
         if not self.verdicts:
             return any(result.key in REQUIRED_BY_EVERY_RUN and result.level == MISSING for result in self.results)
         return all(verdict.verdict == NO for verdict in self.verdicts)
 
     def missing(self, keys: Iterable[str]) -> list[CheckResult]:
-        """The results with these keys whose level is MISSING.
+        """Return the results for `keys` whose level is MISSING.
 
         Raises:
-            ConfigError: a key that no check has.
+            ConfigError: `keys` contains a key that no check has.
         """
         by_key = {result.key: result for result in self.results}
         unknown = [key for key in keys if key not in by_key]
@@ -93,13 +99,13 @@ class Examination:
         return [by_key[key] for key in keys if by_key[key].level == MISSING]
 
 
-def examine(directory: Path, experiments: Sequence[Requirements], *, network: bool = False) -> Examination:
+def examine(directory: Path, experiments: Sequence[Requirements], *, network: bool = False) -> Diagnosis:
     """Run all checks on this machine.
 
     Args:
-        directory: parent of outputs/, models/ and datasets/, which may not exist yet.
+        directory: parent directory of outputs/, models/ and datasets/, which may not exist yet.
         experiments: requirements of every experiment.
-        network: whether to connect to the Hugging Face hub.
+        network: whether to check the connection to the Hugging Face hub.
     """
     # the slow checks run in subprocesses, in parallel
     slow: list[Callable[[], object]] = [query_accelerators, check_megatron_core, check_transformer_engine, check_apex]
@@ -113,11 +119,11 @@ def examine(directory: Path, experiments: Sequence[Requirements], *, network: bo
     ]  # fmt: skip
     if network:
         results.append(check_network())
-    return Examination(tuple(results), tuple(verdicts(experiments, results, seen)))
+    return Diagnosis(tuple(results), tuple(verdicts(experiments, results, seen)))
 
 
 def verdicts(experiments: Sequence[Requirements], results: Sequence[CheckResult], seen: Accelerators) -> list[Verdict]:
-    """Derive from the check results which experiments can run."""
+    """Return one verdict per experiment, derived from the check results."""
     missing = {result.key for result in results if result.level == MISSING}
     absent = [key for key in REQUIRED_BY_EVERY_RUN if key in missing]
     precisions = next((result.found.removeprefix("precision=").split("|") for result in results if result.key == "fp8"), [])

@@ -6,7 +6,7 @@ import pytest
 
 from endprompt_megatron.doctor.accelerators import Accelerators, Gpu
 from endprompt_megatron.doctor.check_result import LIMITS, MISSING, OK, CheckResult
-from endprompt_megatron.doctor.examination import NO, PART, UNSURE, YES, Examination, Requirements, Verdict, verdicts
+from endprompt_megatron.doctor.checks import NO, PART, UNSURE, YES, Diagnosis, Requirements, Verdict, verdicts
 from endprompt_megatron.doctor.subprocess_checks import ProcessResult
 from endprompt_megatron.errors import ConfigError
 
@@ -48,18 +48,18 @@ def test_fewer_or_smaller_gpus():
 def test_without_these_nothing_runs(key):
     found = _verdicts([H100] * 8, [CheckResult(key, MISSING, "none")])
     assert {verdict.verdict for verdict in found} == {NO} and found[0].reason == f"{key}: see above"
-    assert Examination((), tuple(found)).can_run_nothing
-    assert not Examination((), tuple(_verdicts([], [CheckResult(key, LIMITS, "old")]))).can_run_nothing
+    assert Diagnosis((), tuple(found)).can_run_nothing
+    assert not Diagnosis((), tuple(_verdicts([], [CheckResult(key, LIMITS, "old")]))).can_run_nothing
 
 
 def test_unknown_experiments_are_not_nothing():
     """Without Hydra no experiment is known; where what every run needs is there, that is no verdict on the machine."""
-    assert not Examination((CheckResult("torch", OK, "2.13.0"),), ()).can_run_nothing
-    assert Examination((CheckResult("torch", MISSING, "not installed"),), ()).can_run_nothing
+    assert not Diagnosis((CheckResult("torch", OK, "2.13.0"),), ()).can_run_nothing
+    assert Diagnosis((CheckResult("torch", MISSING, "not installed"),), ()).can_run_nothing
 
 
 def test_missing():
-    examination = Examination((CheckResult("te", MISSING, ""), CheckResult("gpu", OK, ""), CheckResult("cudnn", LIMITS, "")), ())
-    assert [result.key for result in examination.missing(["gpu", "cudnn", "te"])] == ["te"]
+    diagnosis = Diagnosis((CheckResult("te", MISSING, ""), CheckResult("gpu", OK, ""), CheckResult("cudnn", LIMITS, "")), ())
+    assert [result.key for result in diagnosis.missing(["gpu", "cudnn", "te"])] == ["te"]
     with pytest.raises(ConfigError, match="--require gpus,tpu: no such check. Choose from te, gpu, cudnn"):
-        examination.missing(["gpus", "te", "tpu"])
+        diagnosis.missing(["gpus", "te", "tpu"])

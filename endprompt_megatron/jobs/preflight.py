@@ -33,7 +33,6 @@ from endprompt_megatron.positions.scheme import SCHEMES
 from endprompt_megatron.rope.scaling import RopeScaling
 
 # libyaml's limits nesting; the one in Python needs seconds for a few thousand brackets
-_SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _CONFIG_FILE, _BASE_FILE = "config.yaml", "base.json"
 # What a run leaves before its first checkpoint; nothing of it is used without its own proof of what it was made of
 _BEFORE_RESULTS = {_BASE_FILE, "logs", "probes", "metrics.jsonl", "tensorboard", "sittings.json", "checkpoints"}
@@ -222,7 +221,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         DamagedFileError: it is not what `claim_output_dir` wrote.
     """
     try:
-        stored = yaml.load(read_text(path, way_out=_WITHOUT_CONFIG), Loader=_SAFE_LOADER)
+        stored = yaml.load(read_text(path, way_out=_WITHOUT_CONFIG), Loader=yaml.CSafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, DamagedFileError):
             raise

@@ -322,7 +322,7 @@ REFUSED = {
     config_beside_an_export.__name__: (config_beside_an_export, "restore the file, or remove the directory .* or set output_dir"),
     summary.__name__: (summary, "Start the run's command again"),
     evaluation.__name__: (evaluation, "Start the run's command again"),
-    provenance.__name__: (provenance, "copy the file again"),
+    provenance.__name__: (provenance, "copy it again from the model"),
     conversion_under_way.__name__: (conversion_under_way, "move it, or choose another destination"),
 }
 # valid content of that file

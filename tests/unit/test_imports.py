@@ -166,7 +166,15 @@ def test_plain_number_modules_leave_torch_out():
 
 @pytest.mark.parametrize("adapter", ["nemo", "bridge"])
 def test_adapters_stay_thin(adapter):
-    assert sum(len(path.read_text().splitlines()) for path in (PACKAGE / "integrations" / adapter).glob("*.py")) <= 310
+    """In lines of code: docstrings and comments do not count."""
+    lines = 0
+    for path in (PACKAGE / "integrations" / adapter).glob("*.py"):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+                node.body[0] = ast.Pass()
+        lines += len(ast.unparse(tree).splitlines())
+    assert lines <= 250
 
 
 def test_recipes_are_short():

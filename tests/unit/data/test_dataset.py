@@ -340,14 +340,12 @@ def test_a_pickle_in_the_index_cache_is_not_run(corpora, tmp_path):
     """Megatron reads its caches with np.load(allow_pickle=True)."""
     options = dict(train=Blend([corpora.lower, corpora.upper], [1.0, 1.0]), cache_dir=tmp_path / "indices")
     build(corpora, **options)
-    arrays = sorted((tmp_path / "indices").glob("*.npy"))
+    arrays = sorted((tmp_path / "indices").rglob("*.npy"))
     assert len(arrays) == 8  # three of each corpus, two of the blend
     payload = b"cos\nmkdir\n(V" + str(tmp_path / "marker").encode() + b"\ntR."
     for path in arrays:
         plain = path.read_bytes()
         path.write_bytes(payload)
-        with pytest.raises(DataError, match=f"{path.name} is not an array of numbers .*Delete it"):
-            build(corpora, **options)
-        path.write_bytes(plain)
-    build(corpora, **options)
+        build(corpora, **options)  # builds the damaged arrays again
+        assert path.read_bytes() == plain
     assert not (tmp_path / "marker").exists()

@@ -117,7 +117,7 @@ class TestMetadata:
             (metadata(relative_path="../a"), "lies in '../a', but files of a checkpoint lie inside its directory"),
             (metadata(relative_path="/etc/passwd"), "lies in '/etc/passwd'"),
             (metadata(relative_path=""), "lies in ''"),
-            (metadata(relative_path=5), "TypeError"),
+            (metadata(relative_path=5), "lies in 5"),
             (metadata(offset=-1), "lies at byte -1"),
             (metadata(length="1"), "lies at byte 0, with '1' bytes"),
         ],

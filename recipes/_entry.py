@@ -1,5 +1,5 @@
-"""Code shared by all recipes: adds the repository to sys.path, reads and composes the command line, converts composed values to typed
-configs, and turns errors into exit statuses."""
+"""Code that all recipes share. It adds the repository to sys.path, reads the command line, composes the configuration, converts it to typed
+dataclasses and turns errors into exit statuses."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ T = TypeVar("T")
 DEFAULT_EXPERIMENT = "smollm2_135m_16k_cpu"
 _CONF = str(ROOT / "conf")
 _NO_CHOICE = ("", "null", "[]", "{}", "''", '""')
-# starts of the lines of a message that are about Hydra itself
+# lines of an error message that begin with one of these are about Hydra itself
 _OF_HYDRA = ("See https://hydra.cc", "Config search path:", "Set the environment variable HYDRA_FULL_ERROR", "full_key:", "object_type=")
 
 
@@ -53,11 +53,11 @@ def start(job: Callable[[DictConfig], None], config_name: str, default_experimen
 
     Args:
         job: function of the recipe.
-        config_name: file of conf/, without its suffix.
-        default_experiment: same as in read_command_line.
+        config_name: name of a file in conf/, without its suffix.
+        default_experiment: same as for read_command_line.
     """
 
-    @functools.wraps(job)  # Hydra takes the name of the program from it
+    @functools.wraps(job)  # Hydra reads the name of the program from the function
     def job_with_exit_status(composed: DictConfig) -> None:
         with exit_on_errors():
             job(composed)
@@ -74,10 +74,10 @@ def start(job: Callable[[DictConfig], None], config_name: str, default_experimen
 
 
 def compose(config_name: str, arguments: list[str]) -> DictConfig:
-    """Compose conf/CONFIG_NAME.yaml in a running program, in the same way as start.
+    """Compose conf/CONFIG_NAME.yaml in a running program. The result is the same as with `start`.
 
     Args:
-        config_name: file of conf/, without its suffix.
+        config_name: name of a file in conf/, without its suffix.
         arguments: overrides, as on the command line.
     Raises:
         ConfigError: an override cannot be parsed, or names a key, group or choice that conf/ does not have.
@@ -88,12 +88,12 @@ def compose(config_name: str, arguments: list[str]) -> DictConfig:
     try:
         with hydra.initialize_config_dir(_CONF, version_base="1.3"):
             return hydra.compose(config_name, overrides=clear_empty_dicts(arguments))
-    except Exception as error:  # for wrong overrides, Hydra and OmegaConf raise ValueError, KeyError and others too
+    except Exception as error:  # for wrong overrides, Hydra and OmegaConf also raise ValueError, KeyError and others
         raise ConfigError(in_one_line(error)) from error
 
 
 def in_one_line(error: Exception) -> str:
-    """Return the message of an error of Hydra or OmegaConf as one line, without the lines about Hydra itself."""
+    """Return the message of an error from Hydra or OmegaConf as one line, without the lines about Hydra itself."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
     lines = [line.strip() for line in "\n".join(filter(None, (str(error), str(cause or "")))).splitlines()]
     end = next((number for number, line in enumerate(lines) if line.startswith("Config search path:")), len(lines))
@@ -102,12 +102,11 @@ def in_one_line(error: Exception) -> str:
 
 
 def read_command_line(default_experiment: str | None = None) -> None:
-    """Rewrite sys.argv for Hydra: add the default experiment and make `key={}` empty a dictionary.
-
-    Hydra itself merges {} into the default value, which changes nothing.
+    """Check sys.argv and rewrite it for Hydra: add the default experiment, and replace `key={}` so that it empties a dictionary. Hydra
+    itself merges {} into the default value, which changes nothing.
 
     Args:
-        default_experiment: added if the command line contains no experiment; None for recipes that take no experiment.
+        default_experiment: name of the experiment to add if the command line contains none; None for recipes without experiments.
     Raises:
         ConfigError: an override uses a name from an earlier release, or leaves a group of conf/ without a choice.
     """
@@ -118,7 +117,7 @@ def read_command_line(default_experiment: str | None = None) -> None:
     sys.argv = clear_empty_dicts(sys.argv)
 
 
-# group or choice in earlier releases -> its current name
+# name of a group or choice in earlier releases -> its current name
 _RENAMED = {"evaluation=probes": "probes=standard", "evaluation": "probes", "suite=probes": "suite=ruler_offline"}
 
 
@@ -126,7 +125,7 @@ def refuse_former_names(arguments: list[str]) -> None:
     """Check that no override uses a name from an earlier release.
 
     Raises:
-        ConfigError: an override does; the message states the current name.
+        ConfigError: an override uses such a name; the message states the current name.
     """
     for text in arguments:
         bare = text.lstrip("+~")
@@ -136,11 +135,11 @@ def refuse_former_names(arguments: list[str]) -> None:
 
 
 def refuse_missing_choices(arguments: list[str]) -> None:
-    """Check that every group of conf/ keeps a choice. With `GROUP=null` Hydra raises an error that names no key, and with `GROUP=[]` or
-    `~GROUP` the group has no values.
+    """Check that no override leaves a group of conf/ without a choice. For `GROUP=null`, the error message of Hydra would not contain the
+    key; with `GROUP=[]` or `~GROUP`, the group would have no values.
 
     Raises:
-        ConfigError: an override is one of these; the message lists the choices.
+        ConfigError: an override leaves a group without a choice; the message lists the choices.
     """
     for text in arguments:
         name, equals, choice = text.lstrip("+~").partition("=")
@@ -157,7 +156,7 @@ def choices(group: str) -> tuple[str, ...]:
 
 
 def clear_empty_dicts(arguments: list[str]) -> list[str]:
-    """Return the overrides with every `key={}` replaced by `~key`."""
+    """Return the overrides, with every `key={}` replaced by `~key`."""
     return [f"~{text.removesuffix('={}')}" if text.endswith("={}") else text for text in arguments]
 
 
@@ -165,12 +164,12 @@ def to_dataclass(composed: DictConfig, schema: type[T], *, group: str | None = N
     """Convert composed values to the dataclass `schema`.
 
     Args:
-        composed: values as Hydra composes them.
+        composed: values that Hydra has composed.
         schema: dataclass with the keys and types. Error messages name its file.
         group: key of the values to convert; None converts all values.
     Raises:
-        ConfigError: the schema does not have a key, a value has the wrong type, or a group has no values; the message contains the dotted
-            name of the key.
+        ConfigError: a key is not in the schema, a value has the wrong type, or a group has no values. The message contains the dotted name
+            of the key.
     """
     explained_in, prefix = f"{schema.__module__.replace('.', '/')}.py", "" if group is None else f"{group}."
     try:
@@ -184,7 +183,7 @@ def to_dataclass(composed: DictConfig, schema: type[T], *, group: str | None = N
         raise
     except OmegaConfBaseException as error:
         key = error.full_key or group or "config"
-        key = key if f"{key}.".startswith(prefix) else f"{prefix}{key}"  # errors of resolving have the whole key, errors of merging do not
+        key = key if f"{key}.".startswith(prefix) else f"{prefix}{key}"  # only errors of resolving, not of merging, contain the prefix
         raise ConfigError(f"{key}: {in_one_line(error)}. {explained_in} explains the keys.") from error
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:  # OmegaConf raises these too
         raise ConfigError(f"{group or 'config'}: {in_one_line(error)}. {explained_in} explains the keys.") from error
@@ -196,8 +195,8 @@ def _structured(schema: type) -> DictConfig:
 
 
 def _check_groups_and_switches(values: Any, schema: type, prefix: str) -> None:
-    """Check two rules that OmegaConf does not have. OmegaConf gives a group without values its defaults, and takes any number and `on` for
-    true.
+    """Check two rules that OmegaConf does not check. OmegaConf uses the defaults for a group without values, and converts numbers and `on`
+    to bool.
 
     Raises:
         ConfigError: a group has no values, or a value of type bool is neither true nor false.
@@ -223,7 +222,7 @@ def command_line(*, without: str | None = None) -> str:
     """Return the command line of the running recipe, quoted for a shell.
 
     Args:
-        without: start of the arguments to leave out, or None.
+        without: arguments that begin with this text are left out; None leaves out no argument.
     """
     arguments = [text for text in sys.argv[1:] if without is None or not text.startswith(without)]
     return f"python recipes/{Path(sys.argv[0]).name} {shlex.join(arguments)}"
@@ -231,14 +230,14 @@ def command_line(*, without: str | None = None) -> str:
 
 @contextmanager
 def exit_on_errors() -> Iterator[None]:
-    """Exit with the documented status when the block raises: user errors print one line without a traceback, an interrupted run exits with
-    EXIT_RESUME."""
+    """Exit with the documented status if the block raises. User errors print their message without a traceback and exit with
+    EXIT_USER_ERROR. An interrupted run exits with EXIT_RESUME."""
     try:
         yield
     except USER_ERRORS as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
-    except OSError as error:  # of a file that third-party code writes
+    except OSError as error:  # e.g. for a file that third-party code writes
         if error.errno not in CANNOT_WRITE:
             raise
         print(f"{OutputError.__name__}: {unwritable(Path(error.filename or 'a file'), error)}", file=sys.stderr)
@@ -248,6 +247,6 @@ def exit_on_errors() -> Iterator[None]:
         print(request, file=sys.stderr)
         sys.exit(EXIT_RESUME)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not end the clean-up in a traceback
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the clean-up
         print("interrupted; start the same command again to resume", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)

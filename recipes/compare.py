@@ -2,7 +2,7 @@
 
 Runs recipes/extend.py for every method and seed of the study, each in its own process, and writes one page with means, standard deviations,
 paired tests, costs and figures. The same command resumes a stopped study. `write_only=true` starts no runs and writes the page from the
-results that exist. `collect=[outputs/a,outputs/b]` compares runs that were started by hand, and
+existing results. `collect=[outputs/a,outputs/b]` compares runs that were started by hand.
 `evaluations="['base=DIR','after=DIR']" reference=base` compares results of recipes/evaluate.py for two or more models.
 """
 
@@ -21,7 +21,11 @@ from endprompt_megatron.launch.launcher import planned_world_size
 
 
 def check_run(request: RunRequest) -> None:
-    """Compose and validate the configuration of a run as recipes/extend.py does. Raises ConfigError if the run is invalid."""
+    """Compose and validate the configuration of a run in the same way as recipes/extend.py.
+
+    Raises:
+        ConfigError: the configuration is invalid.
+    """
     try:
         config = to_run_config(compose("extend", [*request.overrides, f"name={request.name}", f"seed={request.seed}"]))
         resolve(config, world_size=planned_world_size(config), runs_here=False)

@@ -1,10 +1,10 @@
 """Evaluate a model: `python recipes/evaluate.py +suite=NAME model=DIR [key=value ...]`.
 
 Runs the tasks of a suite on the model in a Hugging Face directory, e.g. an export of recipes/extend.py. Writes results.json, every answer
-(records/), and a page with the paper's numbers. The suites ruler, longbench, short and all need lm-eval (`pip install -e '.[eval]'`). The
-suites needle, perplexity and ruler_offline run on Megatron-Core alone, in launch.nproc_per_node processes, or under srun or torchrun. The
-same command resumes a stopped evaluation. The page lists tasks that cannot run, with the reason. Set HF_HUB_OFFLINE=1 on a machine without
-network.
+(to records/) and a page that also shows the numbers of the paper. The suites ruler, longbench, short and all need lm-eval, installed with
+`pip install -e '.[eval]'`. The suites needle, perplexity and ruler_offline need only Megatron-Core. They run in launch.nproc_per_node
+processes, or under srun or torchrun. The same command resumes a stopped evaluation. The page lists tasks that cannot run, with the reason.
+Set HF_HUB_OFFLINE=1 on a machine without network.
 """
 
 from __future__ import annotations
@@ -27,7 +27,14 @@ MODELS = [text.removeprefix(MODEL) for text in ARGUMENTS if text.startswith(MODE
 
 
 def to_evaluation(composed: DictConfig, model: str | None = None) -> EvaluateConfig:
-    """Convert the composed values, with `model` if it is not None, to an EvaluateConfig. Raises ConfigError if no suite is chosen."""
+    """Convert the composed values to an EvaluateConfig.
+
+    Args:
+        composed: values that Hydra has composed.
+        model: directory of the model, which replaces the value in `composed`; None keeps that value.
+    Raises:
+        ConfigError: no suite is chosen, or a value is invalid.
+    """
     if model is not None:
         composed.model = model
     suite: Any = OmegaConf.to_container(composed)["suite"]
@@ -51,7 +58,7 @@ def run(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    # lm-eval imports the package `evaluate`: remove this directory from sys.path, so that it does not import this file
+    # remove this directory from sys.path, so that lm-eval imports the package `evaluate` instead of this file
     sys.path = [path for path in sys.path if not (Path(path) / "evaluate.py").is_file()]
     sys.argv = [text for text in sys.argv if not text.startswith(MODEL)]
     start(run, "evaluate")

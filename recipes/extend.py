@@ -21,7 +21,7 @@ def run(composed: DictConfig) -> None:
     launcher.adopt_srun_environment()
     launcher.end_with_launcher()
     if config.dry_run:
-        warnings.filterwarnings("ignore", module="megatron")  # about GPU packages, which a dry run does not need
+        warnings.filterwarnings("ignore", module="megatron")  # these warnings are about GPU packages, which a dry run does not need
         from endprompt_megatron.jobs.dry_run import dry_run
 
         for line in dry_run(config, world_size=launcher.planned_world_size(config)):

@@ -1,7 +1,7 @@
 """Plan an experiment for a cluster: `python recipes/plan.py +experiment=NAME [plan.num_gpus=64 plan.hardware=H200 plan.tokens=2e9 ...]`.
 
-Ranks the parallel layouts by predicted time, gives the reason for each layout that cannot run, and plots memory per GPU and hours of
-EndPrompt and of full-length training by window. All values are predictions, computed without a GPU. Writes plan.md and plan.png.
+Ranks the parallel layouts by predicted time, states the reason for each layout that cannot run, and plots the memory per GPU and the hours
+of EndPrompt and of full-length training by window. All values are predictions, computed without a GPU. Writes plan.md and plan.png.
 """
 
 from __future__ import annotations

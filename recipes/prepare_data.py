@@ -1,7 +1,7 @@
 """Download and index the texts of a run before it starts: `python recipes/prepare_data.py [+experiment=NAME] [key=value ...]`.
 
-extend.py also does this at its start. Use this recipe to do it separately, for example on a login node with network access. Prints the
-prefix of each indexed dataset; another run can read the dataset as `indexed:PREFIX`.
+extend.py also prepares its texts at its start. Use this recipe to prepare them separately, for example on a login node with network access.
+Prints the prefix of each indexed dataset. Another run can read the dataset as `indexed:PREFIX`.
 """
 
 from __future__ import annotations

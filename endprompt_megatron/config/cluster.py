@@ -1,4 +1,4 @@
-"""The typed schema of the config group `plan`, with the range of every key."""
+"""Typed schema of the config group `plan`, with the range of every key."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from endprompt_megatron.planning.throughput import GPUS_PER_NODE
 
 @dataclass
 class ClusterConfig:
-    """The config group `plan` of recipes/plan.py.
+    """Config group `plan` of recipes/plan.py.
 
     Attributes:
         num_gpus: number of GPUs in the cluster; null uses the experiment's number (launch.nproc_per_node x launch.num_nodes).
         gpus_per_node: number of GPUs that share NVLink.
-        hardware: kind of GPU, a name in throughput.HARDWARE; null uses launch.gpu.
+        hardware: GPU model, a name in throughput.HARDWARE; null uses launch.gpu.
         tokens: number of physical tokens to train on.
         lengths: windows for which EndPrompt is compared with full-length training, in positions. Windows up to the native window are
             skipped.

@@ -1,4 +1,4 @@
-"""Rules of the parallel layout and of the batch that it divides."""
+"""Rules for the parallel layout and for the batch sizes, which depend on the layout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _has_ranks(facts: Facts) -> bool:
 
 
 def _has_sizes(facts: Facts) -> bool:
-    """Whether the other rules can divide by the sizes."""
+    """Return whether all sizes are at least 1, so that the other rules can divide by them."""
     return _has_ranks(facts) and all(facts.value(key) >= 1 for key in _SIZES)
 
 
@@ -53,7 +53,7 @@ def _batch_is_uneven(facts: Facts) -> bool:
     return trainer.global_batch_size % _batch_step(facts) != 0
 
 
-# what cuts the model; nothing about samples and batches
+# rules for splitting the model, which do not depend on the samples and the batch
 CUT_RULES = (
     _divides_heads("attention heads", lambda architecture: architecture.num_attention_heads),
     _divides_heads("KV heads", lambda architecture: architecture.num_query_groups),
@@ -95,7 +95,7 @@ LAYOUT_RULES = (
         lambda facts: not _has_ranks(facts),
         lambda facts: (
             f"launch.num_nodes={facts.config.launch.num_nodes}, launch.nproc_per_node={facts.config.launch.nproc_per_node}: these are "
-            f"{facts.world_size} ranks, and a job has between 1 and {MOST_RANKS}; null processes are one a GPU."
+            f"{facts.world_size} ranks, and a job has between 1 and {MOST_RANKS}. nproc_per_node=null starts one process per GPU."
         ),
     ),
     *CUT_RULES,
@@ -152,6 +152,6 @@ LAYOUT_RULES = (
 
 
 def cut_problems(parallel: ParallelConfig, *, world_size: int, architecture: ModelArchitecture) -> list[str]:
-    """Return one sentence per problem of a layout with `world_size` ranks for this architecture. Does not check batch sizes."""
+    """Return one error message per problem of a layout of `world_size` ranks for this architecture. Does not check batch sizes."""
     facts = Facts(RunConfig(parallel=parallel), world_size, architecture)
     return [problem for rule in CUT_RULES for problem in rule.problems(facts)]

@@ -1,4 +1,4 @@
-"""Rules for the probes, the measurements that a run makes before and after training."""
+"""Rules for the probes, which are the measurements of a run before and after training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from endprompt_megatron.config.schema import ProbesConfig
 
 PROBED_SYSTEMS = ("base", "untrained", "trained")
 RETRIEVAL_TASKS = ("single", "multi_key", "multi_value", "variable_tracking")
-LONG_TEXT_TASKS = ("word", "number")  # of evaluation/probes/long_text.py
+LONG_TEXT_TASKS = ("word", "number")  # defined in evaluation/probes/long_text.py
 
 
 def _enabled(facts: Facts) -> bool:
@@ -41,8 +41,7 @@ PROBE_RULES = (
         lambda facts: _enabled(facts) and bool(_lengths_beyond_the_target(facts)),
         lambda facts: (
             f"probes.lengths={list(facts.probes.lengths)}: {_lengths_beyond_the_target(facts)[0]} is beyond "
-            f"rope.target_context_length={facts.rope.target_context_length}, for which the model is made. Leave it out, or set a "
-            f"larger target."
+            f"rope.target_context_length={facts.rope.target_context_length}, the extended window. Leave it out, or set a larger target."
         ),
     ),
     Rule(
@@ -74,7 +73,7 @@ PROBE_RULES = (
         ),
         lambda facts: (
             f"probes.perplexity_stride={facts.probes.perplexity_stride}: must be less than the shortest window of "
-            f"{_shortest_window(facts.probes)} tokens, so that every window overlaps the one before, or 0 for windows that do not."
+            f"{_shortest_window(facts.probes)} tokens, so that consecutive windows overlap, or 0 for windows without overlap."
         ),
     ),
 )

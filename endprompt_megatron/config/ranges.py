@@ -1,5 +1,5 @@
-"""The ranges of the numbers and texts of a configuration. A field of a schema states its range in its type, as in
-`Annotated[float, Range(0, 1)]`. `range_problems` reads the ranges and returns a message for every value outside."""
+"""Ranges of the values of a configuration. The type of a schema's field contains its range, e.g. `Annotated[float, Range(0, 1)]`.
+`range_problems` reads the ranges and returns a message for every value outside its range."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 from endprompt_megatron.errors import ConfigError
 
-# The largest position: RoPE multiplies positions as float32 numbers, which count exactly up to 2^24.
+# RoPE multiplies positions as float32 numbers, which represent integers exactly up to 2^24.
 MOST_POSITIONS = 2**24
-MOST_RANKS = 2**16  # in a job; a dry run computes the process groups of this many in seconds
-_MOST_BYTES_OF_A_PATH, _MOST_BYTES_OF_A_NAME = 4095, 255  # Linux: PATH_MAX without its end, NAME_MAX
+MOST_RANKS = 2**16  # limit of a job; a dry run computes the process groups of this many ranks in seconds
+_MOST_BYTES_OF_A_PATH, _MOST_BYTES_OF_A_NAME = 4095, 255  # Linux: PATH_MAX without the final NUL, NAME_MAX
 _SHOWN_BITS = 128
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `least` to `most`. NaN is in no range.
+    """Range of numbers from `least` to `most`. It never contains NaN.
 
     Attributes:
         least, most: ends of the range.
-        excludes_least, excludes_most: whether the end itself is outside.
+        excludes_least, excludes_most: whether the range excludes the end itself.
     """
 
     least: float
@@ -39,7 +39,7 @@ class Range:
         )
 
     def broken_by(self, value: Any) -> str | None:
-        """Return the rule as a message if the value breaks it."""
+        """Return a message that states the rule if the value breaks it, otherwise None."""
         if isinstance(value, bool) or not isinstance(value, int | float):
             return "must be a number"
         if self.holds(value):
@@ -52,18 +52,18 @@ class Range:
 
 @dataclass(frozen=True)
 class Text:
-    """Texts of 1 to `most` characters that are not blank.
+    """Constraint on a text that must have 1 to `most` characters and must not be blank.
 
     Attributes:
         most: largest number of characters.
-        can_be_blank: whether a text may consist of white space.
+        can_be_blank: whether a text may consist of white space only.
     """
 
     most: int = 1000
     can_be_blank: bool = False
 
     def broken_by(self, value: Any) -> str | None:
-        """Return the rule as a message if the value breaks it."""
+        """Return a message that states the rule if the value breaks it, otherwise None."""
         if not isinstance(value, str):
             return "must be a text"
         if not value or not (self.can_be_blank or value.strip()):
@@ -75,16 +75,16 @@ class Text:
 
 @dataclass(frozen=True)
 class FilePath:
-    """Paths that Linux accepts."""
+    """Constraint on a path that Linux must accept."""
 
     def broken_by(self, value: Any) -> str | None:
-        """Return the rule as a message if the value breaks it."""
+        """Return a message that states the rule if the value breaks it, otherwise None."""
         if not isinstance(value, str):
             return "must be a path"
         if not value.strip():
             return "must not be empty"
         if "\0" in value:
-            return "must not hold the character NUL"
+            return "must not contain the character NUL"
         if not _is_utf8(value):
             return "must be UTF-8 text"
         encoded = value.encode()
@@ -95,32 +95,37 @@ class FilePath:
 
 @dataclass(frozen=True)
 class OneOf:
-    """One of several names."""
+    """Constraint on a text that must be one of several names.
+
+    Attributes:
+        choices: allowed names.
+    """
 
     choices: tuple[str, ...]
 
     def broken_by(self, value: Any) -> str | None:
-        """Return the rule as a message if the value breaks it."""
+        """Return a message that states the rule if the value breaks it, otherwise None."""
         return None if value in self.choices else f"choose {', '.join(self.choices[:-1])} or {self.choices[-1]}"
 
 
 Constraint = Range | Text | FilePath | OneOf
 
-# types of several fields
+# types that several fields share
 Count = Annotated[int, Range(1, 1_000_000)]
 CountOrZero = Annotated[int, Range(0, 1_000_000)]
 Tokens = Annotated[int, Range(1, MOST_POSITIONS)]
 TokensOrZero = Annotated[int, Range(0, MOST_POSITIONS)]
 Ranks = Annotated[int, Range(1, MOST_RANKS)]
 Steps = Annotated[int, Range(0, 1_000_000_000)]
-Seed = Annotated[int, Range(0, 4_000_000_000)]  # numpy's generators take 32 bits, and ranks add to it
+Seed = Annotated[int, Range(0, 4_000_000_000)]  # numpy's seeds have 32 bits, and ranks add an offset to the seed
 Name = Annotated[str, Text(200)]
 PathText = Annotated[str, FilePath()]
 Positive = Annotated[float, Range(1e-6, 1_000_000)]
 
 
 def quoted(value: Any, *, characters: int = 60) -> str:
-    """Return a value for a message: cut to about `characters`, and in quotation marks if it is blank or contains unprintable characters."""
+    """Format a value for a message: truncated to about `characters`, and in quotation marks if it is blank or contains unprintable
+    characters."""
     if isinstance(value, int) and value.bit_length() > _SHOWN_BITS:
         return f"(an integer of {value.bit_length()} bits)"
     if isinstance(value, str):
@@ -130,7 +135,8 @@ def quoted(value: Any, *, characters: int = 60) -> str:
 
 
 def limits_of(schema: type, prefix: str = "") -> dict[str, Constraint]:
-    """Return {dotted key: constraint} of a schema. The field `path` of the schemas in a list `train` has the key `train.path`."""
+    """Return {dotted key: constraint} of a schema. If the field `train` is a list of schemas with a field `path`, that field has the key
+    `train.path`."""
     found = {f"{prefix}{field.name}": constraint for field, constraint in _own_limits(schema)}
     hints = get_type_hints(schema)
     for field in dataclasses.fields(schema):
@@ -147,7 +153,8 @@ def range_problems(config: Any, prefix: str = "") -> dict[str, list[str]]:
         config: an instance of a schema.
         prefix: prepended to the keys.
     Returns:
-        {dotted key: messages with the value, the range and the default} of the values outside. A list has one key.
+        {dotted key: messages with the value, the range and the default} for values outside their range. All elements of a list have the key
+        of the list.
     """
     problems: dict[str, list[str]] = {}
     for field, constraint in _own_limits(config.__class__):
@@ -169,10 +176,10 @@ def range_problems(config: Any, prefix: str = "") -> dict[str, list[str]]:
 
 
 def check_ranges(config: Any, prefix: str = "") -> None:
-    """Check the ranges only.
+    """Check that every value is in its range. Checks no other rule.
 
     Raises:
-        ConfigError: a value is outside its range; there is a message for every such value.
+        ConfigError: a value is outside its range; the error contains a message for every such value.
     """
     problems = [words for found in range_problems(config, prefix).values() for words in found]
     if problems:
@@ -187,7 +194,7 @@ def _own_limits(schema: type) -> tuple[tuple[dataclasses.Field[Any], Constraint]
 
 
 def _constraint_in(hint: Any) -> Constraint | None:
-    """Return the constraint C of Annotated[int, C], Optional[Annotated[int, C]] or list[Annotated[int, C]]; None without one."""
+    """Return the constraint C of Annotated[int, C], Optional[Annotated[int, C]] or list[Annotated[int, C]]; None for other hints."""
     for found in getattr(hint, "__metadata__", ()):
         if isinstance(found, Constraint):
             return found
@@ -195,7 +202,8 @@ def _constraint_in(hint: Any) -> Constraint | None:
 
 
 def _each(value: Any) -> Iterator[Any]:
-    """Yield the numbers or texts of a value: the value itself, or those in its list, or those in the lists of its dictionary."""
+    """Yield the numbers or texts of a value: the value itself unless it is None, the elements of a list, or the values of a dictionary and
+    the elements of lists among these values."""
     if isinstance(value, dict):
         for item in value.values():
             yield from _each(item) if isinstance(item, list) else (item,)
@@ -218,7 +226,7 @@ def _number(value: float) -> str:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    """Return a sentence about the default after a space, or "" if the key has no default."""
+    """Return a space and a sentence that states the default, or "" if the key has no default."""
     if field.default in (dataclasses.MISSING, "???"):
         return ""
     return f" The default is {'null' if field.default is None else quoted(field.default)}."

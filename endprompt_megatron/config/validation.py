@@ -1,5 +1,5 @@
-"""The rules of a run's configuration: the ranges of the schema, and one table of all other rules, checked at once. Each rule names the keys
-that it reads and says what would be right."""
+"""Check the configuration of a run against the ranges in the schema and against RULES, the table of all other rules. The check reports all
+broken rules at once. Each rule lists the keys that it reads, and its message states a valid value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ADAPTER_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def find_problems(facts: Facts) -> list[str]:
-    """Return one message per broken rule, with the value, the rule and the way out. A rule of RULES is skipped if one of its keys is
+    """Return one message per broken rule, with the value, the rule and a fix. A rule of RULES is skipped if the value of one of its keys is
     outside its range."""
     outside = range_problems(facts.config)
     readable = (rule for rule in RULES if outside.keys().isdisjoint(rule.keys))
@@ -24,7 +24,7 @@ def find_problems(facts: Facts) -> list[str]:
 
 
 def is_split(text: str) -> bool:
-    """Whether a text is the shares train,validation,test with a share for training."""
+    """Return whether a text has the form train,validation,test, with three shares >= 0 and a training share > 0."""
     try:
         shares = [float(part) for part in text.split(",")]
     except ValueError:
@@ -47,7 +47,7 @@ def _choose_existing_scaling(facts: Facts) -> str:
     factor = facts.rope.target_context_length / native
     multiply = f"; rope.existing_scaling=multiply rope.factor={factor:g} keeps it and stretches its window of {native} further."
     return (
-        f"rope.existing_scaling=null: the base's config.json stretches its window already (type {facts.base_scaling.type}, factor "
+        f"rope.existing_scaling=null: the base's config.json already scales RoPE (type {facts.base_scaling.type}, factor "
         f"{facts.base_scaling.factor:g}). Choose: {_replace(facts)}" + (multiply if facts.base_scaling.type == "pi" else ".")
     )
 
@@ -66,7 +66,7 @@ _EXISTING_SCALING_RULES = (
         lambda facts: facts.value(_EXISTING) == "multiply" and _is_scaled(facts) and {facts.base_scaling.type, facts.rope.type} != {"pi"},
         lambda facts: (
             f"{_EXISTING}=multiply with rope.type={facts.rope.type} on a base of type {facts.base_scaling.type}: only linear scaling "
-            f"can be multiplied, by rope.type=pi, because no rope_type of config.json means two others. {_replace(facts)}."
+            f"can be multiplied, by rope.type=pi, because config.json has no rope_type for a combination of two types. {_replace(facts)}."
         ),
     ),
 )
@@ -95,18 +95,23 @@ _WINDOW_RULES = (
     Rule(
         ("rope.theta", "rope.type"),
         lambda facts: facts.rope.type != "abf" and facts.rope.theta is not None,
-        lambda facts: f"rope.theta={facts.rope.theta} with rope.type={facts.rope.type}: for abf alone. Set rope=abf, or rope.theta=null.",
+        lambda facts: (
+            f"rope.theta={facts.rope.theta} with rope.type={facts.rope.type}: applies to abf only. Set rope=abf, or rope.theta=null."
+        ),
     ),
     Rule(
         ("rope.ntk_dynamic_factor", "rope.type"),
         lambda facts: facts.rope.ntk_dynamic_factor is not None and (facts.rope.type != "ntk" or not facts.rope.ntk_dynamic_factor >= 1),
-        lambda facts: f"rope.ntk_dynamic_factor={facts.rope.ntk_dynamic_factor} with rope.type={facts.rope.type}: for ntk alone, and >= 1.",
+        lambda facts: (
+            f"rope.ntk_dynamic_factor={facts.rope.ntk_dynamic_factor} with rope.type={facts.rope.type}: applies to ntk only, and must be "
+            f">= 1."
+        ),
     ),
     Rule(
         ("rope.beta_slow", "rope.beta_fast"),
         lambda facts: not 0 < facts.rope.beta_slow < facts.rope.beta_fast,
         lambda facts: (
-            f"rope.beta_slow={facts.rope.beta_slow}, rope.beta_fast={facts.rope.beta_fast}: 0 < slow < fast is needed (published: 1, 32)."
+            f"rope.beta_slow={facts.rope.beta_slow}, rope.beta_fast={facts.rope.beta_fast}: 0 < slow < fast must hold (published: 1, 32)."
         ),
     ),
     Rule(
@@ -114,7 +119,7 @@ _WINDOW_RULES = (
         lambda facts: not 0 < facts.rope.low_freq_factor < facts.rope.high_freq_factor,
         lambda facts: (
             f"rope.low_freq_factor={facts.rope.low_freq_factor}, rope.high_freq_factor={facts.rope.high_freq_factor}: "
-            f"0 < low < high is needed. Published: 1 and 4."
+            f"0 < low < high must hold (published: 1, 4)."
         ),
     ),
     Rule(
@@ -122,7 +127,7 @@ _WINDOW_RULES = (
         lambda facts: facts.rope.original_context_length not in (None, facts.window),
         lambda facts: (
             f"rope.original_context_length={facts.rope.original_context_length}: the base's window is {facts.window}. Leave it null "
-            f"to take the base's own."
+            f"to use the base's window."
         ),
     ),
     Rule(
@@ -160,12 +165,13 @@ _WINDOW_RULES = (
 
 
 def _longest_prompt(facts: Facts) -> int:
-    """b of the longest end prompt; 0 where that is not known."""
+    """Return b of the longest end prompt, or 0 if it is not known."""
     return max(facts.prompt_lengths or [facts.method.end_prompt_length or 0])
 
 
 def _most_chunks(facts: Facts) -> int | None:
-    """Return the number of tokens that are divided into method.num_chunks; None if nothing is divided or the length is not known."""
+    """Return the largest possible method.num_chunks, which is the number of tokens that are divided. Return None if the scheme divides
+    nothing or the length is not known."""
     lengths = {"pose": facts.config.data.seq_length, "endprompt_pose": _longest_prompt(facts)}
     return lengths.get(facts.method.position_scheme) or None
 
@@ -252,7 +258,7 @@ _ADAPTER_RULES = (
         lambda facts: _is_lora(facts) and facts.config.adapter.rank > facts.architecture.hidden_size,
         lambda facts: (
             f"adapter.rank={facts.config.adapter.rank}: must be at most the model's hidden size of {facts.architecture.hidden_size}. "
-            f"LongLoRA's is 8."
+            f"LongLoRA uses 8."
         ),
     ),
     Rule(
@@ -283,13 +289,13 @@ _TRAINER_RULES = (
     Rule(
         ("trainer.max_steps", "method.trained"),
         lambda facts: facts.method.trained and facts.config.trainer.max_steps < 1,
-        lambda facts: f"trainer.max_steps={facts.config.trainer.max_steps}: must be >= 1; method=untrained_pi trains nothing.",
+        lambda facts: f"trainer.max_steps={facts.config.trainer.max_steps}: must be >= 1. To train nothing, set method=untrained_pi.",
     ),
     Rule(
         ("trainer.grad_spike_factor",),
         lambda facts: 0 < facts.config.trainer.grad_spike_factor <= 1,
         lambda facts: (
-            f"trainer.grad_spike_factor={facts.config.trainer.grad_spike_factor}: must be greater than 1, or 0 to look for no spikes."
+            f"trainer.grad_spike_factor={facts.config.trainer.grad_spike_factor}: must be greater than 1, or 0 to switch the check off."
         ),
     ),
     one_of("trainer.bad_step", ("stop", "skip")),

@@ -35,6 +35,11 @@ class CheckpointError(_ProblemsError, RuntimeError):
     """A Hugging Face or Megatron checkpoint that is missing, damaged, of another run or model, or already there."""
 
 
+class OutputError(_ProblemsError, OSError):
+    """A file or directory that cannot be written: the disk is full or read-only, or a permission is missing. It is an OSError, so that code
+    that can do without the file catches it as one."""
+
+
 class BackendUnavailableError(RuntimeError):
     """The run needs a GPU, a kernel library or an optional package that this machine does not have."""
 
@@ -48,7 +53,7 @@ class RunInterrupted(BaseException):
     catch it."""
 
 
-USER_ERRORS = (ConfigError, DataError, CheckpointError, BackendUnavailableError, TrainingError)
+USER_ERRORS = (ConfigError, DataError, CheckpointError, OutputError, BackendUnavailableError, TrainingError)
 
 # Exit statuses of a run, in addition to 0 and Python's 1
 EXIT_INTERRUPTED = 1  # Ctrl-C

@@ -3,9 +3,11 @@ terminal, plain lines in log files and CI)."""
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from endprompt_megatron.errors import DamagedFileError
-from endprompt_megatron.output_files import check_not_moved, damaged_name, make_directory, replace_text, set_aside
+from endprompt_megatron.output_files import check_not_moved, damaged_name, make_directory, replace_bytes, replace_text, set_aside, writing
 
 T = TypeVar("T")
 _RECORD_START = b'{"step": '
@@ -62,8 +64,8 @@ class MetricsWriter:
 
     def __init__(self, output_dir: Path, *, resume_step: int = 0):
         self.path = Path(output_dir) / "metrics.jsonl"
-        self._file = None
-        self._tensorboard: Any = None
+        self._file: io.FileIO | None = None
+        self._tensorboard: _TensorBoard | None = None
         self._kept: list[dict[str, Any]] = []
         if global_rank() != 0:
             return
@@ -75,10 +77,9 @@ class MetricsWriter:
         # a record of the same step and kind replaces the earlier one: earlier releases wrote validation losses twice after a resume
         self._kept = list({(record["step"], *record): record for record in records if record["step"] <= resume_step}.values())
         replace_text(self.path, "".join(json.dumps(record) + "\n" for record in self._kept))
-        self._file = self.path.open("a")
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import, so only rank 0 imports it
-
-        self._tensorboard = SummaryWriter(str(make_directory(Path(output_dir) / "tensorboard")), purge_step=resume_step + 1)
+        with writing(self.path):
+            self._file = self.path.open("ab", buffering=0)
+        self._tensorboard = _TensorBoard(Path(output_dir) / "tensorboard", purge_step=resume_step + 1)
 
     def _readable(self) -> bytes:
         """Content of the file; sets aside what cannot be read."""
@@ -92,7 +93,7 @@ class MetricsWriter:
 
     def _set_aside(self, damaged: dict[int, bytes]) -> None:
         aside = damaged_name(self.path)
-        aside.write_bytes(b"".join(line + b"\n" for line in damaged.values()))
+        replace_bytes(aside, b"".join(line + b"\n" for line in damaged.values()))
         numbers = ", ".join(map(str, damaged))
         get_logger().warning(f"{self.path}: line {numbers} is damaged. It was moved to {aside.name}; all other lines stay.")
 
@@ -104,24 +105,73 @@ class MetricsWriter:
         """Append `metrics` for `step`.
 
         Raises:
-            OSError: the file cannot be written.
+            OutputError: one of the files cannot be written.
             CheckpointError: the output directory was renamed; the open file could still be written.
         """
-        if self._file is None:
+        if self._file is None or self._tensorboard is None:
             return
         check_not_moved(self.path.parent)
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
-        for key, value in metrics.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                self._tensorboard.add_scalar(key, value, step)
+        with writing(self.path):
+            _write_all(self._file, (json.dumps({"step": step, **metrics}) + "\n").encode())
+        numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+        self._tensorboard.add_scalars(step, numbers)
 
     def close(self) -> None:
-        """Flush and close both files."""
-        if self._file is not None:
-            self._file.close()
-            self._tensorboard.close()
-            self._file = self._tensorboard = None
+        """Close both files."""
+        for file in (self._file, self._tensorboard):
+            if file is not None:
+                file.close()
+        self._file = self._tensorboard = None
+
+
+class _TensorBoard:
+    """Writes scalars to a TensorBoard event file.
+
+    torch's SummaryWriter leaves the writing to a thread, which reports a full disk to a later caller or to nobody.
+
+    Args:
+        directory: directory of the event file, created if necessary.
+        purge_step: TensorBoard hides values of this step and later that earlier files in the directory have.
+    Raises:
+        OutputError: the file cannot be written.
+    """
+
+    def __init__(self, directory: Path, *, purge_step: int):
+        from tensorboard.compat.proto import event_pb2, summary_pb2  # only rank 0 needs them
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        # TensorBoard reads the files of a directory in the order of their names
+        self.path = directory / f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        make_directory(directory)
+        with writing(self.path):
+            self._file = self.path.open("ab", buffering=0)
+        self._record = io.BytesIO()
+        self._writer = RecordWriter(self._record)
+        self._write(file_version="brain.Event:2")
+        self._write(step=purge_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def add_scalars(self, step: int, numbers: dict[str, float]) -> None:
+        """Write the numbers of one step."""
+        values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in numbers.items()]
+        self._write(step=step, summary=self._summary(value=values))
+
+    def _write(self, **fields: Any) -> None:
+        self._writer.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+        with writing(self.path):
+            _write_all(self._file, self._record.getvalue())
+        self._record.seek(0)
+        self._record.truncate()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _write_all(file: io.FileIO, data: bytes) -> None:
+    """Write to a file without a buffer, so that nothing is left to be written when it is closed."""
+    while data:
+        data = data[file.write(data) :]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

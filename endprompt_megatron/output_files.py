@@ -1,10 +1,11 @@
 """Files of an output directory: locks, so that one process writes at a time; atomic replacement; temporary names from which a later process
 sees that their writer is dead; reading files of an earlier start, which may be damaged; the check of names that a file gives for other
-files; and the error for a directory that was renamed."""
+files; and the errors for a directory that was renamed and for a file that cannot be written."""
 
 from __future__ import annotations
 
 import datetime
+import errno
 import fcntl
 import functools
 import hashlib
@@ -20,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from endprompt_megatron.errors import CheckpointError, ConfigError, DamagedFileError
+from endprompt_megatron.errors import CheckpointError, ConfigError, DamagedFileError, OutputError
 
 _LOCK = ".lock"
 DAMAGED = ".damaged"
@@ -28,6 +29,9 @@ _LONGEST_NAME = 255  # bytes, of Linux file systems
 _held: dict[Path, IO[str]] = {}  # by resolved directory
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.tmp(?P<rest>\..*)?", flags=re.DOTALL)
 _in_use: set[Path] = set()  # temporary names of this process, absolute
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+CANNOT_WRITE = (*_FULL, *_FORBIDDEN)  # errno of a disk that is full, read-only or not ours
 
 
 def hold(output_dir: Path, *, doing: str) -> None:
@@ -40,8 +44,8 @@ def hold(output_dir: Path, *, doing: str) -> None:
         output_dir: the directory to lock.
         doing: verb phrase for the message if another process holds the lock, such as "writes there".
     Raises:
-        ConfigError: another process holds the lock (the message has its host, process id and start time), or the lock file cannot be
-            written.
+        ConfigError: another process holds the lock (the message has its host, process id and start time), or the directory is read-only.
+        OutputError: the disk is full.
     """
     output_dir = output_dir.resolve()
     if output_dir in _held:
@@ -58,11 +62,17 @@ def hold(output_dir: Path, *, doing: str) -> None:
         if not isinstance(error, BlockingIOError | PermissionError):
             return  # a file system without locks: the directory stays unprotected
         raise ConfigError(f"output_dir={output_dir}: another process {doing}{holder}. Wait for it, stop it, or set output_dir.") from None
-    lock.truncate(0)
     started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started}))
-    lock.flush()
+    try:
+        lock.truncate(0)
+        lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started}))
+        lock.flush()
+    except OSError as error:
+        with suppress(OSError):  # closing writes the rest of the buffer
+            lock.close()
+        raise unwritable(output_dir / _LOCK, error) from error
     _held[output_dir] = lock
+    _sweep(output_dir)
 
 
 def release(output_dir: Path) -> None:
@@ -120,8 +130,19 @@ def claimed(output_dir: Path, *, doing: str) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"output_dir={output_dir}: another process {doing}. Wait for it, or stop it.") from None
+        except OSError:  # a file system without locks: the directory stays unprotected
+            pass
+        else:
+            _sweep(output_dir)
         with explained_if_moved(output_dir):
             yield output_dir
+
+
+def _sweep(output_dir: Path) -> None:
+    """Sweep a locked output directory and its subdirectories."""
+    with suppress(OSError):
+        for directory in (output_dir, *(path for path in output_dir.iterdir() if path.is_dir() and not path.is_symlink())):
+            sweep_leftovers(directory, alone=True)
 
 
 def check_not_moved(output_dir: Path) -> None:
@@ -148,10 +169,15 @@ def explained_if_moved(output_dir: Path) -> Iterator[None]:
 
 
 def make_directory(path: Path) -> Path:
-    """Create a directory inside an existing one, and return it. Sets a file of that name aside."""
+    """Create a directory inside an existing one, and return it. Sets a file of that name aside.
+
+    Raises:
+        OutputError: the directory cannot be created.
+    """
     if (path.exists() or path.is_symlink()) and not path.is_dir():
         set_aside(path, "is no directory")
-    path.mkdir(exist_ok=True)
+    with writing(path):
+        path.mkdir(exist_ok=True)
     return path
 
 
@@ -173,8 +199,17 @@ def set_aside(path: Path, fault: str, *, consequence: str = "") -> Path:
         consequence: what the run does without it, as a main clause.
     Returns:
         Its new path.
+    Raises:
+        FileNotFoundError: it does not exist; another process may have renamed it.
+        OutputError: it cannot be renamed.
     """
-    aside = path.rename(damaged_name(path))
+    aside = damaged_name(path)
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise unwritable(aside, error) from error
     # by name: the module log imports this one
     logging.getLogger("endprompt_megatron").warning(
         f"{path} {fault}. It was renamed to {aside.name}{'; ' if consequence else ''}{consequence}."
@@ -276,12 +311,64 @@ def path_inside(directory: Path, name: object) -> Path | None:
 
 def replace_text(path: Path, text: str) -> None:
     """Replace the content of a file atomically. A concurrent reader sees the old or the new content, never a part. Sets a directory of that
-    name aside."""
+    name aside.
+
+    Raises:
+        OutputError: the file cannot be written; its old content stays.
+    """
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Replace the content of a file, as `replace_text`."""
     if path.is_dir() and not path.is_symlink():
         set_aside(path, "is a directory")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    temporary = temporary_name(path)
+    with writing(path):
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)  # frees its disk space
+            raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError inside the block into an OutputError that names the file or directory which the block writes.
+
+    Args:
+        path: the file or directory.
+    Raises:
+        OutputError: the block raised an OSError. The message has the path, the system's reason and what to do.
+    """
+    try:
+        yield
+    except OutputError:
+        raise  # of a path inside this one
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> OutputError:
+    """Return the error for a file or directory that an OSError prevents from being written. Its message depends on the reason: no space, no
+    permission, or another."""
+    if error.errno in _FULL:
+        way_out = "Free space on its disk, or raise the quota"
+    elif error.errno in _FORBIDDEN:
+        way_out = f"Make {Path(path).parent} writable, or name another directory"
+    else:
+        way_out = "Remove the cause"
+    return OutputError(
+        f"{path} could not be written ({error}). {way_out}, and start the same command again: it continues with what is there."
+    )
+
+
+def foreign_files(directory: Path) -> list[Path]:
+    """Return the files of a directory except its lock and the temporary files of this module, which a start that failed at once may leave
+    there."""
+    return [path for path in directory.iterdir() if not is_lock(path) and _LEFTOVER.fullmatch(path.name) is None]
 
 
 def temporary_name(path: Path) -> Path:
@@ -319,7 +406,7 @@ def scratch_directory(name: str) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def sweep_leftovers(directory: Path) -> None:
+def sweep_leftovers(directory: Path, *, alone: bool = False) -> None:
     """Delete the temporary files and directories in `directory` whose process is dead. No effect where that is not allowed.
 
     A process is known to be dead from the name `.NAME.HOST.PID.tmp` alone, which `temporary_name` makes:
@@ -330,6 +417,12 @@ def sweep_leftovers(directory: Path) -> None:
       id. A file whose PID belongs to an unrelated new process stays until that one ends.
 
     The age of a file is not considered: tokenising may take days.
+
+    Args:
+        directory: directory to sweep, without its subdirectories.
+        alone: whether this process holds the lock of the directory. If so, every temporary file that is not its own belongs to a dead
+            process, of any host, and is deleted. Files with an ending stay: they belong to a dataset whose preparation the same command may
+            complete.
     """
     try:
         found = [path for path in directory.iterdir() if path.name.startswith(".")]
@@ -337,7 +430,9 @@ def sweep_leftovers(directory: Path) -> None:
         return
     for path in found:
         match = _LEFTOVER.fullmatch(path.name)
-        if match is None or match["host"] != _host() or not _is_dead(int(match["pid"]), path):
+        if match is None or (alone and match["rest"]):
+            continue
+        if not (alone and not _is_own(path)) and not (match["host"] == _host() and _is_dead(int(match["pid"]), path)):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -357,11 +452,13 @@ def is_dead(owner: str) -> bool:
     return host == _host() and pid.isdecimal() and not _runs(int(pid))
 
 
-def _is_dead(pid: int, path: Path) -> bool:
-    if pid != os.getpid():
-        return not _runs(pid)
+def _is_own(path: Path) -> bool:
     own = [name.name for name in _in_use if name.parent == path.parent.absolute()]
-    return not any(path.name == name or path.name.startswith(f"{name}.") for name in own)
+    return any(path.name == name or path.name.startswith(f"{name}.") for name in own)
+
+
+def _is_dead(pid: int, path: Path) -> bool:
+    return not _is_own(path) if pid == os.getpid() else not _runs(pid)
 
 
 def _runs(pid: int) -> bool:

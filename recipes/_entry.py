@@ -25,9 +25,18 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from endprompt_megatron.config.ranges import quoted  # noqa: E402
 from endprompt_megatron.config.schema import RunConfig, with_expanded_paths  # noqa: E402
-from endprompt_megatron.errors import EXIT_INTERRUPTED, EXIT_RESUME, EXIT_USER_ERROR, USER_ERRORS, ConfigError, RunInterrupted  # noqa: E402
+from endprompt_megatron.errors import (  # noqa: E402
+    EXIT_INTERRUPTED,
+    EXIT_RESUME,
+    EXIT_USER_ERROR,
+    USER_ERRORS,
+    ConfigError,
+    OutputError,
+    RunInterrupted,
+)
 from endprompt_megatron.launch.processes import ignore_stop_signals  # noqa: E402
 from endprompt_megatron.mcore.import_hooks import install_import_hooks  # noqa: E402
+from endprompt_megatron.output_files import CANNOT_WRITE, unwritable  # noqa: E402
 
 install_import_hooks()  # before megatron.core is imported
 T = TypeVar("T")
@@ -228,6 +237,11 @@ def exit_on_errors() -> Iterator[None]:
         yield
     except USER_ERRORS as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except OSError as error:  # of a file that third-party code writes
+        if error.errno not in CANNOT_WRITE:
+            raise
+        print(f"{OutputError.__name__}: {unwritable(Path(error.filename or 'a file'), error)}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except RunInterrupted as request:
         ignore_stop_signals()  # a second signal must not change the exit status

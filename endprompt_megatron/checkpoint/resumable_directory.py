@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ class ResumableDirectory:
         identity: JSON description of the content; files of an interrupted run are reused only if it is equal.
         sync: fsync all files before the directory gets its final name.
     Raises:
-        CheckpointError: destination exists or is not writable, or another process is writing it.
+        CheckpointError: destination exists, another process is writing it, or a file in it cannot be written, e.g. on a full disk; complete
+            files are kept for the next attempt.
     """
 
     def __init__(self, destination: Path, identity: dict[str, Any], *, sync: bool = True):
@@ -52,15 +53,24 @@ class ResumableDirectory:
         except OSError as error:
             raise CheckpointError(f"{self.partial} cannot be written ({error}). Choose a writable directory.") from error
         if stored != self._identity:
-            for path in self.partial.iterdir():
-                if path.name != _IDENTITY:
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, self._identity.encode(), 0)
-            os.fsync(self._lock)
+            try:
+                self._begin_anew()
+            except OSError as error:
+                self.__exit__()
+                raise self._unwritable(self.partial, error) from error
         elif kept := [path for path in self.partial.iterdir() if path.name != _IDENTITY and not path.name.endswith((".tmp", _NOTE))]:
             get_logger().info(f"continuing in {self.partial}: {len(kept)} file(s) of an interrupted conversion are complete")
         return self
+
+    def _begin_anew(self) -> None:
+        """Delete the files of another conversion and record what this one makes."""
+        assert self._lock is not None
+        for path in self.partial.iterdir():
+            if path.name != _IDENTITY:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, self._identity.encode(), 0)
+        os.fsync(self._lock)
 
     def _check_destination(self) -> None:
         if self.destination.exists():
@@ -79,9 +89,19 @@ class ResumableDirectory:
                 f"{self.partial} exists and does not belong to an interrupted conversion: move it, or choose another destination."
             )
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object = None, error: BaseException | None = None, traceback: object = None) -> None:
         if self._lock is not None:
             os.close(self._lock)
+            self._lock = None
+        if isinstance(error, OSError):
+            raise self._unwritable(self.partial, error) from error
+
+    @staticmethod
+    def _unwritable(path: Path, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"{path} could not be written ({error}). Free space, or fix the permissions, and start the same command again: it continues "
+            f"where it stopped."
+        )
 
     def note_of(self, name: str) -> str | None:
         """Return the note of a complete file; None if the file must still be written."""
@@ -99,11 +119,9 @@ class ResumableDirectory:
         try:
             yield temporary, notes
         except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise CheckpointError(
-                f"{self.partial / name} could not be written ({error}). Free space, or fix the permissions, and start the same command "
-                f"again: it continues where it stopped."
-            ) from error
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise self._unwritable(self.partial / name, error) from error
         temporary.rename(self.partial / name)
         note = self.partial / (name + _NOTE)
         note.with_suffix(".tmp").write_text(notes[-1])
@@ -123,6 +141,11 @@ class ResumableDirectory:
                 f"{self.destination} was created in the meantime and is not overwritten. The result is in {self.partial}."
             )
         self.partial.rename(self.destination)
-        (self.destination / _IDENTITY).unlink()  # after the rename: until then this file is the lock against other processes
-        sync_path(self.destination.parent)
+        try:
+            sync_path(self.destination.parent)
+        except OSError:
+            self.destination.rename(self.partial)  # so that the same command can continue
+            raise
+        with suppress(OSError):
+            (self.destination / _IDENTITY).unlink()  # after the rename: until then this file is the lock against other processes
         return self.destination

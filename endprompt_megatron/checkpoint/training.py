@@ -4,6 +4,8 @@ them, synchronously or in a background process; they can be loaded in the same o
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,7 +30,7 @@ from endprompt_megatron.mcore.checkpointing import begin_save, load_sharded
 from endprompt_megatron.mcore.failures import FailureBoard
 from endprompt_megatron.mcore.torch_adam import make_loadable, separate_steps
 from endprompt_megatron.mcore.unpickling import plain_extra_state, read_metadata
-from endprompt_megatron.output_files import check_not_moved
+from endprompt_megatron.output_files import check_not_moved, writing
 
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 # CheckpointException of torch derives from BaseException; megatron, pickle, zip and json have their own exceptions
@@ -151,11 +153,15 @@ class CheckpointWriter:
         _barrier()
 
     def _fail(self, final: Path, error: BaseException) -> None:
+        cause = _root_cause(error)
+        if "[Errno" not in cause:  # torch reports a full disk as "unexpected pos 704 vs 598"
+            with suppress(OSError):
+                cause += f"; {shutil.disk_usage(self.directory).free / 2**20:,.1f} MiB are free on its disk"
         if global_rank() == 0:
             for partial_directory in self.directory.glob(f"{final.name}.partial"):
                 checkpoint_directory.abandon(partial_directory)
         message = (
-            f"{final} could not be written ({_root_cause(error)}); earlier checkpoints are intact. Free space, or fix the permissions of "
+            f"{final} could not be written ({cause}); earlier checkpoints are intact. Free space, or fix the permissions of "
             f"{self.directory}, and start the same command again: it resumes."
         )
         try:
@@ -268,17 +274,20 @@ def _newest_intact(directory: Path) -> Path | None:
     """Return the checkpoint to resume from, the same on every rank; None if there is none."""
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file where the directory of checkpoints belongs: move it away.")
-    listed = _gathered(checkpoint_directory.candidates(directory) if global_rank() == 0 else None)[0]
+    with writing(directory):  # a rename that a crash prevented is done now
+        known = checkpoint_directory.candidates(directory) if global_rank() == 0 else None
+    listed = _gathered(known)[0]
     rank, world_size = global_rank(), torch.distributed.get_world_size()
     damages: list[str] = []
     for position, path in enumerate(listed):
         found = [text for text in _gathered(checkpoint_directory.damage(path, share=rank, shares=world_size)) if text]
         if not found:
             if rank == 0:
-                for damaged in listed[:position]:
-                    checkpoint_directory.set_aside(damaged)
-                if not checkpoint_directory.is_latest(path):
-                    checkpoint_directory.point_latest_at(path)
+                with writing(directory):
+                    for damaged in listed[:position]:
+                        checkpoint_directory.set_aside(damaged)
+                    if not checkpoint_directory.is_latest(path):
+                        checkpoint_directory.point_latest_at(path)
             for text in damages:
                 get_logger().warning(f"{text}. It was renamed; resuming from {path}.")
             _barrier()

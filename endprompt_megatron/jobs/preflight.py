@@ -23,12 +23,12 @@ from endprompt_megatron.config.rule import Facts
 from endprompt_megatron.config.schema import RunConfig
 from endprompt_megatron.config.validation import PROMPT_RULES, find_problems
 from endprompt_megatron.data.prompts import EndPromptSet, tokenize_end_prompts
-from endprompt_megatron.errors import CheckpointError, ConfigError, DamagedFileError
+from endprompt_megatron.errors import CheckpointError, ConfigError, DamagedFileError, OutputError
 from endprompt_megatron.log import get_logger
 from endprompt_megatron.output_files import (
     directory_problem,
+    foreign_files,
     hold,
-    is_lock,
     read_json,
     read_or_set_aside,
     read_text,
@@ -42,11 +42,10 @@ from endprompt_megatron.planning.throughput import GPUS_PER_NODE
 from endprompt_megatron.positions.scheme import SCHEMES
 from endprompt_megatron.rope.scaling import RopeScaling
 
-# libyaml's limits nesting; the one in Python needs seconds for a few thousand brackets
 _CONFIG_FILE, _BASE_FILE = "config.yaml", "base.json"
 _DERIVED_FROM = ("rope.", "model.")  # prefixes of the keys that other values are derived from before the rules are checked
 # What a run leaves before its first checkpoint; nothing of it is used without its own proof of what it was made of
-_BEFORE_RESULTS = {_BASE_FILE, ".lock", "logs", "probes", "metrics.jsonl", "tensorboard", "sittings.json", "checkpoints"}
+_BEFORE_RESULTS = {_BASE_FILE, "logs", "probes", "metrics.jsonl", "tensorboard", "sittings.json", "checkpoints"}
 _WITHOUT_CONFIG = (
     "Neither it nor a checkpoint says which run the directory belongs to: restore the file, or remove the directory to start this run "
     "anew, or set output_dir to another directory."
@@ -183,7 +182,7 @@ def check_output_dir(config: RunConfig) -> None:
     unusable = [problem for key, path in directories.items() if (problem := directory_problem(key, path)) is not None]
     if unusable:
         raise ConfigError(*unusable)
-    names = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set()
+    names = {path.name for path in foreign_files(output_dir)} if output_dir.is_dir() else set()
     if any(map(_is_of_config, names)) or _run_files(output_dir):
         stored = _stored_config(output_dir)
         if stored is None:
@@ -197,7 +196,7 @@ def check_output_dir(config: RunConfig) -> None:
                 f"(trainer.max_steps, intervals and the layout may change). Undo the change, or start a run of its own: add "
                 f"name={_name_apart(config.name, differing)}."
             )
-    elif any(not is_lock(Path(name)) and name != _BASE_FILE for name in names):
+    elif any(name != _BASE_FILE for name in names):  # the base file is written before config.yaml
         raise ConfigError(f"output_dir={output_dir} holds files but no config.yaml of a run. Set output_dir to another directory.")
 
 
@@ -216,14 +215,14 @@ def _stored_config(output_dir: Path) -> dict[str, Any] | None:
                 return _checked_config(read_json(run_file, way_out="").get("config"), run_file)
             except DamagedFileError:
                 continue
-        others = [path.name for path in output_dir.iterdir() if path.name not in _BEFORE_RESULTS and not _is_of_config(path.name)]
+        others = [path.name for path in foreign_files(output_dir) if path.name not in _BEFORE_RESULTS and not _is_of_config(path.name)]
         if others or any((output_dir / "checkpoints").glob("step_*")):
             raise ConfigError(str(error)) from error
         return None
 
 
 def _is_of_config(name: str) -> bool:
-    """Whether `claim_output_dir` makes a file of this name for the configuration; a crash may leave any of them."""
+    """Whether this or an earlier release makes a file of this name for the configuration; a crash may leave any of them."""
     return name in (_CONFIG_FILE, f"{_CONFIG_FILE}.tmp") or name.startswith(f"{_CONFIG_FILE}.damaged")
 
 
@@ -298,7 +297,8 @@ def claim_output_dir(config: RunConfig, *, take_lock: bool = True) -> None:
         take_lock: whether to lock the directory against other processes; False if the parent process holds the lock while it waits for this
             one.
     Raises:
-        ConfigError: see check_output_dir; or another process holds the lock, or the directory cannot be written.
+        ConfigError: see check_output_dir; or another process holds the lock, or the directory cannot be created or locked.
+        OutputError: a file of the directory cannot be written.
     """
     check_output_dir(config)
     output_dir = Path(config.output_dir)
@@ -318,6 +318,8 @@ def claim_output_dir(config: RunConfig, *, take_lock: bool = True) -> None:
             except DamagedFileError as error:
                 set_aside(stored_path, error.fault, consequence="it is written anew, for the same run")
         replace_text(stored_path, yaml.safe_dump(config.to_dict(), sort_keys=False))
+    except OutputError:
+        raise  # it names the file
     except OSError as error:
         raise ConfigError(f"output_dir={output_dir} cannot be written ({error}). Set output_dir to a writable directory.") from error
 

@@ -16,6 +16,7 @@ from endprompt_megatron.jobs.sittings import Sittings
 from endprompt_megatron.jobs.stage_times import StageTimes
 from endprompt_megatron.mcore import runtime as mcore_runtime
 from endprompt_megatron.mcore import version
+from endprompt_megatron.mcore.failures import FailureBoard
 from endprompt_megatron.model import backends
 from endprompt_megatron.model.fusions import Fusions
 from endprompt_megatron.rope.scaling import RopeScaling
@@ -36,6 +37,7 @@ class Run:
     stop: StopRequests
     times: StageTimes
     sittings: Sittings
+    failures: FailureBoard
 
     @property
     def config(self) -> RunConfig:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from endprompt_megatron.checkpoint.hf.weights import planned_tensors
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.model.gpt import EndPromptGPTModel
+from endprompt_megatron.output_files import writing
 from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.rope.scaling import RopeScaling
 
@@ -57,6 +59,7 @@ def export_hf(
         destination.
     Raises:
         CheckpointError: destination exists and is not an export.
+        OutputError: the directory cannot be written (on rank 0); an earlier export stays.
         Exception: of `verify`.
     """
     destination = Path(destination)
@@ -71,24 +74,22 @@ def export_hf(
         "rope_factor": rope.factor,
     }
     provenance = known | provenance
-    partial = destination.with_name(destination.name + ".partial")
+    partial = _partial(destination)
     tensors = gather_hf_tensors(chunks, architecture)
     if global_rank() != 0:
         for _ in tensors:
             pass
         return _finish(partial, destination, verify)
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
     dtype = chunks[0].config.params_dtype
-    _write_weights(tensors, partial, architecture, dtype, max_shard_bytes)
-    config = extended_hf_config(
-        read_hf_config(base_hf_path), rope, target_context_length=target_context_length, dtype=str(dtype).removeprefix("torch.")
-    )
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    copy_auxiliary_files(Path(base_hf_path), partial, target_context_length)
-    (partial / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n")
-    (partial / MODEL_CARD).write_text(model_card(provenance, base_hf_path=base_hf_path))
+    with _partial_directory(destination):
+        _write_weights(tensors, partial, architecture, dtype, max_shard_bytes)
+        config = extended_hf_config(
+            read_hf_config(base_hf_path), rope, target_context_length=target_context_length, dtype=str(dtype).removeprefix("torch.")
+        )
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        copy_auxiliary_files(Path(base_hf_path), partial, target_context_length)
+        (partial / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n")
+        (partial / MODEL_CARD).write_text(model_card(provenance, base_hf_path=base_hf_path))
     return _finish(partial, destination, verify)
 
 
@@ -102,19 +103,25 @@ def _finish(partial: Path, destination: Path, verify: Callable[[Path], None] | N
             verify(partial)
         except Exception as error:
             if global_rank() == 0:
-                move_into_place(partial, failed)
+                _move_into_place(partial, failed)
                 get_logger().warning(f"the export failed its verification: it is in {failed} and not in {destination}")
             if isinstance(error, CheckpointError):
                 raise CheckpointError(*(problem.replace(str(partial), str(failed)) for problem in error.problems)) from error
             raise
     if global_rank() == 0:
-        move_into_place(partial, destination)
+        _move_into_place(partial, destination)
     barrier()
     return destination
 
 
 def _failed(destination: Path) -> Path:
     return destination.with_name(destination.name + ".failed")
+
+
+def _partial(destination: Path) -> Path:
+    return destination.with_name(destination.name + ".partial")
+    barrier()
+    return destination
 
 
 def gather_hf_tensors(chunks: list[EndPromptGPTModel], architecture: ModelArchitecture) -> Iterator[tuple[str, torch.Tensor]]:
@@ -213,17 +220,62 @@ def _write_weights(
     write_index(directory, shards)
 
 
-def move_into_place(partial: Path, destination: Path) -> None:
-    """Rename a complete directory to its final name; an earlier export of that name is deleted."""
+@contextmanager
+def new_directory(destination: Path) -> Iterator[Path]:
+    """Yield an empty directory to write to. After the block it gets the name `destination`, and an earlier export of that name is deleted;
+    if the block fails, it is deleted to free its disk space.
+
+    Raises:
+        OutputError: the directory cannot be written; an earlier export stays.
+    """
+    with _partial_directory(destination) as partial:
+        yield partial
+    _move_into_place(partial, destination)
+
+
+@contextmanager
+def _partial_directory(destination: Path) -> Iterator[Path]:
+    """Yield an empty directory beside `destination`; delete it if the block fails.
+
+    Raises:
+        OutputError: the directory cannot be written.
+    """
+    partial = _partial(destination)
+    with writing(destination):
+        try:
+            if partial.exists():
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True)
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def _move_into_place(partial: Path, destination: Path) -> None:
+    """Rename a complete directory to its final name, and delete an earlier export of that name.
+
+    Raises:
+        OutputError: that is not possible. The earlier export stays, and the complete directory is deleted to free its disk space.
+    """
     old = destination.with_name(destination.name + ".replaced")
-    if old.exists():
-        shutil.rmtree(old)
-    if destination.exists():
-        get_logger().info(f"replacing the earlier export of this run in {destination}")
-        destination.rename(old)
-    partial.rename(destination)
-    if old.exists():
-        shutil.rmtree(old)
+    with writing(destination):
+        try:
+            if old.exists():
+                shutil.rmtree(old)
+            if destination.exists():
+                get_logger().info(f"replacing the earlier export of this run in {destination}")
+                destination.rename(old)
+            try:
+                partial.rename(destination)
+            except OSError:
+                if old.exists():
+                    old.rename(destination)
+                raise
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    shutil.rmtree(old, ignore_errors=True)  # the next export deletes what this leaves
 
 
 def barrier() -> None:

@@ -5,14 +5,13 @@ temporary name and renamed when it is complete."""
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from endprompt_megatron.checkpoint.hf.exporter import barrier, gather_tensors, move_into_place
+from endprompt_megatron.checkpoint.hf.exporter import barrier, gather_tensors, new_directory
 from endprompt_megatron.checkpoint.hf.importer import adapters_of_whole_model, merged_weights_of_whole_model
 from endprompt_megatron.checkpoint.hf.mapping import Binding, Layout, Segment, bindings
 from endprompt_megatron.checkpoint.hf.safetensors_io import TensorPlan, write_shard
@@ -57,6 +56,7 @@ def export_peft_adapter(
         destination.
     Raises:
         CheckpointError: destination exists and is not an adapter directory.
+        OutputError: the directory cannot be written (on rank 0); an earlier adapter stays.
     """
     destination = Path(destination)
     if destination.exists() and not (destination / CONFIG_FILE).is_file():
@@ -71,14 +71,10 @@ def export_peft_adapter(
             pass
         barrier()
         return destination
-    partial = destination.with_name(destination.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    _write_weights(tensors, requested, partial / WEIGHTS_FILE, architecture, adapter, chunks[0].config.params_dtype)
-    (partial / CONFIG_FILE).write_text(json.dumps(_peft_config(adapter, architecture, base_hf_path), indent=2) + "\n")
-    (partial / "README.md").write_text(_README.format(base=str(base_hf_path)))
-    move_into_place(partial, destination)
+    with new_directory(destination) as partial:
+        _write_weights(tensors, requested, partial / WEIGHTS_FILE, architecture, adapter, chunks[0].config.params_dtype)
+        (partial / CONFIG_FILE).write_text(json.dumps(_peft_config(adapter, architecture, base_hf_path), indent=2) + "\n")
+        (partial / "README.md").write_text(_README.format(base=str(base_hf_path)))
     barrier()
     return destination
 

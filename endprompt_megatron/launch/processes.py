@@ -98,7 +98,7 @@ def own_multiprocessing_directory() -> None:
     that is killed leaves none. Python deletes the directory when this process exits, unless it is killed. No effect in a process that was
     started with multiprocessing and inherited the directory, which belongs to the process that created it."""
     # the entry that util.get_temp_dir reads (Python 3.11-3.14)
-    known = multiprocessing.process.current_process()._config.get("tempdir")  # type: ignore[attr-defined]  # not in the stubs
+    known = multiprocessing.process.current_process()._config.get("tempdir")  # type: ignore[attr-defined] # not in the stubs
     if known is not None and multiprocessing.parent_process() is not None:
         return
     with contextlib.suppress(OSError), Path(util.get_temp_dir(), _OWNER).open("x") as record:

@@ -448,3 +448,15 @@ def test_the_bridge_example_runs_on_stand_ins(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     runpy.run_path(str(DOCS / "examples" / "bridge_pretrain.py"), run_name="__main__")
     assert calls == [("pretrain", (config, "step")), ("export", ("saved", "extended"))]
+
+
+def test_every_promise_of_the_security_page_names_a_test():
+    """`tests/path.py::name` in SECURITY.md is a test of that file; a path alone is a file of tests."""
+    named = re.findall(r"`(tests/[\w/]+\.py)((?:::\w+)*)`", (ROOT / "SECURITY.md").read_text())
+    assert len(named) > 20
+    for path, names in named:
+        source = (ROOT / path).read_text()
+        for name in names.split("::")[1:]:
+            assert re.search(rf"^\s*(?:def|class) {name}\b", source, flags=re.MULTILINE), f"{path} has no {name}"
+    rows = [line for line in (ROOT / "SECURITY.md").read_text().splitlines() if line.startswith("| ") and not line.startswith("| ---")]
+    assert [row for row in rows if "`tests/" not in row] == ["| promise | test |"] * 2

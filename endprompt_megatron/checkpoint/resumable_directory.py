@@ -1,5 +1,5 @@
-"""An output directory that is written file by file under a temporary name, continues after an interruption, and is renamed when it is
-complete."""
+"""Write an output directory file by file under a temporary name, and rename the directory when it is complete. After an interruption,
+writing continues with the files that are missing."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _NOTE = ".note.json"
 
 
 class ResumableDirectory:
-    """A directory under construction. Use as a context manager, and call `finish` as the last step.
+    """An output directory that is being written. Use as a context manager, and call `finish` as the last step.
 
     Args:
-        destination: directory to create; must not exist.
-        identity: JSON description of the content; files of an interrupted run are reused only if it is equal.
+        destination: directory to create, which must not exist.
+        identity: JSON description of the content. Files of an interrupted run are reused only if its identity is equal.
         sync: fsync all files before the directory gets its final name.
     Raises:
-        CheckpointError: destination exists, another process is writing it, or a file in it cannot be written, e.g. on a full disk; complete
-            files are kept for the next attempt.
+        CheckpointError: the destination exists, another process is writing it, or a file cannot be written, e.g. because the disk is full.
+            Complete files are kept for the next attempt.
     """
 
     def __init__(self, destination: Path, identity: dict[str, Any], *, sync: bool = True):
@@ -63,7 +63,7 @@ class ResumableDirectory:
         return self
 
     def _begin_anew(self) -> None:
-        """Delete the files of another conversion and record what this one makes."""
+        """Delete the files of another conversion, and record the identity of this conversion."""
         assert self._lock is not None
         for path in self.partial.iterdir():
             if path.name != _IDENTITY:
@@ -77,7 +77,11 @@ class ResumableDirectory:
             raise CheckpointError(f"{self.destination} exists and is not overwritten. Remove it, or choose another directory.")
 
     def _check_partial(self) -> None:
-        """Raise if `partial` has files that no interrupted conversion wrote: they are not deleted."""
+        """Check that all files in `partial` belong to an interrupted conversion. Other files are not deleted.
+
+        Raises:
+            CheckpointError: `partial` contains other files.
+        """
         if not self.partial.exists() or not any(path.name != _IDENTITY for path in self.partial.iterdir()):
             return
         try:
@@ -104,16 +108,17 @@ class ResumableDirectory:
         )
 
     def note_of(self, name: str) -> str | None:
-        """Return the note of a complete file; None if the file must still be written."""
+        """Return the note that is stored with a complete file, or None if the file must still be written."""
         note = self.partial / (name + _NOTE)
         return note.read_text(errors="replace") if note.is_file() and (self.partial / name).is_file() else None
 
     @contextmanager
     def writing(self, name: str) -> Iterator[tuple[Path, list[str]]]:
-        """Yield (path to write the file `name` to, list for its note). The file gets its name if the block succeeds.
+        """Yield (temporary path of the file `name`, list of notes). If the block succeeds, the file is renamed, and the last note in the
+        list is stored with it.
 
         Raises:
-            CheckpointError: an OSError, e.g. a full disk; complete files are kept for the next attempt.
+            CheckpointError: the block raised an OSError, e.g. because the disk is full. Complete files are kept for the next attempt.
         """
         temporary, notes = self.partial / (name + ".tmp"), [""]
         try:
@@ -147,5 +152,5 @@ class ResumableDirectory:
             self.destination.rename(self.partial)  # so that the same command can continue
             raise
         with suppress(OSError):
-            (self.destination / _IDENTITY).unlink()  # after the rename: until then this file is the lock against other processes
+            (self.destination / _IDENTITY).unlink()  # after the rename, because this file locks the directory
         return self.destination

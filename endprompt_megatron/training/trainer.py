@@ -59,7 +59,7 @@ class Trainer:
         output_dir: directory for checkpoints and metrics.
         stop: recorder of stop signals; None if this process handles no signals.
         provenance: description of the base and the data, stored in checkpoints.
-        failures: board on which ranks record their failures; None makes one.
+        failures: board on which ranks record their failures; None creates one.
     """
 
     def __init__(
@@ -127,8 +127,8 @@ class Trainer:
             RunInterrupted: a stop signal arrived. The step is finished and the checkpoint is written.
             TrainingError: a step was bad under the policy "stop", or there were too many bad steps in a row. The weights and the checkpoint
                 are those before that step.
-            OutputError: the metrics cannot be written, here or on another rank.
-            CheckpointError: a checkpoint cannot be written, or the output directory was renamed, here or on another rank.
+            OutputError: the metrics cannot be written, on this or another rank.
+            CheckpointError: a checkpoint cannot be written, or the output directory was renamed, on this or another rank.
         """
         with self.stop.deferred(), self.watchdog:
             metrics = MetricsWriter(self.output_dir, resume_step=self.state.step)
@@ -139,8 +139,8 @@ class Trainer:
         return self._result()
 
     def _write(self, metrics: MetricsWriter, step: int, record: dict[str, Any]) -> None:
-        """Write a record on rank 0. The other ranks, which then wait for it in a collective, learn of a failure from the board, where the
-        watchdog publishes an OutputError."""
+        """Write a record on rank 0. If writing fails, the other ranks wait in a collective, so the error is published on the failure board.
+        This function publishes a CheckpointError, and the watchdog publishes an OutputError."""
         try:
             metrics.write(step, record)
         except CheckpointError as error:
@@ -312,7 +312,7 @@ class Trainer:
             return
         if self.state.step == 0 or self._due(self.config.trainer.eval_interval):
             if from_rank_zero(metrics.has(self.state.step, "validation_loss")):
-                return  # an earlier start of the run stopped after it
+                return  # an earlier start of this run has written this loss
             self.watchdog.beat(f"the validation loss after step {self.state.step}")
             figures = self.validation_figures()
             self._write(metrics, self.state.step, figures)

@@ -1,5 +1,5 @@
-"""Export Megatron model chunks as a Hugging Face model directory: safetensors, config.json, tokenizer, provenance. Adapters are merged into
-the weights. The directory is written under a temporary name and renamed when it is complete."""
+"""Export Megatron model chunks as a Hugging Face model directory with safetensors, config.json, tokenizer and provenance. Adapters are
+merged into the weights. The directory is written under a temporary name and renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -40,27 +40,28 @@ def export_hf(
     provenance: dict[str, Any],
     verify: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Export the model. Collective over all ranks; rank 0 writes.
+    """Export the model on rank 0. All ranks must call this function.
 
-    The directory gets its final name after its verification. One that fails is renamed to `destination` with the suffix .failed, and an
-    earlier export stays as it is.
+    The directory gets its final name after its verification. A directory that fails its verification is renamed to `destination` with the
+    suffix .failed, and an earlier export is kept.
 
     Args:
         chunks: this rank's model chunks, without Megatron's wrappers.
-        destination: directory to create; an earlier export of this function is replaced, anything else is an error.
-        base_hf_path: directory of the base model, source of config.json, tokenizer and generation config.
+        destination: directory to create. An earlier export of this function is replaced.
+        base_hf_path: directory of the base model, which provides config.json, tokenizer and generation config.
         architecture: architecture of the whole model.
         rope: RoPE of the trained model.
-        target_context_length: L.
+        target_context_length: extended window L, in positions.
         max_shard_bytes: maximum size of a safetensors file.
-        provenance: how the model was trained; written to endprompt.json and README.md.
-        verify: called on every rank with the complete directory, under a temporary name; raises on every rank, or on none. None skips it.
+        provenance: description of the training, written to endprompt.json and README.md.
+        verify: function that is called on every rank with the complete directory, which still has a temporary name. The function must raise
+            on every rank or on none. None skips the verification.
     Returns:
         destination.
     Raises:
         CheckpointError: destination exists and is not an export.
-        OutputError: the directory cannot be written (on rank 0); an earlier export stays.
-        Exception: of `verify`.
+        OutputError: rank 0 cannot write the directory. An earlier export is kept.
+        Exception: `verify` raised this exception.
     """
     destination = Path(destination)
     for place in (destination, *([_failed(destination)] if verify else [])):
@@ -94,8 +95,8 @@ def export_hf(
 
 
 def _finish(partial: Path, destination: Path, verify: Callable[[Path], None] | None) -> Path:
-    """Verify a written directory and rename it. Collective over all ranks; rank 0 renames. An export that fails replaces one that failed
-    earlier."""
+    """Verify a written directory, and rename it on rank 0. All ranks must call this function. A failed export replaces an earlier failed
+    export."""
     barrier()
     if verify is not None:
         failed = _failed(destination)
@@ -120,13 +121,11 @@ def _failed(destination: Path) -> Path:
 
 def _partial(destination: Path) -> Path:
     return destination.with_name(destination.name + ".partial")
-    barrier()
-    return destination
 
 
 def gather_hf_tensors(chunks: list[EndPromptGPTModel], architecture: ModelArchitecture) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (HF name, whole tensor on the CPU) on rank 0, one Megatron parameter at a time. Collective: other ranks must exhaust the
-    iterator too; it yields nothing there.
+    """Yield (HF name, whole tensor on the CPU) on rank 0, one Megatron parameter at a time. All ranks must exhaust the iterator, which
+    yields nothing on the other ranks.
 
     Args:
         chunks: this rank's model chunks.
@@ -139,8 +138,8 @@ def gather_hf_tensors(chunks: list[EndPromptGPTModel], architecture: ModelArchit
 def gather_tensors(
     requested: Iterable[Binding], shards: dict[str, Callable[[], torch.Tensor]], architecture: ModelArchitecture
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (HF name, whole tensor on the CPU) on rank 0, one binding at a time. Collective: other ranks must exhaust the iterator too; it
-    yields nothing there.
+    """Yield (HF name, whole tensor on the CPU) on rank 0, one binding at a time. All ranks must exhaust the iterator, which yields nothing
+    on the other ranks.
 
     Args:
         requested: bindings to gather.
@@ -160,7 +159,8 @@ def gather_tensors(
 
 
 def _owners(held: dict[str, Any]) -> dict[str, int]:
-    """{parameter: global rank of the first tensor-parallel rank that holds it}; for tied embeddings, that of the first pipeline stage."""
+    """Return {parameter: global rank of the first tensor-parallel rank that holds the parameter}. For tied embeddings, this rank is in the
+    first pipeline stage."""
     is_first = parallel_state.get_tensor_model_parallel_rank() == 0
     names = list(held) if is_first else []
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
@@ -189,7 +189,7 @@ def _send_to_rank_zero(binding: Binding, whole: list[torch.Tensor] | None, owner
     rank = global_rank()
     if owner == 0:
         if rank == 0:
-            assert whole is not None  # its owner gathered it
+            assert whole is not None  # the owner gathered the tensors
             yield from zip(binding.hugging_face, whole, strict=True)
         return
     if rank not in (0, owner):
@@ -222,11 +222,11 @@ def _write_weights(
 
 @contextmanager
 def new_directory(destination: Path) -> Iterator[Path]:
-    """Yield an empty directory to write to. After the block it gets the name `destination`, and an earlier export of that name is deleted;
-    if the block fails, it is deleted to free its disk space.
+    """Yield an empty directory to write to. After the block, the directory is renamed to `destination`, and an earlier export of that name
+    is deleted. If the block fails, the new directory is deleted to free disk space.
 
     Raises:
-        OutputError: the directory cannot be written; an earlier export stays.
+        OutputError: the directory cannot be written. An earlier export is kept.
     """
     with _partial_directory(destination) as partial:
         yield partial
@@ -235,7 +235,7 @@ def new_directory(destination: Path) -> Iterator[Path]:
 
 @contextmanager
 def _partial_directory(destination: Path) -> Iterator[Path]:
-    """Yield an empty directory beside `destination`; delete it if the block fails.
+    """Yield an empty directory beside `destination`, and delete it if the block fails.
 
     Raises:
         OutputError: the directory cannot be written.
@@ -256,7 +256,7 @@ def _move_into_place(partial: Path, destination: Path) -> None:
     """Rename a complete directory to its final name, and delete an earlier export of that name.
 
     Raises:
-        OutputError: that is not possible. The earlier export stays, and the complete directory is deleted to free its disk space.
+        OutputError: the directory cannot be renamed. The earlier export is kept, and the new directory is deleted to free disk space.
     """
     old = destination.with_name(destination.name + ".replaced")
     with writing(destination):
@@ -275,7 +275,7 @@ def _move_into_place(partial: Path, destination: Path) -> None:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    shutil.rmtree(old, ignore_errors=True)  # the next export deletes what this leaves
+    shutil.rmtree(old, ignore_errors=True)  # the next export deletes remaining files
 
 
 def barrier() -> None:

@@ -32,7 +32,7 @@ def open_torch_dist(
 
 
 class LoRAReader(TorchDistReader):
-    """Reader that returns W + alpha / r B A for a weight W with an adapter, and W for any other weight.
+    """Reader that returns W + (alpha / r) B A for a weight W with an adapter, and W for any other weight.
 
     Args:
         path, reuse_memory: see TorchDistReader.

@@ -13,7 +13,7 @@ from endprompt_megatron.errors import ConfigError
 
 # RoPE multiplies positions as float32 numbers, which represent integers exactly up to 2^24.
 MOST_POSITIONS = 2**24
-MOST_RANKS = 2**16  # limit of a job; a dry run computes the process groups of this many ranks in seconds
+MOST_RANKS = 2**16  # limit of a job. Up to this limit, a dry run computes all process groups in seconds.
 _MOST_BYTES_OF_A_PATH, _MOST_BYTES_OF_A_NAME = 4095, 255  # Linux: PATH_MAX without the final NUL, NAME_MAX
 _SHOWN_BITS = 128
 
@@ -52,7 +52,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Text:
-    """Constraint on a text that must have 1 to `most` characters and must not be blank.
+    """Constraint on a text that must have 1 to `most` characters and, unless `can_be_blank` is set, must not be blank.
 
     Attributes:
         most: largest number of characters.
@@ -202,8 +202,8 @@ def _constraint_in(hint: Any) -> Constraint | None:
 
 
 def _each(value: Any) -> Iterator[Any]:
-    """Yield the numbers or texts of a value: the value itself unless it is None, the elements of a list, or the values of a dictionary and
-    the elements of lists among these values."""
+    """Yield the numbers or texts in a value. None yields nothing, a list yields its elements, and a number or text yields itself. A
+    dictionary yields its values; a list among them yields its elements."""
     if isinstance(value, dict):
         for item in value.values():
             yield from _each(item) if isinstance(item, list) else (item,)

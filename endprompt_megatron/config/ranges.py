@@ -69,7 +69,7 @@ class Text:
         if not value or not (self.can_be_blank or value.strip()):
             return "must not be empty"
         if len(value) > self.most:
-            return f"has {len(value)} characters, and may have {self.most}"
+            return f"has {len(value)} characters, but may have at most {self.most}"
         return None if _is_utf8(value) else "must be UTF-8 text"
 
 

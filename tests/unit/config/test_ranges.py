@@ -114,9 +114,9 @@ def _value(config: Any, key: str) -> Any:
         (Range(0, 1, excludes_most=True), 1.0, "must be at least 0 and less than 1"),
         (Range(0, 1e9, excludes_least=True), 0.0, "must be greater than 0 and at most 1e+09"),
         (OneOf(("a", "b", "c")), "d", "choose a, b or c"),
-        (Text(3), "word", "has 4 characters, and may have 3"),
+        (Text(3), "word", "has 4 characters, but may have at most 3"),
         (Text(3), " ", "must not be empty"),
-        (FilePath(), "x" * 256, "is too long: a path has at most 4095 bytes, and 255 from / to /"),
+        (FilePath(), "x" * 256, "is too long: a path has at most 4095 bytes, and each name in it at most 255"),
     ],
 )
 def test_rules_in_words(constraint, value, rule):

@@ -59,8 +59,8 @@ class RunInterrupted(BaseException):
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError, OutputError, BackendUnavailableError, TrainingError)
 
-# Exit statuses of a run, in addition to 0 (success) and 1 (any other exception)
+# Exit statuses of a run. 0 is success. 1 also stands for any other exception, and for a study or an evaluation with failures.
 EXIT_INTERRUPTED = 1  # Ctrl-C
-EXIT_USER_ERROR = 2
+EXIT_USER_ERROR = 2  # one of USER_ERRORS
 EXIT_HUNG = 70  # EX_SOFTWARE of sysexits.h
-EXIT_RESUME = 75  # EX_TEMPFAIL of sysexits.h: try again
+EXIT_RESUME = 75  # RunInterrupted; EX_TEMPFAIL of sysexits.h: try again

@@ -76,7 +76,7 @@ class MetricsWriter:
             self._set_aside(damaged)
         if resume_step and not records:
             get_logger().warning(f"{self.path} holds no record of the {resume_step} steps before this start")
-        # keep only the last record of each step and kind: earlier releases wrote validation losses twice after a resume
+        # of several records with the same step and keys, keep only the last: earlier releases wrote validation losses twice after a resume
         self._kept = list({(record["step"], *record): record for record in records if record["step"] <= resume_step}.values())
         replace_text(self.path, "".join(json.dumps(record) + "\n" for record in self._kept))
         with writing(self.path):
@@ -84,7 +84,7 @@ class MetricsWriter:
         self._tensorboard = _TensorBoard(Path(output_dir) / "tensorboard", purge_step=resume_step + 1)
 
     def _readable(self) -> bytes:
-        """Return the content of the file. Rename a file that cannot be read and return b""."""
+        """Return the content of the file, or b"" if it is missing or cannot be read. A file that cannot be read is set aside."""
         try:
             return self.path.read_bytes()
         except FileNotFoundError:
@@ -250,7 +250,7 @@ class Progress:
         return self
 
     def advance(self, units: int = 1, note: str = "") -> None:
-        """Add `units` to the completed units and show `note` next to the bar."""
+        """Add `units` to the completed units, and show `note` next to the bar or at the end of the plain line."""
         self.done += units
         if self._silent:
             return

@@ -1,7 +1,7 @@
 """Read and write the files of an output directory. A lock ensures that only one process writes to a directory. Files are replaced
-atomically, through temporary names that contain the host and process id, so that a later process can delete those of dead processes. Files
-of an earlier start may be damaged and are checked when they are read. A file name that is read from another file must stay inside the
-directory. Renamed directories and unwritable files raise errors that explain the cause."""
+atomically, through temporary names that contain the host and process id, so that a later process can delete the temporary files of dead
+processes. Files of an earlier start may be damaged and are checked when they are read. A file name that is read from another file must stay
+inside the directory. Renamed directories and unwritable files raise errors that explain the cause."""
 
 from __future__ import annotations
 
@@ -113,31 +113,28 @@ def directory_problem(key: str, directory: Path) -> str | None:
 
 @contextmanager
 def claimed(output_dir: Path, *, doing: str) -> Iterator[Path]:
-    """Create the directory if necessary, and lock it during the block.
+    """Create the directory if necessary, and hold its lock (see `hold`) during the block.
 
     Args:
         output_dir: the directory to lock.
-        doing: verb phrase for the message if another process holds the lock.
+        doing: verb phrase for the message if the lock is held already.
     Raises:
-        ConfigError: the directory cannot be written, or another process holds the lock.
+        ConfigError: the directory cannot be written, or another process or another job of this process holds the lock.
         CheckpointError: the block failed because the directory was renamed or removed.
+        OutputError: the disk is full.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        lock = (output_dir / _LOCK).open("w")
     except OSError as error:
         raise ConfigError(f"output_dir={output_dir} cannot be written ({error}). Set output_dir to a writable directory.") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"output_dir={output_dir}: another process {doing}. Wait for it, or stop it.") from None
-        except OSError:  # the file system has no locks: the directory stays unprotected
-            pass
-        else:
-            _sweep(output_dir)
+    if output_dir.resolve() in _held:
+        raise ConfigError(f"output_dir={output_dir}: another job of this process {doing}. Wait for it, or set output_dir.")
+    hold(output_dir, doing=doing)
+    try:
         with explained_if_moved(output_dir):
             yield output_dir
+    finally:
+        release(output_dir)
 
 
 def _sweep(output_dir: Path) -> None:
@@ -350,7 +347,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OutputError:
-        raise  # the error already names a path inside this one
+        raise  # an inner `writing` block has already named the path
     except OSError as error:
         raise unwritable(path, error) from error
 
@@ -377,7 +374,8 @@ def foreign_files(directory: Path) -> list[Path]:
 def temporary_name(path: Path) -> Path:
     """Return `.NAME.HOST.PID.tmp` in the directory of `path`. This process writes a file of that name and then renames it to `path`.
 
-    HOST and PID identify this process; see `sweep_leftovers`. Files that belong together may append a suffix that begins with a dot.
+    HOST and PID identify this process; see `sweep_leftovers`. The caller may append a suffix that begins with a dot, e.g. to write several
+    files that belong together.
     """
     temporary = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
     _in_use.add(temporary.absolute())

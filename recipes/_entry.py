@@ -230,8 +230,9 @@ def command_line(*, without: str | None = None) -> str:
 
 @contextmanager
 def exit_on_errors() -> Iterator[None]:
-    """Exit with the documented status if the block raises. User errors print their message without a traceback and exit with
-    EXIT_USER_ERROR. An interrupted run exits with EXIT_RESUME."""
+    """Exit with the documented status if the block raises. User errors and a full or read-only disk print their message without a
+    traceback and exit with EXIT_USER_ERROR. A run that a stop signal interrupted exits with EXIT_RESUME, and Ctrl-C with EXIT_INTERRUPTED.
+    Other exceptions are not caught."""
     try:
         yield
     except USER_ERRORS as error:

@@ -1,8 +1,8 @@
 """Compare RoPE scalings without training: `python recipes/choose_rope.py [+experiment=NAME] [key=value ...]`.
 
-Applies PI, NTK, YaRN and a larger theta to the base model of the experiment (or to the model in model.hf_path=DIR), evaluates each on one
-long held-out text, and writes a table with a recommendation to OUTPUT_DIR_ropes/ropes.md. The page states whether the recommended scaling
-needs training.
+Applies PI, NTK, YaRN and a larger theta to the base model of the experiment (or to the model in model.hf_path=DIR), evaluates each on the
+same long held-out texts, and writes a table with a recommendation to OUTPUT_DIR_ropes/ropes.md. The page states whether the recommended
+scaling needs training.
 """
 
 from __future__ import annotations

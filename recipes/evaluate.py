@@ -2,9 +2,9 @@
 
 Runs the tasks of a suite on the model in a Hugging Face directory, e.g. an export of recipes/extend.py. Writes results.json, every answer
 (to records/) and a page that also shows the numbers of the paper. The suites ruler, longbench, short and all need lm-eval, installed with
-`pip install -e '.[eval]'`. The suites needle, perplexity and ruler_offline need only Megatron-Core. They run in launch.nproc_per_node
-processes, or under srun or torchrun. The same command resumes a stopped evaluation. The page lists tasks that cannot run, with the reason.
-Set HF_HUB_OFFLINE=1 on a machine without network.
+`pip install -e '.[eval]'`. The suites needle, perplexity and ruler_offline need only Megatron-Core. Tasks on Megatron-Core run in
+launch.nproc_per_node processes, or under srun or torchrun; with backend=megatron, these are all tasks. The same command resumes a stopped
+evaluation. The page lists tasks that cannot run, with the reason. Set HF_HUB_OFFLINE=1 on a machine without network.
 """
 
 from __future__ import annotations

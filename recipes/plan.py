@@ -1,7 +1,8 @@
 """Plan an experiment for a cluster: `python recipes/plan.py +experiment=NAME [plan.num_gpus=64 plan.hardware=H200 plan.tokens=2e9 ...]`.
 
-Ranks the parallel layouts by predicted time, states the reason for each layout that cannot run, and plots the memory per GPU and the hours
-of EndPrompt and of full-length training by window. All values are predictions, computed without a GPU. Writes plan.md and plan.png.
+Ranks the parallel layouts by predicted time, and states the reason for each layout that cannot run. Plots how the memory per GPU and the
+hours of training grow with the window, for EndPrompt and for full-length training. All values are predictions, computed without a GPU.
+Writes plan.md and plan.png.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Benchmarks that print measurements with their conditions. A benchmark does not pass or fail.
 
     python tools/bench.py step [--model models/smollm2_135m] [--micro-batch-size 2] [--repeats 15]
+    python tools/bench.py convert [--untied] [--repeats 5]
     python tools/bench.py length [--lengths 8192 16384] [--seq-length 1024]
     python tools/bench.py gpu [--layers 4] [--precisions bf16 fp8 fp8_attention] [--page PAGE.md]
 

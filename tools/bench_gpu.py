@@ -1,6 +1,7 @@
 """The benchmark `bench.py gpu`. It measures training steps of a model with the layer sizes of Llama-3-8B and fewer layers. For every
-precision that the GPU supports, one variant trains on samples of S tokens at EndPrompt's positions, and a further variant trains on
-full-length samples of L tokens. The table compares the measurements with the predictions of planning/.
+requested precision, one variant trains on samples of S tokens at EndPrompt's positions. One more variant, in the first precision, trains on
+full-length samples of L tokens. Variants that the machine cannot run are listed with the reason. The table compares the measurements with
+the predictions of planning/.
 
 Each round builds every variant again, one after another, so that variants do not share memory and a GPU that slows down favours no variant.
 """

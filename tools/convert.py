@@ -27,7 +27,8 @@ install_import_hooks()  # before megatron.core is imported
 
 
 def main() -> int:
-    """Parse the arguments and run one command. Return the exit status: 0 for success, 1 if a verification failed, 2 for a user error."""
+    """Parse the arguments and run one command. Return the exit status: 0 for success, 1 if a verification failed, 2 for a user error, 130
+    after Ctrl-C."""
     arguments = _parser().parse_args()
     try:
         return arguments.run(arguments)

@@ -1,10 +1,11 @@
-"""Compute two quantities of the theory of an extension. `coverage` computes which relative distances occur in training under each position
-scheme (eq. 8-9). `smoothness` compares the slopes of a checkpoint's attention scores over distance with the bound of eq. 3.
+"""Compute two quantities of the theory of EndPrompt (arXiv 2605.14589, whose equations are cited here). `coverage` computes which relative
+distances occur in training under each position scheme (eq. 8-9). `smoothness` compares the slopes of a checkpoint's attention scores over
+distance with the bound of eq. 3.
 
     python tools/theory.py coverage --seq-length 1024 --end-prompt-length 11 --target-context-length 16384
     python tools/theory.py smoothness --hf-path models/smollm2_135m --target-context-length 16384 --text my_text.txt
 
-Each command prints a table and writes a figure and a JSON file of the same name to the output directory.
+Each command prints a table and writes a figure (.png) and a JSON file, both named after the command, to the output directory.
 """
 
 from __future__ import annotations
@@ -267,7 +268,8 @@ def _layout(arguments: argparse.Namespace) -> SampleLayout:
 
 
 def _outputs(arguments: argparse.Namespace, stem: str) -> dict[str, Path]:
-    """Return the paths of the figure and the JSON file by suffix. Check before the computation that both can be written."""
+    """Return {suffix: path} of the figure and the JSON file. Create the output directory, and raise an error if one of the files exists and
+    --overwrite is not set."""
     directory = arguments.output_dir
     paths = {kind: directory / f"{stem}.{kind}" for kind in ("png", "json")}
     there = [str(path) for path in paths.values() if path.exists()]

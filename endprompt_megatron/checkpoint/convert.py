@@ -224,8 +224,8 @@ def megatron_to_hf(
 
 
 def _in_threads(make: Callable[[str], Any], files: Iterable[str]) -> list[Any]:
-    """Call `make` for each file in a few threads, and return the results in order. The kernel copies the data, so other copies continue
-    while one copy waits for the disk."""
+    """Call `make` for each file in a few threads, and return the results in order. While the copy of one file waits for the disk, the
+    copies of other files continue."""
     pool = ThreadPoolExecutor(_FILES_AT_ONCE)
     try:
         return [made.result() for made in [pool.submit(make, file) for file in files]]

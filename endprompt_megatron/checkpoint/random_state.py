@@ -11,7 +11,7 @@ from megatron.core import tensor_parallel
 
 from endprompt_megatron.errors import CheckpointError
 
-_PYTHON_VERSION, _NUMPY_GENERATOR = 3, "MT19937"  # the only values that random.getstate and np.random.get_state return
+_PYTHON_VERSION, _NUMPY_GENERATOR = 3, "MT19937"  # first elements of random.getstate() and np.random.get_state(), always these values
 
 
 def random_state() -> dict[str, Any]:

@@ -179,9 +179,10 @@ class CheckpointWriter:
 
 
 def load_latest_checkpoint(directory: Path, *, chunks: list[torch.nn.Module], optimizer: Any, config: dict[str, Any]) -> RunState | None:
-    """Load the newest intact checkpoint into the model and the optimizer. All ranks must call this function.
+    """Load a checkpoint into the model and the optimizer. All ranks must call this function.
 
-    Damaged checkpoints are renamed and reported in the log, and the next older checkpoint is used.
+    The first intact checkpoint in the order of training_directory.candidates is loaded. Damaged checkpoints before it are renamed and
+    reported in the log. If all checkpoints are damaged, none is renamed.
 
     Args:
         directory: checkpoints directory of the run.
@@ -227,8 +228,8 @@ def load_latest_checkpoint(directory: Path, *, chunks: list[torch.nn.Module], op
 
 
 def load_torch_dist(chunks: list[torch.nn.Module], directory: Path) -> None:
-    """Load the weights of model chunks from a torch_dist directory of any program with Megatron's loader. All ranks must call this
-    function.
+    """Load the weights of model chunks from a torch_dist directory, which any program may have written. The loading code is Megatron's. All
+    ranks must call this function.
 
     Raises:
         CheckpointError: the directory does not contain this model.

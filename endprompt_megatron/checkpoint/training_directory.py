@@ -36,8 +36,8 @@ def step_directory(directory: Path, step: int) -> Path:
 
 
 def begin(final: Path) -> Path:
-    """Create an empty directory for writing the checkpoint `final`. Partly written or partly deleted checkpoints of any step, which crashes
-    left, are deleted, so no other save may be in progress.
+    """Create an empty directory for writing the checkpoint `final`. Checkpoints of any step that a crash left partly written or partly
+    deleted are removed first. No other save may therefore be in progress.
 
     Raises:
         CheckpointError: the output directory was renamed. It is not created again.
@@ -119,9 +119,9 @@ def is_latest(checkpoint: Path) -> bool:
 
 
 def candidates(directory: Path) -> list[Path]:
-    """Return the checkpoints to resume from in order of preference: the checkpoint in `latest`, then those of earlier steps, then those of
-    later steps, each from the newest step down. A damaged `latest` is ignored with a warning. Call this function on one rank only, because
-    it may rename directories."""
+    """Return the checkpoints to resume from in order of preference: the checkpoint that `latest` names, then those of earlier steps, then
+    those of later steps. Both groups are in descending order of steps. Without `latest`, all checkpoints are in descending order of steps.
+    A damaged `latest` is ignored with a warning. Call this function on one rank only, because it may rename directories."""
     for replaced in directory.glob(f"step_*{_REPLACED}"):  # left by a crash between two renames
         final = replaced.with_suffix("")
         if not final.exists():

@@ -30,12 +30,12 @@ def bootstrap_interval(
     a few samples that all score 0 or 100.
 
     Args:
-        values: one score per sample; at least two, because one value has no spread.
+        values: one score per sample.
         confidence: confidence level, between 0 and 1.
         seed: seed of the resampling.
         resamples: number of resamples.
     Returns:
-        (lower, upper); both NaN for fewer than two values.
+        (lower, upper); both NaN for fewer than two values, which have no spread.
     """
     if len(values) < 2:
         return math.nan, math.nan

@@ -1,5 +1,5 @@
 """Read the scores of recipes/evaluate.py by task, length and sample. recipes/compare.py uses them for runs whose models were also evaluated
-on RULER, LongBench or other suites."""
+on RULER, LongBench or other suites, and for evaluations that are compared without runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class Key:
 
     Attributes:
         suite: e.g. ruler.
-        task: name of the task in results.json, which includes the haystack, e.g. niah_single_1. The name is never parsed.
+        task: name of the task in results.json, e.g. niah_single_2, or niah_single_2 (stand-in haystack) if the haystack is not the
+            benchmark's. This package never parses the name.
         length: length of prompts in tokens; 0 for tasks without lengths.
     """
 
@@ -40,8 +41,9 @@ class TaskScore:
 
     Attributes:
         score: mean over samples, in the task's unit.
-        samples: {(index, references): score}. The same question has the same key for every model. Questions about one text are not
-            independent of each other, so they form one sample, whose score is their mean.
+        samples: {(number, references): score}. Questions about one text are not independent of each other, so they form one sample, whose
+            score is their mean. The number is that of the text, or of the question if every question has its own text. The same questions
+            have the same (number, references) for every model.
         conditions: conditions of the evaluation.
         entry: the score's entry in results.json, with `task_id` and `haystack`.
     """

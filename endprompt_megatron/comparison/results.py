@@ -36,7 +36,8 @@ class RunResult:
         label: label of the run's row in tables.
         seed: seed of the run.
         summary: content of the run's summary.json.
-        system: the trained system in the run's evaluation.json, or the untrained system if the method trains nothing.
+        system: the trained system in the run's evaluation.json, the untrained system if the method trains nothing, or the base system if
+            the label is BASE.
         conditions: the conditions in the run's evaluation.json.
         step_seconds: time of the fastest step in seconds; NaN without training. Other jobs on the machine can only slow steps down.
         peak_memory_gib: peak memory of one rank in training, over all attempts of the run.

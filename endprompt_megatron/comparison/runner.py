@@ -179,8 +179,8 @@ class Runner:
         return self.directory / f"{request.name}{_RECORD_SUFFIX}"
 
     def _record(self, request: RunRequest) -> dict[str, Any] | None:
-        """The record of a run; None without one. A run whose record is damaged counts as interrupted: it resumes from its checkpoint, and
-        rejects another config."""
+        """Return the record of a run, or None if there is no record. A run whose record is damaged counts as interrupted. The next start
+        resumes it from its checkpoint, and the run itself checks that its config has not changed."""
         path = self._record_path(request)
         if not path.exists():
             return None

@@ -91,8 +91,8 @@ def paired_tests(groups: dict[str, list[RunResult]], reference: str) -> list[Pai
 
 def _shares(run: RunResult, other: RunResult, measure: str) -> np.ndarray:
     """Return the contribution of each haystack (for perplexity, of each window) to the difference of two runs. The contributions add up to
-    the mean over common lengths of the mean difference over the haystacks of a length. The result is empty if the runs have no common
-    questions."""
+    the difference. The difference is a mean over common lengths; for a task, the value of a length is the mean difference over its
+    haystacks. The result is empty if the runs have no common questions."""
     if measure not in TASKS:
         own, others = run.perplexity(), other.perplexity()
         windows = sorted(own.keys() & others.keys())

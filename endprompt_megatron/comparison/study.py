@@ -22,7 +22,8 @@ class StudyConfig:
     Attributes:
         name: name of the study.
         output_dir: directory for the runs, the page and the figures of the study.
-        base_experiment: name of the experiment in conf/experiment that every run starts from; may be null if `collect` lists all runs.
+        base_experiment: name of the experiment in conf/experiment that every run of `methods` starts from; may be null if `methods` is
+            empty.
         methods: labels of rows. A label is a name in conf/method, or any other name with a `method=` in `overrides_of`.
         seeds: seeds of every method without an entry in seeds_of.
         seeds_of: {label: seeds of this method}.
@@ -133,7 +134,8 @@ class StudyConfig:
         ]
 
     def runs(self) -> list[RunRequest]:
-        """Return the runs of the token budget, ordered by seed, so that early results already compare all methods."""
+        """Return the runs of the token budget: the first seed of every method, then the second seed of every method, and so on. Early
+        results therefore already compare all methods."""
         requests = [
             RunRequest(label, seed, tuple(self._overrides(label)))
             for label in self.methods

@@ -16,7 +16,8 @@ from endprompt_megatron.comparison.bootstrap import bootstrap_interval
 
 @dataclass(frozen=True)
 class PairedChange:
-    """Change of a measure with its 95% interval over paired units.
+    """Change of a measure with its 95% interval over paired units. A unit is a part of the measured material that both systems have scored,
+    such as a block of tokens.
 
     Attributes:
         change: value after training minus value before, mean over units.
@@ -53,7 +54,8 @@ class AnswerChange:
 
 
 def answer_change(before: Mapping[str, Any], after: Mapping[str, Any], lengths: Iterable[int]) -> AnswerChange | None:
-    """Compare {length: scores with records} of two systems at these lengths. Return None if the systems have no common questions."""
+    """Compare {length: scores with records} of two systems at these lengths. Lengths at which the distances in the records differ are left
+    out, because the systems then answered different questions. Return None if no question is left."""
     pairs: list[tuple[bool, bool]] = []
     for length in lengths:
         mine, theirs = (list((system.get(str(length)) or {}).get("records") or []) for system in (after, before))
@@ -68,8 +70,8 @@ def answer_change(before: Mapping[str, Any], after: Mapping[str, Any], lengths: 
 
 
 def loss_change(before: Mapping[str, Any], after: Mapping[str, Any], lengths: Iterable[int]) -> PairedChange | None:
-    """Compare {length: [mean loss of a block of tokens]} of two systems at these lengths, in nats per token. Return None if the systems
-    scored different tokens."""
+    """Compare {length: [mean loss of a block of tokens]} of two systems at these lengths, in nats per token. Lengths with different numbers
+    of blocks are left out, because the systems then scored different tokens. Return None if fewer than two blocks are left."""
     differences: list[float] = []
     for length in lengths:
         mine, theirs = after.get(str(length)) or [], before.get(str(length)) or []

@@ -22,7 +22,7 @@ def _has_ranks(facts: Facts) -> bool:
 
 
 def _has_sizes(facts: Facts) -> bool:
-    """Return whether all sizes are at least 1, so that the other rules can divide by them."""
+    """Return whether the number of ranks is valid and all sizes are at least 1. The other rules divide by the sizes."""
     return _has_ranks(facts) and all(facts.value(key) >= 1 for key in _SIZES)
 
 

@@ -124,8 +124,8 @@ Positive = Annotated[float, Range(1e-6, 1_000_000)]
 
 
 def quoted(value: Any, *, characters: int = 60) -> str:
-    """Format a value for a message: truncated to about `characters`, and in quotation marks if it is blank or contains unprintable
-    characters."""
+    """Format a value for a message. Texts, lists and dictionaries are truncated to about `characters`. A text is in quotation marks if it
+    is blank, begins or ends with white space, or contains unprintable characters. A very large integer becomes its number of bits."""
     if isinstance(value, int) and value.bit_length() > _SHOWN_BITS:
         return f"(an integer of {value.bit_length()} bits)"
     if isinstance(value, str):
@@ -135,8 +135,8 @@ def quoted(value: Any, *, characters: int = 60) -> str:
 
 
 def limits_of(schema: type, prefix: str = "") -> dict[str, Constraint]:
-    """Return {dotted key: constraint} of a schema. If the field `train` is a list of schemas with a field `path`, that field has the key
-    `train.path`."""
+    """Return {dotted key: constraint} of a schema and of all schemas inside it. A list adds no index to the key: if the field `train` is a
+    list of schemas that have a field `path`, the key is `train.path`."""
     found = {f"{prefix}{field.name}": constraint for field, constraint in _own_limits(schema)}
     hints = get_type_hints(schema)
     for field in dataclasses.fields(schema):

@@ -17,8 +17,8 @@ class ResolvedRun:
     """One run, checked against every rule of config/validation.py.
 
     Attributes:
-        config: copy of the run's configuration with every derived value filled in: rope.factor, rope.ntk_dynamic_factor, precision.name,
-            and the length and number of steps of methods that fix them. The copy is never modified.
+        config: copy of the run's configuration with every derived value filled in: precision.name, and the values that `fill_in` sets. The
+            copy is never modified.
         world_size: number of ranks of the job.
         accelerator: gpu | cpu.
         architecture: architecture of the base model.
@@ -40,8 +40,8 @@ class ResolvedRun:
         return self.config.rope.factor
 
     def with_precision(self, name: str) -> ResolvedRun:
-        """Return the same run with another precision. For precision=auto, each rank times its own CPU, and all ranks use the precision of
-        rank 0."""
+        """Return the same run with another precision. With precision=auto, each rank chooses a precision by timing its own CPU, so the
+        ranks may differ. This method then sets the precision of rank 0 on all ranks."""
         return replace(self, config=with_precision(self.config, name))
 
 
@@ -51,8 +51,8 @@ def with_precision(config: RunConfig, name: str) -> RunConfig:
 
 
 def fill_in(config: RunConfig, *, window: int) -> tuple[RunConfig, list[str]]:
-    """Fill in the values that follow from others: rope.factor, rope.ntk_dynamic_factor, and the length and number of steps of methods that
-    fix them.
+    """Fill in the values that follow from other values: rope.factor and rope.ntk_dynamic_factor; for a full-length method data.seq_length;
+    for a method that trains nothing trainer.max_steps=0, control=false and no adapter.
 
     Args:
         config: configuration to complete; not modified.

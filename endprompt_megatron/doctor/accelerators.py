@@ -168,7 +168,8 @@ def _cudnn(seen: Accelerators) -> CheckResult:
 
 
 def fp8_kinds(capability: tuple[int, int], *, cuda: str) -> list[str]:
-    """Return the FP8 values of `precision` that a run accepts on a GPU. The rules are those of model/te_support.py; torch is not imported.
+    """Return the FP8 values of `precision` that a run accepts on a GPU. The rules for GPU and CUDA repeat those of model/te_support.py,
+    because importing that module would import torch into this process.
 
     Args:
         capability: compute capability of the GPU, (major, minor).

@@ -14,8 +14,8 @@ class CheckResult:
 
     Attributes:
         key: name of the check, used in `--require`.
-        level: OK, LIMITS (some runs lack a feature or resource that they need) or MISSING (runs that need the checked component cannot
-            run).
+        level: OK (no problem), LIMITS (some runs lack a feature or resource that they need) or MISSING (runs that need the checked
+            component cannot run).
         found: observed versions, sizes or names.
         meaning: consequence for a run; "" if there is none.
         advice: how to fix the problem; "" if no action is needed.

@@ -35,7 +35,7 @@ class Requirements:
 
     Attributes:
         name: name of the experiment.
-        on_gpu: whether the experiment requires GPUs; False for accelerator=auto.
+        on_gpu: whether the experiment requires GPUs (accelerator=gpu); False for auto and cpu.
         gpus_per_node: number of GPUs per node.
         nodes: number of nodes.
         gpu: name of the GPU model that the experiment is planned for.
@@ -81,7 +81,7 @@ class Diagnosis:
 
     @property
     def can_run_nothing(self) -> bool:
-        """Whether no experiment can run. Without experiments, whether a check in REQUIRED_BY_EVERY_RUN has the level MISSING."""
+        """Whether no experiment can run. If `verdicts` is empty, this is whether a check in REQUIRED_BY_EVERY_RUN has the level MISSING."""
         if not self.verdicts:
             return any(result.key in REQUIRED_BY_EVERY_RUN and result.level == MISSING for result in self.results)
         return all(verdict.verdict == NO for verdict in self.verdicts)

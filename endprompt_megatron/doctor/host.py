@@ -18,14 +18,14 @@ _GIB = 2**30
 _BYTES_PER_PARAMETER = 14  # in a bf16 training checkpoint: 2 for the weight, 12 for the fp32 master weight and the two moments
 _LOW_DISK_GIB = 10
 _LOW_SHM_GIB = 1
-_LOW_MEMORY_GIB = 10  # needed by the embedded default, see README.md
+_LOW_MEMORY_GIB = 10  # needed by the embedded default, which is `python recipes/extend.py` without overrides
 _LOW_FILES = 4096
 _TORCHRUN_PORT = 29500  # used if MASTER_PORT is not set
 _HUB = "https://huggingface.co"
 
 
 def check_host(directory: Path, *, proc: Path = Path("/proc"), sys: Path = Path("/sys"), shm: Path = Path("/dev/shm")) -> list[CheckResult]:
-    """Run all checks of the machine except those of GPUs and packages.
+    """Run all checks of the machine except those of GPUs, packages and the Hugging Face hub.
 
     Args:
         directory: parent directory of outputs/, models/ and datasets/, which may not exist yet.

@@ -13,10 +13,12 @@ class Sample:
 
     Attributes:
         index: index of the sample within its task, the same for every model.
-        score: score from 0 to 100.
-        output: text that the model generated. For multiple choice, the log-likelihoods of the choices in nats.
+        score: score from 0 to 100, higher is better. For DocumentSample, nats per token.
+        output: text that the model generated. For multiple choice, the log-likelihoods of the choices in nats. For RetrievalSample, the
+            log-probability of the answer, and for DocumentSample, the perplexity, as text.
         references: accepted answers. For RetrievalSample and DocumentSample, a hash of the tokens that the score depends on.
-        prompt_tokens: number of tokens of the prompt before truncation; None for multiple choice.
+        prompt_tokens: number of tokens of the prompt before truncation; None for multiple choice. For DocumentSample, the number of tokens
+            of the document after it was cut to the longest length of the evaluation.
     """
 
     index: int

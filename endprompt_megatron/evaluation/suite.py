@@ -38,7 +38,10 @@ PREFILL_CHUNK = 4096  # number of prompt tokens per forward pass on Megatron-Cor
 
 @dataclass
 class SourcesConfig:
-    """Paths of local copies of text sources. lm-eval downloads the sources that are null. task_sources.SOURCES describes the formats.
+    """Paths of local copies of text sources. task_sources.SOURCES describes the formats.
+
+    If a source other than haystack_stand_in is null, lm-eval's tasks download it. The tasks of ruler_offline download nothing:
+    offline_qa_squad needs squad, offline_qa_hotpotqa needs hotpotqa, and tasks that hide facts in prose use noise sentences without it.
 
     Attributes:
         essays: Paul Graham's essays.
@@ -67,9 +70,9 @@ class NeedleConfig:
     Attributes:
         depths: depths of the facts, 0 = start of the text, 1 = end.
         digits: number of digits of a key.
-        num_context_tokens, num_prompt_tokens, target_context_length: a, b and L (eq. 8-9) of a training. The gap task measures retrieval at
-            the distances that this training did not cover. null reads them from the model's endprompt.json. Set them to evaluate a base
-            model or a model of another method on the same distances.
+        num_context_tokens, num_prompt_tokens, target_context_length: a, b and L (eq. 8-9) of a training. The gap task compares retrieval at
+            distances that this training covered with retrieval at distances that it did not cover. null reads the three values from the
+            model's endprompt.json. Set them to evaluate a base model or a model of another method on the same distances.
     """
 
     depths: list[Annotated[float, Range(0, 1)]] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])

@@ -147,8 +147,9 @@ def way_out(names: list[str]) -> str:
 def fingerprint(path: Path) -> str:
     """Return the SHA-256 (first 16 hex digits) of a file, or of the files in a folder.
 
-    The hash covers the name, the size, and the first and last MiB of every file, except .md files and hidden files. Hashing 140 GB of
-    weights therefore takes seconds, but a change in only the middle of a file is not detected.
+    The hash covers the path within the folder, the size, and the first and last MiB of every file, except .md files and hidden files.
+    Hashing 140 GB of weights therefore takes seconds, but a change in only the middle of a file is not detected. The name of a single file
+    is not covered.
     """
     path, digest = Path(path).expanduser(), hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:

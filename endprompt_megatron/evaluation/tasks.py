@@ -160,9 +160,9 @@ def name_in_results(task: Task, haystack: str) -> str:
 
 
 def current_name(former: str) -> str | None:
-    """Return the current name of a suite or task that an earlier release called `former`; None if no earlier release had this name.
+    """Return the current name of a suite or task that an earlier release called `former`; None if `former` is not such a name.
 
-    The suite `ruler_offline` was called `probes`, and its tasks `probe_*`.
+    The suite `ruler_offline` was called `probes`, and its tasks `probe_*`. For any other `probe_*`, the returned task does not exist.
     """
     if former == "probes":
         return RULER_OFFLINE

@@ -63,7 +63,7 @@ def collect_queries_and_keys(model: EndPromptGPTModel, token_ids: Sequence[int],
         token_ids: s token ids, at least 2.
         layers: layer numbers, from 0; None selects all.
     Raises:
-        ConfigError: a layer does not exist, the text has fewer than 2 tokens, or the model is split over ranks.
+        ConfigError: a layer does not exist, `layers` is empty, the text has fewer than 2 tokens, or the model is split over ranks.
     """
     blocks = model.decoder.layers
     if model.config.tensor_model_parallel_size * model.config.pipeline_model_parallel_size > 1:

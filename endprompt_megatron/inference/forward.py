@@ -2,7 +2,7 @@
 cache. Each pipeline stage sends its hidden states to the next stage, and data-parallel ranks split the work.
 
 All ranks that hold a part of the same model must make the same calls with the same arguments. Only the last pipeline stage returns the
-result of a call. All ranks must call `map_over_data_parallel`, which gathers the results on every rank.
+result of a call. The exception is `map_over_data_parallel`: all ranks of the job must call it, and it returns all results on every rank.
 
 Shapes: s tokens per call, v vocabulary size, h hidden size; hidden states are [s, 1, h] as in Megatron.
 """
@@ -54,7 +54,7 @@ class ForwardModel:
 
     @contextmanager
     def cached(self, max_length: int) -> Iterator[None]:
-        """Give every chunk a key/value cache of at least `max_length` tokens inside the `with` block; see EndPromptGPTModel.cached."""
+        """Give every model chunk a key/value cache for `max_length` or more tokens inside the block; see EndPromptGPTModel.cached."""
         with ExitStack() as stack:
             for chunk in self.chunks:
                 stack.enter_context(chunk.evaluating())
@@ -88,11 +88,12 @@ class ForwardModel:
         Args:
             tokens: s token ids.
             first_position: position of the first token; earlier positions must be in the cache.
-            rows: tokens whose logits are returned. An int n selects the last n tokens; a sequence contains indices of tokens.
+            rows: tokens whose logits are returned. An int n selects the last n tokens; a sequence contains indices into `tokens`.
             branches: lengths of the branches at the end of `tokens`; see EndPromptGPTModel.branches_after. The positions of every branch
                 continue from the last position before the branches.
         Returns:
-            float32 [rows, v], v without the padding of the vocabulary, on every rank of the last pipeline stage; None on the others.
+            float32 [number of selected tokens, v], v without the padding of the vocabulary, on every rank of the last pipeline stage; None
+            on the other stages.
         """
         output = self._forward(tokens, first_position=first_position, rows=rows, branches=branches)
         if output is None:

@@ -146,13 +146,13 @@ def answer_logits(
 def branch_logits(
     forward: ForwardModel, cached: int, questions: Sequence[tuple[Tokens, Tokens]], *, trunk: Tokens = ()
 ) -> list[Tensor] | None:
-    """Return the logits of answer_logits if the cache already contains the trunk or its beginning.
+    """Return the same logits as answer_logits with one forward pass, which reads what the cache does not contain yet.
 
     Args:
         forward: the model. Unless `cached` is 0, this function must be called inside `ForwardModel.cached`.
-        cached: number of tokens in the cache.
+        cached: number of tokens at the beginning of the trunk that the cache contains already; 0 if there is no cache.
         questions: (prompt, answer) of each question as token ids, at least one each.
-        trunk: tokens of the trunk that are not in the cache.
+        trunk: the other tokens of the trunk.
     """
     branches = [[*prompt, *answer[:-1]] for prompt, answer in questions]
     sizes = [len(tokens) for tokens in branches]

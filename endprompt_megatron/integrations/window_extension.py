@@ -56,7 +56,7 @@ class WindowExtension:
         seq_length: S, number of physical tokens of a sample.
         method: position scheme, end prompts and their loss weight. Only our own trainer supports `full_length`, `trained=false` and
             `attention=s2`.
-        rope: RoPE scaling. `check` derives its target_context_length and factor from L.
+        rope: RoPE scaling. `check` replaces rope.target_context_length by L, and derives rope.factor from L if it is null.
         backend: name of the backend in model/backends.py.
     """
 
@@ -73,7 +73,8 @@ class WindowExtension:
         Args:
             parallel: layout of the model; None means one rank.
         Raises:
-            ConfigError, DataError, CheckpointError: a check of our own runs failed. The message lists all broken rules.
+            ConfigError, DataError, CheckpointError: a check of our own runs failed. The ConfigError for settings that break rules lists
+                all broken rules.
         """
         version.assert_supported()
         method, parallel = self.method, parallel or ParallelConfig()

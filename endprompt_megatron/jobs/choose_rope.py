@@ -115,7 +115,7 @@ def candidates(config: RunConfig, base: RopeScaling, native: int) -> dict[str, t
 
     Args:
         config: configuration of the run. abf uses its rope.theta. If rope.theta is null, abf uses the theta that the static NTK rule gives
-            for twice the factor. The doubling is our choice, because the theta of ABF is usually larger than necessary.
+            for twice the factor. The doubling is our choice, because ABF usually uses a larger theta than this rule gives.
         base: RoPE scaling of the base.
         native: window before any scaling, in positions.
     """

@@ -23,7 +23,7 @@ _STUDY_FILE = "study.json"
 def compare(
     study: StudyConfig, *, command: list[str], known_methods: tuple[str, ...], commands: list[str], check: Callable[[RunRequest], None]
 ) -> bool:
-    """Carry out or resume a study. The page is rewritten after every run, its figures at the end.
+    """Carry out or resume a study. The page is rewritten after every run. The figures of the page are drawn once, at the end.
 
     Args:
         study: configuration of the study.
@@ -80,7 +80,7 @@ def _compare_evaluations(study: StudyConfig, output_dir: Path, commands: list[st
 
 
 def _refuse_other_files(output_dir: Path) -> None:
-    """Check that the output directory contains no files, or a study.
+    """Check that the output directory is missing, is empty or contains a study.
 
     Raises:
         ConfigError: the directory contains files of something else, or cannot be read.
@@ -164,8 +164,9 @@ def _same_tokens(results: list[RunResult]) -> Section:
 
 
 def _requests_of_same_time(study: StudyConfig, results: list[RunResult], requests: list[RunRequest], runner: Runner) -> list[RunRequest]:
-    """Return the stand-ins: runs with another number of steps, for each method whose training time differs from the reference's. If a
-    stand-in of a method already has a record, all seeds of the method use its number of steps, even if the measured times have changed."""
+    """Return the stand-ins: runs with another number of steps, for each method whose training time differs from the reference's. If one
+    of the stand-ins of a method already has a record, all seeds of the method use the number of steps in this record, even if the measured
+    times have changed."""
     groups = by_label(results)
     reference = groups.get(study.reference)
     found = []

@@ -428,8 +428,8 @@ class _Evaluation:
         write_evaluation(self.directory, results, pending=pending)
 
     def _finished_under_these_conditions(self) -> list[dict[str, Any]]:
-        """Return the scores under these conditions, including those of earlier starts. For a suite that is not part of this start, the
-        settings (depths, held-out text) of its newest score count as the conditions."""
+        """Return the scores under these conditions, including those of earlier starts. This start has no settings (depths, held-out text)
+        for a suite that it does not run. Scores of such a suite must have the same settings as the newest score of the suite."""
         paths = sorted((self.directory / _RECORDS).glob("*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
         settings = {suite: self.conditions.suite_settings.get(suite, {}) for suite in self.config.suite.suites()}
         found = {}

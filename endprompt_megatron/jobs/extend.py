@@ -65,7 +65,7 @@ def extend(config: RunConfig) -> dict[str, Any]:
         ConfigError, DataError, CheckpointError, BackendUnavailableError: a check failed. If possible, checks run before anything is
             launched or written.
         OutputError: a file of the output directory cannot be written. Complete files are kept.
-        TrainingError: a step was bad and trainer.bad_step=stop.
+        TrainingError: a step was bad and trainer.bad_step=stop, or more than trainer.max_bad_steps steps in a row were bad.
         RunInterrupted: SIGTERM or SIGUSR1 stopped the run.
     """
     try:

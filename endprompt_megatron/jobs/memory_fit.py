@@ -15,7 +15,7 @@ _MAX_RANKS = 4096
 
 @dataclass(frozen=True)
 class _Change:
-    """One change of the configuration.
+    """One change of the configuration, which may set several keys.
 
     Attributes:
         values: {dotted key: new value}.
@@ -33,8 +33,8 @@ _NOTHING = _Change({}, 0.0)
 
 
 def smallest_change(config: RunConfig, *, world_size: int, works: Callable[[RunConfig, int], bool]) -> list[str] | None:
-    """Find the change of the fewest keys of `parallel` and `trainer` with which a run works. Among changes of equally many keys, the
-    cheapest is chosen. If no change works, the number of nodes is doubled.
+    """Find the fewest changes of `parallel` and `trainer` with which a run works. Among combinations of equally many changes, the cheapest
+    is chosen. If no combination works, the number of nodes is doubled and the search starts again.
 
     Args:
         config: resolved configuration; not modified.

@@ -1,5 +1,5 @@
-"""Checks that run before a process group is initialised, a file is written or a GPU is used. They cover the configuration, the files of the
-base model, the tokenizer and the output directory."""
+"""Checks that run before a process group is initialised, a result is written or a GPU is used. They cover the configuration, the files of
+the base model, the tokenizer and the output directory. The module also claims the output directory and returns the input for a plan."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ from endprompt_megatron.rope.scaling import RopeScaling
 
 _CONFIG_FILE, _BASE_FILE = "config.yaml", "base.json"
 _DERIVED_FROM = ("rope.", "model.")  # prefixes of the keys that other values are derived from before the rules are checked
-# Files that a run writes before its first checkpoint. Each file that a later start reuses records the inputs that it was made from.
+# Files that a run writes before its first checkpoint. A directory with only these files may be used without a readable config.yaml: each
+# file that a later start reuses records the inputs that it was made from, so it is not reused with other inputs.
 _BEFORE_RESULTS = {_BASE_FILE, "logs", "probes", "metrics.jsonl", "tensorboard", "sittings.json", "checkpoints"}
 _WITHOUT_CONFIG = (
     "Neither this file nor a checkpoint identifies the run that the directory belongs to: restore the file, or remove the directory to "

@@ -126,7 +126,7 @@ def headline_task(system: dict[str, Any]) -> str:
 
 
 def summary_of_run(run: Run, result: TrainingResult, systems: dict[str, Any], export: Path) -> dict[str, Any]:
-    """Return the content of summary.json, a flat object for other programs.
+    """Return the content of summary.json, which other programs read.
 
     Args:
         run: the run.

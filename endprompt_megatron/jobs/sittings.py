@@ -22,7 +22,8 @@ _SECONDS_BETWEEN_WRITES = 5.0
 class Sittings:
     """Measures the time of this sitting and adds the times of earlier sittings. Use as a context manager.
 
-    A thread of rank 0 writes the current time to sittings.json every few seconds. A killed sitting therefore counts up to its last write.
+    Every few seconds, a thread of rank 0 writes the time that this sitting has taken so far to sittings.json. A killed sitting therefore
+    counts up to its last write.
     Other ranks measure only this sitting.
 
     Args:

@@ -1,6 +1,7 @@
 """Start the processes of a run. The run may start under torchrun, or under srun with one task per GPU. Without a launcher (a plain start),
-the run starts its own local workers through torch's elastic launcher. In all three cases the workers have RANK, WORLD_SIZE, LOCAL_RANK,
-MASTER_ADDR and MASTER_PORT in their environment."""
+the run starts its own local workers through torch's elastic launcher if it needs several processes. In all three cases the workers have
+RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in their environment. A plain start that needs one process has no workers and runs
+without these variables."""
 
 from __future__ import annotations
 
@@ -19,11 +20,13 @@ from endprompt_megatron.launch.processes import STOP_SIGNALS, end_with_parent
 from endprompt_megatron.log import get_logger
 from endprompt_megatron.output_files import make_directory, writing
 
-# The ports of job steps are [20000, 32007), below the ephemeral ports of Linux (32768 and up). The number of ports is prime, so that steps
-# of one job and jobs with neighbouring ids get different ports.
+# The ports of job steps are [20000, 32007), below the ephemeral ports of Linux (32768 and up). The first step of a job gets the port that
+# is 101 after the port of the previous job id, and each further step gets the next port, so that steps of one job and of jobs with
+# neighbouring ids get different ports. After the last port follows the first. The number of ports is prime, so that every port is used
+# before a later job id gets the port of an earlier one.
 _FIRST_PORT, _PORTS, _PORTS_A_JOB = 20_000, 12_007, 101
 _FIRST_UNNUMBERED_STEP = 0xFFFFFFF0  # slurm.h: step ids from here on denote batch scripts, interactive shells and similar steps
-_LAUNCHER = "ENDPROMPT_LAUNCHER"  # environment variable that a plain start sets for its workers, to its own process id
+_LAUNCHER = "ENDPROMPT_LAUNCHER"  # environment variable that gives the workers of a plain start the process id of the launcher
 
 
 class Launched(Protocol):
@@ -38,7 +41,7 @@ class Launched(Protocol):
 
 
 def adopt_srun_environment() -> None:
-    """Set torch's environment variables from Slurm's if srun started this process without another launcher.
+    """Set torch's environment variables from Slurm's if srun, and no other launcher, started this process as one of several tasks.
 
     Raises:
         ConfigError: the first host of the job cannot be determined.
@@ -129,9 +132,10 @@ def run_workers(config: Launched, arguments: list[str]) -> int:
         config: config of the run.
         arguments: the script and its arguments, as in sys.argv.
     Returns:
-        Exit status: 0 if all workers succeed, EXIT_RESUME if they stop after a stop signal, EXIT_INTERRUPTED after Ctrl-C, 128 + n if
-        another signal n ends them, or that of the first worker that fails (1 if a signal killed it). The last lines of the failed worker's
-        output are logged.
+        Exit status of the run. 0: all workers succeeded. EXIT_RESUME: the workers stopped after a stop signal. EXIT_INTERRUPTED: this
+        process received SIGINT (Ctrl-C) and ended the workers. 128 + n: it received SIGHUP or SIGQUIT, which has the number n, and ended
+        the workers. Otherwise a worker failed: the exit status of the first worker that failed, or 1 if a signal killed that worker. The
+        last lines of its standard error are then logged, except for rank 0, which writes to the terminal.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

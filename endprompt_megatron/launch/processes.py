@@ -94,9 +94,10 @@ def _kill_helpers() -> None:
 @functools.cache
 def own_multiprocessing_directory() -> None:
     """Record this process as the owner of multiprocessing's temporary directory, `pymp-*` in the system's temporary directory, which holds
-    the sockets of helper processes. Call it before the first helper starts: helpers then use this directory instead of their own, and one
-    that is killed leaves none. Python deletes the directory when this process exits, unless it is killed. No effect in a process that was
-    started with multiprocessing and inherited the directory, which belongs to the process that created it."""
+    the sockets of helper processes. Call this function before the first helper starts. Helpers then use this directory and make none of
+    their own, so a helper that is killed leaves no directory behind. Python deletes the directory when this process exits, but not if this
+    process is killed. A process that multiprocessing started and that inherited the directory records nothing, because the directory
+    belongs to the process that created it."""
     # the entry that util.get_temp_dir reads (Python 3.11-3.14)
     known = multiprocessing.process.current_process()._config.get("tempdir")  # type: ignore[attr-defined] # not in the stubs
     if known is not None and multiprocessing.parent_process() is not None:
@@ -108,8 +109,8 @@ def own_multiprocessing_directory() -> None:
 def sweep_multiprocessing_directories() -> None:
     """Delete the temporary directories of multiprocessing whose owner is dead.
 
-    The owner is the process that `own_multiprocessing_directory` recorded in the directory; `output_files.sweep_leftovers` says when it is
-    known to be dead. A directory without a record stays: it belongs to another program. So does one of another user.
+    The owner is the process that `own_multiprocessing_directory` recorded in the directory. The owner counts as dead by the rules of
+    `output_files.is_dead`. Directories without a record belong to other programs and are kept. Directories of other users are kept too.
     """
     for directory in Path(tempfile.gettempdir()).glob("pymp-*"):
         with contextlib.suppress(OSError, ValueError):

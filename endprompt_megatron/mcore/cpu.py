@@ -53,7 +53,7 @@ def without_device_shim() -> Iterator[None]:
 
 def keep_freed_memory() -> None:
     """Make glibc keep freed blocks instead of returning them to the kernel, as CUDA's caching allocator does on a GPU. Without this
-    setting, the fresh memory of every activation causes page faults, which take more time than the arithmetic on a virtual machine. The
+    setting, the fresh memory of every activation causes page faults, and on a virtual machine these take more time than the arithmetic. The
     function has no effect with other C libraries."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt

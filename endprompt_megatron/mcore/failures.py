@@ -18,7 +18,7 @@ class FailureBoard:
     """Holds the error of the first rank that failed. All ranks must create their boards in the same order.
 
     Attributes:
-        error: class of the error that was read or published last.
+        error: name of the class of the error that was read or published last.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class FailureBoard:
 
         Args:
             message: this rank's error.
-            error: its class, with which the other ranks report it.
+            error: name of the error's class. The other ranks print it before the message.
             seconds: maximum wait.
         Returns:
             The message of the first rank that failed, prefixed with its rank if there are several ranks.

@@ -83,9 +83,9 @@ _MIN_BF16_SPEEDUP = 1.2
 
 @cache
 def cpu_bf16_speedup() -> float:
-    """Measure the speedup of bf16 over float32 matrix products on this CPU. The speedup is the ratio of the median times of seven
-    alternating products each. The measurement takes at most a tenth of a second, once per process. The instruction set of the CPU does not
-    determine the speedup, because libraries use different parts of the instruction set."""
+    """Measure the speedup of bf16 over float32 matrix products on this CPU. Seven products of each dtype run alternately. The speedup is
+    the median time with float32 divided by the median time with bf16. The measurement takes at most a tenth of a second, once per
+    process. The speedup is measured and not derived from the instruction set, because libraries may not use all instructions of the CPU."""
     sizes = [(512, 576), (576, 1536)]  # matrices of a small model's layer
     seconds: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
     factors = {dtype: [torch.ones(size, dtype=dtype) for size in sizes] for dtype in seconds}
@@ -179,8 +179,8 @@ def from_rank_zero(value: Any) -> Any:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, numpy, torch and Megatron's tensor-parallel generators. Megatron adds the rank to the seed of streams that must differ
-    between ranks."""
+    """Seed Python, numpy, torch and Megatron's tensor-parallel generators. Each pipeline stage gets another seed. Megatron adds the
+    tensor-parallel rank to the seed of streams that must differ between tensor-parallel ranks."""
     pipeline_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(pipeline_seed)
     np.random.seed(pipeline_seed)
@@ -189,10 +189,10 @@ def seed_everything(seed: int) -> None:
 
 
 def shut_down(*, keep_process_group: bool = False) -> None:
-    """Destroy Megatron's process groups, so that another run can start in this process.
+    """Destroy the process groups of Megatron and torch.distributed, so that another run can start in this process.
 
     Args:
-        keep_process_group: keep torch.distributed initialised for another run on the same ranks, possibly with another layout.
+        keep_process_group: whether torch.distributed stays initialised for another run on the same ranks, possibly with another layout.
     """
     if torch.distributed.is_initialized():
         parallel_state.destroy_model_parallel()

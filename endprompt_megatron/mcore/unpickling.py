@@ -83,7 +83,8 @@ torch.serialization.add_safe_globals(
         (np.dtypes.UInt32DType, "numpy.dtypes.UInt32DType"),
     ]
 )
-_torch_load, _numpy_load = torch.load, np.load  # load_sharded and arrays_without_pickle replace both for a block
+# the original functions: checkpointing.load_sharded replaces torch.load for a block, and arrays_without_pickle replaces np.load
+_torch_load, _numpy_load = torch.load, np.load
 
 
 class _ForeignClassError(pickle.UnpicklingError):

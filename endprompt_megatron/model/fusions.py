@@ -19,7 +19,8 @@ class Fusions:
             that of model/cross_entropy.py.
         activation: whether SwiGLU and the residual addition are fused.
         gradient_accumulation: whether the weight-gradient GEMM accumulates directly into Megatron's gradient buffer.
-        left_out: one text per fusion that is not used, with its name and the reason.
+        left_out: one text, with name and reason, per fusion that the backend supports and the run does not use. Cross-entropy is not
+            listed, because a vocabulary that is not split does not need the fused kernel.
     """
 
     rope: bool = False

@@ -52,7 +52,8 @@ class EndPromptGPTModel(GPTModel):
         self.num_real_tokens = num_real_tokens
 
     def set_rope(self, rope: RopeScaling) -> None:
-        """Use the frequencies and the attention factor of `rope` from the next forward pass on, e.g. those of the base to evaluate it."""
+        """Use the frequencies and the attention factor of `rope` from the next forward pass on, e.g. to evaluate the base model with
+        its own frequencies."""
         self.rotary_pos_emb.set_scaling(rope)
         set_rope_concentration(self, rope.attention_factor)
 
@@ -106,8 +107,8 @@ class EndPromptGPTModel(GPTModel):
 
     @contextmanager
     def logits_of(self, rows: slice | Sequence[int]) -> Iterator[None]:
-        """Compute logits only for the tokens `rows` of the sequence inside the block, because a probe of a long context needs only a few
-        logits of the s x v. Sequence parallelism is not supported, because a rank then holds only a part of the sequence."""
+        """Compute logits only for the tokens with the indices `rows` inside the block, because a probe of a long context needs the logits
+        of only a few of its tokens. Sequence parallelism is not supported, because a rank then holds only a part of the sequence."""
         hook = self.output_layer.register_forward_pre_hook(lambda module, inputs: (inputs[0][rows], *inputs[1:]))
         try:
             yield

@@ -57,7 +57,7 @@ def _adapted(linear: Any, mixin: type, adapter: AdapterConfig) -> ModuleSpec:
 
 
 class AdaptedLinear(torch.nn.Module):
-    """Mixin for a linear layer of Megatron, which computes y = W x + alpha / r B A x.
+    """Mixin for a linear layer of Megatron. With the mixin, the layer computes y = W x + alpha / r B A x.
 
     Args:
         args, config, options: arguments of the linear layer.
@@ -109,8 +109,9 @@ class AdaptedLinear(torch.nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int, layer_number: int) -> None:
-        """Initialise A uniformly in [-1 / sqrt(input size), 1 / sqrt(input size)], as peft does, and B with zeros. The layer therefore
-        starts equal to its base. Each rank draws the whole matrix A and keeps its shard, so that every layout starts with the same weights.
+        """Initialise A uniformly in [-1 / sqrt(input size), 1 / sqrt(input size)], as peft does, and B with zeros. At the start, the
+        layer therefore computes W x. Each rank draws the whole matrix A and keeps its shard, so that every layout starts with the same
+        weights.
 
         Args:
             seed: seed of the run.

@@ -29,8 +29,8 @@ _MASK_ELEMENTS = 2**24
 
 
 def _merges(query: Tensor) -> bool:
-    """Return whether to compute attention over a cache in two parts and merge them. This is done in evaluation on a CPU, because the public
-    kernel needs a mask there."""
+    """Return whether attention to earlier tokens (a cache or a trunk) and attention of the new tokens to each other are computed
+    separately and merged. This is done in evaluation on a CPU, because torch's public function needs a large mask there."""
     return _FLASH_ON_CPU is not None and query.device.type == "cpu" and not torch.is_grad_enabled()
 
 
@@ -205,8 +205,9 @@ class TorchSDPA(MegatronModule):
         return context.permute(2, 0, 1, 3).reshape(sequence, batch, heads * dim)
 
     def _merge(self, query: Tensor, past_key: Tensor, past_value: Tensor, key: Tensor, value: Tensor, **masking: Any) -> Tensor:
-        """Return the attention of every row over all past keys and, with a mask, over the rows' own keys, [s, b, n * d]. Two kernel calls
-        are merged by their log-sum-exp values, which avoids a mask of rows x past keys."""
+        """Return the attention of the query tokens, [s, b, n * d], over all past keys and over the keys of the query tokens themselves.
+        `masking` applies only to the latter. Each part is one kernel call, and the log-sum-exp values of the calls determine how the
+        results are merged. This avoids a mask over the past keys."""
         sequence, batch, heads, dim = query.shape
         groups = key.shape[2]
         # treat the query heads of a group as rows, so that the past keys and values are read once per group

@@ -18,7 +18,7 @@ Version = tuple[int, ...]
 # Oldest version of Transformer Engine that supports each precision (megatron-core 0.16-0.19, core/fp8_utils.py: get_fp8_recipe)
 _OLDEST_TE: dict[str, Version] = {"bf16": (2, 0), "fp8": (2, 2), "fp8_attention": (2, 0), "fp8_blockwise": (2, 3), "mxfp8": (2, 1)}
 _HOPPER, _BLACKWELL, _CONSUMER_BLACKWELL = (9, 0), (10, 0), (12, 0)
-# Training with FP8 attention needs the first cuDNN version or later, and does not work with the second version
+# Training with FP8 attention needs cuDNN 9.2.1 or later, but does not work with 9.10.0
 _OLDEST_CUDNN_FOR_FP8_ATTENTION, _BROKEN_CUDNN_FOR_FP8_ATTENTION = (9, 2, 1), (9, 10, 0)
 _OLDEST_CUDA_FOR_BLOCKS = (12, 9)
 _OTHER = "Set precision=bf16, or run on another GPU or image."

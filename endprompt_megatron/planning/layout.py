@@ -58,8 +58,8 @@ class Layout:
         """Return the number of layers of one model chunk.
 
         Raises:
-            ConfigError: the number of layers is not a multiple of the number of chunks. Megatron-Core then needs an explicit split, which
-                this project does not support.
+            ConfigError: the number of layers is not a multiple of the number of model chunks over all stages. Megatron-Core then needs an
+                explicit split, which this project does not support.
         """
         chunks = self.pipeline_model_parallel_size * self.num_chunks
         if num_layers % chunks:
@@ -95,14 +95,15 @@ class Layout:
 
 @dataclass(frozen=True)
 class StageParameters:
-    """Numbers of parameters of one rank of one pipeline stage, including vocabulary padding.
+    """Numbers of parameters of one rank of one pipeline stage, including vocabulary padding. The embedding is 0 on all stages except the
+    first, and output layer and final norm are 0 on all stages except the last.
 
     Attributes:
         matrices: parameters of the matrices in the layers of the stage, to which FP8 applies.
         one_layer_matrices: parameters of the matrices in one layer.
         vectors: parameters of the norms and biases in the layers of the stage.
         embedding: parameters of this rank's share of the embedding.
-        output: parameters of this rank's share of the output layer; 0 if it is tied to an embedding on the same stage.
+        output: parameters of this rank's share of the output layer; also 0 if it is tied to an embedding on the same stage.
         final_norm: parameters of the norm before the output layer.
     """
 

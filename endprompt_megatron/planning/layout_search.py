@@ -139,7 +139,7 @@ def rank_layouts(request: ClusterRequest) -> Ranking:
 
     A layout fits if the memory of its fullest stage plus the reserve is at most the memory of a GPU. Tensor parallelism always comes with
     sequence parallelism, and the optimizer is always distributed. Layouts of equal speed are ranked by memory. The micro-batch size affects
-    the estimated speed only through the pipeline bubble.
+    the estimated speed only through the pipeline bubble and the latency of messages.
 
     Args:
         request: model, batch and cluster.
@@ -267,8 +267,9 @@ def _problem(request: ClusterRequest, layout: Layout) -> tuple[str, str] | None:
 
 
 def _best_of(request: ClusterRequest, layout: Layout, hardware: Hardware) -> tuple[Candidate | None, tuple[float, Layout]]:
-    """Return the fastest variant of a layout that fits, or None, and (excess in GiB, layout) of the variant with the least memory. Variants
-    differ in micro-batch size, number of chunks and recomputation."""
+    """Return two results for the variants of a layout, which differ in micro-batch size, number of chunks and recomputation. The first is
+    the fastest variant that fits into a GPU, or None if no variant fits. The second is (excess in GiB, layout) of the variant with the
+    smallest excess over the memory of a GPU, and is meant for layouts without a variant that fits."""
     best: Candidate | None = None
     nearest = (float("inf"), layout)
     for variant in _variants(request, layout):

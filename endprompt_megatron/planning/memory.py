@@ -36,8 +36,9 @@ _GRADIENT_BYTES = 4  # per parameter; Megatron accumulates gradients in float32
 _LOSS_SLICE = 4 * 2**20  # number of logits that model/cross_entropy.py converts to float32 at a time
 _BF16 = ElementBytes(2, 2, 2)
 # Transformer Engine keeps bf16 parameters. For layer matrices it also caches FP8 values between micro-batches, once in the original layout
-# and once transposed, because FP8 products on Hopper need both (on Blackwell, tensor-wise scaling needs no transposed copy; the other
-# recipes do). Blockwise scaling has one float32 scale per 128 elements, MXFP8 one byte per 32.
+# and once transposed, because FP8 products on Hopper need both. (On Blackwell, tensor-wise scaling needs only the original layout, but the
+# other recipes need both. This difference is not counted.) Blockwise scaling has one float32 scale per 128 elements of a linear layer's
+# input; the scales of weights are not counted. MXFP8 has a scale of one byte per 32 elements of inputs and weights.
 _PRECISIONS = {
     "fp32": _Precision(ElementBytes(4, 4, 4), weight=4, optimizer=8),
     "bf16": _Precision(_BF16, weight=2, optimizer=12),
@@ -131,16 +132,17 @@ def stage_memory(
       (weight) + 4 bytes (float32 gradient) + 12 bytes (float32 master weight and two moments), in fp32 4 + 4 + 8 bytes. The distributed
       optimizer splits the master weights and moments over data *and* context parallel ranks, as in Megatron. The padding of its buffers is
       not counted.
-    - FP8 keeps bf16 parameters and caches at least 2 more bytes per parameter of every layer matrix (see _PRECISIONS). Linear layers keep
-      their inputs in FP8, fp8_attention also keeps the tensors of attention in FP8, and all other tensors stay in bf16. The output layer
-      never uses FP8.
+    - FP8 keeps bf16 parameters and caches at least 2 more bytes per parameter of every layer matrix that uses FP8 (see _PRECISIONS). Linear
+      layers keep their inputs in FP8, fp8_attention also keeps the tensors of attention in FP8, and all other tensors stay in bf16. The
+      output layer never uses FP8.
     - activations.py lists the tensors that a layer keeps. Dropout is 0.
     - Tensor parallelism splits the tensors inside attention and MLP. It splits the other tensors only with sequence_parallel. Context
       parallelism splits every tensor by tokens.
     - In a pipeline, a stage keeps one more residual for every forward pass in flight: the output that it has sent to the next stage.
     - Without tensor parallelism, the logits take one tensor, which is overwritten by its gradient, and a float32 slice. Tensor parallelism
-      splits the vocabulary. Megatron's loss then makes a float32 copy of bf16 logits, and the loss of Transformer Engine (2.20) makes a
-      copy in the same precision. The rank with padding rows makes one more masked copy.
+      splits the vocabulary. With the backend "torch", Megatron's loss then makes a float32 copy of bf16 logits. With "te", the loss of
+      Transformer Engine (2.20) makes a copy in the precision of the logits. The rank whose part of the vocabulary includes padding makes
+      one more copy, to mask the padding, with one byte of mask per logit.
     - The backward pass of a layer needs more memory than it frees meanwhile. The difference is a gradient of width 2 * ffn_hidden_size and
       two gradients of residuals. Full recomputation adds all recomputed tensors of the layer, and sequence_parallel adds one gathered
       residual.

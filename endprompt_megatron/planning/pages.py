@@ -29,7 +29,7 @@ def describe_cluster(
         experiment: name of the experiment.
         job: arguments of recipes/extend.py that start the experiment on this cluster, without the layout.
         tokens: number of physical tokens of the training run, which determines the hours.
-        rows: number of layouts in the table.
+        rows: largest number of layouts in the table of layouts that fit.
         command: command that writes the page.
         picture: file name of the figure; None without one.
     """

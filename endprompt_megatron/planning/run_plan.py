@@ -71,7 +71,7 @@ class PlanRequest:
 
     @property
     def model_parallel_size(self) -> int:
-        """Number of ranks that hold one copy of the model, TP x PP x CP."""
+        """Number of ranks that process one sample together, TP x PP x CP."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
@@ -114,7 +114,7 @@ def describe_plan(request: PlanRequest) -> list[str]:
     Returns:
         Lines without line breaks.
     Raises:
-        ConfigError: the layout does not divide the world size or the global batch, or the hardware is unknown.
+        ConfigError: the layout does not divide the world size or the global batch, or the hardware is unknown; see also stage_memory.
     """
     if request.world_size % request.model_parallel_size:
         raise ConfigError(

@@ -16,7 +16,8 @@ from endprompt_megatron.planning.flops import (
 from endprompt_megatron.planning.layout import Layout, stage_parameters
 
 GPUS_PER_NODE = 8
-# Assumed share of the data-sheet bandwidth that large collectives reach on a link and that the optimizer reaches on device memory.
+# Assumed share of the data-sheet bandwidth that large collectives reach on a link, and that the optimizer and elementwise kernels reach on
+# device memory.
 LINK_SHARE = 0.8
 # Assumed latency of a message. Latency dominates if a transfer is split into many small messages.
 MESSAGE_SECONDS = 20e-6
@@ -33,7 +34,7 @@ class Hardware:
     Attributes:
         name: value of launch.gpu and plan.hardware.
         peak_tflops: {number format: dense peak in 10^12 FLOP/s}.
-        memory_gib: memory that a program can allocate, as torch reports it. It is less than the number in the name.
+        memory_gib: memory that a program can allocate, as torch reports it. The number is less than the GB on the data sheet.
         memory_gbytes_per_second: bandwidth of the device memory, in 10^9 bytes per second.
         nvlink_gbytes_per_second: bandwidth to the other GPUs of the node in one direction, in 10^9 bytes per second.
         network_gbytes_per_second: bandwidth of the GPU's own network card in one direction, in 10^9 bytes per second.
@@ -53,9 +54,9 @@ class Hardware:
     attention_share: dict[str, float]
 
 
-# Peaks (tensor cores), memory and NVLink are from NVIDIA's data sheets. If a sheet gives only the peak with 2:4 sparsity, the table
-# contains half of it. fp32 has no entry, because its speed depends on whether TF32 is allowed. The network has one ConnectX card per GPU,
-# as in DGX systems (200 Gb/s for A100, 400 Gb/s for the others).
+# Peaks (tensor cores), memory bandwidth and NVLink are from NVIDIA's data sheets. If a sheet gives only the peak with 2:4 sparsity, the
+# table contains half of it. fp32 has no entry, because its speed depends on whether TF32 is allowed. The network has one ConnectX card per
+# GPU, as in DGX systems (200 Gb/s for A100 and A800, 400 Gb/s for the others).
 #
 # matmul_share is calibrated so that the estimate reproduces a published speed of Llama-3 8B at 8K tokens on that GPU:
 #   H100 fp8: 14,451 tokens/s/GPU (NVIDIA, Megatron-Bridge performance summary, 25.11, DGX-H100, FP8-CS, 8 GPUs)
@@ -150,8 +151,8 @@ def has_speed(hardware: Hardware, precision: str) -> bool:
 
 
 def kinds_of_numbers(precision: str) -> tuple[str, str]:
-    """Return (number format of matrix products, number format of attention) as keys of the tables in `Hardware`. `precision` is that of
-    step_time."""
+    """Return (number format of matrix products, number format of attention) as keys of the tables in `Hardware`. `precision` has the same
+    values as in step_time."""
     return _KINDS[precision][:2]
 
 
@@ -264,9 +265,10 @@ def step_time(
 
 
 def _elementwise_bytes_per_token(architecture: ModelArchitecture, layout: Layout, matmul_kind: str) -> float:
-    """Return the bytes that the elementwise kernels of one layer read and write per token in the forward pass, in bf16. Each of the two
-    norms takes, with its residual sum, 5 passes over the residual. The rotary embedding takes 2 passes over query and key, and SwiGLU takes
-    3 passes over ffn_hidden_size. FP8 with current scaling reads every input of a product twice and writes it in two layouts."""
+    """Return the bytes that the elementwise kernels of one layer read and write per token in the forward pass, with tensors in bf16. Each
+    of the two norms, together with its residual sum, reads or writes a tensor as large as the residual 5 times. The rotary embedding reads
+    and writes query and key once each, and SwiGLU reads two tensors of width ffn_hidden_size and writes one. FP8 reads every input of a
+    product twice and writes it in two layouts, as with current scaling."""
     hidden, ffn = architecture.hidden_size / layout.residual_split, architecture.ffn_hidden_size / layout.tensor_model_parallel_size
     query = architecture.query_size / layout.tensor_model_parallel_size
     key = architecture.key_value_size / 2 / layout.tensor_model_parallel_size

@@ -16,7 +16,7 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class PoseSample:
-    """One PoSE sample.
+    """One PoSE sample of c tokens in a window of L positions.
 
     Attributes:
         positions: int64 [c], strictly increasing, within [0, L - 1].
@@ -99,8 +99,8 @@ def endprompt_pose_positions(
 
 
 def _chunk_lengths(num_tokens: int, num_chunks: int, random: np.random.Generator) -> list[int]:
-    """Draw the chunk lengths. Every chunk except the last has at most an equal share of the remaining tokens, and leaves at least one token
-    for each later chunk."""
+    """Draw the chunk lengths in order. If n chunks (at least two) and m tokens remain, the next chunk has 1 to (m + 1) // n tokens, which
+    leaves at least one token for each later chunk. The last chunk has all remaining tokens."""
     lengths, left = [], num_tokens
     for chunks_left in range(min(num_chunks, num_tokens), 1, -1):
         longest = max(1, (left + 1) // chunks_left)

@@ -67,7 +67,7 @@ def write_comparison(
         study: config of the study.
         sections: one per budget; sections without results are left out.
         failed: runs that failed.
-        pending: number of runs that have not been started.
+        pending: number of runs that have neither finished nor failed.
         commands: commands that reproduce the study.
         draw: whether to draw the figures again; if not, the page shows existing ones.
     Returns:

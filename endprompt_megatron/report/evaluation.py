@@ -1,5 +1,6 @@
-"""Write the page of an evaluation from results.json, its only input. The page shows RULER by task and length, LongBench by group and short
-tasks, each beside the paper's numbers, then planted facts and perplexity, the tasks that did not run, with reasons, and the conditions."""
+"""Write the page of an evaluation from results.json, without other input. The page shows RULER by task and length, the tasks in RULER's
+form, LongBench by group, the short tasks, planted facts, and perplexity. RULER, LongBench and the short tasks are shown beside the paper's
+numbers. The page ends with the tasks that did not run, with reasons, and the conditions."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ class PositionRotaryEmbedding(RotaryEmbedding):
     """Computes the rotary angles, in float32, of the positions that `at(position_ids)` sets.
 
     Args:
-        scaling: scaling that computes the frequencies; `set_scaling` replaces it. EndPromptGPTModel.set_rope applies its attention factor,
-            which scales cosine and sine and not the angles.
+        scaling: scaling that computes the frequencies; `set_scaling` replaces it. The scaling's attention factor is applied by
+            EndPromptGPTModel.set_rope, not here, because it scales cosine and sine and not the angles.
     """
 
     def __init__(self, scaling: RopeScaling):

@@ -43,20 +43,21 @@ class RopeScaling:
 
     Attributes:
         type: type of the scaling. `none` keeps the model's own frequencies. `pi` (position interpolation) divides every frequency by
-            `factor`. `ntk` uses a larger base, which keeps the highest frequency and divides the lowest by `factor`. `abf` uses the larger
-            base `theta`. `yarn` divides low frequencies, keeps high frequencies and sharpens attention. `llama3` divides low frequencies
-            and keeps high frequencies, as in Llama 3.1.
-        rope_theta: base of the frequencies.
+            `factor`. `ntk` replaces `rope_theta` by a larger value, which keeps the highest frequency and divides the lowest by s' (see
+            ntk_dynamic_factor). `abf` replaces `rope_theta` by the larger `theta`. `yarn` and `llama3` divide low frequencies by `factor`,
+            keep high frequencies, and divide the frequencies between them by less than `factor`. `yarn` also sharpens attention.
+        rope_theta: theta of the model's own frequencies theta^(-2i / d), also called their base.
         head_dim: d, dimension of one head, even. RoPE rotates all dimensions.
         factor: s, factor by which the window grows; 1.0 for `none`.
         original_context_length: window before the extension, in positions. `yarn` and `llama3` use it to define their frequency bands.
-        theta: for `abf`, the base that replaces `rope_theta`.
+        theta: for `abf`, the value that replaces `rope_theta`.
         ntk_dynamic_factor: for `ntk`, f of the dynamic rule s' = f s - (f - 1), evaluated once for the target window. None selects the
-            static rule s' = s. In both rules, the base becomes theta s'^(d / (d - 2)).
+            static rule s' = s. Both rules replace rope_theta by rope_theta s'^(d / (d - 2)).
         low_freq_factor, high_freq_factor: for `llama3`. Frequencies are divided if their wavelength exceeds original_context_length /
-            low_freq_factor, and kept if it is below original_context_length / high_freq_factor.
+            low_freq_factor, and kept if it is below original_context_length / high_freq_factor. In between, the kept and the divided value
+            are mixed.
         beta_fast, beta_slow: for `yarn`. A frequency is kept if it makes more than beta_fast rotations over the original window, and
-            divided if it makes fewer than beta_slow.
+            divided if it makes fewer than beta_slow. In between, the kept and the divided value are mixed.
         truncate: for `yarn`, whether the limits of the band between beta_slow and beta_fast are rounded outwards to whole dimensions.
         explicit_attention_factor: for `yarn`, replaces the attention factor 0.1 ln(factor) + 1.
     Source: `pi`: arXiv 2306.15595, used by EndPrompt (arXiv 2605.14589, eq. 6). `abf`: arXiv 2309.16039. `yarn` and `ntk`: YaRN (arXiv
@@ -139,12 +140,12 @@ class RopeScaling:
     def inv_freq(self) -> FloatArray:
         """Return the angular frequencies in radians per position, float32 [head_dim / 2], highest first.
 
-        The computation uses float32 and the same order of operations as transformers (power, reciprocal, division by the factor). At
-        position 65,535, a difference in the last bit of a frequency changes the angle by several milliradians.
+        The computation uses the same order of operations as transformers (power, reciprocal, division by the factor), in float32 except
+        for the power. At position 65,535, a difference in the last bit of a frequency changes the angle by several milliradians.
         """
         exponent = np.arange(0, self.head_dim, 2, dtype=np.int64).astype(np.float32) / np.float32(self.head_dim)
-        # The power is rounded once from float64. It equals torch's float32 power except for the last bit of one value in a few hundred
-        # (tests/unit/rope).
+        # The power is computed in float64 and rounded once to float32. It equals torch's float32 power except for the last bit of one value
+        # in a few hundred (tests/unit/rope).
         power = np.power(np.float64(self.effective_theta), exponent.astype(np.float64)).astype(np.float32)
         own = np.float32(1.0) / power
         if self.type == "yarn":
@@ -160,13 +161,14 @@ class RopeScaling:
         return self.original_context_length or round(max_position_embeddings / self.factor)
 
     def extended(self, settings: Mapping[str, Any], *, max_position_embeddings: int) -> RopeScaling:
-        """Return the scaling that extends the window of a model with these frequencies.
+        """Return the scaling that extends the window of a model with these frequencies. With existing_scaling=multiply, it is
+        `stretched(factor)`. Otherwise it replaces this scaling, and starts from the unscaled frequencies.
 
         Args:
             settings: the config group rope, as a mapping.
             max_position_embeddings: value in the model's config.json.
         Raises:
-            ConfigError: see `stretched`.
+            ConfigError: a setting is invalid; see also `stretched`.
         """
         kind, factor = settings["type"], settings["factor"]
         if settings.get("existing_scaling") == "multiply":
@@ -187,7 +189,7 @@ class RopeScaling:
         """
         if self.type not in ("none", "pi"):
             raise ConfigError(
-                f"the base's RoPE scaling of type {self.type} (factor {self.factor:g}) cannot be multiplied by another factor: no "
+                f"the base model's RoPE scaling of type {self.type} (factor {self.factor:g}) cannot be multiplied by another factor: no "
                 f"rope_type of config.json describes both. Set rope.existing_scaling=replace to start from the unscaled frequencies."
             )
         return RopeScaling("pi", self.rope_theta, self.head_dim, factor=self.factor * factor)
@@ -273,8 +275,8 @@ class RopeScaling:
         hf_type = scaling.get("rope_type", scaling.get("type", "default"))
         if hf_type not in _HF_KEYS:
             raise CheckpointError(
-                f"config.json has RoPE scaling of type {str(hf_type)[:40]!r}: supported are {', '.join(_HF_KEYS)}. Start from the model's "
-                f"unscaled base, or remove rope_scaling from a copy of the config if you mean to drop it."
+                f"config.json has RoPE scaling of type {str(hf_type)[:40]!r}: supported are {', '.join(_HF_KEYS)}. Start from the "
+                f"unscaled base model, or remove rope_scaling from a copy of the config if you mean to drop it."
             )
         unsupported = sorted(key for key in scaling.keys() - _HF_KEYS[hf_type] - _COMMON_KEYS if not _has_no_effect(key, scaling[key]))
         if unsupported and hf_type != "default":

@@ -2,8 +2,8 @@
 (eq. 8-9). For schemes that draw positions, the counts come from random samples.
 
 A pair consists of a query token and a key token that the query may attend to, including the query token itself. A sample of n tokens has
-n (n + 1) / 2 pairs under every scheme; the scheme determines their distances. A distance is a difference of position ids, before RoPE
-divides it by s."""
+n (n + 1) / 2 pairs under every scheme; the scheme determines their distances. A distance is a difference of position ids, without any RoPE
+scaling."""
 
 from __future__ import annotations
 
@@ -156,8 +156,8 @@ def _endprompt_pairs(layout: SampleLayout) -> IntArray:
 
 
 class _PairCounter:
-    """Counts pairs by distance over many samples. The time per sample depends on the number of segments, not on the number of tokens. A
-    segment is a run of consecutive positions.
+    """Counts pairs by distance over many samples. The work per sample grows with the number of pairs of segments, not with the number of
+    pairs of tokens. A segment is a run of consecutive positions.
 
     As a function of distance, the number of pairs between two segments is a trapezoid, and the number of pairs within one segment is a
     falling ramp. The second differences of both functions are zero except at a few points. The class therefore adds up second differences

@@ -5,14 +5,16 @@ RoPE rotates dimension pair i of query and key by theta_i / s radians per positi
 
     S(d) = sum_i A_i cos(theta_i d / s + phi_i),    A_i = |q_i| |k_i| / sqrt(head_dim),    phi_i = arg q_i - arg k_i,
 
-where q_i is the complex number formed by the dimensions i and i + head_dim / 2 of q. Scores are taken before the softmax, and include the
-factor 1 / sqrt(head_dim) and the attention factor of YaRN. Distances are in positions, slopes in score per position.
+where q_i is the complex number formed by the dimensions i and i + head_dim / 2 of q. Scores are taken before the softmax. With YaRN, A_i
+also contains the square of the attention factor, because the factor scales both query and key. The formulas write theta_i / s, as for
+position interpolation; the code uses the frequencies of any scaling in its place. Distances are in positions, slopes in score per position.
 
 Eq. 3, sup|S'| <= (theta_0 / s) sup|S|, is Bernstein's inequality for almost periodic functions. Both suprema are taken over ALL real d.
-This module measures the suprema over a finite window, where sup|S| may be smaller, so the measured ratio can exceed 1. The ratio is
-reported unchanged. Two other bounds hold on any window: sup|S'| <= sum_i A_i theta_i / s and sup|S| <= sum_i A_i. They equal the suprema
-over all real d if the frequencies are linearly independent over the rationals (Kronecker). All bounds hold for a fixed query and a fixed
-key, and do not cover their changes during training.
+This module measures the suprema over a finite window, where sup|S| may be smaller than over all d. The measured sup|S'| can therefore
+exceed the bound computed from the measured sup|S|, so that `Smoothness.ratio` exceeds 1. The ratio is reported unchanged. Two other bounds
+hold on any window: sup|S'| <= sum_i A_i theta_i / s and sup|S| <= sum_i A_i. These sums equal the suprema over all real d if the
+frequencies are linearly independent over the rationals (Kronecker). All bounds hold for a fixed query and a fixed key, and do not cover
+their changes during training.
 
 Shapes: `...` is any number of leading dimensions (layers, heads, pairs of tokens), f = head_dim / 2 is the number of frequencies, and g is
 the number of distances.
@@ -32,7 +34,7 @@ from endprompt_megatron.rope.scaling import RopeScaling
 FloatArray = npt.NDArray[np.float64]
 ComplexArray = npt.NDArray[np.complex128]
 
-# Distance between grid points, in radians of the highest frequency. The grid underestimates a maximum between two points by at most
+# Distance between grid points, in radians of the highest frequency. The grid underestimates a maximum of |S| between two points by at most
 # 0.125^2 / 8 = 0.2 % of sum_i A_i.
 _GRID_RADIANS = 0.125
 _VALUES_AT_ONCE = 2**23  # number of values in one table; 64 MiB of float64
@@ -180,10 +182,11 @@ def measure_smoothness(functions: ScoreFunctions, *, last_distance: int) -> Smoo
 
 
 def reach_of_bound(frequency: float) -> float:
-    """Return the distance from a known value up to which the slope bound `frequency` * sup|S| constrains S, in positions: 2 / frequency.
+    """Return how many positions away from a known value of S the slope bound |S'| <= `frequency` * sup|S| still constrains S:
+    2 / frequency.
 
-    At this distance the bound allows a change of 2 sup|S|, which is the largest change that S can make. The sharper inequality of Bernstein
-    and Szego, S'^2 + frequency^2 S^2 <= frequency^2 sup|S|^2, constrains S up to pi / frequency.
+    That many positions away, the bound allows a change of 2 sup|S|, which is the largest change that S can make. The sharper inequality of
+    Bernstein and Szego, S'^2 + frequency^2 S^2 <= frequency^2 sup|S|^2, constrains S up to pi / frequency.
     """
     return 2 / frequency
 

@@ -50,9 +50,19 @@ def holder(tmp_path):
     process.wait()
 
 
-def test_the_second_process_learns_who_the_first_is(tmp_path, holder):
+def _hold(place: Path) -> None:
+    hold(place, doing="runs there")
+
+
+def _claim(place: Path) -> None:
+    with claimed(place, doing="runs there"):
+        pass
+
+
+@pytest.mark.parametrize("lock", [_hold, _claim])
+def test_the_second_process_learns_who_the_first_is(lock, tmp_path, holder):
     with pytest.raises(ConfigError) as caught:
-        hold(tmp_path, doing="runs there")
+        lock(tmp_path)
     said = str(caught.value)
     assert f"another process runs there: process {holder.pid} on {socket.gethostname()}, started 20" in said and "set output_dir" in said
     assert json.loads((tmp_path / ".lock").read_text())["pid"] == holder.pid  # the first lost nothing

@@ -159,8 +159,8 @@ def gather_tensors(
 
 
 def _owners(held: dict[str, Any]) -> dict[str, int]:
-    """Return {parameter: global rank of the first tensor-parallel rank that holds the parameter}. For tied embeddings, this rank is in the
-    first pipeline stage."""
+    """Return {parameter: lowest global rank among the ranks that hold the parameter and have tensor-parallel rank 0}. For tied embeddings,
+    this rank is in the first pipeline stage."""
     is_first = parallel_state.get_tensor_model_parallel_rank() == 0
     names = list(held) if is_first else []
     everyone: list[Any] = [None] * torch.distributed.get_world_size()

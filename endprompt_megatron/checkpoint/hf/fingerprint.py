@@ -13,9 +13,10 @@ def weights_fingerprint(hf_path: Path) -> str:
     """Return the SHA-256 (hex) of config.json and of the name, the size and 16 samples of 64 KiB of each safetensors file. The samples
     include the start and the end of the file.
 
-    The fingerprint does not depend on the path of the directory. Training changes every weight, and a truncated or converted file has
-    another size or header, so the fingerprints of different models differ in practice. The fingerprint does not protect against deliberate
-    manipulation.
+    The fingerprint does not depend on the path of the directory. Training of all parameters changes every weight, a merged adapter changes
+    the weights of its layers, and a truncated or converted file has another size or header. The fingerprints of different models therefore
+    differ in practice, unless the models differ only in weights that no sample contains. The fingerprint does not protect against
+    deliberate manipulation.
 
     Args:
         hf_path: model directory.

@@ -84,8 +84,8 @@ def named_parameters_of_whole_model(chunk: EndPromptGPTModel) -> list[tuple[str,
 
 
 def merged_weights_of_whole_model(chunk: EndPromptGPTModel) -> dict[str, Callable[[], torch.Tensor]]:
-    """Return {name: function that returns this rank's weight} of a chunk, with adapters merged as in the Hugging Face model. The function
-    merges when it is called, and does not change the chunk."""
+    """Return {name: function that returns this rank's weight} of a chunk, with adapters merged as in the Hugging Face model. The weight
+    is merged when its function is called. The chunk is not changed."""
     weights = {name: parameter.detach for name, parameter in named_parameters_of_whole_model(chunk) if not is_adapter(name)}
     merged = {_name_in_whole_model(chunk, f"{name}.weight"): layer.merged_weight for name, layer in adapted_layers(chunk).items()}
     return weights | merged

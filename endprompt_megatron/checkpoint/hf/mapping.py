@@ -64,7 +64,8 @@ class Layout:
         return (height, *shapes[0][1:])
 
     def ranges_of_rank(self, architecture: ModelArchitecture, rank: int, size: int) -> list[tuple[int, int]]:
-        """Return the row ranges (first, past the last) of the whole Megatron parameter that a rank holds, in the order of the rank."""
+        """Return the row ranges (first, past the last) of the whole Megatron parameter that a rank holds, in the order of the rows
+        on the rank."""
         height = self.megatron_shape(architecture, size)[0]
         if self.tensor_parallel_dim != 0:
             return [(0, height)]

@@ -62,7 +62,7 @@ def _check_tokenizer_files(path: Path, values: dict[str, Any]) -> None:
 
 @contextmanager
 def without_questions() -> Iterator[None]:
-    """Make transformers raise ValueError inside the block where it would prompt on the terminal before it runs code.
+    """Inside the block, transformers raises ValueError instead of prompting on the terminal for permission to run code.
 
     refuse_code finds the code that the directory itself names. Some tokenizer classes also load subfolders, without passing
     trust_remote_code on. This function patches transformers/dynamic_module_utils.py (4.57 to 5.12). Remove it when transformers no longer
@@ -80,10 +80,11 @@ def without_questions() -> Iterator[None]:
 
 @contextmanager
 def without_custom_generate() -> Iterator[None]:
-    """Load models without the file custom_generate/generate.py of their directories inside the block.
+    """Inside the block, transformers loads models without the file custom_generate/generate.py in their directories.
 
     transformers 4.57 runs this file of a local directory even with trust_remote_code=False. This function patches
-    transformers/generation/utils.py. Remove it with the support of versions before 5.12, which respects the argument.
+    transformers/generation/utils.py. transformers 5.12 respects the argument. Remove this function when earlier versions are no longer
+    supported.
     """
     from transformers.generation.utils import GenerationMixin
 

@@ -86,8 +86,8 @@ class SafetensorsReader:
         return self
 
     def _check_index(self, path: Path, header: dict[str, _Stored]) -> None:
-        """Check that a file contains exactly the tensors that the index assigns to the file. transformers reads all tensors of all files,
-        in the order of the files."""
+        """Check that a file contains exactly the tensors that the index assigns to the file. transformers does not check this: it reads all
+        tensors of all files in order, so a second copy of a tensor can replace the first copy."""
         for name in sorted(name for name, file in self._file_of.items() if file == path and name not in header):
             raise CheckpointError(f"{path} lacks {shown(name)[1:-1]}, which {INDEX_FILE} assigns to this file. Download it again.")
         for name in sorted(name for name in header if self._file_of.get(name) != path and not is_ignored(name)):

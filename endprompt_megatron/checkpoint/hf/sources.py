@@ -103,7 +103,8 @@ def build_tiny_random(
     max_position_embeddings: int = 128,
     tie: bool = True,
 ) -> Path:
-    """Write a random Llama of a few thousand parameters with a real byte-level BPE tokenizer. This takes a second and needs no network.
+    """Write a random Llama with a real byte-level BPE tokenizer, by default of 125 thousand parameters. This takes a second and needs no
+    network.
 
     Norm weights differ from 1, and attention logits have a standard deviation near 1, so that a misplaced weight or a wrong position
     changes the output.
@@ -156,10 +157,10 @@ def build_tiny_random(
 def llama_config(**sizes: Any) -> dict[str, Any]:
     """Return config.json of a Llama without RoPE scaling. transformers 4.57 and 5.x read it identically.
 
-    The RoPE fields are only at the top level, because 4.57 ignores `rope_parameters`, and 5.x builds them from `rope_theta` and
-    `rope_scaling`. Both versions read `torch_dtype`. There is no `pad_token_id`: the pad token is the end-of-text token, which is trained,
-    but transformers would give the embedding of `pad_token_id` no gradient. generation_config.json and the tokenizer files set the pad
-    token.
+    The RoPE fields are only at the top level, because 4.57 ignores `rope_parameters`, and 5.x builds `rope_parameters` from
+    `rope_theta` and `rope_scaling`. Both versions read `torch_dtype`. There is no `pad_token_id`: the pad token is the end-of-text token,
+    which is trained, but transformers would give the embedding of `pad_token_id` no gradient. generation_config.json and the tokenizer
+    files set the pad token.
     """
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -254,8 +255,8 @@ def _create(destination: Path, config: dict[str, Any], write: Callable[[Path], N
 
 
 def _write_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Write model.safetensors. Unlike save_file of safetensors, this function gives the file the permissions of its directory, and raises
-    an OSError on a full disk."""
+    """Write model.safetensors. Unlike save_file of safetensors, which makes the file readable only by its owner, this function gives
+    the file the usual permissions of a new file. It also raises an OSError on a full disk."""
     tensors = [TensorPlan(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in sorted(weights.items())]
     write_shard(folder / SINGLE_FILE, tensors, lambda tensor: [weights[tensor.name]], sync=False)
 

@@ -54,7 +54,8 @@ def _known_config(hf_dir: Path) -> dict[str, Any]:
 
 def end_tokens(hf_dir: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the ids that end a text: the end-of-text token of the tokenizer, and the ids at which generate() of transformers stops. These
-    ids come from generation_config.json, or from config.json if that file does not exist. Instruct models have several such ids."""
+    ids come from generation_config.json, or from config.json if there is no generation_config.json. Instruct models have several such
+    ids."""
     found: set[int | None] = {tokenizer.eos_token_id}
     for name in ("generation_config.json", "config.json"):
         path = Path(hf_dir) / name

@@ -94,10 +94,11 @@ def _sizes(config: Any) -> dict[str, Any]:
 
 
 def _rope(config: Any) -> tuple[float, np.ndarray | None, float]:
-    """Return the RoPE base, the frequencies [d / 2] and the attention factor. The frequencies are None if the base alone determines them.
+    """Return theta, the frequencies [d / 2] and the attention factor. The frequencies are None if there is no RoPE scaling, or if the
+    installed transformers ignores it.
 
-    transformers 4 ignores rope_parameters. This function nevertheless returns the base in rope_parameters, which transformers 5 uses,
-    because the export has top-level fields that both versions read.
+    transformers 4 ignores rope_parameters, and transformers 5 uses it. If config.json has rope_parameters, this function returns its theta
+    with both versions. An export has top-level fields instead, which both versions read, so the difference does not affect the export.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -97,13 +97,14 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def is_finite(block: torch.Tensor) -> bool:
-    """Return whether all values are finite. This is much faster than torch.isfinite, because the minimum and maximum of a tensor with NaN
-    are NaN."""
+    """Return whether all values are finite. Only the minimum and the maximum are tested, which are NaN if any value is NaN. This is much
+    faster than torch.isfinite on all values."""
     return block.numel() == 0 or bool(torch.isfinite(torch.stack(block.aminmax())).all())
 
 
 def check_values(hf_path: Path, *, max_bytes: int) -> bool:
-    """Read all weights in blocks, and check that they are finite. Weights that are too large to be read twice are not checked.
+    """Read all weights in blocks, and check that they are finite. If the files are larger than `max_bytes`, nothing is read. Training
+    checks the weights in any case when it loads them (importer.py).
 
     Args:
         hf_path: model directory that passed check_hf_weights.

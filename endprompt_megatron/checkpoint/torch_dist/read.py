@@ -43,8 +43,8 @@ _BROKEN_ARCHIVE = (
 
 
 def find_torch_dist(path: Path) -> Path:
-    """Return the torch_dist directory for `path`: `path` itself, or the newest checkpoint in a run directory of this project, Megatron-LM
-    or NeMo.
+    """Return the torch_dist directory for `path`: `path` itself, the folder weights/ in a checkpoint of NeMo, or the newest checkpoint of a
+    run directory of this project or Megatron-LM, which a file in the run directory names.
 
     Raises:
         CheckpointError: no torch_dist directory was found.

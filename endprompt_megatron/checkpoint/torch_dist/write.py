@@ -1,4 +1,5 @@
-"""Write model weights as a torch_dist directory, one file after the other and each file sequentially. read.py describes the format."""
+"""Write model weights as a torch_dist directory. Each file is written from front to back. Several files can be written at the same time.
+read.py describes the format."""
 
 from __future__ import annotations
 
@@ -134,7 +135,7 @@ class DistcpWriter:
 
 
 class _Recorder(SeekableFile):
-    """In-memory file that records the bytes that torch.save writes before and after the one range that it skips, the tensor data."""
+    """In-memory file for torch.save inside skip_data, which skips the tensor data. The bytes before and after the data are two `pieces`."""
 
     def __init__(self) -> None:
         super().__init__(0)

@@ -1,7 +1,7 @@
 """Run tasks with lm-eval (EleutherAI's language model evaluation harness). The model is loaded once. Each run evaluates one task at one
-length and returns the output and the score of every sample. This module fixes settings that are easily wrong: one BOS, raw prompts, the
-length, the samples. Only this package imports lm_eval, and this module imports it inside functions, because lm_eval is an optional
-dependency and its import takes seconds."""
+length and returns the output and the score of every sample. This module sets explicitly what lm-eval's defaults easily get wrong: the
+number of BOS tokens, raw prompts or chat template, the lengths, and which samples are used. Only this package imports lm_eval, and this
+module imports it inside functions, because lm_eval is an optional dependency and its import takes seconds."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ from endprompt_megatron.output_files import writing
 
 VERSION = "0.4.13"
 INSTALL = "pip install -e '.[eval]'"
-# number of tokens beyond a RULER length, for the answer prefix and the answer (at most 128 tokens). lm-eval does not count these tokens.
+# number of tokens beyond a RULER length, for the answer prefix and the answer (at most 128 tokens). Some of lm-eval's generators do not
+# count all of these tokens: niah_* and ruler_qa_* leave out the answer prefix, and ruler_fwe the answer.
 ANSWER_ROOM = 512
 # lm-eval's folders that contain the tasks of tasks.py; reading all of lm-eval's thousands of task files takes half a minute
 _TASK_FOLDERS = ("ruler", "longbench", "mmlu/default", "gsm8k", "hellaswag", "humaneval")

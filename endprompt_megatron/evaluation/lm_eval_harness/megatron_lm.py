@@ -24,7 +24,7 @@ from endprompt_megatron.model.gpt import EndPromptGPTModel
 _MAX_NEW_TOKENS = 256  # lm-eval's default for tasks that set no limit
 # generation settings of a task that are accepted, because greedy decoding obeys them or does not depend on them
 _GREEDY = {"do_sample", "temperature", "num_beams", "top_p", "top_k"}
-_LOOK_BACK = 2  # extra tokens, because the model may generate a stop sequence with more tokens than the tokenizer; lm-eval's value
+_LOOK_BACK = 2  # extra tokens: the model may generate a stop sequence in more tokens than the tokenizer encodes it in; lm-eval's value
 
 
 class MegatronLM(TemplateLM):
@@ -148,7 +148,7 @@ class MegatronLM(TemplateLM):
         return [postprocess_generated_text(text, stops, None) for text in texts]
 
     def _ends_with(self, stops: list[str]) -> Callable[[Sequence[int]], bool]:
-        """Return a function that checks whether the generated tokens end with one of the stop sequences. The function decodes only
-        the last few tokens."""
+        """Return a function that checks whether one of the stop sequences occurs in the last few generated tokens. The function decodes
+        only these tokens."""
         tail_sizes = [(stop, len(self.tokenizer(stop, add_special_tokens=False)["input_ids"]) + _LOOK_BACK) for stop in stops]
         return lambda generated: any(stop in self.tokenizer.decode(generated[-count:]) for stop, count in tail_sizes)

@@ -32,8 +32,8 @@ NO_SEGMENTS = (
 
 @dataclass(frozen=True)
 class TrainedSegments:
-    """Segment lengths a and b and target length L of a training with EndPrompt (arXiv 2605.14589, eq. 8-9). The gap task measures the
-    distances that this training left unseen."""
+    """Segment lengths a and b and target length L of a training with EndPrompt (arXiv 2605.14589, eq. 8-9). The gap task compares distances
+    that this training covered with distances that it left unseen."""
 
     num_context_tokens: int
     num_prompt_tokens: int

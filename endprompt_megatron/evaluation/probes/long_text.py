@@ -3,7 +3,8 @@
 Attention is causal: after a model has read n tokens, the first l entries of its key/value cache are the cache of a context of l tokens. The
 text is therefore read once. Then the cache is truncated to each length, from the longest to the shortest, and the questions about all facts
 before the end of the truncated text are scored. A long context costs one prefill per model instead of one per key. A length includes
-question and answer: the text is truncated earlier by their number of tokens, so that no position lies beyond the length.
+question and answer: the text is truncated to the length minus the tokens of the longest question and answer, so that no position lies
+beyond the length.
 
 A fact is a name or a number that a paragraph states twice ("The password of the library is Peru. Remember: the password of the library is
 Peru."). Every fact has its own sentence, so that no question requires a choice between facts of the same form.
@@ -30,12 +31,12 @@ from endprompt_megatron.model.gpt import EndPromptGPTModel
 
 Encode = Callable[[str], list[int]]
 WORD, NUMBER = "word", "number"
-# number of tokens per block; the mean loss of each block is recorded for paired tests between models
+# approximate number of scored tokens per block; the mean loss of each block is recorded for paired tests between models
 BLOCK_TOKENS = 64
 
 # The sentences about words are those that SmolLM2-135M completes correctly most often within its window, best first (measured on 2,048 to
-# 6,144 tokens of six stretches of prose, 32 facts each). A question that a base model cannot answer within its window measures nothing
-# about its window.
+# 6,144 tokens of six stretches of prose, 32 facts each). If a base model cannot answer a question even within its window, wrong answers
+# beyond the window do not show that the context is too long.
 _SUBJECTS = {
     WORD: (
         "the telescope was pointed at the", "the pilot's call sign is", "the key to the garage was hidden under the",
@@ -67,7 +68,7 @@ _WORDS = (
 # a fact is a separate paragraph
 _FACT = "\n\n{opening} {answer}. Remember: {subject} {answer}.\n\n"
 _QUESTION = "\nRemember: {subject}"
-_FIRST = 16  # a text with fewer facts of a kind draws its subjects from the first 16 of that kind
+_FIRST = 16  # a text with at most 16 facts of a kind draws their subjects from the first 16 of that kind
 MOST_FACTS = {task: len(subjects) for task, subjects in _SUBJECTS.items()}
 
 
@@ -225,7 +226,8 @@ def read_long_texts(
         prefill_chunk: number of tokens per forward pass; 0 reads each text in one pass.
     Returns:
         {task: {length: figures of needle.describe_rows, with an empty by_depth}}, the same on every rank. With a perplexity tail also
-        {"perplexity": {length: value}, "perplexity_blocks": {length: [mean loss in nats of each block of BLOCK_TOKENS scored tokens]}}.
+        {"perplexity": {length: value}, "perplexity_blocks": {length: [mean loss in nats of each block of about BLOCK_TOKENS scored
+        tokens]}}.
     """
     forward = ForwardModel(model, device=device)
     ordered = sorted(lengths)

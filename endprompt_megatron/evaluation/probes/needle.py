@@ -59,8 +59,8 @@ class Question:
         task: single | multi_key | multi_value | variable_tracking | gap (gap.py) | word | number (long_text.py).
         prompt, answer: token ids of the question and of its answer.
         units: (start, end) token indices, end exclusive, of the parts of the answer. digit_accuracy is the share of parts that are right. A
-            part is a digit token of a key, a name of a chain, or a whole key if the answer has several keys. Some tokenizers put a separate
-            space token first; if the parts are single tokens, the space token belongs to no part.
+            part is a single token if the answer is one key or word, a name of a chain, or a whole key if the answer has several keys. Some
+            tokenizers put a separate space token first. It belongs to no part if the parts are single tokens, else to the first part.
         depth: depth of the fact, 0 = start of the text, 1 = end; None for several facts.
         distance: number of tokens from the end of the fact to the first token of the answer; None for several facts.
     """
@@ -301,7 +301,8 @@ def score_row(
 
 
 def describe_rows(rows: list[_Row], *, by_depth: bool = True) -> dict[str, Any]:
-    """Return the figures of one task and length from its records, see score_haystacks. Set `by_depth` only if facts share depths."""
+    """Return the figures of one task and length from its records, see score_haystacks. With by_depth=False, the figures by depth are empty,
+    for facts that have almost all different depths."""
     depths = sorted({row[0] for row in rows if row[0] is not None}) if by_depth else []
     figures = {str(depth): summarise([row for row in rows if row[0] == depth]) for depth in depths}
     return {**summarise(rows), "by_depth": figures, "records": [list(row) for row in rows]}

@@ -1,5 +1,6 @@
 """Measure the perplexity of held-out text by window length, on contiguous positions. The same tokens are scored at every length, in windows
-that either do not overlap or slide, so that a longer window can help only through its additional context.
+that either do not overlap or slide, so that a longer window can help only through its additional context. One exception: if windows do not
+overlap, the first token of each window is not scored, so shorter windows score fewer tokens.
 
 Shapes: w tokens of a window.
 """
@@ -37,7 +38,7 @@ def held_out_blocks(texts: Iterable[str], encode: Callable[[str], list[int]], *,
     blocks: list[list[int]] = []
     longest = 0
     for text in texts:
-        if len(text) < block_length:  # a token has at least one character
+        if len(text) < block_length:  # too short if a token has at least one character
             longest = max(longest, len(text))
             continue
         ids = encode(text)

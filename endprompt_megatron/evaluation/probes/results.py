@@ -1,5 +1,6 @@
 """Probe one system (base, untrained, trained or control). The results are cached in one file per system, so that a resumed run does not
-repeat the probes. Results of an untrained base are also cached next to the base model, for all runs that start from this base."""
+repeat the probes. Results of the base model's own weights (every system without training, such as base and untrained) are also cached next
+to the base model, for all runs that start from this base model."""
 
 from __future__ import annotations
 
@@ -118,12 +119,14 @@ def probe_system(
         probes: questions and texts of the probes.
         device: device of the model.
         cache: file of cached results, which rank 0 reads and writes; None disables this cache.
-        kept_beside: directory of the base model if the system is this base without training, else None. Results are then also cached in
-            `<directory>.probes/`, in a file named by a hash of weights, questions, RoPE, precision and code.
+        kept_beside: directory of the base model if the system has the weights of this base model without training, else None. With a
+            directory, results are also cached in `<directory>.probes/`, in a file named by a hash of weights, questions, RoPE, precision
+            and code.
         weights: JSON value that identifies the weights of the model, for the comparison with cached results.
     Returns:
-        {"label": description, "perplexity": {length: value}, task: {length: figures of score_haystacks or read_long_texts}}. The task
-        `single` of probes.tasks has the key "needle".
+        {"label": description, "perplexity": {length: value}, task: {length: figures of score_haystacks or read_long_texts}}, and
+        "perplexity_blocks" of read_long_texts if that function measured the perplexity. The task `single` of probes.tasks has the key
+        "needle".
     """
     chunks = model if isinstance(model, list) else [model]
     conditions = {**probes.conditions(), "evaluation": _settings_of_figures(asdict(probes.config)), "system": name}
@@ -165,12 +168,11 @@ def _measure(name: str, chunks: list[EndPromptGPTModel], probes: Probes, device:
 
 
 def _shared_file(base: Path, chunk: EndPromptGPTModel, probes: Probes, device: torch.device) -> Path:
-    """Return the cache file for results of an untrained base. Weights are identified by the names, sizes and modification times of their
-    files."""
+    """Return the cache file for results of a base model's weights without training. The weights are identified by the names, sizes and
+    modification times of their files."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(base.glob("*.safetensors"))]
-    package = Path(__file__).resolve().parents[1]
     code = hashlib.sha256()
-    for path in sorted(path for folder in _CODE for path in (package / folder).rglob("*.py")):
+    for path in _code_files():
         code.update(path.read_bytes())
     identity = {
         "weights": files,
@@ -184,6 +186,12 @@ def _shared_file(base: Path, chunk: EndPromptGPTModel, probes: Probes, device: t
     }
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
     return base.with_name(f"{base.name}.probes") / f"{name}.json"
+
+
+def _code_files() -> list[Path]:
+    """Return the source files of the packages in _CODE."""
+    package = Path(__file__).resolve().parents[2]
+    return sorted(path for folder in _CODE for path in (package / folder).rglob("*.py"))
 
 
 def _rope_identity(chunk: EndPromptGPTModel) -> dict[str, Any]:
@@ -226,7 +234,7 @@ def _settings_of_figures(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 def _read(cache: Path | None, conditions: dict[str, Any], made_of: str) -> dict[str, Any] | None:
     """Return the cached result; None if there is none, if its conditions or inputs differ, or if it is damaged. Sets a damaged file aside.
-    Files of earlier releases have no digests."""
+    Files of earlier releases have neither `made_of` nor `digest`. They count as undamaged, and only their conditions are compared."""
     if cache is None:
         return None
     stored = read_or_set_aside(cache, is_valid=_is_result, consequence="the probes are repeated")

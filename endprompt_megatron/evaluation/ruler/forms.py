@@ -85,7 +85,7 @@ def prose(label: str, texts: Sequence[str]) -> RulerHaystack:
     return RulerHaystack(label, words, np.unique([0, *ends, len(words)]))
 
 
-# (random generator, haystack size in units, haystack, maximum length in tokens) -> prompt
+# (random generator, haystack size in units, haystack, maximum length in tokens) -> draft
 Writer = Callable[[np.random.Generator, int, RulerHaystack, int], Draft]
 
 
@@ -179,7 +179,7 @@ NUM_COMMON_WORDS = 10
 # words in the worked example). The first row has RULER's values, the second row has RULER's values for short lengths, and the third row is
 # our choice, which leaves room for a list.
 _FREQUENCIES = ((4096, (30, 3), (10, 3), 40), (1024, (6, 1), (3, 1), 20), (0, (3, 1), (2, 1), 11))
-_TOKENS_A_WORD = 8  # lower bound for lengths >= 4096, at which each word occurs three times or more, each time with a number
+_TOKENS_A_WORD = 8  # a distinct word takes at least 8 tokens at lengths >= 4096: it occurs three times or more, each time with a number
 
 
 def common_words(random: np.random.Generator, size: int, haystack: RulerHaystack, length: int) -> Draft:
@@ -194,8 +194,8 @@ def common_words(random: np.random.Generator, size: int, haystack: RulerHaystack
 
 
 def _word_order(random: np.random.Generator, count: int, *, at_least: int) -> list[str]:
-    """Return the first `count` words of a random order. The order starts with all WORDS, mixed with compounds so that there are at least
-    `at_least` words. The other compounds follow."""
+    """Return the first `count` words of a random order. The order starts with a shuffled part that has at least `at_least` words: all WORDS
+    and, if these are too few, as many compounds as are missing. The other compounds follow."""
     plain = len(WORDS)
     rest = plain + random.permutation(len(ADJECTIVES) * len(NOUNS))
     mixed = max(at_least - plain, 0)
@@ -247,5 +247,5 @@ def frequent_words(random: np.random.Generator, size: int, haystack: RulerHaysta
     return Draft(prompt, tuple(vocabulary[1:4]))
 
 
-# the smallest size at which the third coded word (3 times) is more frequent than the fourth (once)
+# the smallest size at which the third coded word occurs three times; the fourth then occurs once
 SMALLEST_TEXT = math.ceil(3 * _ZETA_OF_TWO * 16)

@@ -44,7 +44,7 @@ class GenerationTasks:
 
         Args:
             task: a task of suite ruler_offline.
-            length: maximum number of tokens of a prompt (including BOS) and its answer together.
+            length: maximum number of tokens of a prompt and its answer together. BOS does not count; see ruler/samples.py.
             label: text of the progress display.
         Returns:
             The scored samples, sorted by index.

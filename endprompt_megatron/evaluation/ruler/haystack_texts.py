@@ -10,7 +10,7 @@ from endprompt_megatron.errors import DataError
 
 
 def read_texts(folder: Path) -> list[str]:
-    """Return every text of a folder, sorted by file name.
+    """Return every text of a folder, sorted by path.
 
     Args:
         folder: folder with .txt files of one text each, or .jsonl or .parquet files with rows {"text"}. Subfolders are read too.

@@ -1,5 +1,6 @@
-"""Make samples of RULER's two question-answering tasks from local copies of SQuAD and HotpotQA. The paragraphs that answer a question are
-mixed with other paragraphs of the same data set, as many as fit the length.
+"""Make samples of RULER's two question-answering tasks from local copies of SQuAD and HotpotQA. The question's own documents are mixed with
+other documents of the same data set, as many as fit the length. In SQuAD, a question has one own document, the paragraph with the answer.
+In HotpotQA, all paragraphs that the data set lists for a question are its own documents, including the distractors.
 
 Source: RULER (arXiv 2404.06654), section 3; SQuAD's and HotpotQA's own JSON formats.
 """

@@ -33,8 +33,8 @@ def endprompt_forward_step(data_iterator: Iterator[dict[str, Tensor]], model: to
 
 
 def _reported_loss(batch: MicroBatch, token_losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return weighted_loss and its figures as [sum, count] tensors. Bridge adds them up over micro-batches and ranks."""
+    """Return the loss of weighted_loss, and its figures as [sum, count] tensors. Bridge sums these over micro-batches and ranks."""
     loss, report = weighted_loss(batch, token_losses)
     figures = report["figures"]
-    share = figures.new_tensor([1.0 / parallel_state.get_context_parallel_world_size()])  # the group's ranks share one micro-batch
+    share = figures.new_tensor([1.0 / parallel_state.get_context_parallel_world_size()])  # context-parallel ranks share one micro-batch
     return loss, {"lm loss": torch.cat([figures[:1], share]), "context loss": figures[1:3]}

@@ -72,7 +72,7 @@ class EndPromptDataModule(llm.PreTrainingDataModule):
             ConfigError: the trainer does not set the number of steps or of validation batches, or several paths have no weights.
             ConfigError, DataError, CheckpointError: same as WindowExtension.build_datasets.
         """
-        if trainer_max_steps < 1:  # with NeMo's default of -1, the learning rate would also end at 0
+        if trainer_max_steps < 1:  # NeMo's default of -1 gives no number of samples, and would also let the learning rate end at 0
             raise ConfigError(f"max_steps={trainer_max_steps}: must be at least 1. Set the trainer's max_steps.")
         if isinstance(trainer_limit_val_batches, float) and trainer_limit_val_batches != 0.0:
             raise ConfigError(f"limit_val_batches={trainer_limit_val_batches}: shares are not supported. Set a number of batches, or 0.")

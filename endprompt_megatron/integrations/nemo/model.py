@@ -30,7 +30,7 @@ from endprompt_megatron.training.step import weighted_loss
 
 
 def data_step(batches: Iterator[Any]) -> MicroBatch:
-    """Return the next micro-batch of EndPromptDataModule on this rank's device, with only the tokens of its context-parallel rank."""
+    """Return this rank's part of the next micro-batch of EndPromptDataModule (context parallelism splits the tokens), on its device."""
     batch = next(batches)
     return to_micro_batch(batch[0] if isinstance(batch, tuple) else batch, torch.device(torch.cuda.current_device()))
 

@@ -213,8 +213,8 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def plot_needle(path: Path, systems: Mapping[str, Mapping[str, Any]], *, original_context_length: int) -> Path:
-    """Draw the retrieval of a planted key by context length: the share of exact matches, and the log-probability of the key, which changes
-    earlier.
+    """Draw the retrieval of a planted key by context length: the share of exact matches, and the log-probability of the key, which can
+    change even if no whole key is right.
 
     Args:
         path: path of the PNG.

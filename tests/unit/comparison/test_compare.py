@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -17,6 +16,7 @@ from endprompt_megatron.comparison.runner import _quoted
 from endprompt_megatron.comparison.study import StudyConfig
 from endprompt_megatron.errors import ConfigError, DataError, RunInterrupted
 from endprompt_megatron.jobs.compare import compare
+from endprompt_megatron.output_files import claimed
 from endprompt_megatron.report.figures import comparison, evaluation
 from endprompt_megatron.report.figures import run as run_figures
 from tests.support.studies import stand_in_command, write_run, write_suite
@@ -160,12 +160,13 @@ def test_a_record_cut_short_is_a_run_to_go_on_with(tmp_path):
     assert finished and _starts(tmp_path, "endprompt_seed1") == 2
 
 
-def test_only_one_process_carries_a_study_out(tmp_path):
+def test_only_one_job_carries_a_study_out(tmp_path):
     _compare(tmp_path)
-    with (tmp_path / "out" / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="another process carries this study out"):
-            _compare(tmp_path)
+    with (
+        claimed(tmp_path / "out", doing="carries this study out"),
+        pytest.raises(ConfigError, match="another job of this process carries this study out"),
+    ):
+        _compare(tmp_path)
 
 
 def test_a_run_that_cannot_be_is_refused_before_any_starts(tmp_path):

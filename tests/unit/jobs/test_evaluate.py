@@ -199,7 +199,7 @@ def test_a_window_below_the_default_lengths_requires_lengths(tiny_model_dir, tmp
 
 
 def test_a_directory_in_use_is_refused(tiny_model_dir, tmp_path):
-    with module.claimed(tmp_path, doing="writes there"), pytest.raises(ConfigError, match="another process"):
+    with module.claimed(tmp_path, doing="writes there"), pytest.raises(ConfigError, match="another job of this process"):
         evaluate(_config(tiny_model_dir, tmp_path), command="")
 
 

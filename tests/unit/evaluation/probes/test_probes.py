@@ -270,3 +270,9 @@ def test_held_out_blocks_come_from_long_documents_only(encode):
     assert blocks[0].tolist() == encode(texts[1])[:50]
     with pytest.raises(DataError, match="no held-out document has 5000 tokens"):
         held_out_blocks(texts, encode, block_length=5000, num_tokens=80)
+
+
+def test_the_cache_beside_a_base_model_depends_on_the_code_of_the_probes():
+    """Each package of _CODE is found; a list without files would make every change of the code invisible."""
+    files = {"/".join(path.parts[path.parts.index("endprompt_megatron", -5) + 1 :]) for path in results._code_files()}
+    assert {"evaluation/probes/needle.py", "inference/forward.py", "model/gpt.py", "rope/scaling.py"} <= files

@@ -95,8 +95,12 @@ def _kill_helpers() -> None:
 def own_multiprocessing_directory() -> None:
     """Record this process as the owner of multiprocessing's temporary directory, `pymp-*` in the system's temporary directory, which holds
     the sockets of helper processes. Call it before the first helper starts: helpers then use this directory instead of their own, and one
-    that is killed leaves none. Python deletes the directory when this process exits, unless it is killed."""
-    # a record that exists is of the process that created the directory, and of which this one is a helper
+    that is killed leaves none. Python deletes the directory when this process exits, unless it is killed. No effect in a process that was
+    started with multiprocessing and inherited the directory, which belongs to the process that created it."""
+    # the entry that util.get_temp_dir reads (Python 3.11-3.14)
+    known = multiprocessing.process.current_process()._config.get("tempdir")  # type: ignore[attr-defined]
+    if known is not None and multiprocessing.parent_process() is not None:
+        return
     with contextlib.suppress(OSError), Path(util.get_temp_dir(), _OWNER).open("x") as record:
         record.write(owner())
 

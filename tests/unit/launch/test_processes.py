@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
+from multiprocessing import util
 
-from endprompt_megatron.launch.processes import sweep_multiprocessing_directories
+from endprompt_megatron.launch.processes import own_multiprocessing_directory, sweep_multiprocessing_directories
 from endprompt_megatron.output_files import owner
 from tests.support.tiny import ROOT
 
@@ -90,3 +92,22 @@ def test_the_directory_of_killed_processes_is_swept(tmp_path, monkeypatch):
     (link := tmp_path / "pymp-link").symlink_to(left)
     sweep_multiprocessing_directories()
     assert set(tmp_path.iterdir()) == {alive, foreign, other_host, odd, link}
+
+
+def _own_and_end(inherited: str) -> None:
+    own_multiprocessing_directory.cache_clear()  # forked: the test process may have called it
+    own_multiprocessing_directory()
+    assert util.get_temp_dir() == inherited
+
+
+def test_the_directory_of_a_parent_is_not_owned_and_not_swept(tmp_path, monkeypatch):
+    """A run that another program starts with multiprocessing inherits that program's directory, which lives on after the run."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setitem(multiprocessing.process.current_process()._config, "tempdir", str(tmp_path / "pymp-parent"))
+    (tmp_path / "pymp-parent").mkdir()
+    run = multiprocessing.get_context("fork").Process(target=_own_and_end, args=(str(tmp_path / "pymp-parent"),))
+    run.start()
+    run.join()
+    assert run.exitcode == 0 and list((tmp_path / "pymp-parent").iterdir()) == []
+    sweep_multiprocessing_directories()
+    assert (tmp_path / "pymp-parent").is_dir()

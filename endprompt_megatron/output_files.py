@@ -340,17 +340,18 @@ def owner() -> str:
 def is_dead(owner: str) -> bool:
     """Whether the process that had `owner()` is known to be dead, by the rules of `sweep_leftovers`."""
     host, _, pid = owner.partition(".")
-    return host == _host() and pid.isdecimal() and not _runs(int(pid))
+    return host == _host() and pid.isdecimal() and not is_running(int(pid))
 
 
 def _is_dead(pid: int, path: Path) -> bool:
     if pid != os.getpid():
-        return not _runs(pid)
+        return not is_running(pid)
     own = [name.name for name in _in_use if name.parent == path.parent.absolute()]
     return not any(path.name == name or path.name.startswith(f"{name}.") for name in own)
 
 
-def _runs(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether a process of this host runs. A zombie does not."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

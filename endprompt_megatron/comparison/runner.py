@@ -4,6 +4,7 @@ repeats them. A stop signal is forwarded to the active runs."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +156,8 @@ class Runner:
         arguments = [*self.command, *request.overrides, f"seed={request.seed}", f"output_dir={_quoted(directory)}", f"name={request.name}"]
         log_offset = log.stat().st_size if log.is_file() else 0
         with log.open("a") as stream:
-            process = subprocess.Popen(arguments, stdout=stream, stderr=subprocess.STDOUT, preexec_fn=end_with_parent)
+            end_with_this = partial(end_with_parent, os.getpid())
+            process = subprocess.Popen(arguments, stdout=stream, stderr=subprocess.STDOUT, preexec_fn=end_with_this)
         return _Running(request, process, log, log_offset, note, time.monotonic())
 
     def _finish(self, run: _Running, *, stopped: bool) -> None:

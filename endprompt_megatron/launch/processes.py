@@ -116,7 +116,7 @@ def own_multiprocessing_directory() -> None:
         # complete before it has its name, so that a crash leaves no directory without an owner; the rest as in util.get_temp_dir (Python
         # 3.11-3.14), whose names are as short: the path of a socket may have 107 bytes
         directory = str(new.rename(parent / f"pymp-{new.name[-8:]}"))
-        util.Finalize(None, shutil.rmtree, args=(directory,), kwargs={"ignore_errors": True}, exitpriority=-100)
+        util.Finalize(None, _delete, args=(Path(directory),), exitpriority=-100)
         config["tempdir"] = directory
 
 
@@ -130,4 +130,10 @@ def sweep_multiprocessing_directories() -> None:
     for directory in Path(tempfile.gettempdir()).glob("pymp-*"):
         with contextlib.suppress(OSError, ValueError):
             if not directory.is_symlink() and directory.stat().st_uid == os.getuid() and is_dead((directory / _OWNER).read_text()):
-                shutil.rmtree(directory, ignore_errors=True)
+                _delete(directory)
+
+
+def _delete(directory: Path) -> None:
+    """Delete a directory under a name that `sweep_leftovers` knows, because the record of its owner may be deleted first."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(directory.rename(temporary_name(directory)), ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import tempfile
 import time
 from multiprocessing import util
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 
@@ -98,6 +100,20 @@ def test_the_directory_of_killed_processes_is_swept(tmp_path, monkeypatch):
     (tmp_path / temporary_name(tmp_path / "pymp").name.replace(f".{os.getpid()}.", ".4194305.")).mkdir()  # killed before it had its name
     sweep_multiprocessing_directories()
     assert set(tmp_path.iterdir()) == {alive, foreign, other_host, odd, link}
+
+
+def test_a_directory_that_is_deleted_by_halves_is_still_known(tmp_path, monkeypatch):
+    """A process may be killed after it has deleted the record of the owner and before it has deleted the directory."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "pymp-dead").mkdir()
+    (tmp_path / "pymp-dead" / "owner").write_text(owner().replace(f".{os.getpid()}", ".4194305"))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **options: (Path(path) / "owner").unlink())
+        sweep_multiprocessing_directories()
+    (left,) = tmp_path.iterdir()
+    left.rename(tmp_path / left.name.replace(f".{os.getpid()}.", ".4194305."))  # as another process, which then died
+    sweep_multiprocessing_directories()
+    assert list(tmp_path.iterdir()) == []
 
 
 def _own_and_end(inherited: str) -> None:

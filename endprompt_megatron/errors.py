@@ -1,8 +1,12 @@
-"""Errors that a user can cause. Each message quotes the value, states the rule it breaks and gives a way out."""
+"""Errors that a user can cause. Each message contains the value, the rule that the value breaks and a fix."""
 
 
 class _ProblemsError(Exception):
-    """One or more problems, each described in a sentence or two."""
+    """Base class of errors that report one or more problems.
+
+    Args:
+        problems: one message per problem.
+    """
 
     def __init__(self, *problems: str):
         self.problems = list(problems)
@@ -10,20 +14,20 @@ class _ProblemsError(Exception):
 
 
 class ConfigError(_ProblemsError, ValueError):
-    """An invalid setting or combination of settings. Raised before anything is launched or written."""
+    """A setting or a combination of settings is invalid. Raised before anything is launched or written."""
 
 
 class DataError(ValueError):
-    """A text, tokenizer or indexed dataset that is missing, empty or damaged, or that does not match the others."""
+    """A text, tokenizer or indexed dataset is missing, empty or damaged, or does not match the others."""
 
 
 class DamagedFileError(DataError):
-    """A file of an output directory that does not have the content that was written.
+    """A file of an output directory does not have the content that was written.
 
     Args:
-        path: the file.
-        fault: what is wrong with it, as a verb phrase.
-        way_out: what the user can do, as a sentence.
+        path: path of the damaged file.
+        fault: verb phrase that describes the damage, e.g. "is empty".
+        way_out: sentence that states what the user can do.
     """
 
     def __init__(self, path: object, fault: str, way_out: str):
@@ -32,7 +36,12 @@ class DamagedFileError(DataError):
 
 
 class CheckpointError(_ProblemsError, RuntimeError):
-    """A Hugging Face or Megatron checkpoint that is missing, damaged, of another run or model, or already there."""
+    """A Hugging Face or Megatron checkpoint is missing or damaged, belongs to another run or model, or already exists."""
+
+
+class OutputError(_ProblemsError, OSError):
+    """A file or directory cannot be written: the disk is full or read-only, or a permission is missing. The class derives from OSError, so
+    that code which can continue without the file needs to catch only OSError."""
 
 
 class BackendUnavailableError(RuntimeError):
@@ -40,17 +49,17 @@ class BackendUnavailableError(RuntimeError):
 
 
 class TrainingError(RuntimeError):
-    """A training step with invalid loss or gradients, after which training must not continue."""
+    """A training step has an invalid loss or invalid gradients, and training must not continue."""
 
 
 class RunInterrupted(BaseException):
-    """The run stopped after a signal, at a point from which the same command resumes. Like KeyboardInterrupt, `except Exception` does not
-    catch it."""
+    """A signal stopped the run at a point from which the same command resumes it. The class derives from BaseException, like
+    KeyboardInterrupt, so that `except Exception` does not catch it."""
 
 
-USER_ERRORS = (ConfigError, DataError, CheckpointError, BackendUnavailableError, TrainingError)
+USER_ERRORS = (ConfigError, DataError, CheckpointError, OutputError, BackendUnavailableError, TrainingError)
 
-# Exit statuses of a run, in addition to 0 and Python's 1
+# Exit statuses of a run, in addition to 0 (success) and 1 (any other exception)
 EXIT_INTERRUPTED = 1  # Ctrl-C
 EXIT_USER_ERROR = 2
 EXIT_HUNG = 70  # EX_SOFTWARE of sysexits.h

@@ -1,11 +1,13 @@
-"""Output of a run: a logger that prints on rank 0 only, a writer for metrics.jsonl and TensorBoard, and a progress display (a live bar on a
-terminal, plain lines in log files and CI)."""
+"""Logging of a run. The module contains a logger that prints on rank 0 only, a writer for metrics.jsonl and TensorBoard, and a progress
+display, which is a live bar on a terminal and plain lines in log files and CI."""
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -13,14 +15,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from endprompt_megatron.errors import DamagedFileError
-from endprompt_megatron.output_files import check_not_moved, damaged_name, make_directory, replace_text, set_aside
+from endprompt_megatron.output_files import check_not_moved, damaged_name, make_directory, replace_bytes, replace_text, set_aside, writing
 
 T = TypeVar("T")
 _RECORD_START = b'{"step": '
 
 
 def global_rank() -> int:
-    """Rank of this process as set by the launcher; 0 without a launcher."""
+    """Return the rank of this process as set by the launcher, or 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -30,7 +32,8 @@ class _RankZero(logging.Filter):
 
 
 class _ToStandardError(logging.StreamHandler):
-    """Looks sys.stderr up for every message, because code may redirect it for a while to a file that is closed later."""
+    """Writes to the current sys.stderr. It looks sys.stderr up for every message, because other code may redirect sys.stderr temporarily
+    to a file that is closed later."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
@@ -38,7 +41,7 @@ class _ToStandardError(logging.StreamHandler):
 
 
 def get_logger() -> logging.Logger:
-    """The project's logger. It writes to standard error; ranks other than 0 only write ERROR and above."""
+    """Return the project's logger. It writes to standard error. Ranks other than 0 write only messages of level ERROR and above."""
     logger = logging.getLogger("endprompt_megatron")
     if not logger.handlers:
         handler = _ToStandardError()
@@ -53,17 +56,18 @@ def get_logger() -> logging.Logger:
 class MetricsWriter:
     """Appends one JSON object per line to `metrics.jsonl` and writes its numbers to TensorBoard, on rank 0 only.
 
-    A damaged line of an earlier start is moved to `metrics.jsonl.damaged` and named in a warning; the lines after it stay.
+    A damaged line of an earlier start is moved to `metrics.jsonl.damaged`, and a warning states its number. All other lines stay.
 
     Args:
-        output_dir: the run's output directory, for `metrics.jsonl` and `tensorboard/`.
-        resume_step: records of later steps, which an interrupted run left, are removed so that each step occurs once.
+        output_dir: output directory of the run, which contains `metrics.jsonl` and `tensorboard/`.
+        resume_step: step from which the run resumes. Records of later steps, which an interrupted run left, are removed, so that each step
+            occurs once.
     """
 
     def __init__(self, output_dir: Path, *, resume_step: int = 0):
         self.path = Path(output_dir) / "metrics.jsonl"
-        self._file = None
-        self._tensorboard: Any = None
+        self._file: io.FileIO | None = None
+        self._tensorboard: _TensorBoard | None = None
         self._kept: list[dict[str, Any]] = []
         if global_rank() != 0:
             return
@@ -72,16 +76,15 @@ class MetricsWriter:
             self._set_aside(damaged)
         if resume_step and not records:
             get_logger().warning(f"{self.path} holds no record of the {resume_step} steps before this start")
-        # a record of the same step and kind replaces the earlier one: earlier releases wrote validation losses twice after a resume
+        # keep only the last record of each step and kind: earlier releases wrote validation losses twice after a resume
         self._kept = list({(record["step"], *record): record for record in records if record["step"] <= resume_step}.values())
         replace_text(self.path, "".join(json.dumps(record) + "\n" for record in self._kept))
-        self._file = self.path.open("a")
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import, so only rank 0 imports it
-
-        self._tensorboard = SummaryWriter(str(make_directory(Path(output_dir) / "tensorboard")), purge_step=resume_step + 1)
+        with writing(self.path):
+            self._file = self.path.open("ab", buffering=0)
+        self._tensorboard = _TensorBoard(Path(output_dir) / "tensorboard", purge_step=resume_step + 1)
 
     def _readable(self) -> bytes:
-        """Content of the file; sets aside what cannot be read."""
+        """Return the content of the file. Rename a file that cannot be read and return b""."""
         try:
             return self.path.read_bytes()
         except FileNotFoundError:
@@ -92,43 +95,94 @@ class MetricsWriter:
 
     def _set_aside(self, damaged: dict[int, bytes]) -> None:
         aside = damaged_name(self.path)
-        aside.write_bytes(b"".join(line + b"\n" for line in damaged.values()))
+        replace_bytes(aside, b"".join(line + b"\n" for line in damaged.values()))
         numbers = ", ".join(map(str, damaged))
         get_logger().warning(f"{self.path}: line {numbers} is damaged. It was moved to {aside.name}; all other lines stay.")
 
     def has(self, step: int, key: str) -> bool:
-        """Whether an earlier start wrote a record of this step with this key. Rank 0 only; False on other ranks."""
+        """Return whether an earlier start wrote a record of this step with this key. Ranks other than 0 always return False."""
         return any(record["step"] == step and key in record for record in self._kept)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Append `metrics` for `step`.
 
         Raises:
-            OSError: the file cannot be written.
-            CheckpointError: the output directory was renamed; the open file could still be written.
+            OutputError: one of the files cannot be written.
+            CheckpointError: the output directory was renamed. Without this check, the records would go to the open file in the renamed
+                directory.
         """
-        if self._file is None:
+        if self._file is None or self._tensorboard is None:
             return
         check_not_moved(self.path.parent)
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
-        for key, value in metrics.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                self._tensorboard.add_scalar(key, value, step)
+        with writing(self.path):
+            _write_all(self._file, (json.dumps({"step": step, **metrics}) + "\n").encode())
+        numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+        self._tensorboard.add_scalars(step, numbers)
 
     def close(self) -> None:
-        """Flush and close both files."""
-        if self._file is not None:
-            self._file.close()
-            self._tensorboard.close()
-            self._file = self._tensorboard = None
+        """Close both files."""
+        for file in (self._file, self._tensorboard):
+            if file is not None:
+                file.close()
+        self._file = self._tensorboard = None
+
+
+class _TensorBoard:
+    """Writes scalars to a TensorBoard event file.
+
+    torch's SummaryWriter is not used, because it writes in a thread: if the disk is full, only a later call raises the error, or no call.
+
+    Args:
+        directory: directory of the event file, created if necessary.
+        purge_step: first step of this file. TensorBoard hides values of this and later steps in earlier files of the directory.
+    Raises:
+        OutputError: the file cannot be written.
+    """
+
+    def __init__(self, directory: Path, *, purge_step: int):
+        from tensorboard.compat.proto import event_pb2, summary_pb2  # only rank 0 needs them
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        # TensorBoard reads the files of a directory in the order of their names
+        self.path = directory / f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        make_directory(directory)
+        with writing(self.path):
+            self._file = self.path.open("ab", buffering=0)
+        self._record = io.BytesIO()
+        self._writer = RecordWriter(self._record)
+        self._write(file_version="brain.Event:2")
+        self._write(step=purge_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def add_scalars(self, step: int, numbers: dict[str, float]) -> None:
+        """Write the numbers of one step."""
+        values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in numbers.items()]
+        self._write(step=step, summary=self._summary(value=values))
+
+    def _write(self, **fields: Any) -> None:
+        self._writer.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+        with writing(self.path):
+            _write_all(self._file, self._record.getvalue())
+        self._record.seek(0)
+        self._record.truncate()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _write_all(file: io.FileIO, data: bytes) -> None:
+    """Write all of `data` to an unbuffered file. Closing the file then writes nothing."""
+    while data:
+        data = data[file.write(data) :]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; none if it is missing. Damaged lines are skipped: the next start of the run sets them aside.
+    """Return the records of a metrics.jsonl, or an empty list if the file is missing. Damaged lines are skipped; the next start of the run
+    moves them to another file.
 
     Raises:
-        DamagedFileError: it is a directory or cannot be read.
+        DamagedFileError: the path is a directory or cannot be read.
     """
     path = Path(path)
     try:
@@ -140,7 +194,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _metrics_lines(content: bytes) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
-    """(records, {number from 1: damaged line}). The unfinished last line of a crash counts as neither."""
+    """Return (records, {line number from 1: damaged line}). Neither contains an unfinished last line, which a crash leaves."""
     records, damaged = [], {}
     *lines, last = content.split(b"\n")
     for number, line in enumerate([*lines, last], start=1):
@@ -157,22 +211,22 @@ def _metrics_lines(content: bytes) -> tuple[list[dict[str, Any]], dict[int, byte
 
 
 class Progress:
-    """Progress display of a job: a live bar on a terminal, a line at intervals elsewhere.
+    """Displays the progress of a job: a live bar on a terminal, plain lines at intervals elsewhere.
 
     Use as a context manager and call `advance(n, "loss 2.31")`.
 
     Args:
         label: name of the activity, e.g. "training".
         total: number of units, or None if unknown.
-        initial: units already done (a resumed job).
-        seconds_between_lines: interval between plain lines without a terminal.
+        initial: number of units that an earlier start completed.
+        seconds_between_lines: interval between plain lines, in seconds.
     """
 
     def __init__(self, label: str, total: int | None, *, initial: int = 0, seconds_between_lines: float = 15.0):
         self.label, self.total, self.done, self.initial = label, total, initial, initial
         self._every = seconds_between_lines
         self._started = self._last = time.monotonic()
-        self._bar: Any = None  # rich's, on a terminal
+        self._bar: Any = None  # a rich Progress on a terminal
         self._silent = global_rank() != 0
 
     def __enter__(self) -> Progress:
@@ -196,7 +250,7 @@ class Progress:
         return self
 
     def advance(self, units: int = 1, note: str = "") -> None:
-        """Count `units` more units as done and show `note` next to the bar."""
+        """Add `units` to the completed units and show `note` next to the bar."""
         self.done += units
         if self._silent:
             return
@@ -217,7 +271,7 @@ class Progress:
 
 
 def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-    """Yield `items` and show a `Progress`."""
+    """Yield `items` and display the progress."""
     with Progress(label, total) as progress:
         for item in items:
             yield item

@@ -1,10 +1,12 @@
-"""Files of an output directory: locks, so that one process writes at a time; atomic replacement; temporary names from which a later process
-sees that their writer is dead; reading files of an earlier start, which may be damaged; the check of names that a file gives for other
-files; and the error for a directory that was renamed."""
+"""Read and write the files of an output directory. A lock ensures that only one process writes to a directory. Files are replaced
+atomically, through temporary names that contain the host and process id, so that a later process can delete those of dead processes. Files
+of an earlier start may be damaged and are checked when they are read. A file name that is read from another file must stay inside the
+directory. Renamed directories and unwritable files raise errors that explain the cause."""
 
 from __future__ import annotations
 
 import datetime
+import errno
 import fcntl
 import functools
 import hashlib
@@ -20,14 +22,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from endprompt_megatron.errors import CheckpointError, ConfigError, DamagedFileError
+from endprompt_megatron.errors import CheckpointError, ConfigError, DamagedFileError, OutputError
 
 _LOCK = ".lock"
 DAMAGED = ".damaged"
-_LONGEST_NAME = 255  # bytes, of Linux file systems
-_held: dict[Path, IO[str]] = {}  # by resolved directory
+_LONGEST_NAME = 255  # limit of Linux file systems, in bytes
+_held: dict[Path, IO[str]] = {}  # resolved directory -> open lock file
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.tmp(?P<rest>\..*)?", flags=re.DOTALL)
-_in_use: set[Path] = set()  # temporary names of this process, absolute
+_in_use: set[Path] = set()  # absolute temporary paths of this process
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+CANNOT_WRITE = (*_FULL, *_FORBIDDEN)  # errno of a full disk, a read-only disk and a missing permission
 
 
 def hold(output_dir: Path, *, doing: str) -> None:
@@ -38,10 +43,11 @@ def hold(output_dir: Path, *, doing: str) -> None:
 
     Args:
         output_dir: the directory to lock.
-        doing: verb phrase for the message if another process holds the lock, such as "writes there".
+        doing: verb phrase for the message if another process holds the lock, e.g. "writes there".
     Raises:
-        ConfigError: another process holds the lock (the message has its host, process id and start time), or the lock file cannot be
-            written.
+        ConfigError: another process holds the lock (the message states its host, process id and start time), or the directory is
+            read-only.
+        OutputError: the disk is full.
     """
     output_dir = output_dir.resolve()
     if output_dir in _held:
@@ -56,24 +62,30 @@ def hold(output_dir: Path, *, doing: str) -> None:
         holder = _holder(output_dir)
         lock.close()
         if not isinstance(error, BlockingIOError | PermissionError):
-            return  # a file system without locks: the directory stays unprotected
+            return  # the file system has no locks: the directory stays unprotected
         raise ConfigError(f"output_dir={output_dir}: another process {doing}{holder}. Wait for it, stop it, or set output_dir.") from None
-    lock.truncate(0)
     started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started}))
-    lock.flush()
+    try:
+        lock.truncate(0)
+        lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started}))
+        lock.flush()
+    except OSError as error:
+        with suppress(OSError):  # close() writes the rest of the buffer, which may fail again
+            lock.close()
+        raise unwritable(output_dir / _LOCK, error) from error
     _held[output_dir] = lock
+    _sweep(output_dir)
 
 
 def release(output_dir: Path) -> None:
-    """Release the lock of `hold`. No effect without one."""
+    """Release the lock of `hold`. Has no effect if this process does not hold the lock."""
     lock = _held.pop(output_dir.resolve(), None)
     if lock is not None:
         lock.close()
 
 
 def is_lock(path: Path) -> bool:
-    """Whether a file of an output directory is the lock file."""
+    """Return whether a file of an output directory is the lock file."""
     return path.name == _LOCK
 
 
@@ -85,9 +97,23 @@ def _holder(output_dir: Path) -> str:
         return ""
 
 
+def directory_problem(key: str, directory: Path) -> str | None:
+    """Return an error message if a path or one of its parents is a file, otherwise None. Does not check whether the directory is writable,
+    because a dry run may run on another machine.
+
+    Args:
+        key: dotted key of the path, for the message.
+        directory: path to check; it may be missing.
+    """
+    nearest = next((path for path in (directory, *directory.absolute().parents) if os.path.lexists(path)), None)
+    if nearest is not None and not nearest.is_dir():
+        return f"{key}={directory}: {'this' if nearest == directory else nearest} is a file. Set {key} to a directory."
+    return None
+
+
 @contextmanager
 def claimed(output_dir: Path, *, doing: str) -> Iterator[Path]:
-    """Create the directory if necessary, and lock it inside the block.
+    """Create the directory if necessary, and lock it during the block.
 
     Args:
         output_dir: the directory to lock.
@@ -106,23 +132,34 @@ def claimed(output_dir: Path, *, doing: str) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"output_dir={output_dir}: another process {doing}. Wait for it, or stop it.") from None
+        except OSError:  # the file system has no locks: the directory stays unprotected
+            pass
+        else:
+            _sweep(output_dir)
         with explained_if_moved(output_dir):
             yield output_dir
 
 
+def _sweep(output_dir: Path) -> None:
+    """Call `sweep_leftovers` for a locked output directory and its subdirectories."""
+    with suppress(OSError):
+        for directory in (output_dir, *(path for path in output_dir.iterdir() if path.is_dir() and not path.is_symlink())):
+            sweep_leftovers(directory, alone=True)
+
+
 def check_not_moved(output_dir: Path) -> None:
-    """Raise CheckpointError if an output directory is no longer where it was when the job started."""
+    """Raise CheckpointError if the output directory no longer exists under its name."""
     if not Path(output_dir).is_dir():
         raise CheckpointError(
-            f"output_dir={output_dir} was renamed or removed while the job was writing to it. Give it this name again and start the same "
-            f"command again: it continues from what is in there."
+            f"output_dir={output_dir} was renamed or removed while the job was writing to it. Rename it back and start the same command "
+            f"again: the job continues from the files in the directory."
         )
 
 
 @contextmanager
 def explained_if_moved(output_dir: Path) -> Iterator[None]:
-    """Turn any error inside the block into that of `check_not_moved` if the output directory is gone. Code in the block must not create the
-    directory anew."""
+    """Replace any error inside the block with the error of `check_not_moved` if the output directory no longer exists. Code in the block
+    must not create the directory again."""
     try:
         yield
     except Exception as error:
@@ -134,15 +171,20 @@ def explained_if_moved(output_dir: Path) -> Iterator[None]:
 
 
 def make_directory(path: Path) -> Path:
-    """Create a directory inside an existing one, and return it. Sets a file of that name aside."""
+    """Create a directory inside an existing one, and return its path. A file of that name is set aside (see `set_aside`).
+
+    Raises:
+        OutputError: the directory cannot be created.
+    """
     if (path.exists() or path.is_symlink()) and not path.is_dir():
-        set_aside(path, "is no directory")
-    path.mkdir(exist_ok=True)
+        set_aside(path, "is not a directory")
+    with writing(path):
+        path.mkdir(exist_ok=True)
     return path
 
 
 def damaged_name(path: Path, suffix: str = DAMAGED) -> Path:
-    """Return the first free name of NAME.damaged, NAME.damaged2, ..., or with another suffix."""
+    """Return the first of NAME.damaged, NAME.damaged2, ... that does not exist, or the same with another suffix."""
     number, aside = 1, path.with_name(path.name + suffix)
     while aside.exists() or aside.is_symlink():
         number += 1
@@ -151,17 +193,26 @@ def damaged_name(path: Path, suffix: str = DAMAGED) -> Path:
 
 
 def set_aside(path: Path, fault: str, *, consequence: str = "") -> Path:
-    """Rename a damaged file or directory, so that it is kept and not used again, and log a warning.
+    """Set a damaged file or directory aside: rename it to its `damaged_name`, so that it is kept but not used again, and log a warning.
 
     Args:
         path: existing file or directory.
-        fault: what is wrong with it, as a verb phrase.
-        consequence: what the run does without it, as a main clause.
+        fault: verb phrase that describes the damage, e.g. "is empty".
+        consequence: main clause that states what the run does without the file.
     Returns:
-        Its new path.
+        The new path.
+    Raises:
+        FileNotFoundError: the path does not exist; another process may have renamed it.
+        OutputError: the path cannot be renamed.
     """
-    aside = path.rename(damaged_name(path))
-    # by name: the module log imports this one
+    aside = damaged_name(path)
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise unwritable(aside, error) from error
+    # not get_logger(), because log.py imports this module
     logging.getLogger("endprompt_megatron").warning(
         f"{path} {fault}. It was renamed to {aside.name}{'; ' if consequence else ''}{consequence}."
     )
@@ -172,10 +223,10 @@ def read_text(path: Path, *, way_out: str) -> str:
     """Return the text of a file that an earlier start wrote.
 
     Args:
-        path: the file.
-        way_out: what the user can do about a damaged file, as a sentence.
+        path: file to read.
+        way_out: sentence that states what the user can do about a damaged file.
     Raises:
-        DamagedFileError: it is a directory, empty, not UTF-8, or cannot be read.
+        DamagedFileError: the path is a directory, or the file is empty, is not UTF-8 or cannot be read.
     """
     try:
         text = path.read_bytes().decode()
@@ -192,9 +243,9 @@ def read_json(path: Path, *, way_out: str) -> dict[str, Any]:
     """Return the JSON object in a file that an earlier start wrote.
 
     Args:
-        path, way_out: as for `read_text`.
+        path, way_out: same as for `read_text`.
     Raises:
-        DamagedFileError: as `read_text`; or it is not JSON, or not an object.
+        DamagedFileError: see `read_text`; or the text is not JSON or not a JSON object.
     """
     text = read_text(path, way_out=way_out)
     try:
@@ -207,12 +258,13 @@ def read_json(path: Path, *, way_out: str) -> dict[str, Any]:
 
 
 def read_or_set_aside(path: Path, *, is_valid: Callable[[dict[str, Any]], bool], consequence: str) -> dict[str, Any] | None:
-    """Return the JSON object in a file that can be made again; None if it is missing or damaged. Sets a damaged file aside.
+    """Return the JSON object in a file, or None if the file is missing or damaged. Set a damaged file aside; the caller can create the file
+    again.
 
     Args:
-        path: the file.
+        path: file to read.
         is_valid: returns whether the object has the expected content; an AttributeError, KeyError, TypeError or ValueError counts as False.
-        consequence: as for `set_aside`.
+        consequence: same as for `set_aside`.
     """
     if not path.exists() and not path.is_symlink():
         return None
@@ -236,19 +288,20 @@ def _holds(is_valid: Callable[[dict[str, Any]], bool], value: dict[str, Any]) ->
 
 
 def json_digest(value: Any) -> str:
-    """SHA-256 (hex) of a JSON value. Equal for a value that was written to a file and read back."""
-    as_read = json.loads(json.dumps(value))  # its keys are strings
+    """Return the SHA-256 (hex) of a JSON value. A value that was written to a file and read back has the same digest."""
+    as_read = json.loads(json.dumps(value))  # JSON converts keys to strings
     return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
 def path_inside(directory: Path, name: object) -> Path | None:
-    """Path of a file that another file names, e.g. an index or a checkpoint's metadata; None if the name leads out of the directory.
+    """Return the path of a file whose name was read from another file, e.g. from an index or a checkpoint's metadata. Return None if the
+    name leads out of the directory.
 
-    Compares names only: a symbolic link inside the directory counts as inside.
+    Only names are compared: a symbolic link inside the directory counts as inside.
 
     Args:
         directory: directory in which the named file must lie.
-        name: value as read, of any type.
+        name: value that was read, of any type.
     Returns:
         `directory / name`; None unless the name is a non-empty relative path without `..`.
     """
@@ -261,19 +314,70 @@ def path_inside(directory: Path, name: object) -> Path | None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace the content of a file atomically. A concurrent reader sees the old or the new content, never a part. Sets a directory of that
-    name aside."""
+    """Replace the content of a file atomically. A concurrent reader sees either the old or the new content, never a part. A directory of
+    that name is set aside.
+
+    Raises:
+        OutputError: the file cannot be written; its old content stays.
+    """
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Replace the content of a file atomically; see `replace_text`."""
     if path.is_dir() and not path.is_symlink():
         set_aside(path, "is a directory")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    temporary = temporary_name(path)
+    with writing(path):
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)  # frees its disk space
+            raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Replace an OSError inside the block with an OutputError.
+
+    Args:
+        path: file or directory that the block writes.
+    Raises:
+        OutputError: the block raised an OSError. The message contains the path, the reason given by the system and a fix.
+    """
+    try:
+        yield
+    except OutputError:
+        raise  # the error already names a path inside this one
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> OutputError:
+    """Return the OutputError for a file or directory that cannot be written because of `error`. The message depends on the cause: no space,
+    no permission, or another."""
+    if error.errno in _FULL:
+        way_out = "Free space on its disk, or raise the quota"
+    elif error.errno in _FORBIDDEN:
+        way_out = f"Make {Path(path).parent} writable, or name another directory"
+    else:
+        way_out = "Remove the cause"
+    return OutputError(
+        f"{path} could not be written ({error}). {way_out}, and start the same command again: it continues with what is there."
+    )
+
+
+def foreign_files(directory: Path) -> list[Path]:
+    """Return the files of a directory except the lock and the temporary files of this module, which a start that fails early may leave."""
+    return [path for path in directory.iterdir() if not is_lock(path) and _LEFTOVER.fullmatch(path.name) is None]
 
 
 def temporary_name(path: Path) -> Path:
-    """Return the name `.NAME.HOST.PID.tmp` beside `path`, under which this process writes what it then renames to `path`.
+    """Return `.NAME.HOST.PID.tmp` in the directory of `path`. This process writes a file of that name and then renames it to `path`.
 
-    HOST and PID are those of this process, see `sweep_leftovers`. Files that belong together may append an ending that begins with a dot.
+    HOST and PID identify this process; see `sweep_leftovers`. Files that belong together may append a suffix that begins with a dot.
     """
     temporary = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
     _in_use.add(temporary.absolute())
@@ -281,7 +385,8 @@ def temporary_name(path: Path) -> Path:
 
 
 def final_name(temporary: Path) -> Path | None:
-    """Return the path for which `temporary_name` made this name (any process's, without an ending); None for any other name."""
+    """Return the path for which `temporary_name` returned this name, in this or another process. Return None for all other names, and for
+    a name with a suffix."""
     match = _LEFTOVER.fullmatch(temporary.name)
     return temporary.with_name(match["name"]) if match and not match["rest"] else None
 
@@ -289,7 +394,7 @@ def final_name(temporary: Path) -> Path | None:
 @contextmanager
 def scratch_directory(name: str) -> Iterator[Path]:
     """Create a directory for intermediate files in the system's temporary directory, and delete it after the block. If this process is
-    killed in the block, the next call in another process deletes it.
+    killed inside the block, the next call in another process deletes the directory.
 
     Args:
         name: part of the directory's name.
@@ -305,17 +410,23 @@ def scratch_directory(name: str) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def sweep_leftovers(directory: Path) -> None:
-    """Delete the temporary files and directories in `directory` whose process is dead. No effect where that is not allowed.
+def sweep_leftovers(directory: Path, *, alone: bool = False) -> None:
+    """Delete the temporary files and directories in `directory` whose process is dead. Files that cannot be deleted stay.
 
-    A process is known to be dead from the name `.NAME.HOST.PID.tmp` alone, which `temporary_name` makes:
+    The name `.NAME.HOST.PID.tmp`, which `temporary_name` makes, determines whether the process is dead. Both conditions must hold:
 
-    - HOST is this host: the first 8 hex digits of SHA-256 of the host name and the number of the pid namespace. Process ids of another
-      host, or of another container with the same host name, say nothing, so their files stay.
-    - PID is no running process (a zombie does not run), or it is this process, which did not make the name: an earlier process had the same
-      id. A file whose PID belongs to an unrelated new process stays until that one ends.
+    - HOST is this host. HOST is the first 8 hex digits of the SHA-256 of the host name and the number of the pid namespace. The process
+      ids of another host, or of another container with the same host name, cannot be checked here, so their files stay.
+    - PID is not a running process (a zombie is not running), or PID is this process but this process did not make the name: an earlier
+      process had the same id. If an unrelated new process has this id, the file stays until that process ends.
 
-    The age of a file is not considered: tokenising may take days.
+    The age of a file is not considered, because tokenising may take days.
+
+    Args:
+        directory: directory to sweep, without its subdirectories.
+        alone: whether this process holds the lock of the directory. With the lock, all other processes that made temporary files here are
+            dead, whatever their host, and their files are deleted. Files with a suffix stay: they belong to a dataset whose preparation
+            the same command may complete.
     """
     try:
         found = [path for path in directory.iterdir() if path.name.startswith(".")]
@@ -323,7 +434,9 @@ def sweep_leftovers(directory: Path) -> None:
         return
     for path in found:
         match = _LEFTOVER.fullmatch(path.name)
-        if match is None or match["host"] != _host() or not _is_dead(int(match["pid"]), path):
+        if match is None or (alone and match["rest"]):
+            continue
+        if not (alone and not _is_own(path)) and not (match["host"] == _host() and _is_dead(int(match["pid"]), path)):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -338,16 +451,18 @@ def owner() -> str:
 
 
 def is_dead(owner: str) -> bool:
-    """Whether the process that had `owner()` is known to be dead, by the rules of `sweep_leftovers`."""
+    """Return whether the process with this `owner()` is known to be dead, by the rules of `sweep_leftovers`."""
     host, _, pid = owner.partition(".")
     return host == _host() and pid.isdecimal() and not is_running(int(pid))
 
 
-def _is_dead(pid: int, path: Path) -> bool:
-    if pid != os.getpid():
-        return not is_running(pid)
+def _is_own(path: Path) -> bool:
     own = [name.name for name in _in_use if name.parent == path.parent.absolute()]
-    return not any(path.name == name or path.name.startswith(f"{name}.") for name in own)
+    return any(path.name == name or path.name.startswith(f"{name}.") for name in own)
+
+
+def _is_dead(pid: int, path: Path) -> bool:
+    return not _is_own(path) if pid == os.getpid() else not is_running(pid)
 
 
 def is_running(pid: int) -> bool:
@@ -358,7 +473,7 @@ def is_running(pid: int) -> bool:
         return False
     except PermissionError:
         return True
-    with suppress(OSError, IndexError):  # no /proc
+    with suppress(OSError, IndexError):  # /proc may be missing
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
     return True
 

@@ -26,6 +26,7 @@ from endprompt_megatron.mcore import runtime, version
 from endprompt_megatron.model import backends, te_support
 from endprompt_megatron.model.build import build_model_chunks, wrap_for_training
 from endprompt_megatron.model.fusions import choose_fusions
+from endprompt_megatron.output_files import replace_text
 from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.planning.flops import count_parameters, training_flops_per_token
 from endprompt_megatron.planning.layout import Layout
@@ -343,10 +344,13 @@ def bench_gpu(arguments: argparse.Namespace) -> None:
             if not variant.left_out:
                 _run(variant, arguments, architecture, device, arguments.steps)
     text = page(arguments, variants, architecture)
+    print(text)  # first: if the page cannot be written, the measurements are not lost
     if arguments.page:
-        arguments.page.parent.mkdir(parents=True, exist_ok=True)
-        arguments.page.write_text(text)
-    print(text)
+        try:
+            arguments.page.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(arguments.page, text)
+        except OSError as error:
+            sys.exit(f"--page {arguments.page}: {error}")
 
 
 def add_to(benchmarks: argparse._SubParsersAction) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from endprompt_megatron.errors import EXIT_USER_ERROR, CheckpointError, ConfigError, DataError
+from endprompt_megatron.errors import EXIT_USER_ERROR, USER_ERRORS, CheckpointError
 from endprompt_megatron.mcore.import_hooks import install_import_hooks
 
 install_import_hooks()  # before megatron.core is imported
@@ -31,7 +31,7 @@ def main() -> int:
     arguments = _parser().parse_args()
     try:
         return arguments.run(arguments)
-    except (ConfigError, CheckpointError, DataError) as error:
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:

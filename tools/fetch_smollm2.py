@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from endprompt_megatron.checkpoint.hf.sources import fetch_smollm2
-from endprompt_megatron.errors import USER_ERRORS
+from endprompt_megatron.errors import EXIT_USER_ERROR, USER_ERRORS
 
 
 def main() -> int:
@@ -19,7 +19,7 @@ def main() -> int:
         print(fetch_smollm2(arguments.destination))
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return EXIT_USER_ERROR
     return 0
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from endprompt_megatron.data.texts import SOURCES, fetch_texts
-from endprompt_megatron.errors import USER_ERRORS
+from endprompt_megatron.errors import EXIT_USER_ERROR, USER_ERRORS
 
 
 def main() -> int:
@@ -21,7 +21,7 @@ def main() -> int:
             print(paths["train"].parent)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return EXIT_USER_ERROR
     return 0
 
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from endprompt_megatron.errors import EXIT_USER_ERROR, USER_ERRORS, ConfigError, DataError
+from endprompt_megatron.output_files import replace_text
 from endprompt_megatron.positions.scheme import SCHEMES, SampleLayout
 from endprompt_megatron.rope.scaling import SCALING_TYPES, RopeScaling
 from endprompt_megatron.theory.coverage import Coverage, coverage_of, gap_of_endprompt
@@ -280,7 +281,7 @@ def _outputs(arguments: argparse.Namespace, stem: str) -> dict[str, Path]:
 
 
 def _finish(paths: dict[str, Path], record: dict[str, Any]) -> int:
-    paths["json"].write_text(json.dumps(record, indent=1) + "\n")
+    replace_text(paths["json"], json.dumps(record, indent=1) + "\n")
     print(f"wrote {paths['png']} and {paths['json']}")
     return 0
 

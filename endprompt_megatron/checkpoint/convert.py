@@ -1,4 +1,4 @@
-"""Conversion between Hugging Face directories and torch_dist directories of megatron.core, in blocks of rows. A conversion needs no process
+"""Convert between Hugging Face directories and torch_dist directories of megatron.core in blocks of rows. A conversion needs no process
 group and only a few megabytes of memory. An interrupted conversion continues when it is started again."""
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class ConversionPlan:
     """The files, sizes and memory of a conversion.
 
     Attributes:
-        files: file name -> bytes of weights.
+        files: {file name: bytes of weights}.
         dtype: dtype of the written weights.
-        largest_tensor: bytes of the largest tensor.
-        memory_bytes: upper bound on the memory of the conversion, without the interpreter's own.
+        largest_tensor: size of the largest tensor in bytes.
+        memory_bytes: upper bound on the memory of the conversion in bytes, without the memory of the Python interpreter.
     """
 
     files: dict[str, int]
@@ -78,7 +78,7 @@ class ConversionPlan:
 def plan_conversion(
     architecture: ModelArchitecture, *, dtype: torch.dtype, max_shard_bytes: int, to_megatron: bool, tensor_parallel_size: int = 1
 ) -> ConversionPlan:
-    """Plan files, sizes and memory of a conversion; reads only the architecture."""
+    """Plan the files, sizes and memory of a conversion from the architecture, without reading weights."""
     if to_megatron:
         groups = _assign_to_files(architecture, dtype, max_shard_bytes, tensor_parallel_size)
         sizes = {file: [_size(binding, architecture, dtype, tensor_parallel_size) for binding in group] for file, group in groups.items()}
@@ -90,7 +90,7 @@ def plan_conversion(
         {file: sum(found) for file, found in sizes.items()},
         dtype,
         max(max(found) for found in sizes.values()),
-        # per open file: a block as read, as converted and as gathered from shards; plus 64 MiB for file headers and metadata
+        # each open file needs memory for a block as read, as converted and as gathered from shards; headers and metadata need 64 MiB
         _FILES_AT_ONCE * 4 * max(BLOCK_BYTES, widest) + 2**26,
     )
 
@@ -110,8 +110,8 @@ def hf_to_megatron(
         hf_path: model directory.
         destination: directory to create.
         dtype: dtype of the written weights; None keeps the dtype of the source.
-        tensor_parallel_size: number of shards of each matrix, so that a rank of this tensor-parallel size reads only its own shard; the
-            vocabulary is padded for this size too.
+        tensor_parallel_size: number of shards of each matrix. A run with this tensor-parallel size then reads only its own shard on each
+            rank. The vocabulary is also padded for this size.
         max_shard_bytes: maximum size of a .distcp file.
         sync: fsync all files before returning, so that the result survives a power failure.
     Returns:
@@ -174,15 +174,15 @@ def megatron_to_hf(
     max_shard_bytes: int = 5 * 10**9,
     sync: bool = True,
 ) -> Path:
-    """Convert a torch_dist directory of any parallel layout into a complete Hugging Face model directory. Merges the adapters of a training
-    run.
+    """Convert a torch_dist directory of any parallel layout into a complete Hugging Face model directory. The adapters of a training run
+    are merged.
 
     Args:
         model: model to convert, from megatron_model.describe_megatron_model.
         destination: directory to create.
         dtype: dtype of the written weights; None keeps the dtype of the source.
         max_shard_bytes: maximum size of a safetensors file.
-        sync: as for hf_to_megatron.
+        sync: see hf_to_megatron.
     Returns:
         destination.
     Raises:
@@ -224,7 +224,8 @@ def megatron_to_hf(
 
 
 def _in_threads(make: Callable[[str], Any], files: Iterable[str]) -> list[Any]:
-    """Call `make` for each file in a few threads: the kernel copies the data, and other copies continue while one waits for the disk."""
+    """Call `make` for each file in a few threads, and return the results in order. The kernel copies the data, so other copies continue
+    while one copy waits for the disk."""
     pool = ThreadPoolExecutor(_FILES_AT_ONCE)
     try:
         return [made.result() for made in [pool.submit(make, file) for file in files]]
@@ -283,7 +284,7 @@ def _megatron_rows(
     last: int,
     may_be_ranges: bool,
 ) -> Iterator[torch.Tensor | FileRange]:
-    """Yield rows first .. last-1 of a whole Megatron parameter; padding rows are zero."""
+    """Yield rows first .. last-1 of a whole Megatron parameter. Padding rows are zero."""
     shape = binding.layout.megatron_shape(architecture)
     for piece in binding.layout.pieces(architecture, first, last):
         yield from _rows(reader, binding.hugging_face[piece.source], piece.first, piece.last, dtype, may_be_ranges)
@@ -295,7 +296,11 @@ def _megatron_rows(
 def _rows(
     reader: SafetensorsReader | TorchDistReader, name: str, first: int, last: int, dtype: torch.dtype, may_be_ranges: bool = True
 ) -> Iterator[torch.Tensor | FileRange]:
-    """Yield rows of a stored tensor in `dtype`, all finite: as a file range if they need no conversion, else in blocks."""
+    """Yield rows first .. last-1 of a stored tensor in `dtype`: one file range if the rows need no conversion, else blocks.
+
+    Raises:
+        CheckpointError: a value is NaN, infinite or too large for `dtype`, or the tensor has no floating-point dtype.
+    """
     stored = reader.dtype(name)
     if not stored.is_floating_point:
         raise CheckpointError(f"{name} has dtype {stored}: only floating-point weights can be converted.")
@@ -304,7 +309,7 @@ def _rows(
         block = reader.rows(name, low, high)
         if not is_finite(block):
             raise not_finite(int((~block.isfinite()).sum()), f"{name}, from row {low:,}")
-        if where is not None:  # the block is in the page cache now, from which the kernel copies it
+        if where is not None:  # the block is now in the page cache, and the kernel copies it from there
             continue
         converted = block.to(dtype)
         if not is_finite(converted):
@@ -317,7 +322,7 @@ def _rows(
 
 
 def _assign_to_files(architecture: ModelArchitecture, dtype: torch.dtype, max_bytes: int, size: int) -> dict[str, list[Binding]]:
-    """Assign the parameters to .distcp files in order: {file name: parameters}."""
+    """Assign the parameters to .distcp files in order. Return {file name: parameters}."""
     groups: list[list[Binding]] = []
     room = 0
     for binding in bindings(architecture):
@@ -352,7 +357,8 @@ def _check_tensor_parallel(architecture: ModelArchitecture, size: int) -> None:
 
 
 def _boot_id(sync: bool) -> str:
-    """Return the boot id if files are not fsynced, since they are only reusable until the machine reboots; else an empty string."""
+    """Return the boot id if files are not fsynced, else an empty string. Files that are not fsynced are reusable only until the machine
+    reboots."""
     identity = Path("/proc/sys/kernel/random/boot_id")
     return "" if sync else identity.read_text().strip() if identity.is_file() else "unknown"
 
@@ -362,7 +368,8 @@ def _stamp(stat: os.stat_result) -> tuple[int, ...]:
 
 
 def _identity(source: Iterable[Path], **options: Any) -> dict[str, Any]:
-    """Identity of a conversion: its source files (by name, size and times) and all its options. Only an equal identity is continued."""
+    """Return the identity of a conversion: a hash of the names, sizes and times of its source files, and all of its options. An interrupted
+    conversion continues only if its identity is equal."""
     stats = {str(path.resolve()): _stamp(path.stat()) for path in source if path.exists()}
     digest = hashlib.sha256(json.dumps(stats, sort_keys=True).encode()).hexdigest()
     return {"format": _FORMAT, "torch": torch.__version__, "source": digest, **options}

@@ -1,5 +1,5 @@
-"""Reader of a training checkpoint with low-rank adapters. It returns the merged model: each adapted weight is merged in blocks of rows
-while it is read."""
+"""Read a training checkpoint with low-rank adapters as a merged model. Each weight with an adapter is merged in blocks of rows while it is
+read."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from endprompt_megatron.planning.architecture import ModelArchitecture
 def open_torch_dist(
     path: Path, architecture: ModelArchitecture, adapter: AdapterConfig | None, *, reuse_memory: bool = False
 ) -> TorchDistReader:
-    """Return a reader of a torch_dist directory; it merges the adapters if the run trained some.
+    """Return a reader of a torch_dist directory. If the run trained adapters, the reader merges them.
 
     Args:
-        path: as for find_torch_dist.
+        path: see find_torch_dist.
         architecture: architecture of the model.
-        adapter: adapter settings of the run; None if the run trained no adapters, or if its settings are unknown.
-        reuse_memory: as for SafetensorsReader.
+        adapter: adapter settings of the run; None if the run trained no adapters, or if the settings are unknown.
+        reuse_memory: see SafetensorsReader.
     """
     if adapter is None:
         return TorchDistReader(path, reuse_memory=reuse_memory)
@@ -32,12 +32,12 @@ def open_torch_dist(
 
 
 class LoRAReader(TorchDistReader):
-    """Returns W + alpha / r B A for weights with an adapter, and W for the others.
+    """Reader that returns W + (alpha / r) B A for a weight W with an adapter, and W for any other weight.
 
     Args:
-        path, reuse_memory: as for TorchDistReader.
+        path, reuse_memory: see TorchDistReader.
         architecture: architecture of the model.
-        adapter: adapter settings; rank and alpha are used.
+        adapter: adapter settings, of which rank and alpha are used.
     """
 
     def __init__(self, path: Path, architecture: ModelArchitecture, adapter: AdapterConfig, *, reuse_memory: bool = False):
@@ -46,22 +46,23 @@ class LoRAReader(TorchDistReader):
         self._bindings: dict[str, Binding] = {binding.megatron: binding for binding in bindings(architecture)}
 
     def adapters(self) -> list[str]:
-        """Return an empty list: all adapters are merged."""
+        """Return an empty list, because all adapters are merged."""
         return []
 
     def unknown_names(self, architecture: ModelArchitecture) -> list[str]:
-        """Same as TorchDistReader."""
+        """Return TorchDistReader.unknown_names without adapters."""
         return [name for name in super().unknown_names(architecture) if not is_adapter(name)]
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
-        """Same as TorchDistReader."""
+        """Return rows first .. last-1 of a parameter, merged if the parameter has an adapter."""
         if not self._is_adapted(name):
             return super().rows(name, first, last)
-        weight = super().rows(name, first, last).clone()  # with reuse_memory the next read would overwrite it
+        weight = super().rows(name, first, last).clone()  # with reuse_memory, the next read would overwrite the buffer
         return merge(weight, self._update(name, first, last, weight.shape[1]), self._scale)
 
     def range_of_rows(self, name: str, first: int, last: int) -> FileRange | None:
-        """Same as TorchDistReader; None for merged weights, because no file contains them."""
+        """Return the file range of rows first .. last-1 of a parameter, as TorchDistReader does. Return None for a merged weight, because
+        no file contains merged weights."""
         return None if self._is_adapted(name) else super().range_of_rows(name, first, last)
 
     def _is_adapted(self, name: str) -> bool:
@@ -71,7 +72,8 @@ class LoRAReader(TorchDistReader):
         return name.removesuffix("weight") + adapter_name(target, matrix) if name.endswith("weight") else ""
 
     def _update(self, name: str, first: int, last: int, width: int) -> torch.Tensor:
-        """Rows first .. last-1 of B A in the row order of the Megatron parameter; zeros for projections without an adapter."""
+        """Return rows first .. last-1 of B A in the row order of the Megatron parameter. The rows of projections without an adapter are
+        zero."""
         targets = QKV_TARGETS if name.endswith("linear_qkv.weight") else (OUTPUT_TARGET,)
         blocks = []
         for piece in self._bindings[name].layout.pieces(self._architecture, first, last):

@@ -1,6 +1,6 @@
-"""Description of the model in a torch_dist directory: architecture, rotary frequencies, context window, and the source of the other Hugging
-Face files (tokenizer, generation config). A directory written by this project contains the description; for any other directory the caller
-names the base model."""
+"""Describe the model in a torch_dist directory: its architecture, rotary frequencies and context window, and the source of the other
+Hugging Face files (tokenizer, generation config). A directory written by this project contains the description. For any other directory,
+the caller names the base model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.rope.scaling import RopeScaling
 
 AUXILIARY_FOLDER = "huggingface"
-"""Folder of a converted directory with the files of the Hugging Face model other than its weights."""
+"""Folder in a converted directory that contains the files of the Hugging Face model except its weights."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class MegatronModel:
     """A torch_dist directory and the description of its model.
 
     Attributes:
-        directory: directory with .metadata.
+        directory: torch_dist directory, which contains .metadata.
         base_hf_path: Hugging Face directory with config.json, tokenizer and other files.
         base_config: parsed config.json of base_hf_path.
         architecture: sizes of the model.
         rope: rotary frequencies.
         context_length: context window, in positions.
-        origin: text that names the source of this description.
-        provenance: how the model was trained, if a training run of this project wrote it; else None.
-        adapter: settings of the low-rank adapters in the checkpoint, if a training run of this project trained some; else None.
+        origin: text that states the source of this description.
+        provenance: description of the training, if a training run of this project wrote the directory; else None.
+        adapter: settings of the low-rank adapters in the checkpoint, if a training run of this project trained adapters; else None.
     """
 
     directory: Path
@@ -54,9 +54,9 @@ def describe_megatron_model(
     """Describe the model in a torch_dist directory.
 
     Args:
-        path: as for torch_dist.read.find_torch_dist.
+        path: see torch_dist.read.find_torch_dist.
         hf_base: Hugging Face directory of the base model; required if the directory does not describe its model.
-        rope_factor, context_length: factor of linear RoPE scaling, and context window, of a checkpoint from another program.
+        rope_factor, context_length: factor of linear RoPE scaling, and context window in positions, of a checkpoint from another program.
     Raises:
         CheckpointError: the model cannot be determined, or the arguments contradict the directory.
     """

@@ -1,4 +1,4 @@
-"""States of the random generators of one rank as tensors, for training checkpoints."""
+"""Convert the states of the random generators of one rank to tensors for training checkpoints, and restore them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from megatron.core import tensor_parallel
 
 from endprompt_megatron.errors import CheckpointError
 
-_PYTHON_VERSION, _NUMPY_GENERATOR = 3, "MT19937"  # the only ones that random and numpy's global generator have
+_PYTHON_VERSION, _NUMPY_GENERATOR = 3, "MT19937"  # the only values that random.getstate and np.random.get_state return
 
 
 def random_state() -> dict[str, Any]:
     """Return the states of Python's, numpy's, torch's and Megatron's generators.
 
     Returns:
-        python: int64 [625]; python_gauss: float64 [0 or 1], the second value of the last pair of normal draws, if it is unused;
-        numpy: int64 [624]; numpy_position: int64 [2], the position, and 1 if numpy_gauss is unused; numpy_gauss: float64 [1];
-        torch, cuda: uint8 [n]; tracker: {name: uint8 [n]}, Megatron's generators.
+        python: int64 [625].
+        python_gauss: float64 [0 or 1], the second value of the last pair of normal draws if that value is still unused.
+        numpy: int64 [624].
+        numpy_position: int64 [2], the position, and 1 if numpy_gauss is still unused.
+        numpy_gauss: float64 [1].
+        torch, cuda: uint8 [n].
+        tracker: {name: uint8 [n]} of Megatron's generators.
     """
     _, python, gauss = random.getstate()
     numpy: Any = np.random.get_state()  # typed as a dict or a tuple
@@ -38,12 +42,12 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], *, where: Any) -> None:
-    """Set all generators to a state from random_state, or to one in the form of this project up to 0.1: the tuples of random.getstate and
-    np.random.get_state.
+    """Set all generators to a state from random_state. A state from this project up to version 0.1, which contains the tuples of
+    random.getstate and np.random.get_state, is also accepted.
 
     Args:
-        state: as loaded from a checkpoint.
-        where: the checkpoint, for an error message.
+        state: state as loaded from a checkpoint.
+        where: checkpoint, for error messages.
     Raises:
         CheckpointError: a state is missing or damaged.
     """

@@ -1,5 +1,5 @@
-"""An output directory that is written file by file under a temporary name, continues after an interruption, and is renamed when it is
-complete."""
+"""Write an output directory file by file under a temporary name, and rename the directory when it is complete. After an interruption,
+writing continues with the files that are missing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,15 @@ _NOTE = ".note.json"
 
 
 class ResumableDirectory:
-    """A directory under construction. Use as a context manager, and call `finish` as the last step.
+    """An output directory that is being written. Use as a context manager, and call `finish` as the last step.
 
     Args:
-        destination: directory to create; must not exist.
-        identity: JSON description of the content; files of an interrupted run are reused only if it is equal.
+        destination: directory to create, which must not exist.
+        identity: JSON description of the content. Files of an interrupted run are reused only if its identity is equal.
         sync: fsync all files before the directory gets its final name.
     Raises:
-        CheckpointError: destination exists or is not writable, or another process is writing it.
+        CheckpointError: the destination exists, another process is writing it, or a file cannot be written, e.g. because the disk is full.
+            Complete files are kept for the next attempt.
     """
 
     def __init__(self, destination: Path, identity: dict[str, Any], *, sync: bool = True):
@@ -52,22 +53,35 @@ class ResumableDirectory:
         except OSError as error:
             raise CheckpointError(f"{self.partial} cannot be written ({error}). Choose a writable directory.") from error
         if stored != self._identity:
-            for path in self.partial.iterdir():
-                if path.name != _IDENTITY:
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, self._identity.encode(), 0)
-            os.fsync(self._lock)
+            try:
+                self._begin_anew()
+            except OSError as error:
+                self.__exit__()
+                raise self._unwritable(self.partial, error) from error
         elif kept := [path for path in self.partial.iterdir() if path.name != _IDENTITY and not path.name.endswith((".tmp", _NOTE))]:
             get_logger().info(f"continuing in {self.partial}: {len(kept)} file(s) of an interrupted conversion are complete")
         return self
+
+    def _begin_anew(self) -> None:
+        """Delete the files of another conversion, and record the identity of this conversion."""
+        assert self._lock is not None
+        for path in self.partial.iterdir():
+            if path.name != _IDENTITY:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, self._identity.encode(), 0)
+        os.fsync(self._lock)
 
     def _check_destination(self) -> None:
         if self.destination.exists():
             raise CheckpointError(f"{self.destination} exists and is not overwritten. Remove it, or choose another directory.")
 
     def _check_partial(self) -> None:
-        """Raise if `partial` has files that no interrupted conversion wrote: they are not deleted."""
+        """Check that all files in `partial` belong to an interrupted conversion. Other files are not deleted.
+
+        Raises:
+            CheckpointError: `partial` contains other files.
+        """
         if not self.partial.exists() or not any(path.name != _IDENTITY for path in self.partial.iterdir()):
             return
         try:
@@ -79,31 +93,40 @@ class ResumableDirectory:
                 f"{self.partial} exists and does not belong to an interrupted conversion: move it, or choose another destination."
             )
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object = None, error: BaseException | None = None, traceback: object = None) -> None:
         if self._lock is not None:
             os.close(self._lock)
+            self._lock = None
+        if isinstance(error, OSError):
+            raise self._unwritable(self.partial, error) from error
+
+    @staticmethod
+    def _unwritable(path: Path, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"{path} could not be written ({error}). Free space, or fix the permissions, and start the same command again: it continues "
+            f"where it stopped."
+        )
 
     def note_of(self, name: str) -> str | None:
-        """Return the note of a complete file; None if the file must still be written."""
+        """Return the note that is stored with a complete file, or None if the file must still be written."""
         note = self.partial / (name + _NOTE)
         return note.read_text(errors="replace") if note.is_file() and (self.partial / name).is_file() else None
 
     @contextmanager
     def writing(self, name: str) -> Iterator[tuple[Path, list[str]]]:
-        """Yield (path to write the file `name` to, list for its note). The file gets its name if the block succeeds.
+        """Yield (temporary path of the file `name`, list of notes). If the block succeeds, the file is renamed, and the last note in the
+        list is stored with it.
 
         Raises:
-            CheckpointError: an OSError, e.g. a full disk; complete files are kept for the next attempt.
+            CheckpointError: the block raised an OSError, e.g. because the disk is full. Complete files are kept for the next attempt.
         """
         temporary, notes = self.partial / (name + ".tmp"), [""]
         try:
             yield temporary, notes
         except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise CheckpointError(
-                f"{self.partial / name} could not be written ({error}). Free space, or fix the permissions, and start the same command "
-                f"again: it continues where it stopped."
-            ) from error
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise self._unwritable(self.partial / name, error) from error
         temporary.rename(self.partial / name)
         note = self.partial / (name + _NOTE)
         note.with_suffix(".tmp").write_text(notes[-1])
@@ -123,6 +146,11 @@ class ResumableDirectory:
                 f"{self.destination} was created in the meantime and is not overwritten. The result is in {self.partial}."
             )
         self.partial.rename(self.destination)
-        (self.destination / _IDENTITY).unlink()  # after the rename: until then this file is the lock against other processes
-        sync_path(self.destination.parent)
+        try:
+            sync_path(self.destination.parent)
+        except OSError:
+            self.destination.rename(self.partial)  # so that the same command can continue
+            raise
+        with suppress(OSError):
+            (self.destination / _IDENTITY).unlink()  # after the rename, because this file locks the directory
         return self.destination

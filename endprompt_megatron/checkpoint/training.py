@@ -1,9 +1,12 @@
-"""Training checkpoints on megatron.core.dist_checkpointing: model, optimizer, random states and the progress of the run. All ranks write
-them, synchronously or in a background process; they can be loaded in the same or another parallel layout."""
+"""Save and load training checkpoints with megatron.core.dist_checkpointing. A checkpoint contains the model, the optimizer, the random
+states and the progress of the run. All ranks write it, either synchronously or in a background process. It can be loaded in the same or
+another parallel layout."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,7 +31,7 @@ from endprompt_megatron.mcore.checkpointing import begin_save, load_sharded
 from endprompt_megatron.mcore.failures import FailureBoard
 from endprompt_megatron.mcore.torch_adam import make_loadable, separate_steps
 from endprompt_megatron.mcore.unpickling import plain_extra_state, read_metadata
-from endprompt_megatron.output_files import check_not_moved
+from endprompt_megatron.output_files import check_not_moved, writing
 
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 # CheckpointException of torch derives from BaseException; megatron, pickle, zip and json have their own exceptions
@@ -40,10 +43,10 @@ class RunState:
     """Progress of a run.
 
     Attributes:
-        step: number of optimizer steps, skipped ones included.
-        consumed_samples: samples consumed by all ranks.
-        tokens: physical tokens trained on.
-        train_seconds: time in training steps, summed over all restarts.
+        step: number of optimizer steps, including skipped steps.
+        consumed_samples: number of samples that all ranks have consumed.
+        tokens: number of physical tokens trained on.
+        train_seconds: seconds spent in training steps, summed over all restarts.
         loss_first, loss_last: weighted loss of the first and of the latest step.
         sample_order: hash of the order of samples (data.dataset.sample_order).
         bad_steps: number of consecutive bad steps so far.
@@ -61,7 +64,8 @@ class RunState:
     grad_norms: list[float] = field(default_factory=list)
 
     def identity(self) -> list[Any]:
-        """JSON values that differ between two states of one run with different weights: losses and gradient norms follow from them."""
+        """Return JSON values that identify the weights of a state. Two states of one run with different weights differ in these values,
+        because losses and gradient norms depend on the weights."""
         return [self.step, self.consumed_samples, self.sample_order, self.loss_first, self.loss_last, *self.grad_norms]
 
 
@@ -73,10 +77,11 @@ class CheckpointWriter:
         chunks: this rank's model chunks, without Megatron's wrappers.
         optimizer: Megatron's optimizer.
         config: configuration of the run (RunConfig.to_dict()), stored in each checkpoint.
-        provenance: provenance for an export of the checkpoint, stored in each checkpoint.
+        provenance: description of the base and the data, which exports need; stored in each checkpoint.
         keep_last: number of newest checkpoints to keep; 0 keeps all.
-        asynchronous: write in a background process; `finish` must be called regularly and at the end.
-        failures: board on which a rank that fails alone publishes its error for the waiting ranks; None if no rank reads it.
+        asynchronous: write in a background process. `finish` must then be called regularly and at the end.
+        failures: board on which a failed rank publishes its error, because other ranks may wait in a collective; None if no rank reads a
+            board.
     """
 
     def __init__(
@@ -96,16 +101,16 @@ class CheckpointWriter:
         self._queue = AsyncCallsQueue() if asynchronous else None
 
     def save(self, state: RunState) -> Path:
-        """Save model, optimizer, random states and data position.
+        """Save the model, optimizer, random states and data position.
 
         Returns:
-            Directory of the checkpoint; an asynchronous save completes it later.
+            Directory of the checkpoint, which an asynchronous save completes later.
         Raises:
-            CheckpointError: the directory is not writable; earlier checkpoints are intact.
+            CheckpointError: the directory is not writable. Earlier checkpoints stay intact.
         """
         self.finish()
         final = checkpoint_directory.step_directory(self.directory, state.step)
-        # captured now, because the run's state has changed when an asynchronous save ends
+        # serialised now, because the state of the run changes before an asynchronous save ends
         record = json.dumps({"state": asdict(state), "layout": _layout(), "config": self.config, "provenance": self.provenance}, indent=2)
         try:
             unfinished = [str(checkpoint_directory.begin(final)) if global_rank() == 0 else None]
@@ -129,7 +134,7 @@ class CheckpointWriter:
         Args:
             wait: also wait for unfinished saves.
         Raises:
-            CheckpointError: a save failed; earlier checkpoints are intact.
+            CheckpointError: a save failed. Earlier checkpoints stay intact.
         """
         if self._queue is None or not self._queue.get_num_unfinalized_calls():
             return
@@ -156,11 +161,15 @@ class CheckpointWriter:
         _barrier()
 
     def _fail(self, final: Path, error: BaseException) -> None:
+        cause = _root_cause(error)
+        if "[Errno" not in cause:  # torch reports a full disk as "unexpected pos 704 vs 598"
+            with suppress(OSError):
+                cause += f"; {shutil.disk_usage(self.directory).free / 2**20:,.1f} MiB are free on its disk"
         if global_rank() == 0:
             for partial_directory in self.directory.glob(f"{final.name}.partial"):
                 checkpoint_directory.abandon(partial_directory)
         message = (
-            f"{final} could not be written ({_root_cause(error)}); earlier checkpoints are intact. Free space, or fix the permissions of "
+            f"{final} could not be written ({cause}); earlier checkpoints are intact. Free space, or fix the permissions of "
             f"{self.directory}, and start the same command again: it resumes."
         )
         try:
@@ -168,23 +177,23 @@ class CheckpointWriter:
         except CheckpointError as moved:
             message = str(moved)
         if self.failures is not None:
-            # if Megatron detected the failure in a collective, all ranks fail here, and only its coordinator has the cause
+            # if Megatron detected the failure in a collective, all ranks fail here, and only the coordinator rank has the cause
             has_cause = not isinstance(error, CheckpointException) or bool(error.failures)
             message = self.failures.publish(message) if has_cause else self.failures.wait() or message
         raise CheckpointError(message) from error
 
 
 def load_latest_checkpoint(directory: Path, *, chunks: list[torch.nn.Module], optimizer: Any, config: dict[str, Any]) -> RunState | None:
-    """Load the newest intact checkpoint into model and optimizer. Collective over all ranks.
+    """Load the newest intact checkpoint into the model and the optimizer. All ranks must call this function.
 
-    A damaged checkpoint is logged and renamed, and the previous one is used.
+    Damaged checkpoints are renamed and reported in the log, and the next older checkpoint is used.
 
     Args:
         directory: checkpoints directory of the run.
-        chunks, optimizer: as for CheckpointWriter.
+        chunks, optimizer: see CheckpointWriter.
         config: configuration of the resuming run.
     Returns:
-        State of the run in the checkpoint; None if there is no checkpoint.
+        State of the run in the checkpoint, or None if there is no checkpoint.
     Raises:
         CheckpointError: all checkpoints are damaged, or the checkpoint belongs to another run or another model.
     """
@@ -223,17 +232,18 @@ def load_latest_checkpoint(directory: Path, *, chunks: list[torch.nn.Module], op
 
 
 def load_torch_dist(chunks: list[torch.nn.Module], directory: Path) -> None:
-    """Load the weights of model chunks from a torch_dist directory of any program, through Megatron's loader. Collective over all ranks.
+    """Load the weights of model chunks from a torch_dist directory of any program with Megatron's loader. All ranks must call this
+    function.
 
     Raises:
-        CheckpointError: the directory does not hold this model.
+        CheckpointError: the directory does not contain this model.
     """
     with TorchDistReader(directory) as reader:
         prefix, metadata = reader.prefix, None if reader.stacked else {"non_homogeneous_layers": True}
     requested = {}
     for index, chunk in enumerate(chunks):
         state = chunk.sharded_state_dict(prefix=prefix, metadata=metadata)
-        # without `_extra_state` objects: they contain no weights, and not every program stores them
+        # `_extra_state` objects are not requested, because they contain no weights and not every program stores them
         requested[f"model{index}"] = {name: entry for name, entry in state.items() if not isinstance(entry, ShardedObject)}
     try:
         loaded = load_sharded(requested, directory, read_metadata(directory))
@@ -250,8 +260,8 @@ def load_torch_dist(chunks: list[torch.nn.Module], directory: Path) -> None:
 
 
 def _drop_absent_extra_states(requested: dict[str, Any], metadata: Metadata, num_chunks: int) -> None:
-    """Remove the `_extra_state` objects that the checkpoint lacks from the request: which layers have one depends on the backend that wrote
-    the checkpoint. All are empty except Transformer Engine's FP8 scales, which are recomputed."""
+    """Remove the `_extra_state` objects that the checkpoint lacks from the request. The backend that wrote the checkpoint determines which
+    layers have such an object. All of these objects are empty except those with Transformer Engine's FP8 scales, which are recomputed."""
     stored = metadata.state_dict_metadata
     for index in range(num_chunks):
         state = requested[f"model{index}"]
@@ -260,7 +270,7 @@ def _drop_absent_extra_states(requested: dict[str, Any], metadata: Metadata, num
 
 
 def _fill(chunk: torch.nn.Module, state: dict[str, Any], path: Path) -> None:
-    """Load all weights of a chunk, and the `_extra_state` objects that exist, from the checkpoint `path`."""
+    """Load all weights of a chunk, and the `_extra_state` objects in `state`, from the checkpoint `path`."""
     for name in [name for name in state if name.endswith("_extra_state")]:
         state[name] = plain_extra_state(state[name], where=f"{path}, object {name},")
     missing, unexpected = chunk.load_state_dict(state, strict=False)
@@ -270,20 +280,23 @@ def _fill(chunk: torch.nn.Module, state: dict[str, Any], path: Path) -> None:
 
 
 def _newest_intact(directory: Path) -> Path | None:
-    """Return the checkpoint to resume from, the same on every rank; None if there is none."""
+    """Return the checkpoint to resume from, which is the same on every rank, or None if there is no checkpoint."""
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file where the directory of checkpoints belongs: move it away.")
-    listed = _gathered(checkpoint_directory.candidates(directory) if global_rank() == 0 else None)[0]
+    with writing(directory):  # `candidates` completes a rename that a crash interrupted
+        known = checkpoint_directory.candidates(directory) if global_rank() == 0 else None
+    listed = _gathered(known)[0]
     rank, world_size = global_rank(), torch.distributed.get_world_size()
     damages: list[str] = []
     for position, path in enumerate(listed):
         found = [text for text in _gathered(checkpoint_directory.damage(path, share=rank, shares=world_size)) if text]
         if not found:
             if rank == 0:
-                for damaged in listed[:position]:
-                    checkpoint_directory.set_aside(damaged)
-                if not checkpoint_directory.is_latest(path):
-                    checkpoint_directory.point_latest_at(path)
+                with writing(directory):
+                    for damaged in listed[:position]:
+                        checkpoint_directory.set_aside(damaged)
+                    if not checkpoint_directory.is_latest(path):
+                        checkpoint_directory.point_latest_at(path)
             for text in damages:
                 get_logger().warning(f"{text}. It was renamed; resuming from {path}.")
             _barrier()
@@ -346,7 +359,7 @@ def _barrier() -> None:
 
 
 def _gathered(value: Any) -> list[Any]:
-    """All-gather `value` of every rank, in rank order."""
+    """Return the values of all ranks in rank order."""
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, value)
     return everyone

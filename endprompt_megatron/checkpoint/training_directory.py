@@ -1,7 +1,9 @@
-"""The checkpoints directory of a run on disk: find checkpoints, select the one to resume from, verify it, and retire old ones.
+"""Manage the checkpoints directory of a run: find checkpoints, select the checkpoint to resume from, verify checkpoints and delete old
+ones.
 
-Layout: step_0000123/ (tensors, run.json, checksums.json), latest (the name of the newest checkpoint). A checkpoint is written as
-step_0000123.partial and renamed when it is complete. A damaged one is renamed to step_0000123.damaged and never deleted.
+The directory contains step_0000123/ (tensors, run.json, checksums.json) for each checkpoint, and `latest`, a file with the name of the
+newest checkpoint. A checkpoint is written as step_0000123.partial and renamed when it is complete. A damaged checkpoint is renamed to
+step_0000123.damaged and never deleted.
 """
 
 from __future__ import annotations
@@ -30,16 +32,16 @@ _CHUNK_BYTES = 2**24
 
 
 def step_directory(directory: Path, step: int) -> Path:
-    """Path of the complete checkpoint of a step."""
+    """Return the path of the complete checkpoint of a step."""
     return directory / f"step_{step:07d}"
 
 
 def begin(final: Path) -> Path:
-    """Create an empty directory to write the checkpoint `final` into. Deletes the partly written or partly removed checkpoints that crashes
-    left, of any step, so no other save may be in progress.
+    """Create an empty directory for writing the checkpoint `final`. Partly written or partly deleted checkpoints of any step, which crashes
+    left, are deleted, so no other save may be in progress.
 
     Raises:
-        CheckpointError: the output directory was renamed; it is not created anew.
+        CheckpointError: the output directory was renamed. It is not created again.
     """
     output_files.check_not_moved(final.parent.parent)
     _delete_leftovers(final.parent)
@@ -50,18 +52,18 @@ def begin(final: Path) -> Path:
 
 
 def checksums_of(paths: Iterable[Path]) -> dict[str, str]:
-    """{file name: XXH3-64 of its bytes, hex}."""
+    """Return {file name: XXH3-64 (hex) of the file}, and fsync the files."""
     return {path.name: _checksum(path) for path in paths}
 
 
 def complete(partial: Path, final: Path, *, checksums: dict[str, str], keep_last: int) -> None:
-    """Rename a written checkpoint to its final name, then update `latest`, then retire old checkpoints. In this order a crash at any moment
-    leaves either a complete checkpoint in `latest` or an earlier one that `candidates` finds.
+    """Rename a written checkpoint to its final name, then update `latest`, then delete old checkpoints. With this order, after a crash at
+    any moment, either `latest` names a complete checkpoint, or `candidates` finds an earlier one.
 
     Args:
         partial: directory that `begin` returned.
         final: final path of the checkpoint.
-        checksums: checksums of all its files.
+        checksums: checksums of all files of the checkpoint.
         keep_last: number of newest checkpoints to keep; 0 keeps all.
     """
     _write(partial / _CHECKSUMS, json.dumps(checksums, indent=1))
@@ -77,7 +79,7 @@ def complete(partial: Path, final: Path, *, checksums: dict[str, str], keep_last
 
 
 def abandon(partial: Path) -> None:
-    """Delete the files of a failed save, ignoring errors, to free their disk space."""
+    """Delete the files of a failed save to free disk space. Errors are ignored."""
     shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -93,10 +95,10 @@ def point_latest_at(checkpoint: Path) -> None:
 
 
 def latest_name(directory: Path) -> str | None:
-    """Return the name in `latest`; None if there is no such file.
+    """Return the name in `latest`, or None if the file does not exist.
 
     Raises:
-        DamagedFileError: it does not hold the name of a checkpoint.
+        DamagedFileError: the file does not contain the name of a checkpoint.
     """
     pointer, way_out = directory / LATEST, "Write the name of a checkpoint into it, or remove it to use the newest one."
     if not pointer.exists():
@@ -108,7 +110,7 @@ def latest_name(directory: Path) -> str | None:
 
 
 def is_latest(checkpoint: Path) -> bool:
-    """Whether `latest` holds the name of this checkpoint."""
+    """Return whether `latest` contains the name of this checkpoint."""
     try:
         return latest_name(checkpoint.parent) == checkpoint.name
     except DamagedFileError:
@@ -116,8 +118,9 @@ def is_latest(checkpoint: Path) -> bool:
 
 
 def candidates(directory: Path) -> list[Path]:
-    """Checkpoints to resume from, in order of preference: the one in `latest`, then the others from the newest step down. Ignores a damaged
-    `latest` with a warning. Call it on one rank only and while no save is in progress, because it renames and deletes what crashes left."""
+    """Return the checkpoints to resume from in order of preference: the checkpoint in `latest`, then those of earlier steps, then those of
+    later steps, each from the newest step down. A damaged `latest` is ignored with a warning. Call this function on one rank only and
+    while no save is in progress, because it renames and deletes what crashes left."""
     for replaced in directory.glob(f"step_*{_REPLACED}"):  # left by a crash between two renames
         final = replaced.with_suffix("")
         if not final.exists():
@@ -132,13 +135,13 @@ def candidates(directory: Path) -> list[Path]:
         name = None
     if name is not None:
         named = directory / name
-        later = [path for path in found if path.name > named.name]  # abandoned: the run was reset to an earlier step
+        later = [path for path in found if path.name > named.name]  # last, because the run was reset to an earlier step
         found = [named, *(path for path in found if path != named and path not in later), *later]
     return found
 
 
 def damage(checkpoint: Path, *, share: int = 0, shares: int = 1) -> str | None:
-    """Return a description of the damage to a checkpoint's files; None if it is intact.
+    """Return a description of the damage to the files of a checkpoint, or None if the checkpoint is intact.
 
     Args:
         checkpoint: directory of the checkpoint.
@@ -165,7 +168,8 @@ def damage(checkpoint: Path, *, share: int = 0, shares: int = 1) -> str | None:
 
 
 def set_aside(checkpoint: Path, suffix: str = output_files.DAMAGED) -> Path | None:
-    """Rename a damaged checkpoint or another directory, so that it is not used again; return the new path, or None if it does not exist."""
+    """Rename a damaged checkpoint or another directory, so that it is not used again. Return the new path, or None if the directory does
+    not exist."""
     if not checkpoint.exists():
         return None
     return checkpoint.rename(output_files.damaged_name(checkpoint, suffix))
@@ -198,7 +202,7 @@ def _complete(directory: Path) -> list[Path]:
 def _retire(newest: Path, keep_last: int, *, among: list[Path]) -> None:
     if keep_last < 1:
         return
-    # by age and not by step: a run that was reset to an earlier step continues from there
+    # by age and not by step, because a run that was reset to an earlier step continues from there
     others = sorted((path for path in among if path != newest), key=lambda path: (path.stat().st_mtime, path.name))
     for path in others[: max(0, len(others) - (keep_last - 1))]:
         retired = path.rename(path.with_name(path.name + _RETIRED))  # so that a crash leaves no partly removed directory under a valid name
@@ -206,7 +210,7 @@ def _retire(newest: Path, keep_last: int, *, among: list[Path]) -> None:
 
 
 def _checksum(path: Path) -> str:
-    """XXH3-64 of a file, hex; also fsyncs the file."""
+    """Return the XXH3-64 (hex) of a file, and fsync the file."""
     digest = xxhash.xxh3_64()
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
@@ -223,7 +227,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def sync_path(path: Path) -> None:
-    """fsync a file or a directory; a new file name is durable only after the fsync of its directory."""
+    """Fsync a file or a directory. A new file name is durable only after the fsync of its directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

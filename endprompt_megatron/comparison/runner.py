@@ -21,7 +21,7 @@ from endprompt_megatron.comparison.study import RunRequest
 from endprompt_megatron.errors import EXIT_RESUME, ConfigError, RunInterrupted
 from endprompt_megatron.launch.processes import STOP_SIGNALS, end_with_parent
 from endprompt_megatron.log import get_logger
-from endprompt_megatron.output_files import read_or_set_aside, replace_text
+from endprompt_megatron.output_files import read_or_set_aside, replace_text, writing
 
 _RECORD_SUFFIX = ".run.json"
 _POLL_SECONDS = 0.1
@@ -105,6 +105,7 @@ class Runner:
             jobs: number of parallel runs.
             after: function that is called after every run.
         Raises:
+            OutputError: a record or a log cannot be written.
             RunInterrupted: a stop signal arrived. It was forwarded to the active runs, which the next start resumes.
         """
         waiting = []
@@ -112,7 +113,8 @@ class Runner:
             found = self.outcome(request)
             if found is None or found.failure is not None:
                 waiting.append(request)
-        self.directory.mkdir(parents=True, exist_ok=True)
+        with writing(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
         count = len(waiting)
         running: list[_Running] = []
         received: list[int] = []
@@ -155,7 +157,9 @@ class Runner:
         self._write_record(request, status="started")
         arguments = [*self.command, *request.overrides, f"seed={request.seed}", f"output_dir={_quoted(directory)}", f"name={request.name}"]
         log_offset = log.stat().st_size if log.is_file() else 0
-        with log.open("a") as stream:
+        with writing(log):
+            stream = log.open("a")
+        with stream:
             end_with_this = partial(end_with_parent, os.getpid())
             process = subprocess.Popen(arguments, stdout=stream, stderr=subprocess.STDOUT, preexec_fn=end_with_this)
         return _Running(request, process, log, log_offset, note, time.monotonic())

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
+from endprompt_megatron.config.ranges import Name, PathText, Range, Seed, Text, range_problems
 from endprompt_megatron.errors import ConfigError
 
 BUDGETS = ("tokens", "seconds")
 _STEPS = "trainer.max_steps="
 KEPT = ("evaluation", "model", "all")
+Override = Annotated[str, Text(10_000)]
 
 
 @dataclass
@@ -38,22 +41,22 @@ class StudyConfig:
             are evaluations of several training seeds.
     """
 
-    name: str = "???"
-    output_dir: str = "outputs/${name}"
-    base_experiment: str | None = None
-    methods: list[str] = field(default_factory=list)
-    seeds: list[int] = field(default_factory=lambda: [1])
-    seeds_of: dict[str, list[int]] = field(default_factory=dict)
-    overrides: list[str] = field(default_factory=list)
-    overrides_of: dict[str, list[str]] = field(default_factory=dict)
-    reference: str = "control_short_pi"
-    budgets: list[str] = field(default_factory=lambda: ["tokens"])
-    same_time_within: float = 0.1
-    jobs: int = 1
-    keep: str = "model"
+    name: Name = "???"
+    output_dir: PathText = "outputs/${name}"
+    base_experiment: Name | None = None
+    methods: list[Name] = field(default_factory=list)
+    seeds: list[Seed] = field(default_factory=lambda: [1])
+    seeds_of: dict[str, list[Seed]] = field(default_factory=dict)
+    overrides: list[Override] = field(default_factory=list)
+    overrides_of: dict[str, list[Override]] = field(default_factory=dict)
+    reference: Name = "control_short_pi"
+    budgets: list[Name] = field(default_factory=lambda: ["tokens"])
+    same_time_within: Annotated[float, Range(0, 1, excludes_least=True, excludes_most=True)] = 0.1
+    jobs: Annotated[int, Range(1, 1024)] = 1
+    keep: Name = "model"
     write_only: bool = False
-    collect: list[str] = field(default_factory=list)
-    evaluations: list[str] = field(default_factory=list)
+    collect: list[PathText] = field(default_factory=list)
+    evaluations: list[PathText] = field(default_factory=list)
 
     def validate(self, known_methods: tuple[str, ...]) -> None:
         """Check all rules.
@@ -66,7 +69,7 @@ class StudyConfig:
         if self.evaluations:
             self._validate_evaluations()
             return
-        problems = []
+        problems = [words for found in range_problems(self).values() for words in found]
         if not (self.methods or self.collect):
             problems.append("methods=[]: set at least one method, or finished runs in collect, or evaluations.")
         if self.methods and not self.base_experiment:
@@ -78,8 +81,8 @@ class StudyConfig:
                     f"overrides_of.{label}=[method=endprompt, optim.lr=1e-4]."
                 )
             seeds = self.seeds_of.get(label, self.seeds)
-            if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-                problems.append(f"seeds of {label}: {list(seeds)}. Set at least one seed >= 0, each once.")
+            if not seeds or len(set(seeds)) < len(seeds):
+                problems.append(f"seeds of {label}: {list(seeds)}. Set at least one seed, each once.")
             if not re.fullmatch(r"[\w.+-]+", label):
                 problems.append(f"methods: the label {label!r} is the name of a directory. Use only letters, digits and . _ + -.")
         if len(set(self.methods)) < len(self.methods):
@@ -92,10 +95,6 @@ class StudyConfig:
             problems.append(f"budgets={self.budgets}: choose from {', '.join(BUDGETS)}.")
         if self.keep not in KEPT:
             problems.append(f"keep={self.keep}: choose one of {', '.join(KEPT)}.")
-        if self.jobs < 1:
-            problems.append(f"jobs={self.jobs}: must be >= 1.")
-        if not 0 < self.same_time_within < 1:
-            problems.append(f"same_time_within={self.same_time_within}: must be between 0 and 1. The default is 0.1.")
         for text in [*self.overrides, *(text for texts in self.overrides_of.values() for text in texts)]:
             own = [key for key in ("seed", "output_dir", "name", "+experiment") if text.startswith(f"{key}=")]
             problems += [f"override {text}: the study sets {key}. Remove this override." for key in own]
@@ -113,7 +112,7 @@ class StudyConfig:
         return found
 
     def _validate_evaluations(self) -> None:
-        problems = []
+        problems = [words for found in range_problems(self).values() for words in found]
         if self.methods or self.collect:
             problems.append("evaluations cannot be combined with methods or collect. Leave those empty.")
         if not all(self.evaluated()):

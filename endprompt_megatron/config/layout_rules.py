@@ -1,10 +1,11 @@
-"""Rules of the parallel layout and of the batch that it divides."""
+"""Rules for the parallel layout and for the batch sizes, which depend on the layout."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from endprompt_megatron.config.rule import Facts, Rule, next_multiple, one_of
+from endprompt_megatron.config.ranges import MOST_RANKS
+from endprompt_megatron.config.rule import Facts, Rule, next_multiple
 from endprompt_megatron.config.schema import ParallelConfig, RunConfig
 from endprompt_megatron.planning.architecture import ModelArchitecture
 
@@ -17,20 +18,16 @@ _BATCH = ("trainer.micro_batch_size", "trainer.global_batch_size")
 
 
 def _has_ranks(facts: Facts) -> bool:
-    return facts.world_size >= 1
+    return 1 <= facts.world_size <= MOST_RANKS
 
 
 def _has_sizes(facts: Facts) -> bool:
-    """Whether the other rules can divide by the sizes."""
+    """Return whether all sizes are at least 1, so that the other rules can divide by them."""
     return _has_ranks(facts) and all(facts.value(key) >= 1 for key in _SIZES)
 
 
 def _divides_ranks(facts: Facts) -> bool:
     return _has_sizes(facts) and facts.world_size % facts.parallel.model_parallel_size == 0
-
-
-def _size(key: str) -> Rule:
-    return Rule((key,), lambda facts: _has_ranks(facts) and facts.value(key) < 1, lambda facts: f"{key}={facts.value(key)}: must be >= 1.")
 
 
 def _divides_heads(kind: str, count: Callable[[ModelArchitecture], int]) -> Rule:
@@ -44,7 +41,7 @@ def _divides_heads(kind: str, count: Callable[[ModelArchitecture], int]) -> Rule
 
 def _virtual_is_unusable(facts: Facts) -> bool:
     virtual = facts.value(_VIRTUAL)
-    return virtual is not None and (virtual < 1 or facts.value(_PIPELINE) == 1)
+    return virtual is not None and facts.value(_PIPELINE) == 1
 
 
 def _batch_step(facts: Facts) -> int:
@@ -53,18 +50,17 @@ def _batch_step(facts: Facts) -> int:
 
 def _batch_is_uneven(facts: Facts) -> bool:
     trainer = facts.config.trainer
-    return trainer.micro_batch_size < 1 or trainer.global_batch_size < 1 or trainer.global_batch_size % _batch_step(facts) != 0
+    return trainer.global_batch_size % _batch_step(facts) != 0
 
 
-# what cuts the model; nothing about samples and batches
+# rules for splitting the model, which do not depend on the samples and the batch
 CUT_RULES = (
-    *(_size(key) for key in _SIZES),
     _divides_heads("attention heads", lambda architecture: architecture.num_attention_heads),
     _divides_heads("KV heads", lambda architecture: architecture.num_query_groups),
     Rule(
         (_VIRTUAL, _PIPELINE),
         lambda facts: _has_sizes(facts) and _virtual_is_unusable(facts),
-        lambda facts: f"{_VIRTUAL}={facts.value(_VIRTUAL)}: must be >= 1 and needs pipeline_model_parallel_size > 1. Set it to null.",
+        lambda facts: f"{_VIRTUAL}={facts.value(_VIRTUAL)}: needs pipeline_model_parallel_size > 1. Set it to null.",
     ),
     Rule(
         (_PIPELINE, _VIRTUAL),
@@ -98,8 +94,8 @@ LAYOUT_RULES = (
         ("launch.num_nodes", "launch.nproc_per_node"),
         lambda facts: not _has_ranks(facts),
         lambda facts: (
-            f"launch.num_nodes={facts.config.launch.num_nodes}, launch.nproc_per_node={facts.config.launch.nproc_per_node}: both must be "
-            f">= 1; null processes are one a GPU."
+            f"launch.num_nodes={facts.config.launch.num_nodes}, launch.nproc_per_node={facts.config.launch.nproc_per_node}: these are "
+            f"{facts.world_size} ranks, and a job has between 1 and {MOST_RANKS}. nproc_per_node=null starts one process per GPU."
         ),
     ),
     *CUT_RULES,
@@ -129,7 +125,6 @@ LAYOUT_RULES = (
         lambda facts: _has_sizes(facts) and facts.parallel.overlap_param_gather and not facts.parallel.use_distributed_optimizer,
         lambda facts: "parallel.overlap_param_gather=true: needs use_distributed_optimizer=true. Set both, or neither.",
     ),
-    one_of("parallel.recompute_granularity", (None, "selective", "full"), way_out="choose null, selective or full."),
     Rule(
         _BATCH,
         lambda facts: _divides_ranks(facts) and _batch_is_uneven(facts),
@@ -157,6 +152,6 @@ LAYOUT_RULES = (
 
 
 def cut_problems(parallel: ParallelConfig, *, world_size: int, architecture: ModelArchitecture) -> list[str]:
-    """Return one sentence per problem of a layout with `world_size` ranks for this architecture. Does not check batch sizes."""
+    """Return one error message per problem of a layout of `world_size` ranks for this architecture. Does not check batch sizes."""
     facts = Facts(RunConfig(parallel=parallel), world_size, architecture)
     return [problem for rule in CUT_RULES for problem in rule.problems(facts)]

@@ -1,6 +1,6 @@
-"""Rules that reject invalid choices of precision or kernels, with error messages. They cover the limits of Transformer Engine's FP8 that
-depend only on the configuration and the model's sizes, so that a dry run on a laptop finds violations. model/te_support.py checks the
-limits that depend on the machine (GPU, cuDNN, versions).
+"""Rules for precision and kernels. They cover the limits of Transformer Engine's FP8 that depend only on the configuration and the sizes of
+the model, so that a dry run on a laptop finds violations. model/te_support.py checks the limits that depend on the machine (GPU, cuDNN,
+versions).
 
 Sources: megatron-core 0.16-0.19 (transformer_config.py, fp8_utils.py, transformer_block.py) and Transformer Engine 2.20
 (pytorch/utils.py: assert_dim_for_fp8_exec; is_quantizable of its block-scaled tensors; common/fused_attn: FP8 backend).
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from endprompt_megatron.config.rule import Facts, Rule, next_multiple, one_of
 
-# The dimensions of a matrix product must be multiples of these: 16 for FP8 tensor cores; 128 or 32 where one scale covers that many numbers
+# The dimensions of a matrix product must be multiples of these: 16 for FP8 tensor cores; 128 or 32 if one scale covers that many numbers
 FP8_MULTIPLES = {"fp8": 16, "fp8_attention": 16, "fp8_blockwise": 128, "mxfp8": 32}
 PRECISIONS = ("auto", "bf16", "fp32", *FP8_MULTIPLES)
 BACKENDS = ("auto", "te", "torch")
@@ -31,7 +31,7 @@ def _is_fp8(facts: Facts) -> bool:
 
 
 def _is_cut(facts: Facts) -> bool:
-    """Whether the precision is FP8 and all sizes that the FP8 rules divide by are at least 1."""
+    """Return whether the precision is FP8 and all sizes that the FP8 rules divide by are at least 1."""
     sizes = (facts.parallel.tensor_model_parallel_size, facts.parallel.context_parallel_size, facts.config.trainer.micro_batch_size)
     return _is_fp8(facts) and min(sizes) >= 1
 
@@ -107,7 +107,7 @@ def _bf16_layers_do_not_fit(facts: Facts) -> bool:
 
 
 def _attention_step(facts: Facts) -> int:
-    """Return the required multiple of the sample length. Context parallelism calls the kernel on halves of a rank's tokens (ring
+    """Return the number that must divide the sample length. With context parallelism, the kernel runs on halves of a rank's tokens (ring
     attention)."""
     context = facts.parallel.context_parallel_size
     return _FP8_ATTENTION_BLOCK * (2 * context if context > 1 else 1)
@@ -124,12 +124,14 @@ _RULES_OF_NAMES = (
     Rule(
         ("backend", "accelerator"),
         lambda facts: _is_known(facts) and facts.config.backend == "te" and facts.config.accelerator == "cpu",
-        lambda facts: "backend=te with accelerator=cpu: Transformer Engine has kernels for NVIDIA GPUs alone. Set backend=auto.",
+        lambda facts: "backend=te with accelerator=cpu: Transformer Engine has kernels for NVIDIA GPUs only. Set backend=auto.",
     ),
     Rule(
         ("backend", _NAME),
         lambda facts: facts.config.backend == "te" and facts.config.precision.name == "fp32",
-        lambda facts: "backend=te with precision.name=fp32: its attention kernels take 16 bits. Set precision=bf16, or backend=torch.",
+        lambda facts: (
+            "backend=te with precision.name=fp32: its attention kernels need 16-bit inputs. Set precision=bf16, or backend=torch."
+        ),
     ),
 )
 _RULES_OF_FP8 = (
@@ -185,8 +187,8 @@ _RULES_OF_FP8_ATTENTION = (
         (_NAME,),
         lambda facts: _is_fp8_attention(facts) and facts.architecture.head_dim != _FP8_ATTENTION_HEAD_DIM,
         lambda facts: (
-            f"precision.name=fp8_attention: the model's heads are {facts.architecture.head_dim} wide, and FP8 attention trains with "
-            f"{_FP8_ATTENTION_HEAD_DIM}. Set precision=fp8, whose attention is bf16."
+            f"precision.name=fp8_attention: the model's heads are {facts.architecture.head_dim} wide, and training with FP8 attention "
+            f"needs {_FP8_ATTENTION_HEAD_DIM}. Set precision=fp8, whose attention is bf16."
         ),
     ),
     Rule(
@@ -194,7 +196,7 @@ _RULES_OF_FP8_ATTENTION = (
         lambda facts: _is_fp8_attention(facts) and facts.config.data.seq_length % _attention_step(facts) != 0,
         lambda facts: (
             f"precision.name=fp8_attention: data.seq_length={facts.config.data.seq_length} must be a multiple of {_attention_step(facts)}: "
-            f"FP8 attention takes blocks of {_FP8_ATTENTION_BLOCK} tokens. Set "
+            f"FP8 attention processes blocks of {_FP8_ATTENTION_BLOCK} tokens. Set "
             f"data.seq_length={next_multiple(facts.config.data.seq_length, _attention_step(facts))}."
         ),
     ),
@@ -202,15 +204,15 @@ _RULES_OF_FP8_ATTENTION = (
         (_NAME, "parallel.recompute_granularity"),
         lambda facts: _is_fp8_attention(facts) and facts.parallel.recompute_granularity == "selective",
         lambda facts: (
-            "precision.name=fp8_attention with parallel.recompute_granularity=selective: attention that is computed twice would count "
-            "twice in the history that delayed scaling keeps. Set parallel.recompute_granularity to null or full."
+            "precision.name=fp8_attention with parallel.recompute_granularity=selective: recomputed attention would enter the history of "
+            "delayed scaling twice. Set parallel.recompute_granularity to null or full."
         ),
     ),
     Rule(
         (_NAME, "method.attention"),
         lambda facts: _is_fp8_attention(facts) and facts.method.attention == "s2",
         lambda facts: (
-            "precision.name=fp8_attention with method.attention=s2: half of the groups are padding, which FP8 attention was not made for. "
+            "precision.name=fp8_attention with method.attention=s2: half of the groups are padding, which FP8 attention does not support. "
             "Set precision=fp8."
         ),
     ),

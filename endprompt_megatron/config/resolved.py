@@ -1,5 +1,5 @@
-"""A run with nothing left open. RunConfig is what the YAML files say; ResolvedRun is what follows from it for one base model, one machine
-and one number of ranks. jobs/preflight.py makes it once, and jobs pass it on."""
+"""Complete configuration of a run. RunConfig contains the values of the YAML files. ResolvedRun also contains the values that follow from
+the base model, the machine and the number of ranks. jobs/preflight.py creates a ResolvedRun once, and the jobs use it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class ResolvedRun:
     """One run, checked against every rule of config/validation.py.
 
     Attributes:
-        config: a copy of the run's configuration with every derived value filled in: rope.factor, precision.name, the length and the steps
-            of methods that fix them. Nothing writes to it.
-        world_size: ranks of the job.
+        config: copy of the run's configuration with every derived value filled in: rope.factor, rope.ntk_dynamic_factor, precision.name,
+            and the length and number of steps of methods that fix them. The copy is never modified.
+        world_size: number of ranks of the job.
         accelerator: gpu | cpu.
         architecture: architecture of the base model.
-        base_rope: frequencies of the base model.
-        rope: frequencies that the run trains with.
+        base_rope: RoPE scaling of the base model.
+        rope: RoPE scaling that the run trains with.
     """
 
     config: RunConfig
@@ -35,28 +35,30 @@ class ResolvedRun:
 
     @property
     def factor(self) -> float:
-        """s that the run's configuration has or implies."""
+        """s, the factor by which the window grows."""
         assert self.config.rope.factor is not None  # fill_in has set it
         return self.config.rope.factor
 
     def with_precision(self, name: str) -> ResolvedRun:
-        """The same run in another precision: ranks time their own CPUs, and rank 0 decides."""
+        """Return the same run with another precision. For precision=auto, each rank times its own CPU, and all ranks use the precision of
+        rank 0."""
         return replace(self, config=with_precision(self.config, name))
 
 
 def with_precision(config: RunConfig, name: str) -> RunConfig:
-    """A copy of a configuration with another precision.name."""
+    """Return a copy of a configuration with another precision.name."""
     return replace(config, precision=replace(config.precision, name=name))
 
 
 def fill_in(config: RunConfig, *, window: int) -> tuple[RunConfig, list[str]]:
-    """Derive what follows from other values: rope.factor, rope.ntk_dynamic_factor, the length and the steps of methods that fix them.
+    """Fill in the values that follow from others: rope.factor, rope.ntk_dynamic_factor, and the length and number of steps of methods that
+    fix them.
 
     Args:
         config: configuration to complete; not modified.
-        window: positions that rope.factor counts from.
+        window: window that rope.factor multiplies, in positions.
     Returns:
-        (a copy with the derived values, a sentence for every setting that is given and not used)
+        (a copy with the derived values, a sentence for every setting that is given but not used)
     """
     rope, data, trainer, method, adapter = config.rope, config.data, config.trainer, config.method, config.adapter
     control, notes = config.control, []
@@ -87,7 +89,9 @@ def fill_in(config: RunConfig, *, window: int) -> tuple[RunConfig, list[str]]:
         notes.append("adapter.type=none: the other keys of adapter are not used; adapter=lora uses them")
     precision = config.precision
     if precision.name not in FP8_MULTIPLES and precision != PrecisionConfig(precision.name):
-        notes.append(f"precision.name={precision.name}: layers in bf16 at the start and the end are of FP8, and not used")
+        notes.append(
+            f"precision.name={precision.name}: num_layers_at_start_in_bf16 and num_layers_at_end_in_bf16 apply to FP8 and are not used"
+        )
     if method.attention == "full" and method.attention_groups != MethodConfig().attention_groups:
         notes.append(f"method.attention=full: method.attention_groups={method.attention_groups} is not used; s2 uses it")
     filled = replace(

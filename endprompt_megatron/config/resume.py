@@ -1,12 +1,12 @@
-"""Find the configuration changes with which a run cannot be resumed."""
+"""Find the changes of a configuration with which a run cannot be resumed."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-# A resumed run may change its length, its reporting intervals, its parallel layout, its kernels, its handling of faults and its probes, but
-# not what it trains.
+# A resumed run may change its number of steps, its intervals, its parallel layout, its kernels, its handling of bad steps and its probes.
+# All other settings must stay the same, because they determine what is trained.
 RESUMABLE_KEYS = (
     "dry_run",
     "control",
@@ -28,22 +28,22 @@ RESUMABLE_KEYS = (
     "data.num_workers",
     "data.verify",
     "probes",
-    "evaluation",  # what probes was called
+    "evaluation",  # former name of `probes`
     "export",
     "launch",
 )
-# Megatron's distributed and plain optimizers store different things
+# Megatron's distributed optimizer stores its state in another form than the plain optimizer
 FIXED_KEYS = ("parallel.use_distributed_optimizer",)
 
 
 def resume_differences(stored: dict[str, Any], current: dict[str, Any], defaults: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return the differences between two configurations that change what is trained.
+    """Return the differences between two configurations that change the training.
 
     Args:
         stored, current: results of RunConfig.to_dict().
-        defaults: RunConfig().to_dict(). A key that is missing in `stored` or `current` has its default value.
+        defaults: RunConfig().to_dict(). A key that is missing in `stored` has its default value.
     Returns:
-        (dotted key, stored value, current value) of each key that one run must keep.
+        (dotted key, stored value, current value) for each differing key that must not change within a run.
     """
     return _differences(stored, current, defaults, "")
 

@@ -1,8 +1,8 @@
-"""The form of a rule that a run's configuration must satisfy: which keys it reads, when it is broken, and the sentence that says so."""
+"""Rules that the configuration of a run must satisfy. A `Rule` contains the keys that it reads, a condition and an error message. `Facts`
+is the input of all rules."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +14,15 @@ from endprompt_megatron.rope.scaling import RopeScaling
 
 @dataclass(frozen=True)
 class Facts:
-    """The input of the rules.
+    """Input of the rules.
 
     Attributes:
         config: configuration of the run, with derived values filled in (config/resolved.py).
-        world_size: ranks of the job.
+        world_size: number of ranks of the job.
         architecture: architecture of the base model.
         schemes: names of the registered position schemes.
         prompt_lengths: b of each end prompt of the cue set, in tokens; None before the tokenizer is read.
-        base_rope: frequencies of the base model; None for unscaled ones.
+        base_rope: RoPE scaling of the base model; None means that the base is not scaled.
     """
 
     config: RunConfig
@@ -34,27 +34,28 @@ class Facts:
 
     @property
     def parallel(self) -> ParallelConfig:
-        """The layout."""
+        """Parallel layout."""
         return self.config.parallel
 
     @property
     def rope(self) -> RopeConfig:
-        """The RoPE settings."""
+        """RoPE settings."""
         return self.config.rope
 
     @property
     def method(self) -> MethodConfig:
-        """The method settings: positions of tokens and weights of the loss."""
+        """Settings of the method: positions of tokens and weights of the loss."""
         return self.config.method
 
     @property
     def probes(self) -> ProbesConfig:
-        """The settings of the probes, the measurements that a run makes before and after training."""
+        """Settings of the probes, which are the measurements before and after training."""
         return self.config.probes
 
     @property
     def window(self) -> int:
-        """Positions that rope.factor counts from: the base's window, or the one before its own scaling where that is replaced."""
+        """Window that rope.factor multiplies, in positions: the base's window, or with rope.existing_scaling=replace the window before the
+        base's own scaling."""
         native = self.architecture.max_position_embeddings
         if self.base_rope is not None and self.config.rope.existing_scaling == "replace":
             return self.base_rope.unscaled_window(native)
@@ -62,18 +63,18 @@ class Facts:
 
     @property
     def factor(self) -> float:
-        """s: rope.factor, which resolving has filled in."""
+        """s: rope.factor, filled in by `fill_in`."""
         assert self.config.rope.factor is not None
         return self.config.rope.factor
 
     @property
     def base_scaling(self) -> RopeScaling:
-        """The scaling that the base has already, for rules that know there is one."""
+        """RoPE scaling of the base, for rules that have checked that it exists."""
         assert self.base_rope is not None
         return self.base_rope
 
     def value(self, key: str) -> Any:
-        """The value of a dotted key, e.g. trainer.max_steps."""
+        """Return the value of a dotted key, e.g. trainer.max_steps."""
         found: Any = self.config
         for name in key.split("."):
             found = getattr(found, name)
@@ -85,9 +86,9 @@ class Rule:
     """One rule.
 
     Attributes:
-        keys: dotted keys that it reads.
-        broken: whether the facts break it.
-        message: the value, the rule and the way out, in a sentence; a list where several values break it.
+        keys: dotted keys that the rule reads.
+        broken: returns whether the facts break the rule.
+        message: returns an error message with the value, the rule and a fix; a list of messages if several values break the rule.
     """
 
     keys: tuple[str, ...]
@@ -95,7 +96,7 @@ class Rule:
     message: Callable[[Facts], str | list[str]]
 
     def problems(self, facts: Facts) -> list[str]:
-        """Return the error messages; empty if the facts comply with the rule."""
+        """Return the error messages; an empty list if the facts satisfy the rule."""
         if not self.broken(facts):
             return []
         found = self.message(facts)
@@ -103,32 +104,19 @@ class Rule:
 
 
 def one_of(key: str, choices: Iterable[str | None], *, way_out: str | None = None) -> Rule:
-    """The value is one of a list."""
+    """Return the rule that the value of `key` must be one of `choices`.
+
+    Args:
+        key: dotted key.
+        choices: allowed values; None stands for null.
+        way_out: end of the error message; None lists the choices.
+    """
     allowed = tuple(choices)
     words = [choice or "null" for choice in allowed]
     listed = way_out or f"choose {', '.join(words[:-1])} or {words[-1]}."
     return Rule((key,), lambda facts: facts.value(key) not in allowed, lambda facts: f"{key}={facts.value(key)}: {listed}")
 
 
-def at_least(key: str, least: float, *, more: str = "", when: Callable[[Facts], bool] = lambda facts: True) -> Rule:
-    """The value is a number of at least `least`; NaN is none.
-
-    Args:
-        more: said after the rule, with what separates it, e.g. " The default is 5.".
-        when: where the rule counts.
-    """
-    return Rule(
-        (key,),
-        lambda facts: when(facts) and not facts.value(key) >= least,
-        lambda facts: f"{key}={facts.value(key)}: must be >= {least:g}{more or '.'}",
-    )
-
-
-def finite(number: float) -> bool:
-    """Whether a number is neither infinite nor NaN."""
-    return math.isfinite(number)
-
-
 def next_multiple(number: int, of: int) -> int:
-    """The smallest multiple of `of` that is not below `number`."""
+    """Return the smallest multiple of `of` that is at least `number`."""
     return -(-number // of) * of

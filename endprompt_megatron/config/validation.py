@@ -1,4 +1,5 @@
-"""The rules of a run's configuration: one table, checked at once. Each rule names the keys that it reads and says what would be right."""
+"""Check the configuration of a run against the ranges in the schema and against RULES, the table of all other rules. The check reports all
+broken rules at once. Each rule lists the keys that it reads, and its message states a valid value."""
 
 from __future__ import annotations
 
@@ -7,19 +8,23 @@ import math
 from endprompt_megatron.config.layout_rules import LAYOUT_RULES
 from endprompt_megatron.config.precision import PRECISION_RULES
 from endprompt_megatron.config.probe_rules import PROBE_RULES
-from endprompt_megatron.config.rule import Facts, Rule, at_least, finite, next_multiple, one_of
+from endprompt_megatron.config.ranges import range_problems
+from endprompt_megatron.config.rule import Facts, Rule, next_multiple, one_of
 
 _ROPE_TYPES = ("none", "pi", "ntk", "abf", "yarn", "llama3")
 _ADAPTER_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def find_problems(facts: Facts) -> list[str]:
-    """Every broken rule, one sentence each: the value, the rule, the way out."""
-    return [problem for rule in RULES for problem in rule.problems(facts)]
+    """Return one message per broken rule, with the value, the rule and a fix. A rule of RULES is skipped if the value of one of its keys is
+    outside its range."""
+    outside = range_problems(facts.config)
+    readable = (rule for rule in RULES if outside.keys().isdisjoint(rule.keys))
+    return [words for found in outside.values() for words in found] + [words for rule in readable for words in rule.problems(facts)]
 
 
 def is_split(text: str) -> bool:
-    """Whether a text is the shares train,validation,test with a share for training."""
+    """Return whether a text has the form train,validation,test, with three shares >= 0 and a training share > 0."""
     try:
         shares = [float(part) for part in text.split(",")]
     except ValueError:
@@ -42,7 +47,7 @@ def _choose_existing_scaling(facts: Facts) -> str:
     factor = facts.rope.target_context_length / native
     multiply = f"; rope.existing_scaling=multiply rope.factor={factor:g} keeps it and stretches its window of {native} further."
     return (
-        f"rope.existing_scaling=null: the base's config.json stretches its window already (type {facts.base_scaling.type}, factor "
+        f"rope.existing_scaling=null: the base's config.json already scales RoPE (type {facts.base_scaling.type}, factor "
         f"{facts.base_scaling.factor:g}). Choose: {_replace(facts)}" + (multiply if facts.base_scaling.type == "pi" else ".")
     )
 
@@ -61,7 +66,7 @@ _EXISTING_SCALING_RULES = (
         lambda facts: facts.value(_EXISTING) == "multiply" and _is_scaled(facts) and {facts.base_scaling.type, facts.rope.type} != {"pi"},
         lambda facts: (
             f"{_EXISTING}=multiply with rope.type={facts.rope.type} on a base of type {facts.base_scaling.type}: only linear scaling "
-            f"can be multiplied, by rope.type=pi, because no rope_type of config.json means two others. {_replace(facts)}."
+            f"can be multiplied, by rope.type=pi, because config.json has no rope_type for a combination of two types. {_replace(facts)}."
         ),
     ),
 )
@@ -90,18 +95,23 @@ _WINDOW_RULES = (
     Rule(
         ("rope.theta", "rope.type"),
         lambda facts: facts.rope.type != "abf" and facts.rope.theta is not None,
-        lambda facts: f"rope.theta={facts.rope.theta} with rope.type={facts.rope.type}: for abf alone. Set rope=abf, or rope.theta=null.",
+        lambda facts: (
+            f"rope.theta={facts.rope.theta} with rope.type={facts.rope.type}: applies to abf only. Set rope=abf, or rope.theta=null."
+        ),
     ),
     Rule(
         ("rope.ntk_dynamic_factor", "rope.type"),
         lambda facts: facts.rope.ntk_dynamic_factor is not None and (facts.rope.type != "ntk" or not facts.rope.ntk_dynamic_factor >= 1),
-        lambda facts: f"rope.ntk_dynamic_factor={facts.rope.ntk_dynamic_factor} with rope.type={facts.rope.type}: for ntk alone, and >= 1.",
+        lambda facts: (
+            f"rope.ntk_dynamic_factor={facts.rope.ntk_dynamic_factor} with rope.type={facts.rope.type}: applies to ntk only, and must be "
+            f">= 1."
+        ),
     ),
     Rule(
         ("rope.beta_slow", "rope.beta_fast"),
         lambda facts: not 0 < facts.rope.beta_slow < facts.rope.beta_fast,
         lambda facts: (
-            f"rope.beta_slow={facts.rope.beta_slow}, rope.beta_fast={facts.rope.beta_fast}: 0 < slow < fast is needed (published: 1, 32)."
+            f"rope.beta_slow={facts.rope.beta_slow}, rope.beta_fast={facts.rope.beta_fast}: 0 < slow < fast must hold (published: 1, 32)."
         ),
     ),
     Rule(
@@ -109,20 +119,15 @@ _WINDOW_RULES = (
         lambda facts: not 0 < facts.rope.low_freq_factor < facts.rope.high_freq_factor,
         lambda facts: (
             f"rope.low_freq_factor={facts.rope.low_freq_factor}, rope.high_freq_factor={facts.rope.high_freq_factor}: "
-            f"0 < low < high is needed. Published: 1 and 4."
+            f"0 < low < high must hold (published: 1, 4)."
         ),
     ),
     Rule(
-        ("rope.factor",),
-        lambda facts: not finite(facts.factor),
-        lambda facts: f"rope.factor={facts.rope.factor}: must be a finite number.",
-    ),
-    Rule(
         ("rope.original_context_length",),
-        lambda facts: (facts.rope.original_context_length or facts.window) != facts.window,
+        lambda facts: facts.rope.original_context_length not in (None, facts.window),
         lambda facts: (
             f"rope.original_context_length={facts.rope.original_context_length}: the base's window is {facts.window}. Leave it null "
-            f"to take the base's own."
+            f"to use the base's window."
         ),
     ),
     Rule(
@@ -156,20 +161,31 @@ _WINDOW_RULES = (
             f"data.seq_length={min(facts.window, facts.rope.target_context_length)} or less."
         ),
     ),
-    Rule(
-        ("data.seq_length",),
-        lambda facts: facts.config.data.seq_length < 2,
-        lambda facts: f"data.seq_length={facts.config.data.seq_length}: a sample needs at least 2 tokens.",
-    ),
 )
 
 
 def _longest_prompt(facts: Facts) -> int:
-    """b of the longest end prompt; 0 where that is not known."""
+    """Return b of the longest end prompt, or 0 if it is not known."""
     return max(facts.prompt_lengths or [facts.method.end_prompt_length or 0])
 
 
+def _most_chunks(facts: Facts) -> int | None:
+    """Return the largest possible method.num_chunks, which is the number of tokens that are divided. Return None if the scheme divides
+    nothing or the length is not known."""
+    lengths = {"pose": facts.config.data.seq_length, "endprompt_pose": _longest_prompt(facts)}
+    return lengths.get(facts.method.position_scheme) or None
+
+
 PROMPT_RULES = (
+    Rule(
+        ("method.num_chunks", "method.position_scheme", "method.end_prompt_length", "method.end_prompts", "data.seq_length"),
+        lambda facts: facts.method.num_chunks > (_most_chunks(facts) or facts.method.num_chunks),
+        lambda facts: (
+            f"method.num_chunks={facts.method.num_chunks}: {facts.method.position_scheme} divides "
+            f"{'a sample' if facts.method.position_scheme == 'pose' else 'an end prompt'} of {_most_chunks(facts)} tokens. Set "
+            f"method.num_chunks={min(2, _most_chunks(facts) or 1)}."
+        ),
+    ),
     Rule(
         ("data.seq_length", "method.end_prompt_length", "method.end_prompts"),
         lambda facts: _longest_prompt(facts) > 0 and facts.config.data.seq_length - _longest_prompt(facts) < 1,
@@ -191,16 +207,9 @@ _METHOD_RULES = (
     ),
     Rule(
         ("method.end_prompts",),
-        lambda facts: not facts.method.end_prompts or any(not text for text in facts.method.end_prompts),
-        lambda facts: f"method.end_prompts={facts.method.end_prompts}: needs at least one text, and none may be empty.",
+        lambda facts: not facts.method.end_prompts,
+        lambda facts: "method.end_prompts=[]: needs at least one text.",
     ),
-    at_least("method.end_prompt_loss_weight", 0, more=". The default is 0.1."),
-    Rule(
-        ("method.end_prompt_length",),
-        lambda facts: facts.method.end_prompt_length is not None and facts.method.end_prompt_length < 1,
-        lambda facts: f"method.end_prompt_length={facts.method.end_prompt_length}: must be >= 1, or null for the tokenizer's length.",
-    ),
-    at_least("method.num_chunks", 1, more=". The default is 2."),
     *PROMPT_RULES,
 )
 
@@ -211,7 +220,6 @@ def _is_s2(facts: Facts) -> bool:
 
 _ATTENTION_RULES = (
     one_of("method.attention", ("full", "s2")),
-    at_least("method.attention_groups", 1, more=". LongLoRA's is 4.", when=_is_s2),
     Rule(
         ("method.attention_groups", "data.seq_length"),
         lambda facts: (
@@ -245,15 +253,17 @@ def _names_modules(facts: Facts) -> bool:
 
 _ADAPTER_RULES = (
     one_of("adapter.type", ("none", "lora")),
-    at_least("adapter.rank", 1, more=". LongLoRA's is 8.", when=_is_lora),
     Rule(
-        ("adapter.alpha",),
-        lambda facts: _is_lora(facts) and not 0 < facts.config.adapter.alpha < math.inf,
-        lambda facts: f"adapter.alpha={facts.config.adapter.alpha}: must be a finite number > 0. LongLoRA's is 16.",
+        ("adapter.rank",),
+        lambda facts: _is_lora(facts) and facts.config.adapter.rank > facts.architecture.hidden_size,
+        lambda facts: (
+            f"adapter.rank={facts.config.adapter.rank}: must be at most the model's hidden size of {facts.architecture.hidden_size}. "
+            f"LongLoRA uses 8."
+        ),
     ),
     Rule(
         ("adapter.target_modules",),
-        lambda facts: _is_lora(facts) and not _names_modules(facts),
+        lambda facts: not _names_modules(facts),
         lambda facts: (
             f"adapter.target_modules={list(facts.config.adapter.target_modules)}: name at least one of {', '.join(_ADAPTER_MODULES)}, "
             f"each once."
@@ -262,53 +272,37 @@ _ADAPTER_RULES = (
 )
 
 
-def _weights(key: str) -> Rule:
-    dotted = f"data.{key}"
-    return Rule(
-        (dotted,),
-        lambda facts: any(not source.weight > 0 for source in facts.value(dotted)),
-        lambda facts: [
-            f"{dotted}: weight={source.weight:g} of {source.path} must be > 0. Drop a corpus rather than weigh it 0."
-            for source in facts.value(dotted)
-            if not source.weight > 0
-        ],
-    )
-
-
 _DATA_RULES = (
-    at_least("data.num_workers", 0),
     Rule(
         ("data.train",),
         lambda facts: not facts.config.data.train,
         lambda facts: "data.train is empty: name at least one corpus, e.g. data.train='[{path: my_texts.jsonl}]'.",
     ),
-    _weights("train"),
-    _weights("validation"),
     Rule(
-        ("data.split", "data.validation"),
-        lambda facts: not facts.config.data.validation and not is_split(facts.config.data.split),
+        ("data.split",),
+        lambda facts: not is_split(facts.config.data.split),
         lambda facts: f"data.split={facts.config.data.split}: needs three shares train,validation,test, e.g. 98,2,0.",
     ),
 )
 
 _TRAINER_RULES = (
-    at_least("trainer.max_steps", 1, when=lambda facts: facts.method.trained),
-    at_least("trainer.max_steps", 0, when=lambda facts: not facts.method.trained),
-    at_least("trainer.log_interval", 1),
-    *(at_least(f"trainer.{name}", 0) for name in ("eval_interval", "eval_batches", "save_interval", "keep_last", "max_bad_steps")),
+    Rule(
+        ("trainer.max_steps", "method.trained"),
+        lambda facts: facts.method.trained and facts.config.trainer.max_steps < 1,
+        lambda facts: f"trainer.max_steps={facts.config.trainer.max_steps}: must be >= 1. To train nothing, set method=untrained_pi.",
+    ),
     Rule(
         ("trainer.grad_spike_factor",),
-        lambda facts: not (facts.config.trainer.grad_spike_factor == 0 or 1 < facts.config.trainer.grad_spike_factor < math.inf),
+        lambda facts: 0 < facts.config.trainer.grad_spike_factor <= 1,
         lambda facts: (
-            f"trainer.grad_spike_factor={facts.config.trainer.grad_spike_factor}: must be greater than 1, or 0 to look for no spikes."
+            f"trainer.grad_spike_factor={facts.config.trainer.grad_spike_factor}: must be greater than 1, or 0 to switch the check off."
         ),
     ),
     one_of("trainer.bad_step", ("stop", "skip")),
-    *(at_least(f"optim.{name}", 0) for name in ("warmup_steps", "clip_grad", "weight_decay")),
     Rule(
         ("optim.lr", "optim.min_lr"),
-        lambda facts: not (facts.config.optim.lr > 0 and 0 <= facts.config.optim.min_lr <= facts.config.optim.lr < math.inf),
-        lambda facts: f"optim.lr={facts.config.optim.lr}, optim.min_lr={facts.config.optim.min_lr}: needs 0 <= min_lr <= lr and lr > 0.",
+        lambda facts: facts.config.optim.min_lr > facts.config.optim.lr,
+        lambda facts: f"optim.min_lr={facts.config.optim.min_lr}: must be at most optim.lr={facts.config.optim.lr}.",
     ),
     one_of("optim.lr_schedule", ("constant", "cosine", "linear"), way_out="choose constant, cosine or linear."),
     Rule(
@@ -325,23 +319,7 @@ _TRAINER_RULES = (
     ),
 )
 
-_RUN_RULES = (
-    one_of("accelerator", ("auto", "gpu", "cpu")),
-    at_least("seed", 0),
-    one_of("model.source", (None, "smollm2_135m", "tiny_random"), way_out="choose smollm2_135m, tiny_random or null."),
-    Rule(
-        ("launch.hang_timeout_minutes",),
-        lambda facts: not 0 <= facts.config.launch.hang_timeout_minutes <= 100_000,
-        lambda facts: (
-            f"launch.hang_timeout_minutes={facts.config.launch.hang_timeout_minutes}: must be between 0 and 100000; 0 waits for ever."
-        ),
-    ),
-    Rule(
-        ("export.max_shard_gib",),
-        lambda facts: not facts.config.export.max_shard_gib > 0,
-        lambda facts: f"export.max_shard_gib={facts.config.export.max_shard_gib}: must be > 0. The default is 4.5.",
-    ),
-)
+_RUN_RULES = (one_of("model.source", (None, "smollm2_135m", "tiny_random"), way_out="choose smollm2_135m, tiny_random or null."),)
 
 RULES = (
     *_EXISTING_SCALING_RULES,

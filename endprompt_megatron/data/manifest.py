@@ -1,5 +1,6 @@
-"""Manifest of an indexed dataset: a JSON file beside `.bin` and `.idx` that records source, tokenizer and the files' SHA-256. Training on a
-damaged dataset, or on one of another tokenizer, raises no error but is useless, so the manifest is checked before every use."""
+"""The manifest of an indexed dataset, a JSON file beside the `.bin` and `.idx` files. The manifest records the source, the tokenizer and
+the SHA-256 of both files. It is checked before every use, because training on a damaged dataset or with another tokenizer raises no error
+but is useless."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from endprompt_megatron.log import get_logger
 from endprompt_megatron.output_files import final_name, temporary_name
 
 MANIFEST_VERSION = 2
-_WITHOUT_DIGESTS = 1  # version of manifests that record sizes only
+_WITHOUT_DIGESTS = 1  # version of manifests that record only sizes
 Check = Literal["changed", "all", "sizes"]
 _FILES = ("bin", "idx")
 _ENDINGS = {"bin": "bin", "idx": "idx", "manifest": "manifest.json"}
@@ -35,21 +36,21 @@ class Manifest:
     """Source and contents of an indexed dataset.
 
     Attributes:
-        source: source as configured: paths, or the name of the hub dataset.
+        source: paths, or name of the hub dataset, as configured.
         source_files: SHA-256 of each local file, in reading order; empty for a hub dataset.
-        config_name, split, text_key: the part of the source that was read.
-        tokenizer_hash: from `checkpoint.hf.tokenizer.hash_tokenizer`.
+        config_name, split, text_key: configuration, split and text column of the source.
+        tokenizer_hash: hash of the tokenizer from `checkpoint.hf.tokenizer.hash_tokenizer`.
         vocab_size: size of the tokenizer's vocabulary.
-        eos_token_id: the end-of-text id; None if the tokenizer has none.
+        eos_token_id: id of the end-of-text token; None if the tokenizer has no such token.
         append_eod: whether each document ends with `eos_token_id`.
-        num_documents, num_tokens: counts of the .bin file, end-of-text tokens included.
-        num_empty_documents: documents without text, which were skipped.
-        num_replaced_characters: lone surrogates that were replaced by U+FFFD.
+        num_documents, num_tokens: numbers of documents and tokens in the .bin file, including end-of-text tokens.
+        num_empty_documents: number of documents without text, which were skipped.
+        num_replaced_characters: number of lone surrogates that were replaced by U+FFFD.
         dtype: numpy dtype of the ids on disk.
         bin_bytes, idx_bytes: sizes of the two files.
-        bin_sha256, idx_sha256: SHA-256 (hex) of the two files; empty in version 1.
-        bin_mtime_ns, idx_mtime_ns: when the files were last changed, as of the last time they were compared with their SHA-256; 0 in
-            version 1. Nanoseconds since 1970.
+        bin_sha256, idx_sha256: SHA-256 (hex) of the two files; empty in manifest version 1.
+        bin_mtime_ns, idx_mtime_ns: modification times of the two files when they were last compared with their SHA-256, in nanoseconds
+            since 1970; 0 in manifest version 1.
         versions: versions of the libraries that wrote the dataset.
         manifest_version: version of the manifest format.
     """
@@ -78,7 +79,8 @@ class Manifest:
     idx_mtime_ns: int = 0
 
     def identity(self) -> str:
-        """SHA-256 (hex) of the manifest: equal for datasets made from the same text with the same tokenizer and settings."""
+        """Return the SHA-256 (hex) of the fields that describe the contents. The result is equal for datasets made from the same text with
+        the same tokenizer and settings."""
         left_out = ("versions", "source", "num_replaced_characters", "manifest_version", *_file_fields("sha256"), *_file_fields("mtime_ns"))
         described = {key: value for key, value in asdict(self).items() if key not in left_out}
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
@@ -91,12 +93,12 @@ def dataset_paths(prefix: Path) -> dict[str, Path]:
 
 
 def delete_hint(prefix: Path) -> str:
-    """Return the sentence that ends every error about damage."""
+    """Return the sentence at the end of every error message about a damaged dataset."""
     return f"Delete {prefix}.bin, .idx and .manifest.json; the same command creates them again."
 
 
 def has_manifest(prefix: Path) -> bool:
-    """Whether a complete indexed dataset exists under this prefix; the manifest is renamed last."""
+    """Return whether a complete indexed dataset exists under this prefix. Only the manifest is checked, because it is renamed last."""
     return dataset_paths(prefix)["manifest"].is_file()
 
 
@@ -104,7 +106,7 @@ def load_manifest(prefix: Path) -> Manifest:
     """Read the manifest of an indexed dataset.
 
     Raises:
-        DataError: it is missing or unreadable, is not a manifest, contradicts itself, or has another format version.
+        DataError: the file is missing or unreadable, is not a manifest, contradicts itself, or has another format version.
     """
     path = dataset_paths(prefix)["manifest"]
     if not path.exists():
@@ -124,17 +126,17 @@ def load_manifest(prefix: Path) -> Manifest:
 
 
 def check_manifest(prefix: Path, *, tokenizer_hash: str, check: Check = "changed", record: bool = True) -> Manifest:
-    """Check that the indexed dataset exists, is whole and was made with this tokenizer.
+    """Check that the indexed dataset exists, is complete and was made with this tokenizer.
 
-    The sizes of both files are always compared. A manifest of version 1 has no SHA-256: its files are compared with its counts instead, and
-    their SHA-256 is recorded.
+    The sizes of both files are always compared. A manifest of version 1 has no SHA-256. In this case, the counts in the .idx file are
+    compared with the manifest instead, and the SHA-256 of both files are recorded.
 
     Args:
         prefix: path without suffix.
         tokenizer_hash: hash of the tokenizer, from `checkpoint.hf.tokenizer.hash_tokenizer`.
-        check: which files to read whole and to compare with their SHA-256: "changed", those whose time of change differs from the recorded
-            one; "all"; or "sizes", none.
-        record: write the new time of change, or the new SHA-256, to the manifest if that is possible.
+        check: files to compare with their SHA-256. "changed" compares the files whose modification time differs from the recorded one,
+            "all" compares both files, and "sizes" compares no file.
+        record: write new modification times and SHA-256 to the manifest if the manifest is writable.
     Returns:
         The manifest.
     Raises:
@@ -163,11 +165,11 @@ def check_manifest(prefix: Path, *, tokenizer_hash: str, check: Check = "changed
 
 
 def record_files(prefix: Path, described: dict[str, Any]) -> Manifest:
-    """Write the manifest of a new dataset beside its .bin and .idx files. All three are on the disk when it returns.
+    """Write the manifest of a new dataset beside its .bin and .idx files, and fsync all three files.
 
     Args:
         prefix: path without suffix.
-        described: the fields of the manifest that do not describe the two files.
+        described: fields of the manifest other than the sizes, modification times and SHA-256 of the two files.
     Raises:
         OSError: the manifest cannot be written.
     """
@@ -180,8 +182,8 @@ def record_files(prefix: Path, described: dict[str, Any]) -> Manifest:
 
 
 def rename_dataset(temporary: Path, prefix: Path) -> None:
-    """Rename the complete files of `temporary` to those of `prefix`, the manifest last. Another process may do the same at the same time:
-    a file that is already renamed is left alone.
+    """Rename the complete files of `temporary` to those of `prefix`, with the manifest last. Another process may do the same at the same
+    time, so files that are already renamed are skipped.
 
     Raises:
         OSError: a file cannot be renamed, or exists under neither name.
@@ -197,9 +199,9 @@ def rename_dataset(temporary: Path, prefix: Path) -> None:
 def complete_interrupted(directory: Path) -> None:
     """Complete the datasets whose writer was killed between its renames.
 
-    A temporary manifest is written after its .bin and .idx files are complete. If the files that are not yet renamed and those that are
-    have the sizes and SHA-256 of the temporary manifest, the remaining ones are renamed. Whether the writer still runs does not matter: it
-    would do the same. A file of another content is left alone.
+    A temporary manifest is written only after its .bin and .idx files are complete. If both files, under their temporary or final names,
+    have the sizes and SHA-256 of the temporary manifest, the remaining files are renamed. The writer may still be running, because it would
+    rename the same files. Files with other contents are not changed.
     """
     ending = "." + _ENDINGS["manifest"]
     for found in directory.glob(f".*.tmp{glob.escape(ending)}"):
@@ -213,13 +215,13 @@ def complete_interrupted(directory: Path) -> None:
         except (DataError, OSError):
             continue
         if whole:
-            with suppress(OSError):  # the directory cannot be written; prepare_dataset raises
+            with suppress(OSError):  # if the directory is not writable, prepare_dataset raises the error
                 rename_dataset(temporary, prefix)
                 get_logger().info(f"{prefix}: completed a dataset whose preparation was interrupted after its last token")
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 (hex) of a file."""
+    """Return the SHA-256 (hex) of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -239,14 +241,15 @@ def _facts(prefix: Path) -> dict[str, Any]:
 
 
 def _is_whole(temporary: Path, prefix: Path, manifest: Manifest, kind: str) -> bool:
-    """Whether the file is complete, under its final name if that exists, else under its temporary one."""
+    """Return whether a file has the size and SHA-256 in the manifest. The file is read under its final name if that exists, else under its
+    temporary name."""
     path = dataset_paths(prefix)[kind]
     path = path if path.exists() else dataset_paths(temporary)[kind]
     return path.stat().st_size == getattr(manifest, f"{kind}_bytes") and sha256_of(path) == getattr(manifest, f"{kind}_sha256")
 
 
 def _compared(prefix: Path, manifest: Manifest, check: Check) -> Manifest:
-    """Compare files with their SHA-256; return the manifest with the files' present times of change."""
+    """Compare the files with their SHA-256, and return the manifest with their current modification times."""
     times: dict[str, Any] = {}
     for kind in _FILES:
         path = dataset_paths(prefix)[kind]
@@ -259,13 +262,13 @@ def _compared(prefix: Path, manifest: Manifest, check: Check) -> Manifest:
                 f"{path} is damaged or was changed: its SHA-256 is {found[:12]}..., the manifest has {expected[:12]}.... "
                 f"{delete_hint(prefix)}"
             )
-        get_logger().info(f"{path}: read whole, its SHA-256 is the recorded one")
+        get_logger().info(f"{path}: the SHA-256 matches the manifest")
         times[f"{kind}_mtime_ns"] = mtime_ns
     return replace(manifest, **times)
 
 
 def _with_digests(prefix: Path, manifest: Manifest) -> Manifest:
-    """Return a manifest of version 1 as one of today, if the .idx file has its counts."""
+    """Convert a manifest of version 1 to the current version, after a check that the .idx file has the counts of the manifest."""
     try:
         indexed = IndexedDataset(str(prefix))
         found = (len(indexed.document_indices) - 1, int(indexed.sequence_lengths.sum()))
@@ -277,7 +280,7 @@ def _with_digests(prefix: Path, manifest: Manifest) -> Manifest:
     if found != (manifest.num_documents, manifest.num_tokens) or not same:
         raise DataError(
             f"{prefix}.idx is damaged: it has {found[0]} documents with {found[1]} tokens, the manifest {manifest.num_documents} with "
-            f"{manifest.num_tokens}, or their places are not consecutive. {delete_hint(prefix)}"
+            f"{manifest.num_tokens}, or the documents are not consecutive. {delete_hint(prefix)}"
         )
     get_logger().warning(
         f"{prefix} was prepared by an earlier release, which recorded no SHA-256. Sizes and counts are right; the SHA-256 of the files as "
@@ -306,7 +309,7 @@ def _write(path: Path, manifest: Manifest) -> None:
 
 
 def _contradiction(manifest: Manifest) -> str | None:
-    """Return what is impossible in a manifest; None for one that `record_files` could have written."""
+    """Return a description of an invalid field, or None if `record_files` could have written this manifest."""
     for name, hint in _field_types().items():
         value = getattr(manifest, name)
         if not _fits(value, hint):
@@ -328,7 +331,7 @@ def _field_types() -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of JSON has the type of a field."""
+    """Return whether a JSON value has the type of a field."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
         return any(_fits(value, argument) for argument in arguments)

@@ -1,11 +1,12 @@
-"""Tokenise text into Megatron's indexed format (`.bin`, `.idx`) with a manifest. text_files reads local files, `datasets` reads hub
-datasets."""
+"""Tokenise text into Megatron's indexed format (`.bin` and `.idx`) with a manifest. text_files.py reads local files, and the package
+`datasets` reads hub datasets."""
 
 from __future__ import annotations
 
 import glob
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib import metadata
 from itertools import chain, islice
 from pathlib import Path
@@ -32,7 +33,7 @@ from endprompt_megatron.errors import DataError
 from endprompt_megatron.log import Progress, get_logger
 from endprompt_megatron.output_files import sweep_leftovers, temporary_name
 
-BATCH_DOCUMENTS = 64  # documents per tokenizer call: enough for the tokenizer's threads, yet little memory even for books
+BATCH_DOCUMENTS = 64  # documents per tokenizer call; enough for all threads of the tokenizer, and little memory even for books
 
 
 def prepare_dataset(
@@ -47,26 +48,26 @@ def prepare_dataset(
     config_name: str | None = None,
     check: Check = "changed",
 ) -> Manifest:
-    """Tokenise `source` into `<output_prefix>.bin`, `.idx` and `.manifest.json`, or reuse them if they exist.
+    """Tokenise `source` into `<output_prefix>.bin`, `.idx` and `.manifest.json`, or reuse these files if they exist.
 
-    Each row is a document; a .txt file is one document. No special tokens are added except the end of text.
+    Each row is one document, and each .txt file is one document. No special tokens are added except the end-of-text token.
 
     Args:
         source: a .jsonl, .json, .parquet or .txt file (plain, .gz or .zst), a folder or glob of them, or a list of any of these; or the
             name of a hub dataset.
         tokenizer: a transformers tokenizer.
         tokenizer_hash: hash of the tokenizer, from `checkpoint.hf.tokenizer.hash_tokenizer`.
-        output_prefix: path without suffix.
+        output_prefix: path of the output without suffix.
         text_key: name of the text column.
         append_eod: append the tokenizer's eos token to each document.
         split: split of a hub dataset.
         config_name: configuration of a hub dataset that has several.
-        check: which files of an existing output to read whole, see `check_manifest`.
+        check: files of an existing output to compare with their SHA-256; see `check_manifest`.
     Returns:
-        The manifest, also written to disk.
+        The manifest, which is also written to disk.
     Raises:
         DataError: the source is missing, unreadable or without text, the column or the eos token is missing, the output cannot be written,
-            or it exists and is damaged or was made from another source.
+            or an existing output is damaged or was made from another source.
     """
     files = local_files(source)
     if append_eod and tokenizer.eos_token_id is None:
@@ -96,7 +97,7 @@ def prepare_dataset(
             raise DataError(f"{_named(source)}: no text in column '{text_key}' ({counts['num_empty_documents']} empty rows).")
         versions = {name: metadata.version(name) for name in ("datasets", "megatron-core", "tokenizers", "transformers")}
         manifest = record_files(temporary, {**inputs, **counts, "versions": versions})
-        if has_manifest(output_prefix):  # another process was first
+        if has_manifest(output_prefix):  # another process has written the dataset
             return _reuse(output_prefix, inputs, check)
         rename_dataset(temporary, output_prefix)
     except OSError as error:
@@ -106,7 +107,8 @@ def prepare_dataset(
         ) from error
     finally:
         for path in temporary.parent.glob(f"{glob.escape(temporary.name)}.*"):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # if the disk became read-only, the original error is raised
+                path.unlink(missing_ok=True)
     replaced = manifest.num_replaced_characters
     note = f" ({replaced} lone surrogate{'' if replaced == 1 else 's'} replaced by U+FFFD)" if replaced else ""
     get_logger().info(f"wrote {output_prefix}: {manifest.num_documents} documents, {manifest.num_tokens} tokens{note}")
@@ -114,7 +116,8 @@ def prepare_dataset(
 
 
 def _tokenise(batches: Iterator[list[str | None]], tokenizer: Any, prefix: Path, *, name: str, append_eod: bool) -> dict[str, Any]:
-    """Write the .bin and .idx files of `prefix`; return the manifest's counts and dtype. Writes no .idx file if there is no text."""
+    """Write the .bin and .idx files of `prefix`, and return the counts and dtype for the manifest. Without any text, no .idx file is
+    written."""
     paths = dataset_paths(prefix)
     dtype = DType.optimal_dtype(len(tokenizer))
     eod = [tokenizer.eos_token_id] if append_eod else []
@@ -147,17 +150,21 @@ def _source_sha256(path: Path) -> str:
 
 
 def read_texts(source: str | Path | Sequence[str | Path], *, text_key: str = "text", split: str = "train") -> Iterator[str]:
-    """Yield the documents of a source (same form as for `prepare_dataset`) in order, without empty ones.
+    """Yield the nonempty documents of a source in order. The source has the same form as in `prepare_dataset`.
 
     Raises:
-        DataError: as for prepare_dataset.
+        DataError: the source is missing or unreadable, or the column is missing.
     """
     for batch in _text_batches(source, local_files(source), text_key=text_key, split=split, config_name=None):
         yield from (_encodable(text)[0] for text in batch if text is not None and text.strip())
 
 
 def _reuse(prefix: Path, inputs: dict[str, Any], check: Check) -> Manifest:
-    """Return the manifest of an existing output; raise if the output is incomplete or was not made from `inputs`."""
+    """Return the manifest of an existing output.
+
+    Raises:
+        DataError: the output is incomplete or damaged, or was not made from `inputs`.
+    """
     paths = dataset_paths(prefix)
     if not paths["manifest"].exists():
         there = next(path for path in paths.values() if path.exists())
@@ -175,10 +182,10 @@ def _reuse(prefix: Path, inputs: dict[str, Any], check: Check) -> Manifest:
 
 
 def local_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Return the files of `source` in a fixed order; empty if it is the name of a hub dataset.
+    """Return the files of `source` in a fixed order. The list is empty if `source` is the name of a hub dataset.
 
     Raises:
-        DataError: no file exists, a file has an unsupported kind, or the kinds cannot be combined.
+        DataError: a path matches no file, a file has an unsupported kind, or the kinds cannot be combined.
     """
     items = _as_list(source)
     if not items:
@@ -204,13 +211,14 @@ def local_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def _is_hub_name(source: str) -> bool:
-    """Whether `source` has the form of a hub dataset ("name" or "owner/name") and not of a path, which may be misspelt."""
+    """Return whether `source` is the name of a hub dataset ("name" or "owner/name"). A string that looks like a path is never a name, even
+    if no such file exists, because the path may be misspelt."""
     looks_like_path = kind_of(Path(source)) is not None or source.startswith((".", "/", "~")) or Path(source).exists()
     return not looks_like_path and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) is not None
 
 
 def _text_batches(source: Any, files: list[Path], *, text_key: str, split: str, config_name: str | None) -> Iterator[list[str | None]]:
-    """Yield batches of texts as a stream: neither copied to disk nor held in memory as a whole."""
+    """Yield the texts in batches. The source is streamed, and is neither copied to disk nor loaded into memory as a whole."""
     if files:
         rows = chain.from_iterable(read_rows(path, text_key=text_key) for path in files)
         while batch := list(islice(rows, BATCH_DOCUMENTS)):
@@ -223,7 +231,7 @@ def _text_batches(source: Any, files: list[Path], *, text_key: str, split: str, 
         yield from (_column(batch, text_key, source) for batch in hub.iter(batch_size=BATCH_DOCUMENTS))
     except DataError:
         raise
-    except Exception as error:  # datasets, pyarrow, the hub and the file system each raise their own
+    except Exception as error:  # datasets, pyarrow, the hub and the file system have their own exceptions
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         home = ""
         if isinstance(error, OSError):
@@ -243,7 +251,7 @@ def _column(batch: dict[str, list[Any]], text_key: str, source: Any) -> list[str
 
 
 def _encodable(text: str) -> tuple[str, int]:
-    """Replace lone surrogates by U+FFFD, because tokenizers reject them; return (text, number of replacements)."""
+    """Replace lone surrogates by U+FFFD, because tokenizers reject them. Return (text, number of replacements)."""
     try:
         text.encode("utf-8")
         return text, 0

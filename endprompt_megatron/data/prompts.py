@@ -1,5 +1,5 @@
-"""End prompts: short texts appended to a sample. One prompt of the cue set is drawn for each sample, as a pure function of seed and sample
-index. b is the number of its tokens, or a fixed length if the config sets one."""
+"""End prompts, the short texts at the end of each sample. For each sample, one prompt is drawn from the cue set. The draw depends only on
+the seed and the sample index. b is the number of tokens of a prompt, and the config can set the same b for all prompts."""
 
 from __future__ import annotations
 
@@ -40,15 +40,16 @@ class EndPromptSet:
 
     @property
     def lengths(self) -> list[int]:
-        """b of each prompt, in tokens."""
+        """Number of tokens b of each prompt."""
         return [len(ids) for ids in self.token_ids]
 
     def describe(self) -> list[str]:
-        """One line per prompt: text, b and token ids as used in training."""
+        """Return one line per prompt with its text, b and token ids."""
         return [f"end prompt {text!r}: b={len(ids)}, ids {list(ids)}" for text, ids in zip(self.texts, self.token_ids, strict=True)]
 
     def draw(self, seed: int, sample_index: int) -> np.ndarray:
-        """Draw the prompt of one sample uniformly: int64 [b], a pure function of seed and index."""
+        """Draw the prompt of a sample uniformly, and return its token ids, int64 [b]. The draw depends only on the seed and the sample
+        index."""
         if len(self.token_ids) == 1:
             choice = 0
         else:
@@ -60,7 +61,7 @@ def prompt_text(prompt: str) -> str:
     """Return the text of an entry of method.end_prompts.
 
     Args:
-        prompt: a name of the paper's cue set, or a text. The escapes \\n, \\t, \\r and a doubled backslash are replaced, because YAML and
+        prompt: name in the paper's cue set, or text. The escapes \\n, \\t, \\r and a doubled backslash are replaced, because YAML and
             shells do not replace them in single quotes.
     Raises:
         ConfigError: the text looks like a name of the cue set but is not one.
@@ -79,11 +80,12 @@ def tokenize_end_prompts(prompts: list[str], encode: Callable[[str], list[int]],
     """Tokenise a cue set.
 
     Args:
-        prompts: EP_1, EP_2, EP_3 or texts.
-        encode: (text) -> token ids, without added special tokens.
-        fixed_length: b of every prompt; longer prompts are cut, shorter ones repeated.
+        prompts: names in the paper's cue set (EP_1, EP_2, EP_3) or texts.
+        encode: function (text) -> token ids, without added special tokens.
+        fixed_length: b of every prompt. Longer prompts are truncated, and shorter prompts are repeated. None keeps the length of each
+            prompt.
     Raises:
-        ConfigError: a prompt has no tokens, or prompt_text raises.
+        ConfigError: a prompt has no tokens, or looks like a name of the cue set but is not one.
     """
     texts, token_ids, notes = [], [], []
     for prompt in prompts:

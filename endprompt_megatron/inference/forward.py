@@ -92,7 +92,7 @@ class ForwardModel:
             branches: lengths of the branches at the end of `tokens`; see EndPromptGPTModel.branches_after. The positions of every branch
                 continue from the last position before the branches.
         Returns:
-            float32 [rows, v] without the padding rows of the vocabulary, on every rank of the last pipeline stage; None on the others.
+            float32 [rows, v], v without the padding of the vocabulary, on every rank of the last pipeline stage; None on the others.
         """
         output = self._forward(tokens, first_position=first_position, rows=rows, branches=branches)
         if output is None:
@@ -116,7 +116,7 @@ class ForwardModel:
     ) -> Tensor | None:
         count = len(tokens)
         padding = -count % self._sequence_shards
-        lengths = list(branches) if len(branches) > 1 else []  # a single branch continues the sequence
+        lengths = list(branches) if len(branches) > 1 else []  # a single branch is treated as part of the trunk
         end = first_position + count - sum(lengths)
         positions = [torch.arange(first_position, end), *(torch.arange(end, end + length) for length in lengths)]
         if padding:  # the padding is a separate branch, so no token attends to it and the cache does not keep it
@@ -205,8 +205,8 @@ def _raise_failures_of_other_ranks(reports: Sequence[tuple[str, str | None, Any]
     for rank, (label_there, reason, _) in enumerate(reports):
         if label_there != label:
             raise RuntimeError(
-                f"rank {rank} is at {label_there!r} while others are at {label!r}. The log of rank {rank} names the task that the rank "
-                f"skipped. Start again."
+                f"rank {rank} is at {label_there!r} while others are at {label!r}. One of the ranks skipped a task, and its log names the "
+                f"task. Start the job again."
             )
         if reason:
             raise RuntimeError(f"rank {rank}: {reason}")

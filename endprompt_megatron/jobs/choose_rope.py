@@ -1,5 +1,5 @@
-"""Which RoPE scaling suits a model and a target window, and whether it has to be trained: every scaling is applied to the untrained base
-and probed alike, inside the native window and beyond it."""
+"""Compare RoPE scalings for a model and a target window. The job applies each scaling to the untrained base and runs the same probes inside
+the native window and beyond it. The page recommends a scaling and states whether the scaling needs training."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ def compare_ropes(config: RunConfig, *, command: str) -> list[str]:
     """Probe the untrained base with each scaling and write the page.
 
     Args:
-        config: configuration of the run. Its rope.type is one of the candidates; its method and its training are ignored.
-        command: as it was typed, for the page.
+        config: configuration of the run. Its rope.type, method and training settings are validated but not used.
+        command: command line of the comparison, for the page.
     Returns:
-        the table and the recommendation, as lines.
+        The lines of the table and the recommendation.
     Raises:
+        OutputError: the page or the probes' results cannot be written.
         ConfigError, DataError, CheckpointError: the configuration, the base or the text is invalid.
     """
     world_size = launcher.planned_world_size(config)
@@ -110,13 +111,13 @@ def _compare(run: ResolvedRun, base: preflight.Base, native: int, output_dir: Pa
 
 
 def candidates(config: RunConfig, base: RopeScaling, native: int) -> dict[str, tuple[str, RopeScaling]]:
-    """{name: (label, frequencies)}: the base as it is, then every scaling for the target window.
+    """Return {name: (label, RoPE scaling)} of the unmodified base and of every scaling for the target window.
 
     Args:
-        config: its rope.theta is that of abf; without one, abf has the base of the static NTK rule for twice the stretch (our choice: a
-            raised base is usually chosen generously).
-        base: frequencies of the base.
-        native: window before any scaling.
+        config: configuration of the run. abf uses its rope.theta. If rope.theta is null, abf uses the theta that the static NTK rule gives
+            for twice the factor. The doubling is our choice, because the theta of ABF is usually larger than necessary.
+        base: RoPE scaling of the base.
+        native: window before any scaling, in positions.
     """
     factor = config.rope.target_context_length / native
     found = {"base": ("base model, untouched", base)}
@@ -129,8 +130,8 @@ def candidates(config: RunConfig, base: RopeScaling, native: int) -> dict[str, t
 
 
 def _probes_beyond_the_window(config: RunConfig, native: int) -> ProbesConfig:
-    """Return the probes of the run. Replace tasks without planted words, and lengths that all lie within the native window. Add a
-    missing perplexity tail."""
+    """Return the run's probes with three changes: the tasks become word and number if word is not among them, the lengths are replaced if
+    all of them are within the native window, and a missing perplexity tail is added."""
     probes, target = config.probes, config.rope.target_context_length
     if "word" not in probes.tasks:
         probes = replace(probes, tasks=["word", "number"])

@@ -1,4 +1,4 @@
-"""A study: carry out the runs that are missing, collect those made elsewhere, and write the page."""
+"""Carry out a study: start the missing runs, read runs that were made elsewhere, and write the page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from endprompt_megatron.comparison.runner import Runner, RunOutcome
 from endprompt_megatron.comparison.study import RunRequest, StudyConfig
 from endprompt_megatron.errors import ConfigError, DataError
 from endprompt_megatron.log import get_logger
-from endprompt_megatron.output_files import claimed, replace_text
+from endprompt_megatron.output_files import claimed, foreign_files, replace_text
 from endprompt_megatron.report.comparison import Section, write_comparison
 from endprompt_megatron.report.suite_comparison import write_suite_comparison
 
@@ -23,20 +23,21 @@ _STUDY_FILE = "study.json"
 def compare(
     study: StudyConfig, *, command: list[str], known_methods: tuple[str, ...], commands: list[str], check: Callable[[RunRequest], None]
 ) -> bool:
-    """Carry a study out, or on; the page is written anew after every run, its pictures at the end.
+    """Carry out or resume a study. The page is rewritten after every run, its figures at the end.
 
     Args:
         study: configuration of the study.
         command: command line of recipes/extend.py.
         known_methods: names in conf/method.
-        commands: that made the page, for the page.
-        check: raises ConfigError for a run that cannot work; called before anything starts.
+        commands: command lines that reproduce the page, for the page.
+        check: raises ConfigError if a run is invalid. It is called before the first run starts.
     Returns:
-        Whether every run of the study is finished.
+        Whether every run of the study has finished.
     Raises:
-        ConfigError: the study, or what is in its output directory, cannot be; or another process carries it out.
-        DataError: a directory of `collect` holds no finished run.
-        RunInterrupted: the study was stopped by a signal.
+        ConfigError: the study is invalid, its output directory contains something else, or another process carries the study out.
+        DataError: a directory in `collect` contains no finished run.
+        OutputError: the page, a record or a log cannot be written.
+        RunInterrupted: a signal stopped the study.
     """
     study.validate(known_methods)
     for note in study.unused():
@@ -79,13 +80,13 @@ def _compare_evaluations(study: StudyConfig, output_dir: Path, commands: list[st
 
 
 def _refuse_other_files(output_dir: Path) -> None:
-    """Leave a directory alone that holds something else.
+    """Check that the output directory contains no files, or a study.
 
     Raises:
-        ConfigError: it is no study's, or cannot be read.
+        ConfigError: the directory contains files of something else, or cannot be read.
     """
     try:
-        holds_files = output_dir.is_dir() and any(output_dir.iterdir())
+        holds_files = output_dir.is_dir() and bool(foreign_files(output_dir))
     except OSError as error:
         raise ConfigError(f"output_dir={output_dir} cannot be read ({error}). Set output_dir to a writable directory.") from error
     if holds_files and not (output_dir / _STUDY_FILE).is_file():
@@ -99,7 +100,16 @@ def _collected(entry: str) -> list[RunResult]:
 
 @dataclass
 class _Comparison:
-    """One study under way."""
+    """State of a study while it is carried out.
+
+    Attributes:
+        study: configuration of the study.
+        runner: starts the runs.
+        collected: results of runs that were made elsewhere.
+        requests: runs of the token budget.
+        commands: command lines that reproduce the page.
+        stand_ins: runs of the time budget. Their number of steps is chosen so that training takes the reference's time.
+    """
 
     study: StudyConfig
     runner: Runner
@@ -109,7 +119,7 @@ class _Comparison:
     stand_ins: list[RunRequest] = field(default_factory=list)
 
     def carry_out(self) -> bool:
-        """Same as `compare`."""
+        """Carry out the study; see `compare`."""
         if not self.study.write_only:
             self.runner.run_all(self.requests, jobs=self.study.jobs, after=self.write)
         if "seconds" in self.study.budgets and not self.pending(self.requests):
@@ -122,12 +132,12 @@ class _Comparison:
         return all(outcome is not None and outcome.failure is None for outcome in outcomes)
 
     def results(self) -> tuple[list[RunResult], list[RunOutcome]]:
-        """Return (results of the collected and the finished runs, failed runs) for the token budget."""
+        """Return (results of collected and finished runs, failed runs) for the token budget."""
         results, failed = read_outcomes(outcome for outcome in map(self.runner.outcome, self.requests) if outcome)
         return distinct(self.collected + results), failed
 
     def pending(self, requests: list[RunRequest]) -> int:
-        """Runs that have not ended, well or not."""
+        """Return the number of runs that have neither finished nor failed."""
         return sum(self.runner.outcome(request) is None for request in requests)
 
     def write(self, *, draw: bool = False) -> None:
@@ -149,13 +159,13 @@ def _same_tokens(results: list[RunResult]) -> Section:
     trained = sorted({result.summary["tokens"] for result in results if result.summary["steps"]})
     if len(trained) < 2:
         return Section("The same number of tokens", "tokens", results)
-    note = f"Not the same number of tokens: {trained[0]:,} to {trained[-1]:,}; the table of costs lists the tokens of each."
+    note = f"The numbers of tokens differ: {trained[0]:,} to {trained[-1]:,}. The table of costs lists the tokens of each run."
     return Section("As configured", "tokens", results, note)
 
 
 def _requests_of_same_time(study: StudyConfig, results: list[RunResult], requests: list[RunRequest], runner: Runner) -> list[RunRequest]:
-    """Stand-ins for the runs of methods whose time is not the reference's. Once a method has one, all its seeds get as many steps, however
-    the measured times move afterwards."""
+    """Return the stand-ins: runs with another number of steps, for each method whose training time differs from the reference's. If a
+    stand-in of a method already has a record, all seeds of the method use its number of steps, even if the measured times have changed."""
     groups = by_label(results)
     reference = groups.get(study.reference)
     found = []
@@ -172,7 +182,8 @@ def _requests_of_same_time(study: StudyConfig, results: list[RunResult], request
 
 
 def _same_time(study: StudyConfig, results: list[RunResult], extra: list[RunRequest], replaced: list[RunResult]) -> Section:
-    """Runs whose time is the reference's: those of the token budget, or their stand-ins with more or fewer steps."""
+    """Return the section that compares runs with the reference's training time: runs of the token budget, or their stand-ins with more or
+    fewer steps."""
     if not any(result.label == study.reference for result in results):
         return Section("The same time", "seconds", [])
     unlike, stand_ins = {request.label for request in extra}, {result.label for result in replaced}
@@ -181,10 +192,11 @@ def _same_time(study: StudyConfig, results: list[RunResult], extra: list[RunRequ
     shares = {label: value / seconds[study.reference] for label, value in seconds.items() if label != study.reference}
     outside = [f"{label} {share:.2f}x" for label, share in shares.items() if abs(share - 1) > study.same_time_within]
     note = (
-        f"Training takes the reference's time (`{study.reference}`) to within {study.same_time_within:.0%}, by the fastest step of each"
-        + (f", but for {', '.join(outside)}: steps come whole" if outside else "")
+        f"Training takes the reference's time (`{study.reference}`) to within {study.same_time_within:.0%}, measured by the fastest step "
+        f"of each run"
+        + (f", except for {', '.join(outside)}, because the number of steps is an integer" if outside else "")
         + ". "
-        + (f"Trained again with other numbers of steps: {', '.join(sorted(stand_ins))}." if stand_ins else "None was trained again.")
-        + (f" Left out, because that is still to be done: {', '.join(sorted(unlike - stand_ins))}." if unlike - stand_ins else "")
+        + (f"Trained again with other numbers of steps: {', '.join(sorted(stand_ins))}." if stand_ins else "No method was trained again.")
+        + (f" Left out, because their training is not finished: {', '.join(sorted(unlike - stand_ins))}." if unlike - stand_ins else "")
     )
     return Section("The same time", "seconds", compared, note)

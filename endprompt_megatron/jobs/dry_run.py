@@ -1,5 +1,5 @@
-"""Implements `dry_run=true`: checks and plans a job before it starts, for any number of ranks, in one process without a GPU.
-The process groups are Megatron's own on torch's `fake` backend, the model is the real one on `meta`; nothing is fetched or written."""
+"""Implementation of `dry_run=true`. It checks and plans a job of any number of ranks, in one process without a GPU. Megatron creates the
+process groups on torch's `fake` backend, and the model is built on the `meta` device. A dry run fetches and writes nothing."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from endprompt_megatron.planning.run_plan import PlanRequest, describe_plan, ful
 from endprompt_megatron.planning.throughput import HARDWARE, has_speed
 from endprompt_megatron.positions.scheme import SCHEMES, get_scheme
 
-_READ_BYTES = 4 * 2**30  # weights up to this size are read here, in seconds; larger ones only when the run loads them
+_READ_BYTES = 4 * 2**30  # a dry run reads weights up to this size, which takes seconds; larger ones are read only when the run loads them
 
 
 def dry_run(config: RunConfig, *, world_size: int) -> Iterator[str]:
-    """Check a job and say what it would do.
+    """Check a job and describe its plan.
 
     Args:
         config: configuration of the run.
-        world_size: its ranks.
+        world_size: number of ranks of the job.
     Yields:
-        Lines without line ends, as they become known.
+        The lines of the plan, without line ends.
     Raises:
         ConfigError, DataError, CheckpointError: the configuration or a file is invalid, or the job does not fit into the memory of its
-            GPUs; the message then names the smallest change that makes it fit.
+            GPUs; in this case, the message states the smallest change that makes it fit.
     """
     if global_rank() > 0:
         return  # rank 0 prints the plan
@@ -51,7 +51,7 @@ def dry_run(config: RunConfig, *, world_size: int) -> Iterator[str]:
     hf_path = Path(config.model.hf_path)
     base = preflight.check_base(run) if hf_path.exists() else None
     values_are_read = base is not None and check_values(hf_path, max_bytes=_READ_BYTES)
-    if run.accelerator == "cpu":  # this machine is the one that will run it
+    if run.accelerator == "cpu":  # this machine will run the job
         from endprompt_megatron.jobs.run_probes import check_probe_memory
 
         check_probe_memory(run)
@@ -71,7 +71,7 @@ def dry_run(config: RunConfig, *, world_size: int) -> Iterator[str]:
 
 
 def stages_of(run: ResolvedRun) -> PipelineStages:
-    """Every pipeline stage of the run's model, on `meta`."""
+    """Build every pipeline stage of the run's model on the `meta` device."""
     config = run.config
     return build_pipeline_stages(
         run.architecture,
@@ -86,24 +86,24 @@ def stages_of(run: ResolvedRun) -> PipelineStages:
 
 
 def needed_gib(request: PlanRequest) -> float:
-    """Memory that the fullest rank needs: its tensors, and on a GPU the reserve for what is none."""
+    """Return the memory in GiB that the fullest rank needs: its tensors and, on a GPU, the reserve for CUDA, NCCL and fragmentation."""
     reserve = reserve_gib(request.layout, device_memory_gib=available_gib(request)) if request.hardware else 0.0
     return fullest(plan_memory(request)).total_gib + reserve
 
 
 def available_gib(request: PlanRequest) -> float:
-    """Memory of one rank."""
+    """Return the memory of one rank in GiB."""
     if request.hardware:
         return HARDWARE[request.hardware].memory_gib
-    assert request.device_memory_gib is not None  # plan_request measures the host where no GPU is named
+    assert request.device_memory_gib is not None  # plan_request measures the host's memory if there is no GPU
     return request.device_memory_gib
 
 
 def refuse_what_does_not_fit(run: ResolvedRun, request: PlanRequest) -> None:
-    """Compare the estimate with the memory of a rank.
+    """Check that the estimated memory does not exceed the memory of a rank.
 
     Raises:
-        ConfigError: more is needed than there is; it names the smallest change that fits.
+        ConfigError: the run does not fit; the message states the smallest change with which it fits.
     """
     needed, available = needed_gib(request), available_gib(request)
     if needed <= available:
@@ -119,7 +119,7 @@ def refuse_what_does_not_fit(run: ResolvedRun, request: PlanRequest) -> None:
     device, of_it = (
         (f"launch.gpu={request.hardware}", "reserve for CUDA, NCCL and fragmentation included")
         if request.hardware
-        else (f"accelerator={run.accelerator}", "without what the system needs itself")
+        else (f"accelerator={run.accelerator}", "without the memory that the operating system needs")
     )
     way_out = (
         f"The smallest change that fits: {' '.join(change)}"
@@ -133,7 +133,7 @@ def refuse_what_does_not_fit(run: ResolvedRun, request: PlanRequest) -> None:
 
 
 def _check_gpu(config: RunConfig) -> None:
-    """Refuse a GPU that is not in the table, or that cannot compute in the run's precision."""
+    """Raise ConfigError if the GPU is not in the table or cannot compute in the run's precision."""
     gpu, precision = config.launch.gpu, config.precision.name
     if gpu not in HARDWARE:
         raise ConfigError(f"launch.gpu={gpu}: not in the table of GPUs. Choose one of {', '.join(sorted(HARDWARE))}.")
@@ -169,11 +169,11 @@ def _group_lines(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 def spans_nodes(groups: RankGroups, world_size: int, node_size: int) -> bool:
-    """Whether some tensor parallel group, whose ranks follow each other, lies on more than one node.
+    """Return whether any tensor parallel group spans more than one node. The ranks of such a group are consecutive.
 
     Args:
-        groups: process groups of any one rank.
-        world_size, node_size: ranks of the job and of a node.
+        groups: process groups of any rank.
+        world_size, node_size: number of ranks of the job and of a node.
     """
     size = len(groups.tensor)
     return any(start // node_size != (start + size - 1) // node_size for start in range(0, world_size, size))
@@ -206,7 +206,7 @@ def _stage_lines(model: PipelineStages, architecture: ModelArchitecture, paralle
 
 
 def _layers(stage: PipelineStage) -> str:
-    """Numbers of a stage's layers, runs of them joined."""
+    """Return the layer numbers of a stage, with consecutive layers as first..last."""
     runs: list[list[int]] = []
     for layer in stage.layers:
         if runs and runs[-1][1] == layer - 1:
@@ -222,9 +222,9 @@ def _base_lines(config: RunConfig, base: preflight.Base | None, *, values_are_re
         values = "their values are finite" if values_are_read else "their values are checked when the run loads them"
         yield f"  base         {hf_path}: config.json, tokenizer and the headers of its weights are those of {config.model.name}; {values}"
     elif config.model.source is not None:
-        yield f"  base         {hf_path} is not there yet: made on first use ({config.model.source})"
+        yield f"  base         {hf_path} is not there yet: the run creates it ({config.model.source})"
     else:
-        yield f"  base         {hf_path} is not there yet: needed before the run. Download it there, or set model.hf_path"
+        yield f"  base         {hf_path} is not there yet: needed before the run. Download the model there, or set model.hf_path"
 
 
 def _data_lines(config: RunConfig, base: preflight.Base | None) -> Iterator[str]:

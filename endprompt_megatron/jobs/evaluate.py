@@ -1,5 +1,5 @@
-"""Runs an evaluation, one task and length after another. Each finished one is kept in a file, so that the same command resumes where it
-stopped. results.json and the page are rewritten after each."""
+"""Run an evaluation. A pair is a task and a length. The job runs one pair after another and writes each result to a file, so that the same
+command resumes a stopped evaluation. It rewrites results.json and the page after each pair."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from endprompt_megatron.comparison.bootstrap import bootstrap_interval
 from endprompt_megatron.config.layout_rules import cut_problems
 from endprompt_megatron.data.corpora import check_corpora, corpus_texts
 from endprompt_megatron.data.preprocess import local_files
-from endprompt_megatron.errors import ConfigError, DataError
+from endprompt_megatron.errors import ConfigError, DataError, OutputError
 from endprompt_megatron.evaluation.conditions import Conditions, conditions_of, provenance_of
 from endprompt_megatron.evaluation.earlier_results import with_identity
 from endprompt_megatron.evaluation.lm_eval_harness.harness import ANSWER_ROOM, Harness, check_backend, has_punkt
@@ -51,9 +51,11 @@ from endprompt_megatron.inference.load import load_model
 from endprompt_megatron.launch import launcher
 from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore import runtime as mcore_runtime
+from endprompt_megatron.mcore.failures import FailureBoard
 from endprompt_megatron.model import backends
-from endprompt_megatron.output_files import claimed, json_digest, make_directory, read_or_set_aside, replace_text
+from endprompt_megatron.output_files import claimed, directory_problem, json_digest, make_directory, read_or_set_aside, replace_text
 from endprompt_megatron.report.evaluation import write_evaluation
+from endprompt_megatron.training.watchdog import Watchdog
 
 RESULTS = "results.json"
 _RECORDS = "records"
@@ -65,7 +67,7 @@ class Pair:
 
     Attributes:
         task: row of the table of tasks.
-        length: length of its prompts or windows in tokens; None if the task has no lengths.
+        length: length of the task's prompts or windows in tokens; None if the task has no lengths.
         haystack: one of evaluation.tasks.HAYSTACK_MARKS.
     """
 
@@ -75,12 +77,12 @@ class Pair:
 
     @property
     def name(self) -> str:
-        """Display name of its scores."""
+        """Name of the task's scores in results.json and on the page."""
         return name_in_results(self.task, self.haystack)
 
     @property
     def stem(self) -> str:
-        """File name of its records, without suffix."""
+        """File name of the pair's records, without suffix."""
         haystack = "" if self.haystack == BENCHMARK_HAYSTACK else self.haystack
         parts = (self.task.id, haystack, "" if self.length is None else str(self.length))
         return "_".join(part for part in parts if part)
@@ -90,16 +92,18 @@ class Pair:
 
 
 def prepare(config: EvaluateConfig) -> None:
-    """Checks everything that can be checked before worker processes start.
+    """Check everything that can be checked before worker processes start.
 
     Raises:
         ConfigError: the settings are invalid, or the output directory holds scores under other conditions.
-        BackendUnavailableError: lm-eval or the backend is not installed, or the device is a GPU and there is none.
-        CheckpointError: the model's config.json or weights are damaged or not supported.
+        BackendUnavailableError: lm-eval or the backend is not installed, or the device is a GPU and this machine has none.
+        CheckpointError: the model's config.json or weights are damaged or not supported, or the model's files refer to code.
         DataError: the model's tokenizer cannot be read.
-        CheckpointError: the model's files name code.
     """
     config.validate()
+    problem = directory_problem("output_dir", config.directory())
+    if problem is not None:
+        raise ConfigError(problem)
     refuse_code(Path(config.model))
     world_size = launcher.planned_world_size(config)
     if config.runs_lm_eval and config.backend != MEGATRON and world_size > 1:
@@ -123,11 +127,12 @@ def prepare(config: EvaluateConfig) -> None:
     for pair in pairs:
         evaluation.is_finished(pair)
     if any(pair.task.suite == PERPLEXITY for pair in pairs) and not launcher.is_worker():
-        evaluation.text_problem  # noqa: B018  downloads the text once, before several processes would
+        evaluation.text_problem  # noqa: B018  downloads the text once, before the worker processes need it
 
 
 def evaluate(config: EvaluateConfig, *, command: str, lm: Any = None) -> bool:
-    """Runs or resumes an evaluation, and writes results.json, records/ and evaluation.md. Every process of a job calls it; rank 0 writes.
+    """Run or resume an evaluation, and write results.json, records/ and evaluation.md. Every process of a job calls this function; only
+    rank 0 writes.
 
     Args:
         config: configuration of the evaluation.
@@ -137,7 +142,8 @@ def evaluate(config: EvaluateConfig, *, command: str, lm: Any = None) -> bool:
         Whether no task failed. A task that is skipped because it cannot run on this machine does not count as failed.
     Raises:
         ConfigError: see prepare; or another process writes to the output directory.
-        BackendUnavailableError: see prepare.
+        BackendUnavailableError, CheckpointError: see prepare.
+        OutputError: the results cannot be written. The results of finished pairs are kept.
         DataError: see prepare; or the tokenizer does not return the configured number of BOS tokens.
     """
     prepare(config)
@@ -157,7 +163,17 @@ def _file_digest(path: Path) -> str:
 
 @dataclass
 class _Evaluation:
-    """A running evaluation, in one of its processes."""
+    """State of an evaluation in one process.
+
+    Attributes:
+        config: configuration of the evaluation.
+        directory: output directory.
+        conditions: conditions of the scores.
+        lm: an lm-eval LM that replaces the model, for tests, or None.
+        writes: whether this process writes files.
+        not_run: tasks and lengths that were skipped or failed, with the reason.
+        failures: number of pairs that failed.
+    """
 
     config: EvaluateConfig
     directory: Path
@@ -168,14 +184,14 @@ class _Evaluation:
     failures: int = 0
 
     def run(self) -> bool:
-        """Runs the pairs that are not finished; see evaluate."""
+        """Run the pairs that are not finished; see evaluate."""
         pairs = [pair for pair in self.pairs() if self._can_run(pair)]
         waiting = [pair for pair in pairs if not self.is_finished(pair)]
         if len(waiting) < len(pairs):
             get_logger().info(f"{len(pairs) - len(waiting)} of {len(pairs)} tasks and lengths are finished already")
         self.write(pending=len(waiting))
         number = 0
-        # one runner after the other, so that the model is in memory only once
+        # one runner after the other, so that the model is in memory only once at a time
         for runner in (LM_EVAL, MEGATRON):
             own_pairs = [pair for pair in waiting if pair.task.runner == runner]
             if not own_pairs:
@@ -190,7 +206,7 @@ class _Evaluation:
 
     @contextmanager
     def _loaded(self, runner: str, waiting: list[Pair]) -> Iterator[Harness | MegatronTasks]:
-        """The tasks of a runner, with the model loaded."""
+        """Load the model and yield the tasks of a runner."""
         config = self.config
         longest = max([self.conditions.window, *(pair.length + ANSWER_ROOM for pair in waiting if pair.length)])
         if runner == LM_EVAL and config.backend != MEGATRON:
@@ -211,18 +227,19 @@ class _Evaluation:
                 device=runtime.device,
                 parallel=config.parallel,
             )
-            if runner == LM_EVAL:
-                yield Harness(config, max_length=longest, model=chunks, device=runtime.device, lm=self.lm)
-            else:
-                yield MegatronTasks(
-                    config, chunks, lengths=self._lengths(), texts=self._texts, trained=self._trained(), device=runtime.device
-                )
+            with Watchdog(0, FailureBoard()):  # only rank 0 writes; if a write fails, the watchdog ends the other ranks
+                if runner == LM_EVAL:
+                    yield Harness(config, max_length=longest, model=chunks, device=runtime.device, lm=self.lm)
+                else:
+                    yield MegatronTasks(
+                        config, chunks, lengths=self._lengths(), texts=self._texts, trained=self._trained(), device=runtime.device
+                    )
         finally:
             mcore_runtime.shut_down()
 
     @cached_property
     def text_problem(self) -> str | None:
-        """Return why the held-out text cannot be used; None if it can. Downloads the text if it comes from a package."""
+        """Reason why the held-out text cannot be used, or None. The text is downloaded if it comes from a package."""
         perplexity = self.config.suite.perplexity
         try:
             check_corpora(perplexity.text, directory=Path(perplexity.directory))
@@ -241,7 +258,7 @@ class _Evaluation:
         return self.config.suite.lengths_for(self.conditions.window)
 
     def pairs(self) -> list[Pair]:
-        """All tasks and lengths of the evaluation.
+        """Return all pairs of a task and a length of the evaluation.
 
         Raises:
             ConfigError: suite.lengths is null, and the model's window is shorter than the shortest default length.
@@ -250,17 +267,17 @@ class _Evaluation:
         chosen = self.config.suite.chosen()
         if not lengths and any(task.has_lengths for task in chosen):
             raise ConfigError(
-                f"suite.lengths=null: the model's window of {self.conditions.window} tokens is below the shortest default length, "
+                f"suite.lengths=null: the model's window of {self.conditions.window} tokens is shorter than the shortest default length, "
                 f"4096. Name the lengths, e.g. suite.lengths=[1024]."
             )
         paths = vars(self.config.suite.sources)
         return [Pair(task, length, haystack_of(task, paths)) for task in chosen for length in (lengths if task.has_lengths else [None])]
 
     def _can_run(self, pair: Pair) -> bool:
-        """Whether the pair can run, as far as that is known beforehand. Records the reason where it cannot."""
+        """Return whether the pair can run, as far as this is known beforehand. If it cannot, record the reason."""
         reason = None
         if pair.task.runs_code and not self.config.suite.allow_code_execution:
-            reason = "it executes code that the model wrote: set suite.allow_code_execution=true where that is acceptable"
+            reason = "it executes code that the model wrote: set suite.allow_code_execution=true to allow this"
         elif pair.task.id == GAP_TASK and self._trained() is None:
             reason = NO_SEGMENTS
         elif pair.task.suite == PERPLEXITY and self.text_problem:
@@ -286,7 +303,8 @@ class _Evaluation:
 
     @cached_property
     def _held_out(self) -> dict[str, list[str] | None]:
-        """Columns and fingerprints of local held-out texts; None for a missing one. The content of packages is fixed."""
+        """{path: columns and fingerprints} of local held-out texts; the value is None for a missing text. Texts from packages are left
+        out, because their content is fixed."""
         found: dict[str, list[str] | None] = {}
         for source in self.config.suite.perplexity.text:
             if not source.path.startswith("package:"):
@@ -297,10 +315,10 @@ class _Evaluation:
         return found
 
     def is_finished(self, pair: Pair) -> bool:
-        """Whether the pair has a kept score under the same conditions.
+        """Return whether the output directory contains a score of the pair under the same conditions.
 
         Raises:
-            ConfigError: it has one under other conditions, and config.overwrite is false.
+            ConfigError: the score has other conditions, and config.overwrite is false.
         """
         kept = self._kept(self.directory / _RECORDS / f"{pair.stem}.json")
         if kept is None:
@@ -320,13 +338,13 @@ class _Evaluation:
 
     @staticmethod
     def _kept(path: Path) -> dict[str, Any] | None:
-        """The score in a file of records/ and its conditions; None if there is none, or it or its samples are damaged."""
+        """Return the score in a file of records/ with its conditions, or None if the score or its samples are missing or damaged."""
         samples = path.with_suffix(".jsonl")
         if not samples.is_file():
             return None
 
         def is_whole(kept: dict[str, Any]) -> bool:
-            """Whether score and samples are as they were written. Records of earlier releases have no digests."""
+            """Return whether score and samples have the content that was written. Records of earlier releases have no digests."""
             score, conditions, digest = kept["score"], kept["conditions"], kept.get("samples_digest")
             if not (isinstance(score["score"], int | float) and isinstance(score["task"], str) and isinstance(conditions, dict)):
                 return False
@@ -345,6 +363,8 @@ class _Evaluation:
                 label=label,
                 log_file=self.directory / "harness.log",
             )
+        except OutputError:
+            raise  # the results of the other tasks could not be written either
         except Exception as error:  # the other tasks still run
             self.failures += 1
             downloaded = [name for name, path in sources_of(pair.task, vars(self.config.suite.sources)).items() if path is None]
@@ -378,7 +398,7 @@ class _Evaluation:
         }
 
     def _keep(self, pair: Pair, score: dict[str, Any], samples: list[Sample]) -> None:
-        """Writes the samples, then the score. The file of the score marks the pair as finished."""
+        """Write the samples, then the score. The file with the score marks the pair as finished."""
         if not self.writes:
             return
         lines = "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
@@ -391,7 +411,7 @@ class _Evaluation:
         replace_text(records / f"{pair.stem}.json", json.dumps(finished, indent=1, ensure_ascii=False) + "\n")
 
     def write(self, *, pending: int) -> None:
-        """Writes results.json and the page, from all finished pairs under these conditions, also of earlier starts.
+        """Write results.json and the page. They contain all pairs that finished under these conditions, including those of earlier starts.
 
         Args:
             pending: number of pairs that are not finished.
@@ -408,8 +428,8 @@ class _Evaluation:
         write_evaluation(self.directory, results, pending=pending)
 
     def _finished_under_these_conditions(self) -> list[dict[str, Any]]:
-        """Kept scores under these conditions, also of earlier starts. The settings of a suite that this start leaves out (depths, held-out
-        text) are those of its newest score."""
+        """Return the scores under these conditions, including those of earlier starts. For a suite that is not part of this start, the
+        settings (depths, held-out text) of its newest score count as the conditions."""
         paths = sorted((self.directory / _RECORDS).glob("*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
         settings = {suite: self.conditions.suite_settings.get(suite, {}) for suite in self.config.suite.suites()}
         found = {}

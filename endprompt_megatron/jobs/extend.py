@@ -1,5 +1,6 @@
-"""The main job. It reads a Hugging Face model, trains it on Megatron-Core and writes a Hugging Face model with a longer context window. It
-probes the model before and after training and writes a report. Every rank of a job calls `extend`; a job may have a single rank."""
+"""Main job of the package. It reads a Hugging Face model, trains it on Megatron-Core and writes a Hugging Face model with a longer context
+window. It probes the model before and after training and writes a report. Every rank of a job calls `extend`; a job may have a single
+rank."""
 
 from __future__ import annotations
 
@@ -36,6 +37,7 @@ from endprompt_megatron.launch import launcher
 from endprompt_megatron.launch.processes import sweep_multiprocessing_directories
 from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore import runtime as mcore_runtime
+from endprompt_megatron.mcore.failures import FailureBoard
 from endprompt_megatron.model import backends
 from endprompt_megatron.model.build import build_model_chunks
 from endprompt_megatron.model.fusions import choose_fusions
@@ -49,6 +51,7 @@ from endprompt_megatron.rope.scaling import RopeScaling
 from endprompt_megatron.training.metrics import peak_memory_gib
 from endprompt_megatron.training.signals import StopRequests
 from endprompt_megatron.training.trainer import Trainer, TrainingResult
+from endprompt_megatron.training.watchdog import Watchdog
 
 
 def extend(config: RunConfig) -> dict[str, Any]:
@@ -59,8 +62,9 @@ def extend(config: RunConfig) -> dict[str, Any]:
     Returns:
         The content of summary.json.
     Raises:
-        ConfigError, DataError, CheckpointError, BackendUnavailableError: a check failed. Checks run before anything is launched or written
-            if possible.
+        ConfigError, DataError, CheckpointError, BackendUnavailableError: a check failed. If possible, checks run before anything is
+            launched or written.
+        OutputError: a file of the output directory cannot be written. Complete files are kept.
         TrainingError: a step was bad and trainer.bad_step=stop.
         RunInterrupted: SIGTERM or SIGUSR1 stopped the run.
     """
@@ -103,16 +107,21 @@ def _run(config: RunConfig, stop: StopRequests) -> dict[str, Any]:
         )
         precision = describe_precision(config.precision.name, _bf16_layers(config))
         get_logger().info(f"backend {backend.name}: {backend.description}; precision {precision}; {fusions.describe()}")
-        with explained_if_moved(output_dir), Sittings(output_dir, times, started=started) as sittings:
-            return _extend(Run(resolved, base, output_dir, runtime, backend, fusions, stop, times, sittings))
+        failures = FailureBoard()
+        with (
+            Watchdog(0, failures),  # only rank 0 writes; if a write fails, the watchdog ends the other ranks
+            explained_if_moved(output_dir),
+            Sittings(output_dir, times, started=started) as sittings,
+        ):
+            return _extend(Run(resolved, base, output_dir, runtime, backend, fusions, stop, times, sittings, failures))
     finally:
         mcore_runtime.shut_down()
 
 
 def prepare(config: RunConfig) -> tuple[ResolvedRun, preflight.Base]:
     """Run the checks that need no process group, and create the base model if model.source names one. Rank 0 also claims the output
-    directory, and prepares the text if no launcher started it. Under a launcher the other ranks are already waiting, so `_prepare_run`
-    prepares the text after the process group is initialised.
+    directory and, if no launcher started this process, prepares the text. Under a launcher, the other ranks are already waiting, and
+    `_prepare_run` prepares the text after the process group is initialised.
 
     Args:
         config: configuration of the run.
@@ -190,12 +199,12 @@ def _write_results(run: Run, systems: dict[str, Any], summary: dict[str, Any], p
 
 
 def _prepare_run(run: Run) -> tuple[tuple[Any, Any], dict[str, str], Probes | None]:
-    """Prepare the text and the probes. Returns ((training text, validation text), hashes of the text, probes or None)."""
+    """Prepare the text and the probes. Return ((training text, validation text), hashes of the text, probes or None)."""
     config = run.config
     # one rank per host prepares the text; the other ranks wait and then reuse the files
     if run.runtime.world_size > 1 or launcher.is_worker():
         if run.runtime.local_rank == 0:
-            # a plain start has verified the data before it started this process
+            # a run without a launcher verified the data before it started this process
             verify = config.data.verify and not launcher.launched_by_plain_start()
             _prepare_text(config, run.base, check="all" if verify else "changed")
             if config.probes.enabled:
@@ -207,9 +216,9 @@ def _prepare_run(run: Run) -> tuple[tuple[Any, Any], dict[str, str], Probes | No
         probes = make_probes(config, run.base)
     elif config.probes.enabled:
         get_logger().info(
-            f"no probes: parallel.context_parallel_size={config.parallel.context_parallel_size} cuts a context over ranks, and they need "
-            f"it whole on each. Start the same command with parallel.context_parallel_size=1 afterwards: it resumes the finished "
-            f"training and probes it."
+            f"no probes: parallel.context_parallel_size={config.parallel.context_parallel_size} splits a context over ranks, and probes "
+            f"need the whole context on each rank. Start the same command with parallel.context_parallel_size=1 afterwards: it probes the "
+            f"trained model without training again."
         )
     return blends, data_hashes, probes
 
@@ -244,8 +253,8 @@ def _base_chunks(run: Run) -> list[EndPromptGPTModel]:
 
 
 def _shares_positions(config: RunConfig, base: preflight.Base) -> bool:
-    """Whether all samples of a micro-batch have the same positions in training. The control has contiguous positions, which are the same
-    for all samples, so the value can be used for it too."""
+    """Return whether all samples of a micro-batch have the same positions in training. The value also holds for the control, whose
+    contiguous positions are the same for all samples."""
     lengths = base.end_prompts.lengths if base.end_prompts else []
     scheme = get_scheme(config.method.position_scheme)
     return scheme.shares_positions(prompt_lengths=lengths, micro_batch_size=config.trainer.micro_batch_size)
@@ -262,7 +271,17 @@ def _words(rope: RopeScaling) -> str:
 def _probe(
     run: Run, probes: Probes, chunks: list[EndPromptGPTModel], name: str, label: str, *, rope: RopeScaling, state: RunState | None = None
 ) -> dict[str, Any]:
-    """Probe one system, or read its cached results; `state` is that of its training, None for a base without training."""
+    """Probe one system, or read its cached results.
+
+    Args:
+        run: the run.
+        probes: questions and texts of the probes.
+        chunks: model chunks of this rank.
+        name: name of the system, base | untrained | trained | control.
+        label: label of the system in tables.
+        rope: RoPE scaling to probe with. Afterwards, the chunks have the run's RoPE scaling again.
+        state: state of the system's training; None for the base without training.
+    """
     for chunk in chunks:
         chunk.set_rope(rope)
     cache = run.output_dir / "probes" / (f"{name}.json" if state is None else f"{name}_step_{state.step:07d}.json")
@@ -317,6 +336,7 @@ def _train(
         output_dir=output_dir,
         stop=run.stop,
         provenance=provenance,
+        failures=run.failures,
     )
     return trainer.train()
 
@@ -383,8 +403,9 @@ def _export(run: Run, chunks: list[EndPromptGPTModel], result: TrainingResult, p
 def _write_model_card(run: Run, export: Path, evaluation: dict[str, Any]) -> None:
     """Write the measured results into the model card of the export."""
     results = (
-        f"{format_table(evaluation)}\n\nRetrieval of planted facts and perplexity by context length in tokens, at ordinary positions. In "
-        f"brackets: parts of the answer right, log-probability of the answer in nats. The experiment `{run.config.name}` makes this table."
+        f"{format_table(evaluation)}\n\nThe table shows retrieval of planted facts and perplexity by context length in tokens, at "
+        f"contiguous positions. Brackets contain the share of correct parts of the answer and the log-probability of the answer in nats. "
+        f"The experiment `{run.config.name}` reproduces this table."
     )
     provenance = json.loads((export / PROVENANCE_FILE).read_text())
     replace_text(export / MODEL_CARD, model_card(provenance, base_hf_path=run.base.hf_path, results=results))

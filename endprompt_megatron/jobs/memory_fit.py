@@ -15,7 +15,12 @@ _MAX_RANKS = 4096
 
 @dataclass(frozen=True)
 class _Change:
-    """New values of some keys, and what they cost: 0 for free ones, else roughly how much more a step has to do or to communicate."""
+    """One change of the configuration.
+
+    Attributes:
+        values: {dotted key: new value}.
+        cost: rough measure of the additional computation and communication per step; 0 if the change is free.
+    """
 
     values: dict[str, Any]
     cost: float
@@ -28,12 +33,13 @@ _NOTHING = _Change({}, 0.0)
 
 
 def smallest_change(config: RunConfig, *, world_size: int, works: Callable[[RunConfig, int], bool]) -> list[str] | None:
-    """The fewest keys of parallel and trainer, the cheapest values first, with which a run works; on more nodes where this many do not do.
+    """Find the change of the fewest keys of `parallel` and `trainer` with which a run works. Among changes of equally many keys, the
+    cheapest is chosen. If no change works, the number of nodes is doubled.
 
     Args:
         config: resolved configuration; not modified.
-        world_size: its ranks.
-        works: (config, ranks) -> whether that is valid and fits.
+        world_size: number of ranks of the job.
+        works: function of (config, ranks) that returns whether the configuration is valid and fits.
     Returns:
         Overrides as for the command line, e.g. ["parallel.tensor_model_parallel_size=2"]; None if nothing works.
     """
@@ -50,7 +56,7 @@ def smallest_change(config: RunConfig, *, world_size: int, works: Callable[[RunC
 
 
 def _combinations(config: RunConfig, node_size: int) -> Iterator[tuple[_Change, ...]]:
-    """Every combination of at most one change of each kind, fewest changes first, then cheapest."""
+    """Return all combinations of at most one change of each kind, ordered by the number of changes and then by cost."""
     every = itertools.product(*((_NOTHING, *kind) for kind in _kinds(config, node_size)))
     chosen = [tuple(filter(None, changes)) for changes in every]
     return iter(sorted(chosen, key=lambda changes: (len(changes), sum(change.cost for change in changes))))
@@ -86,7 +92,7 @@ def _kinds(config: RunConfig, node_size: int) -> list[list[_Change]]:
 
 
 def _powers(first: int, last: int) -> list[int]:
-    """first, 2 first, 4 first, ... up to `last`."""
+    """Return first, 2 first, 4 first, ... up to `last`."""
     return [first * 2**exponent for exponent in range(16) if first * 2**exponent <= last]
 
 

@@ -1,5 +1,5 @@
-"""Plan an experiment for a cluster: from its configuration to ranked layouts, the comparison with full-length training, and the page with
-its picture. Nothing is trained, and neither a GPU nor a weight is needed."""
+"""Plan an experiment for a cluster. The job ranks the layouts, compares EndPrompt with full-length training and writes a page with a
+figure. It trains nothing and needs neither a GPU nor the weights of the model."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from endprompt_megatron.config.cluster import ClusterConfig
+from endprompt_megatron.config.ranges import check_ranges
 from endprompt_megatron.config.schema import ParallelConfig, RunConfig
-from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.jobs import preflight
 from endprompt_megatron.launch import launcher
 from endprompt_megatron.output_files import claimed, replace_text
-from endprompt_megatron.planning.layout_search import ClusterConfig, ClusterRequest, compare_lengths, rank_layouts
+from endprompt_megatron.planning.layout_search import ClusterRequest, compare_lengths, rank_layouts
 from endprompt_megatron.planning.pages import describe_cluster
 
 PAGE, PICTURE = "plan.md", "plan.png"
@@ -24,14 +25,14 @@ def plan_cluster(config: RunConfig, options: ClusterConfig, *, command: str, ove
 
     Args:
         config: configuration of the experiment, not yet validated. Its layout is ignored.
-        options: the cluster.
-        command: as it was typed, for the page.
+        options: description of the cluster.
+        command: command line of the plan, for the page.
         overrides: the experiment's overrides in `command`, quoted for a shell. The page uses them in the command that starts the run in
             the fastest layout.
     Returns:
-        The page's lines, without the picture.
+        The lines of the page, without the figure.
     Raises:
-        ConfigError: the experiment, or the cluster, is not what can be planned; the output directory cannot be written.
+        ConfigError: the experiment or the cluster is invalid, or the output directory cannot be written.
     """
     request = cluster_request(config, options)
     ranking = rank_layouts(request)
@@ -56,21 +57,14 @@ def cluster_request(config: RunConfig, options: ClusterConfig) -> ClusterRequest
     """Return the request for planning an experiment on a cluster.
 
     Args:
-        config: same as in plan_cluster.
-        options: the cluster.
+        config: same as for plan_cluster.
+        options: description of the cluster.
     Raises:
         ConfigError: the experiment or the cluster breaks a rule.
     """
-    problems = []
-    if options.rows < 1:
-        problems.append(f"plan.rows={options.rows}: must be >= 1. The default is 10.")
-    if not options.tokens > 0:
-        problems.append(f"plan.tokens={options.tokens:g}: must be greater than 0, e.g. 1e9.")
-    if any(length < 2 for length in options.lengths):
-        problems.append(f"plan.lengths={options.lengths}: windows have at least 2 tokens.")
-    if problems:
-        raise ConfigError(*problems)
-    # a cluster of GPUs is planned, wherever this runs, in any layout: the experiment's own need not suit this cluster
+    check_ranges(options, "plan.")
+    check_ranges(config)  # before the accelerator and the layout are replaced below
+    # the plan is always for GPUs, and for any layout: the experiment's layout may not fit this cluster
     run = preflight.resolve(replace(config, accelerator="gpu", parallel=ParallelConfig()), world_size=1, runs_here=False)
     in_its_layout = replace(run, config=replace(run.config, parallel=config.parallel), world_size=config.parallel.model_parallel_size)
     planned = preflight.plan_request(in_its_layout, num_prompt_tokens=0)

@@ -1,5 +1,5 @@
-"""Checks that run before a process group is initialised, a file is written or a GPU is used. They cover the rules of the configuration, the
-files of the base model, the tokenizer and the output directory."""
+"""Checks that run before a process group is initialised, a file is written or a GPU is used. They cover the configuration, the files of the
+base model, the tokenizer and the output directory."""
 
 from __future__ import annotations
 
@@ -16,15 +16,25 @@ from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_h
 from endprompt_megatron.checkpoint.hf.fingerprint import weights_fingerprint
 from endprompt_megatron.checkpoint.hf.tokenizer import check_token_ids, hash_tokenizer, load_tokenizer
 from endprompt_megatron.checkpoint.training_directory import RUN_FILE
+from endprompt_megatron.config.ranges import range_problems
 from endprompt_megatron.config.resolved import ResolvedRun, fill_in, with_precision
 from endprompt_megatron.config.resume import resume_differences
 from endprompt_megatron.config.rule import Facts
 from endprompt_megatron.config.schema import RunConfig
 from endprompt_megatron.config.validation import PROMPT_RULES, find_problems
 from endprompt_megatron.data.prompts import EndPromptSet, tokenize_end_prompts
-from endprompt_megatron.errors import CheckpointError, ConfigError, DamagedFileError
+from endprompt_megatron.errors import CheckpointError, ConfigError, DamagedFileError, OutputError
 from endprompt_megatron.log import get_logger
-from endprompt_megatron.output_files import hold, is_lock, read_json, read_or_set_aside, read_text, replace_text, set_aside
+from endprompt_megatron.output_files import (
+    directory_problem,
+    foreign_files,
+    hold,
+    read_json,
+    read_or_set_aside,
+    read_text,
+    replace_text,
+    set_aside,
+)
 from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.planning.memory import TrainedParts
 from endprompt_megatron.planning.run_plan import PlanRequest
@@ -32,13 +42,13 @@ from endprompt_megatron.planning.throughput import GPUS_PER_NODE
 from endprompt_megatron.positions.scheme import SCHEMES
 from endprompt_megatron.rope.scaling import RopeScaling
 
-# libyaml's limits nesting; the one in Python needs seconds for a few thousand brackets
 _CONFIG_FILE, _BASE_FILE = "config.yaml", "base.json"
-# What a run leaves before its first checkpoint; nothing of it is used without its own proof of what it was made of
-_BEFORE_RESULTS = {_BASE_FILE, ".lock", "logs", "probes", "metrics.jsonl", "tensorboard", "sittings.json", "checkpoints"}
+_DERIVED_FROM = ("rope.", "model.")  # prefixes of the keys that other values are derived from before the rules are checked
+# Files that a run writes before its first checkpoint. Each file that a later start reuses records the inputs that it was made from.
+_BEFORE_RESULTS = {_BASE_FILE, "logs", "probes", "metrics.jsonl", "tensorboard", "sittings.json", "checkpoints"}
 _WITHOUT_CONFIG = (
-    "Neither it nor a checkpoint says which run the directory belongs to: restore the file, or remove the directory to start this run "
-    "anew, or set output_dir to another directory."
+    "Neither this file nor a checkpoint identifies the run that the directory belongs to: restore the file, or remove the directory to "
+    "start the run from the beginning, or set output_dir to another directory."
 )
 
 
@@ -50,9 +60,9 @@ class Base:
         hf_path: directory of the model.
         architecture: sizes of the model.
         rope: RoPE scaling of the model before the run changes it.
-        tokenizer: the transformers tokenizer.
+        tokenizer: transformers tokenizer of the model.
         tokenizer_hash: hash that identifies the tokenizer.
-        end_prompts: the tokenised end prompts; None if the position scheme uses none.
+        end_prompts: tokenised end prompts; None if the position scheme uses none.
     """
 
     hf_path: Path
@@ -65,13 +75,13 @@ class Base:
 
 def known_base(config: RunConfig) -> tuple[ModelArchitecture, RopeScaling]:
     """Return the architecture and the RoPE scaling of the base model. They are read from its directory if it exists, else from
-    model.hf_config of the configuration (in a dry run before the download, or for a model that is fetched on first use). Weights that are
-    present are checked by their headers.
+    model.hf_config of the configuration (in a dry run before the download, or for a model that is fetched on first use). If the directory
+    contains weights, their headers are checked.
 
     Raises:
         CheckpointError: the description is incomplete, the directory contradicts model.hf_config, or the weights contradict config.json.
     """
-    from endprompt_megatron.checkpoint.hf.weights import check_present_weights  # torch
+    from endprompt_megatron.checkpoint.hf.weights import check_present_weights  # imports torch
 
     hf_path = Path(config.model.hf_path)
     if not hf_path.exists() and config.model.hf_config:
@@ -99,12 +109,15 @@ def resolve(config: RunConfig, *, world_size: int, runs_here: bool = True) -> Re
         world_size: number of ranks of the job.
         runs_here: whether this machine runs the job. With False (a plan for other GPUs), accelerator=gpu does not require a GPU here.
     Raises:
-        ConfigError: the configuration breaks a rule. The error lists all problems.
+        ConfigError: the configuration breaks a rule. The error lists all broken rules.
         CheckpointError: see known_base.
-        BackendUnavailableError: accelerator=gpu and this machine has no GPU.
+        BackendUnavailableError: accelerator=gpu, and this machine has no GPU.
     """
     from endprompt_megatron.mcore import runtime  # imports torch, which recipes/compare.py does not need otherwise
 
+    outside = range_problems(config)
+    if any(key.startswith(_DERIVED_FROM) for key in outside):
+        raise ConfigError(*(words for found in outside.values() for words in found))
     architecture, base_rope = known_base(config)
     facts = Facts(config, world_size, architecture, tuple(SCHEMES), base_rope=base_rope)
     filled, notes = fill_in(config, window=facts.window)
@@ -126,8 +139,8 @@ def _rope_of(config: RunConfig, architecture: ModelArchitecture, base_rope: Rope
 
 
 def check_base(run: ResolvedRun) -> Base:
-    """Read and check the files of the base model (config, tokenizer, the header of every safetensors file, and the settings that the export
-    will have) and tokenise the end prompts.
+    """Read and check the files of the base model (config, tokenizer and the header of every safetensors file) and the settings of the later
+    export, and tokenise the end prompts.
 
     Raises:
         ConfigError, DataError, CheckpointError: a check failed.
@@ -158,13 +171,18 @@ def check_base(run: ResolvedRun) -> Base:
 
 
 def check_output_dir(config: RunConfig) -> None:
-    """Check that the output directory is empty, is missing, or holds this run. Writes nothing.
+    """Check that the output directory is missing, is empty or contains this run. Writes nothing.
 
     Raises:
-        ConfigError: the directory holds a run with another configuration, or files but no run.
+        ConfigError: the directory contains a run with another configuration, or files but no run; or output_dir or data.directory is a
+            file.
     """
     output_dir = Path(config.output_dir)
-    names = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set()
+    directories = {"output_dir": output_dir, "data.directory": Path(config.data.directory)}
+    unusable = [problem for key, path in directories.items() if (problem := directory_problem(key, path)) is not None]
+    if unusable:
+        raise ConfigError(*unusable)
+    names = {path.name for path in foreign_files(output_dir)} if output_dir.is_dir() else set()
     if any(map(_is_of_config, names)) or _run_files(output_dir):
         stored = _stored_config(output_dir)
         if stored is None:
@@ -174,20 +192,20 @@ def check_output_dir(config: RunConfig) -> None:
         if differing:
             shown = "; ".join(f"{key}: {was!r} there, {now!r} now" for key, was, now in differing[:5])
             raise ConfigError(
-                f"output_dir={output_dir} holds another run ({shown}). A run is resumed by the same config only "
-                f"(trainer.max_steps, intervals and the layout may change). Undo the change, or start a run of its own: add "
+                f"output_dir={output_dir} holds another run ({shown}). Only the same config can resume a run "
+                f"(trainer.max_steps, intervals and the layout may change). Undo the change, or start a separate run: add "
                 f"name={_name_apart(config.name, differing)}."
             )
-    elif any(not is_lock(Path(name)) and name != _BASE_FILE for name in names):
+    elif any(name != _BASE_FILE for name in names):  # the base file is written before config.yaml
         raise ConfigError(f"output_dir={output_dir} holds files but no config.yaml of a run. Set output_dir to another directory.")
 
 
 def _stored_config(output_dir: Path) -> dict[str, Any] | None:
-    """The configuration of the run in an output directory: from config.yaml or, where that is damaged or a crash left it unwritten, from
-    the newest checkpoint; None where nothing has been made that another run could be mixed up with.
+    """Return the configuration of the run in an output directory. It is read from config.yaml or, if that file is damaged or missing after
+    a crash, from the newest readable checkpoint. Return None if neither can be read and the directory contains no checkpoints or results.
 
     Raises:
-        ConfigError: config.yaml is damaged, and no checkpoint replaces it.
+        ConfigError: neither config.yaml nor a checkpoint can be read, and the directory contains checkpoints or results.
     """
     try:
         return _read_config(output_dir / _CONFIG_FILE)
@@ -197,28 +215,28 @@ def _stored_config(output_dir: Path) -> dict[str, Any] | None:
                 return _checked_config(read_json(run_file, way_out="").get("config"), run_file)
             except DamagedFileError:
                 continue
-        others = [path.name for path in output_dir.iterdir() if path.name not in _BEFORE_RESULTS and not _is_of_config(path.name)]
+        others = [path.name for path in foreign_files(output_dir) if path.name not in _BEFORE_RESULTS and not _is_of_config(path.name)]
         if others or any((output_dir / "checkpoints").glob("step_*")):
             raise ConfigError(str(error)) from error
         return None
 
 
 def _is_of_config(name: str) -> bool:
-    """Whether `claim_output_dir` makes a file of this name for the configuration; a crash may leave any of them."""
+    """Return whether this or an earlier release writes the configuration to a file of this name. A crash may leave any of these files."""
     return name in (_CONFIG_FILE, f"{_CONFIG_FILE}.tmp") or name.startswith(f"{_CONFIG_FILE}.damaged")
 
 
 def _run_files(output_dir: Path) -> list[Path]:
-    """run.json of the complete checkpoints, the newest first."""
+    """Return the paths of run.json in all complete checkpoints, the newest first."""
     found = (output_dir / "checkpoints").glob(f"step_*/{RUN_FILE}")
     return sorted((path for path in found if path.parent.name.removeprefix("step_").isdigit()), reverse=True)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """Content of a config.yaml.
+    """Return the content of a config.yaml.
 
     Raises:
-        DamagedFileError: it is not what `claim_output_dir` wrote.
+        DamagedFileError: the file does not have the form that `claim_output_dir` writes.
     """
     try:
         stored = yaml.load(read_text(path, way_out=_WITHOUT_CONFIG), Loader=yaml.CSafeLoader)
@@ -233,7 +251,7 @@ def _checked_config(stored: Any, path: Path) -> dict[str, Any]:
     defaults = RunConfig().to_dict()
     if not isinstance(stored, dict):
         raise DamagedFileError(path, f"does not hold the configuration of a run but {str(stored)[:40]!r}", _WITHOUT_CONFIG)
-    if list(defaults)[-1] not in stored:  # it is written in this order
+    if list(defaults)[-1] not in stored:  # the keys are written in the order of the defaults
         raise DamagedFileError(path, "is cut off: its last keys are missing", _WITHOUT_CONFIG)
     try:
         resume_differences(stored, defaults, defaults)
@@ -243,8 +261,8 @@ def _checked_config(stored: Any, path: Path) -> dict[str, Any]:
 
 
 def _name_apart(name: str, differing: list[tuple[str, Any, Any]]) -> str:
-    """Return a short name for a run that differs from `name`. The name contains one or two changed values, or else a hash of the
-    differences, so equal differences give equal names."""
+    """Return a short name for a run that differs from the run `name`. The name contains one or two changed values, or else a hash of the
+    differences, so that equal differences give equal names."""
     parts = [f"{key.rpartition('.')[2]}_{now}" for key, _, now in differing if not isinstance(now, dict | list)][:2]
     named = re.sub(r"[^A-Za-z0-9.]+", "_", "_".join([name, *parts])).strip("_")
     digest = hashlib.sha256(json.dumps(differing, default=str).encode()).hexdigest()[:6]
@@ -252,9 +270,9 @@ def _name_apart(name: str, differing: list[tuple[str, Any, Any]]) -> str:
 
 
 def _base_differences(output_dir: Path, differing: list[tuple[str, Any, Any]], now: str) -> list[tuple[str, Any, Any]]:
-    """Return model.hf_path as a difference if the base model has other weights than at the start of the run, else no difference. The
-    weights are compared by fingerprint, so the model may be moved. If the run recorded no fingerprint, or one cannot be read, paths are
-    compared."""
+    """Return model.hf_path as a difference if the weights of the base model differ from those at the start of the run, else no difference.
+    The weights are compared by fingerprint, so the model may be moved. If the run recorded no fingerprint or a fingerprint cannot be read,
+    the paths are compared."""
     was = next((was for key, was, _ in differing if key == "model.hf_path"), now)
     try:
         known = read_json(output_dir / _BASE_FILE, way_out="").get("fingerprint")
@@ -277,9 +295,10 @@ def claim_output_dir(config: RunConfig, *, take_lock: bool = True) -> None:
     Args:
         config: configuration of the run.
         take_lock: whether to lock the directory against other processes; False if the parent process holds the lock while it waits for this
-            one.
+            process.
     Raises:
-        ConfigError: see check_output_dir; or another process holds the lock, or the directory cannot be written.
+        ConfigError: see check_output_dir; or another process holds the lock, or the directory cannot be created or locked.
+        OutputError: a file of the directory cannot be written.
     """
     check_output_dir(config)
     output_dir = Path(config.output_dir)
@@ -290,24 +309,26 @@ def claim_output_dir(config: RunConfig, *, take_lock: bool = True) -> None:
             hold(output_dir, doing="runs there")
         check_output_dir(config)  # check again: another process may have written a run before it released the lock
         base_file = output_dir / _BASE_FILE
-        anew = f"the base's weights are recorded anew, as those of {config.model.hf_path}"
+        anew = f"the fingerprint of the base is recorded again, from the weights in {config.model.hf_path}"
         if read_or_set_aside(base_file, is_valid=_is_base, consequence=anew) is None:
             replace_text(base_file, json.dumps({"fingerprint": weights_fingerprint(Path(config.model.hf_path))}) + "\n")
         if stored_path.exists():
             try:
                 _read_config(stored_path)
             except DamagedFileError as error:
-                set_aside(stored_path, error.fault, consequence="it is written anew, for the same run")
+                set_aside(stored_path, error.fault, consequence="it is written again for the same run")
         replace_text(stored_path, yaml.safe_dump(config.to_dict(), sort_keys=False))
+    except OutputError:
+        raise  # the error names the file
     except OSError as error:
         raise ConfigError(f"output_dir={output_dir} cannot be written ({error}). Set output_dir to a writable directory.") from error
 
 
 def plan_request(run: ResolvedRun, *, num_prompt_tokens: int | None) -> PlanRequest:
-    """Return the inputs of the plan of a run.
+    """Return the input for planning a run.
 
     Args:
-        run: the run to plan.
+        run: run to plan.
         num_prompt_tokens: b, number of tokens of the end prompt; None if the tokenizer is not available.
     """
     config, world_size, architecture = run.config, run.world_size, run.architecture
@@ -354,7 +375,7 @@ def trained_parts(config: RunConfig, architecture: ModelArchitecture) -> Trained
         "k_proj": key_size,
         "v_proj": key_size,
         "o_proj": architecture.query_size,
-    }  # of each projection, the dimension that is not hidden_size
+    }  # the dimension of each projection that is not hidden_size
     per_layer = sum(adapter.rank * (architecture.hidden_size + sizes[target]) for target in adapter.target_modules)
     return TrainedParts(per_layer, adapter.train_embeddings, adapter.train_norms)
 

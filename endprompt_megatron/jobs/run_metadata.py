@@ -1,4 +1,4 @@
-"""Metadata of a run: the provenance in its export and checkpoints, the conditions on its page, and summary.json."""
+"""Metadata of a run: the provenance in its export and checkpoints, the conditions on its page, and the content of summary.json."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from endprompt_megatron.jobs.sittings import Sittings
 from endprompt_megatron.jobs.stage_times import StageTimes
 from endprompt_megatron.mcore import runtime as mcore_runtime
 from endprompt_megatron.mcore import version
+from endprompt_megatron.mcore.failures import FailureBoard
 from endprompt_megatron.model import backends
 from endprompt_megatron.model.fusions import Fusions
 from endprompt_megatron.rope.scaling import RopeScaling
@@ -36,20 +37,26 @@ class Run:
     stop: StopRequests
     times: StageTimes
     sittings: Sittings
+    failures: FailureBoard
 
     @property
     def config(self) -> RunConfig:
-        """Every value of the run."""
+        """Configuration of the run, with derived values filled in."""
         return self.resolved.config
 
     @property
     def rope(self) -> RopeScaling:
-        """Frequencies that the run trains with."""
+        """RoPE scaling that the run trains with."""
         return self.resolved.rope
 
 
 def provenance_of_run(run: Run, data_hashes: dict[str, str]) -> dict[str, Any]:
-    """How the model is made, as endprompt.json and the checkpoints record it."""
+    """Return the provenance of the extended model, which endprompt.json and the checkpoints record.
+
+    Args:
+        run: the run.
+        data_hashes: hashes of the training and validation text.
+    """
     config, prompts = run.config, run.base.end_prompts
     return {
         "method": config.method.name,
@@ -60,7 +67,8 @@ def provenance_of_run(run: Run, data_hashes: dict[str, str]) -> dict[str, Any]:
         "num_chunks": config.method.num_chunks,
         **_adapter_provenance(config),
         "base": config.model.name,
-        # the window that is stretched: the unscaled one where existing scaling is replaced
+        # the window that rope.factor multiplies: the base's window, or with rope.existing_scaling=replace the window before the base's
+        # own scaling
         "original_context_length": round(config.rope.target_context_length / run.resolved.factor),
         "target_context_length": config.rope.target_context_length,
         "rope_type": run.rope.type,
@@ -91,7 +99,7 @@ def _adapter_provenance(config: RunConfig) -> dict[str, Any]:
 
 
 def conditions_of_run(run: Run) -> dict[str, Any]:
-    """Return the conditions of the run that the report lists next to those of the probes."""
+    """Return the conditions of the run. The report lists them next to the conditions of the probes."""
     return {
         "megatron_core": version.megatron_core_version(),
         "torch": torch.__version__,
@@ -112,12 +120,13 @@ def _precision_in_words(run: Run) -> str:
 
 
 def headline_task(system: dict[str, Any]) -> str:
-    """The retrieval task that summary.json reports as `needle_*`: the pass key if it was probed, else planted numbers, else words."""
+    """Return the retrieval task that summary.json reports as `needle_*`: the pass key if it was probed, else planted numbers, else planted
+    words."""
     return next((task for task in ("needle", "number", "word") if task in system), "needle")
 
 
 def summary_of_run(run: Run, result: TrainingResult, systems: dict[str, Any], export: Path) -> dict[str, Any]:
-    """The flat object that other programs read: summary.json.
+    """Return the content of summary.json, a flat object for other programs.
 
     Args:
         run: the run.

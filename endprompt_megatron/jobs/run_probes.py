@@ -1,4 +1,4 @@
-"""The probes of a run from its configuration: the questions, and whether the machine can hold the longest of them."""
+"""Make the probes of a run from its configuration, and check that the machine has enough memory for the longest context."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _GIB = 2**30
 
 
 def make_probes(config: RunConfig, base: Base) -> Probes:
-    """The questions of a run, the same for every system that it compares.
+    """Make the questions and texts of a run's probes. All systems of the run use the same ones.
 
     Raises:
-        DataError: held-out text that is missing or too short.
+        DataError: the held-out text is missing or too short.
     """
     probes = config.probes
 
@@ -72,9 +72,9 @@ def make_probes(config: RunConfig, base: Base) -> Probes:
 
 
 def prefill_gib(run: ResolvedRun) -> float:
-    """Memory of one rank, in addition to the weights, while it reads the longest context: keys and values, the widest activations of the
-    tokens that are read at once, and the logits that are scored. Rounded up: float32 throughout on a CPU, where bf16 products are held in
-    float32 too.
+    """Return the memory in GiB that a rank needs in addition to the weights while it reads the longest context. The memory consists of keys
+    and values, the widest activations of the tokens in one forward pass, and the logits that are scored. On a CPU, all numbers count as
+    float32, because bf16 products are stored in float32 there. This estimate is an upper bound.
     """
     config, architecture = run.config, run.architecture
     probes, parallel = config.probes, config.parallel
@@ -92,10 +92,10 @@ def prefill_gib(run: ResolvedRun) -> float:
 
 
 def check_probe_memory(run: ResolvedRun) -> None:
-    """Refuse contexts that the machine cannot read, before anything runs.
+    """Check that the machine has enough memory to read the longest context. Does nothing if probes are disabled.
 
     Raises:
-        ConfigError: with the numbers.
+        ConfigError: the memory does not suffice; the message states the needed and the available memory.
     """
     config = run.config
     if not config.probes.enabled:
@@ -106,7 +106,7 @@ def check_probe_memory(run: ResolvedRun) -> None:
     if needed > available:
         longest = max([*config.probes.lengths, *config.probes.perplexity_lengths])
         raise ConfigError(
-            f"probes.lengths={list(config.probes.lengths)}: reading {longest:,} tokens needs about {needed:.1f} GiB beside the "
+            f"probes.lengths={list(config.probes.lengths)}: reading {longest:,} tokens needs about {needed:.1f} GiB in addition to the "
             f"weights, and {available:.1f} GiB are free here. Leave out the longest lengths, read fewer tokens at once "
             f"(probes.prefill_chunk=1024), or set probes.enabled=false."
         )

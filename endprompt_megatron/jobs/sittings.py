@@ -1,5 +1,5 @@
-"""Wall time of a run over all its sittings: a run that is stopped and started again has several. sittings.json keeps the time of each, also
-of those that a crash ended."""
+"""Wall time of a run over all its sittings. A sitting is the time from one start of the run to its end. A run that is stopped and resumed
+has several sittings. sittings.json contains the time of each, including sittings that ended in a crash."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _SECONDS_BETWEEN_WRITES = 5.0
 
 
 class Sittings:
-    """Counts the time of this sitting, and adds it to that of earlier ones. Use as a context manager.
+    """Measures the time of this sitting and adds the times of earlier sittings. Use as a context manager.
 
-    A thread of rank 0 writes the time so far every few seconds, so that a killed sitting counts up to its last write. Other ranks know of
-    this sitting only.
+    A thread of rank 0 writes the current time to sittings.json every few seconds. A killed sitting therefore counts up to its last write.
+    Other ranks measure only this sitting.
 
     Args:
         output_dir: existing output directory of the run.
@@ -55,15 +55,15 @@ class Sittings:
 
     @property
     def count(self) -> int:
-        """Number of sittings, this one included."""
+        """Number of sittings, including this one."""
         return len(self._earlier) + 1
 
     def wall_seconds(self) -> float:
-        """Seconds from start to end, summed over sittings; for this one until now."""
+        """Return the wall time in seconds, summed over all sittings. This sitting counts until now."""
         return sum(sitting["seconds"] for sitting in self._all())
 
     def stage_seconds(self) -> dict[str, float]:
-        """{stage: seconds}, summed over sittings; for this one until now."""
+        """Return {stage: seconds}, summed over all sittings. This sitting counts until now."""
         found: dict[str, float] = {}
         for sitting in self._all():
             for stage, seconds in sitting["stages"].items():
@@ -71,7 +71,7 @@ class Sittings:
         return found
 
     def _all(self) -> list[dict[str, Any]]:
-        stages = self._times.so_far()  # before the seconds, so that their sum is not more
+        stages = self._times.so_far()  # read before `seconds`, so that the sum of the stages does not exceed it
         return [*self._earlier, {"started": self._begun, "seconds": time.monotonic() - self._started, "stages": stages}]
 
     def _keep_writing(self) -> None:
@@ -79,7 +79,7 @@ class Sittings:
             self._write()
 
     def _write(self) -> None:
-        with suppress(OSError):  # of a full disk or a renamed directory: what matters more reports it
+        with suppress(OSError):  # a full disk or a renamed directory; more important writes report it
             replace_text(self._path, json.dumps({"sittings": self._all()}, indent=1) + "\n")
 
 

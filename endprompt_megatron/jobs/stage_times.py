@@ -1,4 +1,4 @@
-"""Where the wall time of a job goes: seconds by named stage, for summary.json and the page."""
+"""Wall time of a job by named stage, for summary.json and the page."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from contextlib import contextmanager
 
 
 class StageTimes:
-    """Sums seconds by stage, in the order in which stages first began.
+    """Sums wall time by stage. Stages are in the order in which they first began.
 
     Attributes:
-        seconds: {stage: wall seconds}.
+        seconds: {stage: wall time in seconds}. The time of a running stage is added at its end.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._open: dict[str, float] = {}  # stage under way -> its start
+        self._open: dict[str, float] = {}  # running stage -> its start
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count the time of the block under `name`, also where the block fails."""
+        """Add the time of the block to the stage `name`, also if the block fails."""
         started = time.monotonic()
         self.seconds.setdefault(name, 0.0)
         self._open[name] = started
@@ -31,6 +31,6 @@ class StageTimes:
             self.seconds[name] += time.monotonic() - started
 
     def so_far(self) -> dict[str, float]:
-        """{stage: wall seconds}, of the stage under way until now. May be called in another thread."""
+        """Return {stage: wall time in seconds}. A running stage counts until now. Another thread may call this method."""
         now, under_way = time.monotonic(), dict(self._open)
         return {stage: seconds + (now - under_way[stage] if stage in under_way else 0.0) for stage, seconds in dict(self.seconds).items()}

@@ -17,7 +17,7 @@ from endprompt_megatron.config.schema import LaunchConfig
 from endprompt_megatron.errors import EXIT_INTERRUPTED, EXIT_RESUME, ConfigError
 from endprompt_megatron.launch.processes import STOP_SIGNALS, end_with_parent
 from endprompt_megatron.log import get_logger
-from endprompt_megatron.output_files import make_directory
+from endprompt_megatron.output_files import make_directory, writing
 
 # The ports of job steps are [20000, 32007), below the ephemeral ports of Linux (32768 and up). The number of ports is prime, so that steps
 # of one job and jobs with neighbouring ids get different ports.
@@ -139,7 +139,8 @@ def run_workers(config: Launched, arguments: list[str]) -> int:
 
     count = local_processes(config)
     output_dir = Path(config.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    with writing(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
     logs = make_directory(output_dir / "logs")
     quiet = dict.fromkeys(range(1, count), Std.ALL)
     os.environ[_LAUNCHER] = str(os.getpid())

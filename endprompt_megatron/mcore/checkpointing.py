@@ -1,5 +1,5 @@
-"""Save and load with megatron.core.dist_checkpointing, with the same arguments in every supported version of megatron-core. Loading
-unpickles only the classes that unpickling.py lists."""
+"""Save and load checkpoints with megatron.core.dist_checkpointing. The functions take the same arguments for every supported version of
+megatron-core. Loading unpickles only the classes that unpickling.py lists."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def begin_save(sharded_state: dict[str, Any], directory: str, *, asynchronous: b
 
 
 def load_sharded(sharded_state: dict[str, Any], directory: Path, metadata: Metadata) -> dict[str, Any]:
-    """Load a sharded state; collective over all ranks. Only the classes that mcore.unpickling lists are unpickled.
+    """Load a sharded state. All ranks must call this function. Only the classes that mcore.unpickling lists are unpickled.
 
     Args:
-        sharded_state: Megatron's sharded tensors and objects, which name what to load.
+        sharded_state: Megatron's sharded tensors and objects to load.
         directory: torch_dist directory.
-        metadata: content of its `.metadata`, from mcore.unpickling.read_metadata.
+        metadata: content of `.metadata` from mcore.unpickling.read_metadata.
     Returns:
         The state with loaded tensors and objects, and the content of common.pt.
     Raises:
-        CheckpointError: a file of the directory names a foreign class or function.
-        Exception, CheckpointException: whatever Megatron and torch raise for other damage.
+        CheckpointError: a file of the directory names a class or function that is not listed.
+        Exception, CheckpointException: the checkpoint is damaged in another way. Megatron and torch raise exceptions of many classes.
     """
     try:
         with _restricted_loading(Path(directory), metadata):
@@ -67,12 +67,12 @@ def load_sharded(sharded_state: dict[str, Any], directory: Path, metadata: Metad
 
 @contextlib.contextmanager
 def _restricted_loading(directory: Path, metadata: Metadata) -> Iterator[None]:
-    """Inside the block all unpickling of Megatron's and torch's loaders goes through mcore.unpickling.
+    """Make the loaders of Megatron and torch unpickle with mcore.unpickling inside the block.
 
-    Replaces FileSystemReader.read_metadata, which calls pickle.load (torch 2.9-2.13, distributed/checkpoint/filesystem.py), and torch.load,
-    which DefaultLoadPlanner.load_bytes calls with weights_only=False (distributed/checkpoint/default_planner.py). Megatron calls torch.load
-    for common.pt (megatron-core 0.16-0.19, dist_checkpointing/strategies/common.py). The storage client of NVIDIA, which has loaders of its
-    own, is turned off. Can be removed when upstream restricts all three.
+    The function replaces FileSystemReader.read_metadata, which calls pickle.load (torch 2.9-2.13, distributed/checkpoint/filesystem.py),
+    and torch.load. DefaultLoadPlanner.load_bytes calls torch.load with weights_only=False (distributed/checkpoint/default_planner.py), and
+    Megatron calls torch.load for common.pt (megatron-core 0.16-0.19, dist_checkpointing/strategies/common.py). NVIDIA's storage client,
+    which has its own loaders, is disabled. Remove this function when upstream restricts all three calls.
     """
 
     def metadata_of(reader: FileSystemReader) -> Metadata:
@@ -82,7 +82,7 @@ def _restricted_loading(directory: Path, metadata: Metadata) -> Iterator[None]:
         return metadata
 
     def load_archive_of(file: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
-        opened = getattr(file, "base_stream", file)  # torch's view of one archive in a .distcp file
+        opened = getattr(file, "base_stream", file)  # torch passes a view of one archive in a .distcp file
         return load_archive(file, where=getattr(opened, "name", opened), map_location=map_location)
 
     original = DefaultLoadPlanner.load_bytes

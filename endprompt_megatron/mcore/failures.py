@@ -15,23 +15,29 @@ _MESSAGE, _READ = "message", "read"
 
 
 class FailureBoard:
-    """Holds the error of the first rank that failed. All ranks must create their boards in the same order."""
+    """Holds the error of the first rank that failed. All ranks must create their boards in the same order.
+
+    Attributes:
+        error: class of the error that was read or published last.
+    """
 
     def __init__(self) -> None:
         number = next(_BOARDS)
         self._store = None
+        self.error = ""
         self._ranks, self._rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         if self._ranks > 1:
             store = torch.distributed.distributed_c10d._get_default_store()
             self._store = torch.distributed.PrefixStore(f"endprompt_failure_{number}", store)
 
-    def publish(self, message: str, *, seconds: float = 10.0) -> str:
-        """Write the message unless another rank already did, then wait until the other ranks have read it.
+    def publish(self, message: str, *, error: str = "CheckpointError", seconds: float = 10.0) -> str:
+        """Write the message unless a rank already did, then wait until the other ranks have read it.
 
         Rank 0 must wait because it serves the store: when rank 0 exits, the message is lost.
 
         Args:
             message: this rank's error.
+            error: its class, with which the other ranks report it.
             seconds: maximum wait.
         Returns:
             The message of the first rank that failed, prefixed with its rank if there are several ranks.
@@ -40,7 +46,7 @@ class FailureBoard:
             return message
         published = f"rank {self._rank}: {message}"
         with contextlib.suppress(RuntimeError):  # the store no longer exists because rank 0 has exited
-            published = self._store.compare_set(_MESSAGE, "", published).decode()
+            self.error, published = self._store.compare_set(_MESSAGE, "", f"{error}\n{published}").decode().split("\n", 1)
             deadline = time.monotonic() + seconds
             self._store.add(_READ, 1)
             while self._store.add(_READ, 0) < self._ranks and time.monotonic() < deadline:
@@ -53,7 +59,8 @@ class FailureBoard:
             return None
         with contextlib.suppress(RuntimeError):
             if self._store.check([_MESSAGE]):
-                return self._store.get(_MESSAGE).decode()
+                self.error, message = self._store.get(_MESSAGE).decode().split("\n", 1)
+                return message
         return None
 
     def wait(self, seconds: float = 10.0) -> str | None:

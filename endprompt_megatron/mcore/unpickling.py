@@ -1,6 +1,7 @@
-"""The one module that unpickles files. Checkpoints of torch.distributed.checkpoint contain pickles: `.metadata` is one, and so are the
-archives of torch.save in common.pt and *.distcp. A pickle can name any function and have it called. Therefore only these names are looked
-up: those listed here, those that torch.load(weights_only=True) allows, and those of megatron.core.safe_globals. Others are refused."""
+"""Unpickle the files of checkpoints with restrictions. No other module unpickles files. Checkpoints of torch.distributed.checkpoint contain
+pickles in `.metadata` and in the torch.save archives of common.pt and *.distcp. A pickle can call any function by its name. This module
+therefore rejects all names except those listed here, those that torch.load(weights_only=True) allows, and those in
+megatron.core.safe_globals."""
 
 from __future__ import annotations
 
@@ -28,13 +29,13 @@ METADATA_FILE = ".metadata"
 _DTYPES = frozenset(("torch", str(value).removeprefix("torch.")) for value in vars(torch).values() if isinstance(value, torch.dtype))
 _LAYOUTS = {str(value): value for value in vars(torch).values() if isinstance(value, torch.layout)}
 
-# (module, qualified name) of what `.metadata` may name: torch's classes, and two empty ones of megatron-core up to 0.15
+# (module, qualified name) that `.metadata` may contain: classes of torch, and two empty classes of megatron-core up to 0.15
 _METADATA_CLASSES = _DTYPES | {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     ("collections", "OrderedDict"),
     ("pathlib", "PosixPath"),  # StorageMeta.checkpoint_id
-    ("pathlib._local", "PosixPath"),  # as Python 3.13 writes it
+    ("pathlib._local", "PosixPath"),  # the name in Python 3.13
     *(
         ("torch.distributed.checkpoint.metadata", name)
         for name in (
@@ -54,13 +55,13 @@ _METADATA_CLASSES = _DTYPES | {
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
 }  # fmt: skip
 
-# what Transformer Engine pickles into the `_extra_state` of a layer: tensors, and the FP8 recipe
+# (module, qualified name) that the `_extra_state` of a layer may contain: Transformer Engine pickles tensors and the FP8 recipe
 _EXTRA_STATE_CLASSES = _DTYPES | {
     ("collections", "OrderedDict"),
     ("torch", "Size"),
     ("torch._utils", "_rebuild_tensor_v2"),
     ("torch.storage", "_load_from_bytes"),
-    ("megatron.core.safe_globals", "safe_load_from_bytes"),  # what megatron-core 0.19 puts in its place
+    ("megatron.core.safe_globals", "safe_load_from_bytes"),  # megatron-core 0.19 replaces _load_from_bytes with this function
     *(
         ("transformer_engine.common.recipe", name)
         for name in (
@@ -71,7 +72,7 @@ _EXTRA_STATE_CLASSES = _DTYPES | {
     ("megatron.core.extensions.transformer_engine", "TEDelayedScaling"),
 }  # fmt: skip
 
-# numpy's random state in checkpoints of this project up to 0.1; numpy 1 writes the first name, numpy 2 the second
+# The random state of numpy in checkpoints of this project up to version 0.1. numpy 1 writes the first name, and numpy 2 the second.
 _reconstruct = np.zeros(0).__reduce__()[0]
 torch.serialization.add_safe_globals(
     [
@@ -82,20 +83,20 @@ torch.serialization.add_safe_globals(
         (np.dtypes.UInt32DType, "numpy.dtypes.UInt32DType"),
     ]
 )
-_torch_load, _numpy_load = torch.load, np.load  # checkpointing.load_sharded and arrays_without_pickle replace them while they run
+_torch_load, _numpy_load = torch.load, np.load  # load_sharded and arrays_without_pickle replace both for a block
 
 
 class _ForeignClassError(pickle.UnpicklingError):
-    """A pickle names a class or function that it may not name."""
+    """A pickle contains the name of a class or function that is not allowed."""
 
 
 class _Unpickler(pickle._Unpickler):
-    """Unpickler that looks up only the given names. It extends the one written in Python: the one in C allocates any amount of memory for a
-    damaged file, and lets a file set attributes of classes.
+    """Unpickler that looks up only allowed names. It extends the unpickler written in Python, because the unpickler written in C allocates
+    any amount of memory for a damaged file and lets a pickle set attributes of classes.
 
     Args:
-        content: the pickle.
-        allowed: (module, qualified name) of each class and function.
+        content: bytes of the pickle.
+        allowed: (module, qualified name) of each allowed class and function.
     """
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
@@ -105,9 +106,9 @@ class _Unpickler(pickle._Unpickler):
         self._allowed = allowed
 
     def find_class(self, module: str, name: str) -> Any:
-        """Same as pickle.Unpickler."""
+        """Return the class or function with this name. Raise _ForeignClassError if the name is not allowed."""
         if (module, name) not in self._allowed:
-            raise _ForeignClassError(f"{module}.{name}".replace("__builtin__.", "builtins."))  # as protocol 2 writes it
+            raise _ForeignClassError(f"{module}.{name}".replace("__builtin__.", "builtins."))  # protocol 2 writes __builtin__
         if name == "_get_layout":
             return _LAYOUTS.__getitem__
         if name in ("_load_from_bytes", "safe_load_from_bytes"):
@@ -115,7 +116,8 @@ class _Unpickler(pickle._Unpickler):
         return super().find_class(module, name)
 
     def load_build(self) -> None:
-        """Set the attributes of an object. A class, function or enum member is shared with the process, so its attributes are not set."""
+        """Set the attributes of an object. Classes, functions and enum members are shared with the process, so setting their attributes
+        raises _ForeignClassError."""
         target = self.stack[-2]  # type: ignore[attr-defined] # typeshed describes only the public methods
         if callable(target) or isinstance(target, Enum):
             shared = type(target) if isinstance(target, Enum) else target
@@ -126,12 +128,13 @@ class _Unpickler(pickle._Unpickler):
 
 
 def _tensor_storage(data: bytes) -> Any:
-    """torch.storage._load_from_bytes, which unpickles anything, for tensors alone."""
+    """Load a tensor storage. This function replaces torch.storage._load_from_bytes, which unpickles any class."""
     return _load_plain(io.BytesIO(data))
 
 
 def _load_plain(file: Any, map_location: Any = None) -> Any:
-    """torch.load(weights_only=True) that raises _ForeignClassError for a foreign name, and never advises to load without the check."""
+    """Call torch.load with weights_only=True. Raise _ForeignClassError if a name is not allowed. The messages of other errors omit torch's
+    advice to load without the check."""
     try:
         return _torch_load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -148,8 +151,8 @@ def read_metadata(directory: Path) -> Metadata:
     Args:
         directory: directory of the checkpoint.
     Raises:
-        CheckpointError: the file is missing, damaged or no metadata of a checkpoint, names a class that does not belong there, or names
-            files outside of the directory.
+        CheckpointError: the file is missing or damaged, is not the metadata of a checkpoint, contains a class that is not allowed, or
+            refers to files outside of the directory.
     """
     path = Path(directory) / METADATA_FILE
     try:
@@ -163,7 +166,11 @@ def read_metadata(directory: Path) -> Metadata:
 
 
 def _check_metadata(metadata: Any, directory: Path) -> None:
-    """Raise ValueError if the content is not of the types that torch writes, or leads outside of the directory."""
+    """Check that the content has the types that torch writes, and that all files are inside the directory.
+
+    Raises:
+        ValueError: a type differs, or a file is outside of the directory.
+    """
     if not isinstance(metadata, Metadata):
         raise ValueError(f"it contains {type(metadata).__name__} instead of Metadata")
     for key, entry in metadata.state_dict_metadata.items():
@@ -191,15 +198,15 @@ def _check_tensor(key: str, entry: TensorStorageMetadata) -> None:
 
 
 def load_archive(file: Any, *, where: str | Path, map_location: Any = None) -> Any:
-    """Load an archive of torch.save: tensors, plain values, and states of random generators.
+    """Load an archive of torch.save with tensors, plain values and states of random generators.
 
     Args:
         file: path or seekable file.
-        where: name of the file for an error message.
-        map_location: as for torch.load.
+        where: name of the file for error messages.
+        map_location: see torch.load.
     Raises:
-        CheckpointError: the archive names a class or function that does not belong in a checkpoint.
-        Exception: what torch.load raises for a missing or damaged archive.
+        CheckpointError: the archive contains a class or function that is not allowed.
+        Exception: the archive is missing or damaged. torch.load raises exceptions of many classes.
     """
     try:
         return _load_plain(file, map_location)
@@ -208,15 +215,16 @@ def load_archive(file: Any, *, where: str | Path, map_location: Any = None) -> A
 
 
 def plain_extra_state(state: Any, *, where: str | Path) -> Any:
-    """Pickle the `_extra_state` of a layer anew: Transformer Engine unpickles it without restrictions when it is set.
+    """Unpickle the `_extra_state` of a layer with restrictions, and pickle the result again. When the state is loaded into the layer,
+    Transformer Engine unpickles it without restrictions.
 
     Args:
-        state: as stored in the checkpoint.
-        where: name of the checkpoint for an error message.
+        state: state as stored in the checkpoint.
+        where: name of the checkpoint for error messages.
     Returns:
-        uint8 [n], the same state pickled by this process; states that are not pickles are returned as they are.
+        uint8 [n], the state pickled by this process. A state that is not a pickle is returned unchanged.
     Raises:
-        CheckpointError: the state names a class or function that does not belong there, or is damaged.
+        CheckpointError: the state contains a class or function that is not allowed, or is damaged.
     """
     if isinstance(state, io.BytesIO):
         state.seek(0)
@@ -236,20 +244,20 @@ def plain_extra_state(state: Any, *, where: str | Path) -> Any:
 def _refusal(where: str | Path, name: str) -> str:
     return (
         f"{where} names {name}, which does not belong in a checkpoint: it may contain only tensors, plain values and the classes of "
-        f"torch.distributed.checkpoint's metadata. Nothing of it was run. Do not use this checkpoint; copy it again from a source that you "
-        f"trust."
+        f"torch.distributed.checkpoint's metadata. None of its code was run. Do not use this checkpoint; copy it again from a source "
+        f"that you trust."
     )
 
 
 @contextlib.contextmanager
 def arrays_without_pickle() -> Iterator[None]:
-    """Inside the block np.load refuses pickles.
+    """Make np.load reject pickles inside the block.
 
-    For the index caches of Megatron's datasets, which it reads with np.load(allow_pickle=True) (megatron-core 0.16-0.19,
-    datasets/gpt_dataset.py and blended_dataset.py). Can be removed when upstream passes False.
+    Megatron's datasets read their index caches with np.load(allow_pickle=True) (megatron-core 0.16-0.19, datasets/gpt_dataset.py and
+    blended_dataset.py). Remove this function when upstream passes False.
 
     Raises:
-        DataError: inside the block, a file is not an array of numbers.
+        DataError: a file that np.load reads inside the block is not an array of numbers.
     """
 
     def load(file: Any, *args: Any, **options: Any) -> Any:

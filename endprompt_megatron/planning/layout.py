@@ -70,7 +70,8 @@ class Layout:
         return num_layers // chunks
 
     def chunks_in_flight(self, stage: int) -> int:
-        """Return the largest number of chunk forward passes whose activations a pipeline stage keeps at the same time.
+        """Return the largest number of forward passes whose activations a pipeline stage keeps at the same time. Each pass takes one
+        micro-batch through one model chunk.
 
         Args:
             stage: index of the pipeline stage, from 0.

@@ -4,13 +4,13 @@ layout. The module also compares EndPrompt's short samples with full-length samp
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.planning.layout import Layout
 from endprompt_megatron.planning.memory import MemoryEstimate, TrainedParts, reserve_gib, stage_memory
-from endprompt_megatron.planning.throughput import GPUS_PER_NODE, Hardware, StepTime, get_hardware, has_speed, step_time
+from endprompt_megatron.planning.throughput import Hardware, StepTime, get_hardware, has_speed, step_time
 
 MICRO_BATCH_SIZES = (1, 2, 4)
 # In order of step time, so the first granularity that fits is the fastest.
@@ -19,30 +19,6 @@ RECOMPUTE_GRANULARITIES = (None, "selective", "full")
 # elements. FP8 attention needs whole blocks of tokens.
 _FP8_MULTIPLES = {"fp8": 16, "fp8_attention": 16, "fp8_blockwise": 128, "mxfp8": 32}
 _FP8_ATTENTION_BLOCK = 128
-
-
-@dataclass
-class ClusterConfig:
-    """The config group `plan` of recipes/plan.py.
-
-    Attributes:
-        num_gpus: number of GPUs in the cluster; null uses the experiment's number (launch.nproc_per_node x launch.num_nodes).
-        gpus_per_node: number of GPUs that share NVLink.
-        hardware: kind of GPU, a name in throughput.HARDWARE; null uses launch.gpu.
-        tokens: number of physical tokens to train on.
-        lengths: windows for which EndPrompt is compared with full-length training, in positions. Windows up to the native window are
-            skipped.
-        rows: number of layouts in the table.
-        output_dir: directory of plan.md and plan.png.
-    """
-
-    num_gpus: int | None = None
-    gpus_per_node: int = GPUS_PER_NODE
-    hardware: str | None = None
-    tokens: float = 1e9
-    lengths: list[int] = field(default_factory=lambda: [16384, 32768, 65536, 98304, 131072, 262144])
-    rows: int = 10
-    output_dir: str = "outputs/plan_${name}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from endprompt_megatron.comparison.results import (
 from endprompt_megatron.comparison.runner import RunOutcome
 from endprompt_megatron.comparison.statistics import PairedTest, paired_tests, summarize
 from endprompt_megatron.comparison.study import StudyConfig
+from endprompt_megatron.output_files import replace_text
 from endprompt_megatron.report.figures.comparison import TASK_NAMES, plot_cost, plot_scores_by_distance, plot_scores_by_length
 from endprompt_megatron.report.figures.run import length_label
 from endprompt_megatron.report.suite_comparison import suite_tables
@@ -91,8 +92,8 @@ def write_comparison(
     if sections:
         parts += ["## Conditions", _conditions(sections[0].results)]
     page = output_dir / PAGE
-    page.write_text("\n\n".join(part for part in parts if part) + "\n")
-    (output_dir / NUMBERS).write_text(json.dumps(without_nan(_numbers(study, sections, suites, failed)), indent=1) + "\n")
+    replace_text(page, "\n\n".join(part for part in parts if part) + "\n")
+    replace_text(output_dir / NUMBERS, json.dumps(without_nan(_numbers(study, sections, suites, failed)), indent=1) + "\n")
     return page
 
 

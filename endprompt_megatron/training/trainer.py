@@ -59,6 +59,7 @@ class Trainer:
         output_dir: directory for checkpoints and metrics.
         stop: recorder of stop signals; None if this process handles no signals.
         provenance: description of the base and the data, stored in checkpoints.
+        failures: board on which ranks record their failures; None creates one.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Trainer:
         output_dir: Path,
         stop: StopRequests | None = None,
         provenance: dict[str, Any] | None = None,
+        failures: FailureBoard | None = None,
     ):
         self.config, self.runtime, self.chunks = config, runtime, chunks
         self.train_dataset, self.validation_dataset = train_dataset, validation_dataset
@@ -96,7 +98,7 @@ class Trainer:
         self.schedule = get_forward_backward_func()
         checkpoints, described = self.output_dir / "checkpoints", config.to_dict()
         self.state = load_latest_checkpoint(checkpoints, chunks=chunks, optimizer=self.optimizer, config=described) or RunState()
-        self.failures = failures = FailureBoard()
+        self.failures = failures = failures or FailureBoard()
         self.writer = CheckpointWriter(
             checkpoints,
             chunks=chunks,
@@ -125,25 +127,24 @@ class Trainer:
             RunInterrupted: a stop signal arrived. The step is finished and the checkpoint is written.
             TrainingError: a step was bad under the policy "stop", or there were too many bad steps in a row. The weights and the checkpoint
                 are those before that step.
-            CheckpointError: a checkpoint or the metrics cannot be written, or the output directory was renamed.
+            OutputError: the metrics cannot be written, on this or another rank.
+            CheckpointError: a checkpoint cannot be written, or the output directory was renamed, on this or another rank.
         """
-        metrics = MetricsWriter(self.output_dir, resume_step=self.state.step)
-        try:
-            with self.stop.deferred(), self.watchdog:
+        with self.stop.deferred(), self.watchdog:
+            metrics = MetricsWriter(self.output_dir, resume_step=self.state.step)
+            try:
                 self._train(metrics)
-        finally:
-            metrics.close()
+            finally:
+                metrics.close()
         return self._result()
 
     def _write(self, metrics: MetricsWriter, step: int, record: dict[str, Any]) -> None:
-        """Write a record on rank 0. The other ranks, which then wait for it in a collective, learn of a failure from the board."""
+        """Write a record on rank 0. If writing fails, the other ranks wait in a collective, so the error is published on the failure board.
+        This function publishes a CheckpointError, and the watchdog publishes an OutputError."""
         try:
             metrics.write(step, record)
         except CheckpointError as error:
             raise CheckpointError(self.failures.publish(str(error))) from error
-        except OSError as error:
-            way_out = "Free space, or fix the permissions, and start the same command again: it resumes."
-            raise CheckpointError(self.failures.publish(f"{metrics.path} could not be written ({error}). {way_out}")) from error
 
     def _train(self, metrics: MetricsWriter) -> None:
         trainer, state = self.config.trainer, self.state
@@ -312,7 +313,7 @@ class Trainer:
             return
         if self.state.step == 0 or self._due(self.config.trainer.eval_interval):
             if from_rank_zero(metrics.has(self.state.step, "validation_loss")):
-                return  # an earlier start of the run stopped after it
+                return  # an earlier start of this run has written this loss
             self.watchdog.beat(f"the validation loss after step {self.state.step}")
             figures = self.validation_figures()
             self._write(metrics, self.state.step, figures)

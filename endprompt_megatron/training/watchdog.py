@@ -9,14 +9,15 @@ import sys
 import threading
 import time
 
-from endprompt_megatron.errors import EXIT_HUNG, EXIT_USER_ERROR
+from endprompt_megatron.errors import EXIT_HUNG, EXIT_USER_ERROR, OutputError
 from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.mcore.failures import FailureBoard
 
 
 class Watchdog:
     """Context manager that ends this process if `beat` is not called in time or if another rank has failed. A thread runs both checks. If
-    another rank has failed, this rank may wait for it in a collective, and only the end of the process interrupts a collective.
+    another rank has failed, this rank may wait for it in a collective, and only the end of the process interrupts a collective. The context
+    manager publishes an OutputError of its block on the board.
 
     Args:
         seconds: longest time between two calls of `beat`; 0 means no limit.
@@ -35,8 +36,10 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._ended.set()
+        if isinstance(error, OutputError) and self.failures is not None:  # usually of rank 0, which writes alone
+            raise OutputError(self.failures.publish(str(error), error=OutputError.__name__)) from error
 
     def beat(self, doing: str) -> None:
         """Report progress. `doing` names the activity that begins now, for the error message."""
@@ -60,8 +63,8 @@ class Watchdog:
                 os._exit(EXIT_HUNG)
 
     def _end_with(self, failure: str) -> None:
-        sys.stderr.write(f"CheckpointError: {failure}\n")
+        assert self.failures is not None
+        sys.stderr.write(f"{self.failures.error}: {failure}\n")
         sys.stderr.flush()
-        if self.failures is not None:
-            self.failures.acknowledge()
+        self.failures.acknowledge()
         os._exit(EXIT_USER_ERROR)

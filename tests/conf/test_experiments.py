@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-from _entry import ROOT, clear_empty_dicts, to_run_config  # recipes/_entry.py
-from compare import to_study  # recipes/compare.py
+from _entry import ROOT, clear_empty_dicts, to_dataclass, to_run_config  # recipes/_entry.py
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 
+from endprompt_megatron.comparison.study import StudyConfig
 from endprompt_megatron.config.schema import RunConfig
 from endprompt_megatron.errors import ConfigError
 from endprompt_megatron.jobs.dry_run import dry_run
@@ -237,7 +237,7 @@ def test_the_methods_of_the_paper_are_all_there():
 @pytest.mark.parametrize("study", sorted(path.stem for path in (ROOT / "conf" / "study").glob("*.yaml")))
 def test_every_study_requests_valid_runs(study, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    asked = to_study(compose(f"+study={study}", config="compare"))
+    asked = to_dataclass(compose(f"+study={study}", config="compare"), StudyConfig)
     asked.validate(tuple(METHODS))
     first = {run.label: run for run in reversed(asked.runs())}
     assert set(first) == set(asked.methods)

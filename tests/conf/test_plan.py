@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from _entry import ROOT, to_run_config  # recipes/_entry.py
-from plan import to_cluster, without_plan  # recipes/plan.py
+from plan import to_configs  # recipes/plan.py
 
 from endprompt_megatron.config.schema import ParallelConfig
 from endprompt_megatron.errors import ConfigError
@@ -26,8 +26,7 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("
 
 
 def _compose(*overrides: str):
-    composed = compose(*overrides, config="plan")
-    return to_run_config(without_plan(composed)), to_cluster(composed)
+    return to_configs(compose(*overrides, config="plan"))
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -136,7 +135,7 @@ def test_wrong_values_are_refused(overrides, words):
 
 def test_wrong_keys_and_types_are_refused():
     for override in ("+plan.gpus=8", "plan.rows=many"):
-        with pytest.raises(ConfigError, match="planning/layout_search.py explains the keys"):
+        with pytest.raises(ConfigError, match="config/cluster.py explains the keys"):
             _compose("+experiment=llama3_8b_64k", override)
 
 

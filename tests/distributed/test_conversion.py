@@ -115,6 +115,7 @@ def _convert_until(point: int, counted: str, direction: str, source: str, destin
 
         return call
 
+    torch.set_num_threads(1)  # makes torch's thread pool anew in a forked process, before the threads of the conversion do so at once
     for name in _POINTS:
         setattr(os, name, counting(getattr(os, name)))
     _convert(direction, source, destination)

@@ -128,6 +128,21 @@ def test_a_rank_that_fails_alone_ends_the_job_with_its_error_on_every_rank(place
     assert damage(checkpoints / (checkpoints / "latest").read_text().strip()) is None
 
 
+def test_rank_zero_that_finds_no_room_for_its_metrics_ends_every_rank_with_the_path(place, undisturbed):
+    """The other rank waits in a collective for rank 0, which writes alone."""
+    job = _job(place, "no_metrics")
+    ranks = start_ranks(WORLD_SIZE, [job | {"worker": "tests.support.disk_worker", "disk": {"rank": 0, "step": 3, "fault": "metrics"}}])
+    assert end_of(ranks) == [EXIT_USER_ERROR, EXIT_USER_ERROR]
+    for process in ranks:
+        told = process.log.read_text()
+        expected = (
+            f"OutputError: rank 0: {place / 'no_metrics' / 'metrics.jsonl'} could not be written ([Errno 28] No space left on device)"
+        )
+        assert expected in told, told
+    assert end_of(_start(job)) == [0, 0]
+    assert _losses(place, "no_metrics") == undisturbed
+
+
 def test_a_renamed_directory_is_the_same_error_on_every_rank_and_goes_on_under_its_name(place, undisturbed):
     job = _job(place, "renamed", save_interval=2)
     ranks = start_ranks(WORLD_SIZE, [job | {"worker": "tests.support.disk_worker", "disk": {"rank": 0, "step": 4, "fault": "renamed"}}])

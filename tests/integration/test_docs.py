@@ -21,10 +21,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
-from _entry import ROOT, clear_empty_dicts, refuse_former_names, to_run_config  # recipes/_entry.py
-from compare import check_run, to_study  # recipes/compare.py
-from plan import to_cluster, without_plan  # recipes/plan.py
+from _entry import ROOT, choices, clear_empty_dicts, refuse_former_names, to_dataclass, to_run_config  # recipes/_entry.py
+from compare import check_run  # recipes/compare.py
+from plan import to_configs  # recipes/plan.py
 
+from endprompt_megatron.comparison.study import StudyConfig
 from endprompt_megatron.integrations.window_extension import WindowExtension
 from endprompt_megatron.jobs.plan import cluster_request
 from endprompt_megatron.jobs.preflight import resolve
@@ -109,13 +110,12 @@ def _check_run(overrides: list[str], world_size: int | None = None) -> None:
 
 
 def _check_plan(overrides: list[str]) -> None:
-    composed = _compose("plan", _with_experiment(overrides, "llama3_8b_64k"))
-    cluster_request(to_run_config(without_plan(composed)), to_cluster(composed))
+    cluster_request(*to_configs(_compose("plan", _with_experiment(overrides, "llama3_8b_64k"))))
 
 
 def _check_study(overrides: list[str]) -> None:
-    study = to_study(_compose("compare", overrides))
-    study.validate(tuple(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")))
+    study = to_dataclass(_compose("compare", overrides), StudyConfig)
+    study.validate(choices("method"))
     if not study.evaluations:
         for request in {request.label: request for request in study.runs()}.values():
             check_run(request)
@@ -448,3 +448,15 @@ def test_the_bridge_example_runs_on_stand_ins(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     runpy.run_path(str(DOCS / "examples" / "bridge_pretrain.py"), run_name="__main__")
     assert calls == [("pretrain", (config, "step")), ("export", ("saved", "extended"))]
+
+
+def test_every_promise_of_the_security_page_names_a_test():
+    """`tests/path.py::name` in SECURITY.md is a test of that file; a path alone is a file of tests."""
+    named = re.findall(r"`(tests/[\w/]+\.py)((?:::\w+)*)`", (ROOT / "SECURITY.md").read_text())
+    assert len(named) > 20
+    for path, names in named:
+        source = (ROOT / path).read_text()
+        for name in names.split("::")[1:]:
+            assert re.search(rf"^\s*(?:def|class) {name}\b", source, flags=re.MULTILINE), f"{path} has no {name}"
+    rows = [line for line in (ROOT / "SECURITY.md").read_text().splitlines() if line.startswith("| ") and not line.startswith("| ---")]
+    assert [row for row in rows if "`tests/" not in row] == ["| promise | test |"] * 2

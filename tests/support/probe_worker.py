@@ -56,6 +56,7 @@ def run_job(job: dict) -> None:
         prompts = [random.integers(0, architecture.vocab_size, size).tolist() for size in (1, 21, 40)]
         common = random.integers(0, architecture.vocab_size, 30).tolist()
         requests = [(common, [5, 6, 7]), (common, [8]), (prompts[0], [9, 10]), (prompts[0], [11]), (prompts[1], [3, 4])]
+        output.mkdir(parents=True, exist_ok=True)
         evaluation = ProbesConfig(lengths=[32, 64, 130], prefill_chunk=chunk)
         options = dict(prefill_chunk=chunk, device=runtime.device)
         try:
@@ -75,7 +76,6 @@ def run_job(job: dict) -> None:
             }  # fmt: skip
         except ConfigError as error:
             found = {"refused": str(error)}
-        output.mkdir(parents=True, exist_ok=True)
         (output / f"rank{runtime.rank}.json").write_text(json.dumps(found))
     finally:
         mcore_runtime.shut_down(keep_process_group=True)

@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 # What recipes and ranks import; nothing in it changes the process at import (tests/unit/mcore/test_cpu.py).
 _IMPORTED_ONCE = (
-    "tests.support.layout_worker", "torch.utils.tensorboard", "matplotlib.pyplot", "hydra.main", "endprompt_megatron.jobs.dry_run",
+    "tests.support.layout_worker", "tensorboard.summary.writer.record_writer", "matplotlib.pyplot", "hydra.main", "endprompt_megatron.jobs.dry_run",
     "endprompt_megatron.jobs.extend", "endprompt_megatron.jobs.evaluate", "endprompt_megatron.jobs.compare",
     "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Auxiliary files of a Hugging Face model, i.e. files other than weights and config.json: tokenizer, generation config, licence."""
+"""Copy the auxiliary files of a Hugging Face model, i.e. the files of the tokenizer, the generation config and the licence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from endprompt_megatron.log import get_logger
 
 PROVENANCE_FILE = "endprompt.json"
 _TEMPLATES, _TEMPLATE_SUFFIX = "additional_chat_templates", ".jinja"  # folder of the tokenizer
-# Only listed files are copied: any other file of the directory may belong to other weights, or be code.
+# Only listed files are copied, because any other file of the directory may be code or belong to other weights.
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json", "vocab.txt",
     "merges.txt", "chat_template.jinja", "chat_template.json",
@@ -26,21 +26,22 @@ _LEGAL_FILES = frozenset(  # in lower case
 )
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 _WRITTEN_FILES = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", MODEL_CARD, PROVENANCE_FILE)
-_NAMES_OF_CODE = ("auto_map", "custom_generate", "trust_remote_code")  # fields of the generation config that no export keeps
-# generate() reads these only when it samples; transformers does not save them together with do_sample=false
+_NAMES_OF_CODE = ("auto_map", "custom_generate", "trust_remote_code")  # fields of the generation config that exports drop
+# Defaults of the settings that generate() reads only for sampling. transformers does not save other values together with do_sample=false.
 _SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 
 
 def copy_auxiliary_files(base: Path, destination: Path, target_context_length: int | None = None) -> None:
-    """Copy tokenizer, generation config and licence of the base model.
+    """Copy the tokenizer, generation config and licence of the base model.
 
     Args:
-        base: Hugging Face directory of the base. Its other files are not copied, nor are symbolic links that leave it; the log lists both.
+        base: Hugging Face directory of the base. Other files and symbolic links to files outside of the directory are not copied, and the
+            log lists them.
         destination: directory to copy to.
-        target_context_length: new model_max_length of the tokenizer; a shorter max_length of the generation config is dropped. None changes
-            neither.
+        target_context_length: new model_max_length of the tokenizer. A smaller max_length in the generation config is removed. None changes
+            neither value.
     Raises:
-        CheckpointError: a file names code, or a tokenizer file is a link that leaves the base.
+        CheckpointError: a file names code, or a tokenizer file is a link to a file outside of the base.
     """
     refuse_code(base)
     check_links(base)
@@ -48,7 +49,7 @@ def copy_auxiliary_files(base: Path, destination: Path, target_context_length: i
     copy_files(base, destination, names)
     templates = base / _TEMPLATES
     if templates.is_dir():
-        (destination / _TEMPLATES).mkdir(exist_ok=True)  # an interrupted conversion may have made it already
+        (destination / _TEMPLATES).mkdir(exist_ok=True)  # an interrupted conversion may have created the folder
         copy_files(base, destination, sorted(f"{_TEMPLATES}/{path.name}" for path in templates.glob(f"*{_TEMPLATE_SUFFIX}")))
     ignored = {*names, *_WRITTEN_FILES}
     left_out = [
@@ -66,7 +67,8 @@ def copy_auxiliary_files(base: Path, destination: Path, target_context_length: i
 
 
 def copy_files(base: Path, destination: Path, names: Iterable[str]) -> None:
-    """Copy the files of a model directory that exist; leave out, with a warning, symbolic links that leave it.
+    """Copy the named files of a model directory. Files that do not exist are skipped. Symbolic links to files outside of the directory are
+    skipped with a warning.
 
     Args:
         base: model directory.
@@ -84,10 +86,11 @@ def copy_files(base: Path, destination: Path, names: Iterable[str]) -> None:
 
 
 def check_links(base: Path) -> None:
-    """Check that no file of the tokenizer or generation config is a symbolic link that leaves the directory: an export would lack it.
+    """Check that neither a tokenizer file nor the generation config is a symbolic link to a file outside of the directory, because exports
+    do not copy such links.
 
     Raises:
-        CheckpointError: one is.
+        CheckpointError: a file is such a link.
     """
     for name in (*_TOKENIZER_FILES, GENERATION_CONFIG):
         path = base / name
@@ -103,7 +106,7 @@ def _auxiliary_names(base: Path) -> list[str]:
 
 
 def exported_generation_config(values: dict[str, Any]) -> dict[str, Any]:
-    """The generation config without fields that name code."""
+    """Return the generation config without fields that name code."""
     return {key: value for key, value in values.items() if key not in _NAMES_OF_CODE}
 
 
@@ -112,10 +115,10 @@ def extended_generation_config(values: dict[str, Any], target_context_length: in
 
     Args:
         values: parsed generation_config.json.
-        target_context_length: in tokens.
+        target_context_length: extended window in tokens.
     Returns:
-        The values without a max_length below the target, which would stop longer generations; with do_sample=true if there are sampling
-        settings, which transformers does not save together with do_sample=false.
+        The values with two changes. A max_length below the target is removed, because it would stop longer generations. do_sample is true
+        if there are sampling settings, because transformers does not save these together with do_sample=false.
     """
     kept = dict(values)
     if isinstance(kept.get("max_length"), int) and kept["max_length"] < target_context_length:

@@ -1,5 +1,5 @@
-"""config.json of a Hugging Face model: convert it into an architecture, reject fields that the Megatron model does not implement, and write
-it for the converted or extended model. The supported families are a table. Standard library only."""
+"""Convert config.json of a Hugging Face model into an architecture, reject fields that the Megatron model does not implement, and create
+config.json of the converted or extended model. A table lists the supported families. This module needs only the standard library."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ class Family:
 
     Attributes:
         architecture: name of the architecture in config.json.
-        model_type: model_type in config.json, by which transformers selects its classes.
+        model_type: model_type in config.json, from which transformers selects its classes.
         models: names of the models.
-        supported: field that changes the computation -> supported values, in addition to those of all families; others are rejected.
-        absent: field -> value that transformers uses if config.json lacks it, unless that is the first supported value.
-        default_head_dim: head dimension if config.json has no head_dim; None for hidden_size / num_attention_heads.
-        may_have_null_head_dim: whether transformers reads head_dim=null as no head_dim.
-        qkv_bias, qk_norm: as in ModelArchitecture.
+        supported: {field that changes the computation: supported values}, in addition to the fields of all families. Other values are
+            rejected.
+        absent: {field: value that transformers uses if config.json lacks the field}, for fields whose default is not the first supported
+            value.
+        default_head_dim: head dimension if config.json has no head_dim; None means hidden_size / num_attention_heads.
+        may_have_null_head_dim: whether transformers treats head_dim=null like a missing head_dim.
+        qkv_bias, qk_norm: see ModelArchitecture.
     """
 
     architecture: str
@@ -52,7 +54,7 @@ _COMMON_FIELDS: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False, None),
     "is_encoder_decoder": (False, None),
 }
-_QWEN = {"use_sliding_window": (False, None)}  # then sliding_window and max_window_layers have no effect
+_QWEN = {"use_sliding_window": (False, None)}  # with these values, sliding_window and max_window_layers have no effect
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
@@ -69,7 +71,7 @@ _SHAPE_FIELDS = {
     "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
 }  # fmt: skip
 _ROPE_FIELDS = {"rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"}
-# fields without influence on the forward pass: about training, generation, or how the file was written
+# fields that do not change the forward pass; they describe training, generation or the program that wrote the file
 _HARMLESS = {
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range", "attention_dropout",
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id", "return_dict",
@@ -79,7 +81,7 @@ _HARMLESS = {
 }  # fmt: skip
 # replaced by top-level fields with names that all versions of transformers read
 _REPLACED = ("rope_parameters", "original_max_position_embeddings", "_name_or_path", "dtype")
-# how a program runs the model, which each program decides itself: never passed to transformers, never exported
+# fields that select how a program runs the model; they are neither passed to transformers nor exported
 _RUNTIME = {"attn_implementation", "experts_implementation", "custom_generate", "trust_remote_code"}
 _KERNELS = ("attn_implementation", "experts_implementation")
 _LAYERS = {"full_attention"}
@@ -89,7 +91,7 @@ def read_hf_config(hf_path: Path) -> dict[str, Any]:
     """Read config.json of a model directory.
 
     Raises:
-        CheckpointError: there is no config.json, or it is not a JSON object; see read_json_object.
+        CheckpointError: config.json does not exist, or is not a JSON object (see read_json_object).
     """
     path = Path(hf_path) / "config.json"
     if not path.is_file():
@@ -104,7 +106,7 @@ def check_names_no_code(config: dict[str, Any], *, file: str = "config.json") ->
     """Check that a JSON file of a model directory names neither code nor a kernel that transformers would load.
 
     Raises:
-        CheckpointError: it does.
+        CheckpointError: the file names code or a kernel.
     """
     if config.get("auto_map"):
         raise CheckpointError(
@@ -128,8 +130,8 @@ def architecture_from_hf(config: dict[str, Any]) -> ModelArchitecture:
     """Convert config.json into an architecture.
 
     Raises:
-        CheckpointError: unknown architecture, missing field, a field of another type or out of range, or unsupported value of a field that
-            changes the computation.
+        CheckpointError: the architecture is unknown, a field is missing, has another type or is out of range, or a field that changes the
+            computation has an unsupported value.
     """
     check_fields(config, "architectures")
     named = config.get("architectures") or ["(none named)"]
@@ -149,7 +151,7 @@ def architecture_from_hf(config: dict[str, Any]) -> ModelArchitecture:
         return _read_architecture(config, family)
     except KeyError as error:
         raise CheckpointError(f"config.json lacks {error}: copy it again from the model.") from error
-    except ConfigError as error:  # of RopeScaling, in the words of the config group rope
+    except ConfigError as error:  # RopeScaling uses the field names of the config group rope
         raise CheckpointError(f"config.json describes a RoPE that is not supported ({error}): copy it again from the model.") from error
 
 
@@ -178,10 +180,10 @@ def _read_architecture(config: dict[str, Any], family: Family) -> ModelArchitect
 
 
 def window_from_hf(config: dict[str, Any]) -> int:
-    """Read the window of a model of any family, in positions.
+    """Return the context window of a model of any family, in positions.
 
     Raises:
-        CheckpointError: config.json does not have it, or not as a whole number in range.
+        CheckpointError: max_position_embeddings is missing, or is not a whole number in range.
     """
     check_fields(config, "max_position_embeddings")
     if "max_position_embeddings" not in config:
@@ -190,17 +192,17 @@ def window_from_hf(config: dict[str, Any]) -> int:
 
 
 def rope_from_hf(config: dict[str, Any]) -> RopeScaling:
-    """Rotary frequencies of a config.json.
+    """Return the rotary frequencies of config.json.
 
     Raises:
-        CheckpointError: as for architecture_from_hf.
+        CheckpointError: see architecture_from_hf.
     """
     return RopeScaling.from_hf(config, head_dim=architecture_from_hf(config).head_dim)
 
 
 def _key_value_heads(config: dict[str, Any], family: Family, heads: int) -> int:
     if "num_key_value_heads" not in config and family.architecture != "LlamaForCausalLM":
-        raise KeyError("num_key_value_heads")  # transformers has a fixed default there
+        raise KeyError("num_key_value_heads")  # transformers has a fixed default for these families
     return int(config.get("num_key_value_heads") or heads)
 
 
@@ -262,17 +264,18 @@ def _known_fields(family: Family) -> set[str]:
 
 
 def known_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a checked config.json whose meaning is known here, with model_type. Others (private ones of transformers, those of
-    `_RUNTIME`, empty unknown ones) may make transformers act, so they are passed on neither to it nor to exports."""
+    """Return model_type and the fields of a checked config.json whose meaning is known. Other fields (private fields of transformers,
+    `_RUNTIME`, unknown fields without a value) may change how transformers behaves, so they are neither passed to transformers nor
+    exported."""
     family = FAMILIES[config["architectures"][0]]
     known = _known_fields(family)
     return {**{key: value for key, value in config.items() if key in known}, "model_type": family.model_type}
 
 
 def extended_hf_config(base: dict[str, Any], rope: RopeScaling, *, target_context_length: int, dtype: str) -> dict[str, Any]:
-    """Create config.json of the exported model: the known fields of the base's, with new context window and RoPE fields.
+    """Return config.json of the exported model: the known fields of the base, with the new context window and RoPE fields.
 
-    `rope_parameters` of transformers 5 is dropped: 4.57 ignores it silently, and 5.x reads the top-level fields.
+    `rope_parameters` of transformers 5 is dropped, because 4.57 silently ignores it and 5.x also reads the top-level fields.
 
     Args:
         base: parsed config.json of the base, which architecture_from_hf accepts.

@@ -1,7 +1,7 @@
-"""Types and ranges of the fields of config.json. They are checked before a value is used, because a value such as num_hidden_layers=10**7
-would be built for minutes. Standard library only.
+"""Check the types and ranges of the fields of config.json before their values are used. Without the check, building a model with
+num_hidden_layers=10**7 would take minutes. This module needs only the standard library.
 
-The largest sizes are several times those of published models; the headers of the weights limit the sizes further (weights.py).
+The maximum sizes are several times those of published models. The headers of the weights limit the sizes further (weights.py).
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _INT32_MAX = 2**31 - 1
 
 @dataclass(frozen=True)
 class Kind:
-    """Values of a field.
+    """The allowed values of a field.
 
     Attributes:
-        words: "must be" + words states the rule.
-        accepts: (value) -> whether the field may have it. bool is no number here.
+        words: text of the rule, which follows "must be" in an error message.
+        accepts: function (value) -> whether the value is allowed. A bool does not count as a number.
     """
 
     words: str
     accepts: Callable[[Any], bool]
 
     def or_null(self) -> Kind:
-        """The same values, and null."""
+        """Return a Kind that also allows null."""
         return Kind(f"{self.words}, or null", lambda value: value is None or self.accepts(value))
 
 
@@ -64,7 +64,7 @@ _SHARE = _number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 _POSITIVE = _number("a finite number greater than 0", lambda value: value > 0)
 _THETA = _number(f"a finite number greater than 1, at most {_FLOAT32_MAX:.4g}", lambda value: value > 1)
 _POSITIONS = _whole(1, _INT32_MAX)
-_TOKEN = _whole(-1, _INT32_MAX)  # transformers takes -1 for none
+_TOKEN = _whole(-1, _INT32_MAX)  # -1 means no token in transformers
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _DTYPE = Kind(f"one of {', '.join(_DTYPES)}", lambda value: isinstance(value, str) and value in _DTYPES)
 _OBJECT = Kind("a JSON object", lambda value: isinstance(value, dict))
@@ -112,7 +112,7 @@ _FIELDS: dict[str, Kind] = {
         lambda value: value is None or all(map(_TOKEN.accepts, value if isinstance(value, list) else [value])),
     ),
 }
-# of rope_scaling and rope_parameters
+# fields of rope_scaling and rope_parameters
 _ROPE_FIELDS: dict[str, Kind] = {
     "rope_type": _TEXT.or_null(),
     "type": _TEXT.or_null(),
@@ -132,19 +132,19 @@ _SCALAR = Kind("a number, a string, true, false or null", lambda value: not isin
 
 
 def check_fields(config: Mapping[str, Any], *names: str) -> None:
-    """Check type and range of single fields, also of models that are not supported.
+    """Check the types and ranges of the named fields. The model need not be supported.
 
     Raises:
-        CheckpointError: a field has a value of another type or out of range. A missing field is accepted.
+        CheckpointError: a field has another type or is out of range. Missing fields are accepted.
     """
     _check_table({name: config[name] for name in names if name in config}, _FIELDS, "")
 
 
 def check_types(config: Mapping[str, Any]) -> None:
-    """Check type and range of every known field, and that the fields agree with each other.
+    """Check the types and ranges of all known fields, and that the fields do not contradict each other.
 
     Raises:
-        CheckpointError: a field has a value of another type or out of range, or two fields contradict each other.
+        CheckpointError: a field has another type or is out of range, or two fields contradict each other.
     """
     _check_table(config, _FIELDS, "")
     for group in ("rope_scaling", "rope_parameters"):

@@ -1,11 +1,12 @@
-"""Export Megatron model chunks as a Hugging Face model directory: safetensors, config.json, tokenizer, provenance. Adapters are merged into
-the weights. The directory is written under a temporary name and renamed when it is complete."""
+"""Export Megatron model chunks as a Hugging Face model directory with safetensors, config.json, tokenizer and provenance. Adapters are
+merged into the weights. The directory is written under a temporary name and renamed when it is complete."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from endprompt_megatron.checkpoint.hf.weights import planned_tensors
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.log import get_logger, global_rank
 from endprompt_megatron.model.gpt import EndPromptGPTModel
+from endprompt_megatron.output_files import writing
 from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.rope.scaling import RopeScaling
 
@@ -38,26 +40,28 @@ def export_hf(
     provenance: dict[str, Any],
     verify: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Export the model. Collective over all ranks; rank 0 writes.
+    """Export the model on rank 0. All ranks must call this function.
 
-    The directory gets its final name after its verification. One that fails is renamed to `destination` with the suffix .failed, and an
-    earlier export stays as it is.
+    The directory gets its final name after its verification. A directory that fails its verification is renamed to `destination` with the
+    suffix .failed, and an earlier export is kept.
 
     Args:
         chunks: this rank's model chunks, without Megatron's wrappers.
-        destination: directory to create; an earlier export of this function is replaced, anything else is an error.
-        base_hf_path: directory of the base model, source of config.json, tokenizer and generation config.
+        destination: directory to create. An earlier export of this function is replaced.
+        base_hf_path: directory of the base model, which provides config.json, tokenizer and generation config.
         architecture: architecture of the whole model.
         rope: RoPE of the trained model.
-        target_context_length: L.
+        target_context_length: extended window L, in positions.
         max_shard_bytes: maximum size of a safetensors file.
-        provenance: how the model was trained; written to endprompt.json and README.md.
-        verify: called on every rank with the complete directory, under a temporary name; raises on every rank, or on none. None skips it.
+        provenance: description of the training, written to endprompt.json and README.md.
+        verify: function that is called on every rank with the complete directory, which still has a temporary name. The function must raise
+            on every rank or on none. None skips the verification.
     Returns:
         destination.
     Raises:
         CheckpointError: destination exists and is not an export.
-        Exception: of `verify`.
+        OutputError: rank 0 cannot write the directory. An earlier export is kept.
+        Exception: `verify` raised this exception.
     """
     destination = Path(destination)
     for place in (destination, *([_failed(destination)] if verify else [])):
@@ -71,30 +75,28 @@ def export_hf(
         "rope_factor": rope.factor,
     }
     provenance = known | provenance
-    partial = destination.with_name(destination.name + ".partial")
+    partial = _partial(destination)
     tensors = gather_hf_tensors(chunks, architecture)
     if global_rank() != 0:
         for _ in tensors:
             pass
         return _finish(partial, destination, verify)
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
     dtype = chunks[0].config.params_dtype
-    _write_weights(tensors, partial, architecture, dtype, max_shard_bytes)
-    config = extended_hf_config(
-        read_hf_config(base_hf_path), rope, target_context_length=target_context_length, dtype=str(dtype).removeprefix("torch.")
-    )
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    copy_auxiliary_files(Path(base_hf_path), partial, target_context_length)
-    (partial / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n")
-    (partial / MODEL_CARD).write_text(model_card(provenance, base_hf_path=base_hf_path))
+    with _partial_directory(destination):
+        _write_weights(tensors, partial, architecture, dtype, max_shard_bytes)
+        config = extended_hf_config(
+            read_hf_config(base_hf_path), rope, target_context_length=target_context_length, dtype=str(dtype).removeprefix("torch.")
+        )
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        copy_auxiliary_files(Path(base_hf_path), partial, target_context_length)
+        (partial / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n")
+        (partial / MODEL_CARD).write_text(model_card(provenance, base_hf_path=base_hf_path))
     return _finish(partial, destination, verify)
 
 
 def _finish(partial: Path, destination: Path, verify: Callable[[Path], None] | None) -> Path:
-    """Verify a written directory and rename it. Collective over all ranks; rank 0 renames. An export that fails replaces one that failed
-    earlier."""
+    """Verify a written directory, and rename it on rank 0. All ranks must call this function. A failed export replaces an earlier failed
+    export."""
     barrier()
     if verify is not None:
         failed = _failed(destination)
@@ -102,13 +104,13 @@ def _finish(partial: Path, destination: Path, verify: Callable[[Path], None] | N
             verify(partial)
         except Exception as error:
             if global_rank() == 0:
-                move_into_place(partial, failed)
+                _move_into_place(partial, failed)
                 get_logger().warning(f"the export failed its verification: it is in {failed} and not in {destination}")
             if isinstance(error, CheckpointError):
                 raise CheckpointError(*(problem.replace(str(partial), str(failed)) for problem in error.problems)) from error
             raise
     if global_rank() == 0:
-        move_into_place(partial, destination)
+        _move_into_place(partial, destination)
     barrier()
     return destination
 
@@ -117,9 +119,13 @@ def _failed(destination: Path) -> Path:
     return destination.with_name(destination.name + ".failed")
 
 
+def _partial(destination: Path) -> Path:
+    return destination.with_name(destination.name + ".partial")
+
+
 def gather_hf_tensors(chunks: list[EndPromptGPTModel], architecture: ModelArchitecture) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (HF name, whole tensor on the CPU) on rank 0, one Megatron parameter at a time. Collective: other ranks must exhaust the
-    iterator too; it yields nothing there.
+    """Yield (HF name, whole tensor on the CPU) on rank 0, one Megatron parameter at a time. All ranks must exhaust the iterator, which
+    yields nothing on the other ranks.
 
     Args:
         chunks: this rank's model chunks.
@@ -132,8 +138,8 @@ def gather_hf_tensors(chunks: list[EndPromptGPTModel], architecture: ModelArchit
 def gather_tensors(
     requested: Iterable[Binding], shards: dict[str, Callable[[], torch.Tensor]], architecture: ModelArchitecture
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (HF name, whole tensor on the CPU) on rank 0, one binding at a time. Collective: other ranks must exhaust the iterator too; it
-    yields nothing there.
+    """Yield (HF name, whole tensor on the CPU) on rank 0, one binding at a time. All ranks must exhaust the iterator, which yields nothing
+    on the other ranks.
 
     Args:
         requested: bindings to gather.
@@ -153,7 +159,8 @@ def gather_tensors(
 
 
 def _owners(held: dict[str, Any]) -> dict[str, int]:
-    """{parameter: global rank of the first tensor-parallel rank that holds it}; for tied embeddings, that of the first pipeline stage."""
+    """Return {parameter: global rank of the first tensor-parallel rank that holds the parameter}. For tied embeddings, this rank is in the
+    first pipeline stage."""
     is_first = parallel_state.get_tensor_model_parallel_rank() == 0
     names = list(held) if is_first else []
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
@@ -182,7 +189,7 @@ def _send_to_rank_zero(binding: Binding, whole: list[torch.Tensor] | None, owner
     rank = global_rank()
     if owner == 0:
         if rank == 0:
-            assert whole is not None  # its owner gathered it
+            assert whole is not None  # the owner gathered the tensors
             yield from zip(binding.hugging_face, whole, strict=True)
         return
     if rank not in (0, owner):
@@ -213,17 +220,62 @@ def _write_weights(
     write_index(directory, shards)
 
 
-def move_into_place(partial: Path, destination: Path) -> None:
-    """Rename a complete directory to its final name; an earlier export of that name is deleted."""
+@contextmanager
+def new_directory(destination: Path) -> Iterator[Path]:
+    """Yield an empty directory to write to. After the block, the directory is renamed to `destination`, and an earlier export of that name
+    is deleted. If the block fails, the new directory is deleted to free disk space.
+
+    Raises:
+        OutputError: the directory cannot be written. An earlier export is kept.
+    """
+    with _partial_directory(destination) as partial:
+        yield partial
+    _move_into_place(partial, destination)
+
+
+@contextmanager
+def _partial_directory(destination: Path) -> Iterator[Path]:
+    """Yield an empty directory beside `destination`, and delete it if the block fails.
+
+    Raises:
+        OutputError: the directory cannot be written.
+    """
+    partial = _partial(destination)
+    with writing(destination):
+        try:
+            if partial.exists():
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True)
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def _move_into_place(partial: Path, destination: Path) -> None:
+    """Rename a complete directory to its final name, and delete an earlier export of that name.
+
+    Raises:
+        OutputError: the directory cannot be renamed. The earlier export is kept, and the new directory is deleted to free disk space.
+    """
     old = destination.with_name(destination.name + ".replaced")
-    if old.exists():
-        shutil.rmtree(old)
-    if destination.exists():
-        get_logger().info(f"replacing the earlier export of this run in {destination}")
-        destination.rename(old)
-    partial.rename(destination)
-    if old.exists():
-        shutil.rmtree(old)
+    with writing(destination):
+        try:
+            if old.exists():
+                shutil.rmtree(old)
+            if destination.exists():
+                get_logger().info(f"replacing the earlier export of this run in {destination}")
+                destination.rename(old)
+            try:
+                partial.rename(destination)
+            except OSError:
+                if old.exists():
+                    old.rename(destination)
+                raise
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    shutil.rmtree(old, ignore_errors=True)  # the next export deletes remaining files
 
 
 def barrier() -> None:

@@ -1,4 +1,4 @@
-"""Load a Hugging Face model directory directly into Megatron model chunks: each rank reads only its own slices, tensor by tensor."""
+"""Load a Hugging Face model directory directly into Megatron model chunks. Each rank reads only its own slices, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def load_hf_weights(chunks: list[EndPromptGPTModel], hf_path: Path, architecture
     """Load all parameters of the chunks, except adapters, from a Hugging Face directory.
 
     Args:
-        chunks: this rank's model chunks, without Megatron's wrappers; parameters keep their dtype.
+        chunks: this rank's model chunks, without Megatron's wrappers. Parameters keep their dtype.
         hf_path: model directory.
         architecture: architecture of the whole model.
     Raises:
-        CheckpointError: a tensor is missing, unexpected, has another shape, or contains NaN or infinity.
+        CheckpointError: a tensor is missing or unexpected, has another shape, or contains NaN or infinity.
     """
     parameters = _parameters_by_whole_model_name(chunks)
     rank = parallel_state.get_tensor_model_parallel_rank()
@@ -59,7 +59,7 @@ def _fill(
         raise not_finite(int((~torch.isfinite(value)).sum()), places)
     with torch.no_grad():
         parameter.copy_(value)
-    # a pass over the result only where it can overflow
+    # the result is checked only if the conversion can overflow
     if torch.finfo(parameter.dtype).max < torch.finfo(value.dtype).max and not is_finite(parameter.detach()):
         raise CheckpointError(
             f"the base model's weights hold {float(value.abs().max()):g}, more than {parameter.dtype} can represent: {places}. Set "
@@ -68,7 +68,7 @@ def _fill(
 
 
 def _parameters_by_whole_model_name(chunks: list[EndPromptGPTModel]) -> dict[str, list[torch.nn.Parameter]]:
-    """{name in the whole model: parameters}, with layers numbered across pipeline stages."""
+    """Return {name in the whole model: parameters}. Layers are numbered across pipeline stages."""
     found: dict[str, list[torch.nn.Parameter]] = {}
     for chunk in chunks:
         for name, parameter in named_parameters_of_whole_model(chunk):
@@ -78,20 +78,21 @@ def _parameters_by_whole_model_name(chunks: list[EndPromptGPTModel]) -> dict[str
 
 
 def named_parameters_of_whole_model(chunk: EndPromptGPTModel) -> list[tuple[str, torch.nn.Parameter]]:
-    """(name, parameter) of a chunk of any backend, with layer numbers of the whole model and the names of checkpoint/hf/mapping.py."""
+    """Return all (name, parameter) of a chunk of any backend, with the layer numbers of the whole model and the names in
+    checkpoint/hf/mapping.py."""
     return [(_name_in_whole_model(chunk, name), parameter) for name, parameter in chunk.named_parameters()]
 
 
 def merged_weights_of_whole_model(chunk: EndPromptGPTModel) -> dict[str, Callable[[], torch.Tensor]]:
-    """{name: function that returns this rank's weight} of a chunk, with adapters merged as in the Hugging Face model. The merge happens in
-    the call of the function; the chunk is not changed."""
+    """Return {name: function that returns this rank's weight} of a chunk, with adapters merged as in the Hugging Face model. The function
+    merges when it is called, and does not change the chunk."""
     weights = {name: parameter.detach for name, parameter in named_parameters_of_whole_model(chunk) if not is_adapter(name)}
     merged = {_name_in_whole_model(chunk, f"{name}.weight"): layer.merged_weight for name, layer in adapted_layers(chunk).items()}
     return weights | merged
 
 
 def adapters_of_whole_model(chunk: EndPromptGPTModel) -> dict[str, Callable[[], torch.Tensor]]:
-    """{name: function that returns this rank's shard} of the adapters of a chunk."""
+    """Return {name: function that returns this rank's shard} for the adapters of a chunk."""
     return {name: parameter.detach for name, parameter in named_parameters_of_whole_model(chunk) if is_adapter(name)}
 
 

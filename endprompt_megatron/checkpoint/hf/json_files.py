@@ -1,5 +1,5 @@
-"""Read a JSON file of a model directory whose content is not trusted: bounded in size and depth, and without the numbers that JSON does not
-have. Standard library only."""
+"""Read untrusted JSON files of a model directory. Size and depth are limited, and numbers that JSON does not allow are rejected. This
+module needs only the standard library."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read_json_object(path: Path, *, max_bytes: int = SETTINGS_BYTES) -> dict[str
 
     Args:
         path: file to read.
-        max_bytes: largest size that is read.
+        max_bytes: maximum size of the file in bytes.
     Raises:
         CheckpointError: the file cannot be read, is larger than max_bytes, is not UTF-8 or not JSON, is nested deeper than MAX_DEPTH, has a
             number that is NaN or infinite, or is not an object.
@@ -31,7 +31,7 @@ def read_json_object(path: Path, *, max_bytes: int = SETTINGS_BYTES) -> dict[str
         value = json.loads(text, parse_constant=_not_json, parse_float=_finite)
     except RecursionError as error:
         raise _too_deep(path) from error
-    except ValueError as error:  # JSONDecodeError; an integer of more than 4,300 digits; one of the two functions above
+    except ValueError as error:  # JSONDecodeError, an integer of more than 4,300 digits, _not_json or _finite
         raise CheckpointError(f"{path} is not JSON ({error}): copy it again from the model.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a JSON object but {shown(value)}: copy it again from the model.")
@@ -41,7 +41,7 @@ def read_json_object(path: Path, *, max_bytes: int = SETTINGS_BYTES) -> dict[str
 
 
 def shown(value: Any) -> str:
-    """Return the value as Python writes it, cut to 80 characters."""
+    """Return repr(value), truncated to 80 characters."""
     try:
         text = repr(value)
     except ValueError:  # an integer of more than 4,300 digits

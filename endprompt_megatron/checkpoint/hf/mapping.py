@@ -1,7 +1,7 @@
-"""Table of the Hugging Face tensors that make up each Megatron parameter. Import, export, conversion and verification all use it.
+"""Table of the Hugging Face tensors that make up each Megatron parameter. Import, export, conversion and verification all use this table.
 
-A Megatron parameter is a sequence of rows of Hugging Face tensors, split over tensor-parallel ranks by rows or by columns. The table gives
-the order of the rows; everything else is derived from it.
+A Megatron parameter is a sequence of rows of Hugging Face tensors, split over tensor-parallel ranks by rows or by columns. The table
+defines the order of the rows, and everything else is derived from this order.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from endprompt_megatron.planning.architecture import ModelArchitecture
 
-# Transformer Engine fuses a layer's norms into the linear layers that follow, and names them after these layers. The table below uses the
-# unfused names; checkpoints use the fused names, whichever backend wrote them.
+# Transformer Engine fuses the norms of a layer into the linear layers that follow, and names the norms after these linear layers. The
+# table below uses the unfused names. Checkpoints of every backend use the fused names.
 FUSED_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
@@ -24,13 +24,13 @@ FUSED_NAMES = {
 _UNFUSED_NAMES = {fused: unfused for unfused, fused in FUSED_NAMES.items()}
 
 ReadRows = Callable[[str, int, int], Tensor]
-"""(HF name, first, past the last) -> this range of the tensor's rows."""
+"""Function (HF name, first row, row past the last) -> these rows of the tensor."""
 ReadColumns = Callable[[str, int, int], Tensor]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows first .. last-1 of a Hugging Face tensor; `source` is its index in the rule."""
+    """Rows first .. last-1 of a Hugging Face tensor. `source` is the index of the tensor in its rule."""
 
     source: int
     first: int
@@ -39,16 +39,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one kind of Megatron parameter is assembled from Hugging Face rows, and how it is split over tensor-parallel ranks.
+    """Describes how one kind of Megatron parameter is assembled from Hugging Face rows and split over tensor-parallel ranks.
 
     Attributes:
-        tensor_parallel_dim: dimension of the Megatron parameter that is split; None if every rank holds all of it. If it is 1, the
-            parameter is a single, unchanged Hugging Face tensor.
-        shapes: (architecture) -> shapes of the HF tensors in the order of the names.
-        segments: (architecture) -> the rows of the whole Megatron parameter, first to last.
-        parts: number of equal parts of the rows, each of which is split over the ranks; e.g. a rank holds its shard of the gate projection,
-            then its shard of the up projection.
-        padded: whether rows of zeros are appended, to a multiple of 128 rows per rank.
+        tensor_parallel_dim: dimension of the Megatron parameter that is split; None if every rank holds the whole parameter. With dimension
+            1, the parameter is a single, unchanged Hugging Face tensor.
+        shapes: function (architecture) -> shapes of the HF tensors in the order of the names.
+        segments: function (architecture) -> HF rows that make up the whole Megatron parameter, in order.
+        parts: number of equal parts of the rows, each of which is split over the ranks. For example, a rank holds its shard of the gate
+            projection, then its shard of the up projection.
+        padded: whether rows of zeros are appended up to a multiple of 128 rows per rank.
     """
 
     tensor_parallel_dim: int | None
@@ -58,13 +58,13 @@ class Layout:
     padded: bool = False
 
     def megatron_shape(self, architecture: ModelArchitecture, size: int = 1) -> tuple[int, ...]:
-        """Shape of the whole Megatron parameter, with the padding for `size` tensor-parallel ranks."""
+        """Return the shape of the whole Megatron parameter, with the padding for `size` tensor-parallel ranks."""
         shapes = self.shapes(architecture)
         height = architecture.padded_vocab_size(size) if self.padded else sum(shape[0] for shape in shapes)
         return (height, *shapes[0][1:])
 
     def ranges_of_rank(self, architecture: ModelArchitecture, rank: int, size: int) -> list[tuple[int, int]]:
-        """Row ranges (first, past the last) of the whole Megatron parameter that a rank holds, in the rank's order."""
+        """Return the row ranges (first, past the last) of the whole Megatron parameter that a rank holds, in the order of the rank."""
         height = self.megatron_shape(architecture, size)[0]
         if self.tensor_parallel_dim != 0:
             return [(0, height)]
@@ -83,7 +83,8 @@ class Layout:
             start += length
 
     def rows_of_source(self, architecture: ModelArchitecture, source: int) -> list[tuple[int, int]]:
-        """Row ranges (first, past the last) of the whole Megatron parameter that make up HF tensor `source`, in its order."""
+        """Return the row ranges (first, past the last) of the whole Megatron parameter that make up HF tensor `source`, in the order of
+        that tensor."""
         found, start = [], 0
         for segment in self.segments(architecture):
             length = segment.last - segment.first
@@ -100,6 +101,7 @@ class Layout:
         Args:
             names: HF names.
             rows, columns: functions that read ranges of rows and columns.
+            rank, size: tensor-parallel rank and size.
         """
         if self.tensor_parallel_dim == 1:
             width = self.shapes(architecture)[0][1] // size
@@ -114,7 +116,7 @@ class Layout:
         return torch.cat(found) if len(found) > 1 else found[0]
 
     def join(self, architecture: ModelArchitecture, shards: list[Tensor]) -> list[Tensor]:
-        """Inverse of `read`: the HF tensors, in the order of the names, from the shards of all ranks."""
+        """Return the HF tensors, in the order of the names, from the shards of all ranks. This is the inverse of `read`."""
         if self.tensor_parallel_dim is None:
             whole = shards[0]
         elif self.tensor_parallel_dim == 1:
@@ -137,7 +139,8 @@ def _qkv_shapes(arch: ModelArchitecture) -> list[tuple[int, ...]]:
 
 
 def _qkv_segments(arch: ModelArchitecture) -> list[Segment]:
-    """Order of rows in the fused projection: for each key/value group its query heads, its key head, its value head."""
+    """Return the rows of the fused projection in order. Each key/value group has its query heads, then its key head, then its value
+    head."""
     widths = (arch.num_attention_heads // arch.num_query_groups * arch.head_dim, arch.head_dim, arch.head_dim)
     return [
         Segment(source, group * width, (group + 1) * width) for group in range(arch.num_query_groups) for source, width in enumerate(widths)
@@ -160,13 +163,13 @@ _DOWN = _layout(1, lambda arch: [(arch.hidden_size, arch.ffn_hidden_size)])
 
 @dataclass(frozen=True)
 class Rule:
-    """One Megatron parameter.
+    """The tensors and the layout of one Megatron parameter.
 
     Attributes:
         megatron: name of the parameter; {layer} is the layer's index in the whole model, from 0.
-        hugging_face: names of its tensors, in the order of the layout.
-        layout: how it is split and joined.
-        exists: (architecture) -> whether the model has the parameter.
+        hugging_face: names of the Hugging Face tensors, in the order of the layout.
+        layout: layout of the parameter.
+        exists: function (architecture) -> whether the model has the parameter.
     """
 
     megatron: str
@@ -224,7 +227,7 @@ RULES: tuple[Rule, ...] = (
 
 @dataclass(frozen=True)
 class Binding:
-    """A rule applied to one layer: Megatron name (with the layer index of the whole model), HF names, layout."""
+    """A rule applied to one layer. The names contain the index of the layer in the whole model."""
 
     megatron: str
     hugging_face: tuple[str, ...]
@@ -244,7 +247,7 @@ def unfused_name(name: str) -> str:
 
 
 def bindings(architecture: ModelArchitecture) -> Iterator[Binding]:
-    """Yield all parameters of the whole model in file order: embedding, layers, norm, output."""
+    """Yield the bindings of the whole model in file order: embedding, layers, final norm, output layer."""
     rules = [rule for rule in RULES if rule.exists(architecture)]
     is_per_layer = ["{layer}" in rule.megatron for rule in rules]
     first, past = is_per_layer.index(True), len(rules) - is_per_layer[::-1].index(True)

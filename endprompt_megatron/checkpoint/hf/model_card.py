@@ -18,14 +18,14 @@ _ROWS = (
     ("Extended window L", "target_context_length"),
     ("RoPE", "rope_type"),
     ("RoPE factor s", "rope_factor"),
-    ("Physical length of a sample S", "seq_length"),
+    ("Physical sequence length S", "seq_length"),
     ("Position scheme", "position_scheme"),
     ("End prompts", "end_prompts"),
     ("Attention", "attention"),
     ("Adapters", "adapter"),
     ("Steps", "steps"),
     ("Tokens trained on", "tokens"),
-    ("Sequences a step", "global_batch_size"),
+    ("Sequences per step", "global_batch_size"),
     ("Learning rate", "learning_rate"),
     ("Seed", "seed"),
     ("endprompt_megatron", "commit"),
@@ -34,7 +34,7 @@ _ROWS = (
 
 
 def source_version() -> str:
-    """Commit of this project, with `+` if there are uncommitted changes; the package version outside of a checkout."""
+    """Return the commit of this project, with `+` if there are uncommitted changes, or the package version outside of a checkout."""
     here = Path(__file__).parent
     try:
         described = subprocess.run(
@@ -50,7 +50,7 @@ def model_card(provenance: dict[str, Any], *, base_hf_path: Path, results: str |
 
     Args:
         provenance: content of endprompt.json.
-        base_hf_path: directory of the base model; its model card names the licence.
+        base_hf_path: directory of the base model, whose model card states the licence.
         results: markdown table of evaluation results, with a sentence on the method; None before any evaluation.
     """
     window = int(provenance["target_context_length"])
@@ -63,7 +63,7 @@ def model_card(provenance: dict[str, Any], *, base_hf_path: Path, results: str |
         *front,
         f"# {provenance['base']}, extended to {window:,} positions",
         "",
-        f"{provenance['base']} with its context window stretched from {provenance['original_context_length']:,} to {window:,} positions by "
+        f"{provenance['base']} with its context window extended from {provenance['original_context_length']:,} to {window:,} positions by "
         f"endprompt_megatron{method} (EndPrompt is described in arXiv 2605.14589).",
         "",
         "| | |",
@@ -72,11 +72,11 @@ def model_card(provenance: dict[str, Any], *, base_hf_path: Path, results: str |
         "",
         "`endprompt.json` has all details of the training, including hashes of the training text.",
         "",
-        "## Measured",
+        "## Evaluation results",
         "",
-        results or "Nothing was measured when this file was written.",
+        results or "Nothing was measured before this file was written.",
         "",
-        "## Opening it",
+        "## Usage",
         "",
         "transformers 4.57 and 5.x, and programs that use them, read `config.json` without changes. vLLM multiplies the window by the "
         "RoPE factor, so set the window explicitly:",
@@ -95,7 +95,7 @@ def _cell(value: Any) -> str:
 
 
 def _field_of_card(directory: Path, field: str) -> str | None:
-    """Return a field of the front matter of a model card; None if it does not exist."""
+    """Return a field of the front matter of a model card, or None if the field does not exist."""
     card = Path(directory) / MODEL_CARD
     if not card.is_file() or leaves_model(card, Path(directory)):
         return None

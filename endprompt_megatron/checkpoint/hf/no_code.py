@@ -1,6 +1,6 @@
-"""Refuse model directories whose files name code, kernels or other files for transformers to load. Called before any class of transformers
-reads a directory, because transformers asks on the terminal whether to run such code, and lm-eval's RULER runs it without a question.
-Also finds symbolic links that leave a model directory."""
+"""Reject model directories whose files name code, kernels or other files for transformers to load. The check runs before any class of
+transformers reads a directory. Otherwise, transformers prompts on the terminal before it runs such code, and the RULER tasks of lm-eval run
+it without a prompt. This module also detects symbolic links to files outside of a model directory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from endprompt_megatron.output_files import path_inside
 
 GENERATION_CONFIG, ADAPTER_CONFIG = "generation_config.json", "adapter_config.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-# paths on the disk of whoever saved the tokenizer; transformers does not open them
+# paths on the machine that saved the tokenizer; transformers does not open them
 _UNUSED_PATHS = ("special_tokens_map_file", "added_tokens_file", "chat_template_file")
 
 
@@ -24,9 +24,9 @@ def refuse_code(hf_path: Path) -> None:
     """Check that no setting of a model directory names code, a kernel, or a file outside of the directory.
 
     Args:
-        hf_path: model directory; files that do not exist are not checked.
+        hf_path: model directory. Files that do not exist are not checked.
     Raises:
-        CheckpointError: a setting does, or a file is not a JSON object.
+        CheckpointError: a setting names one of these, or a file is not a JSON object.
     """
     for name in ("config.json", _TOKENIZER_CONFIG, GENERATION_CONFIG):
         path = Path(hf_path) / name
@@ -41,8 +41,8 @@ def refuse_code(hf_path: Path) -> None:
 
 
 def leaves_model(path: Path, base: Path) -> bool:
-    """Whether a file of a model directory is, through symbolic links, a file outside of it. In Hugging Face's cache, snapshots/REVISION
-    holds links to ../../blobs, which belong to the model."""
+    """Return whether a path in a model directory leads, through symbolic links, to a file outside of the directory. In Hugging Face's
+    cache, snapshots/REVISION contains links to ../../blobs, whose files belong to the model."""
     root = base.resolve()
     roots = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
     target = path.resolve()
@@ -50,7 +50,7 @@ def leaves_model(path: Path, base: Path) -> bool:
 
 
 def _check_tokenizer_files(path: Path, values: dict[str, Any]) -> None:
-    """Check the files that tokenizer_config.json names instead of those of the directory: transformers opens them as they are given."""
+    """Check the file names in tokenizer_config.json, because transformers opens these files instead of the usual files of the directory."""
     way_out = "Delete this setting from a copy of the directory: tokenizer files are found by their usual names."
     others = values.get("fast_tokenizer_files")
     if others and others != ["tokenizer.json"]:
@@ -62,10 +62,11 @@ def _check_tokenizer_files(path: Path, values: dict[str, Any]) -> None:
 
 @contextmanager
 def without_questions() -> Iterator[None]:
-    """Inside the block transformers raises ValueError where it would ask on the terminal whether to run code.
+    """Make transformers raise ValueError inside the block where it would prompt on the terminal before it runs code.
 
-    refuse_code finds what the directory itself names; some tokenizer classes also load subfolders, without passing trust_remote_code on.
-    Patches transformers/dynamic_module_utils.py (4.57 to 5.12); can go when transformers has no such question.
+    refuse_code finds the code that the directory itself names. Some tokenizer classes also load subfolders, without passing
+    trust_remote_code on. This function patches transformers/dynamic_module_utils.py (4.57 to 5.12). Remove it when transformers no longer
+    prompts.
     """
     from transformers import dynamic_module_utils
 
@@ -79,15 +80,15 @@ def without_questions() -> Iterator[None]:
 
 @contextmanager
 def without_custom_generate() -> Iterator[None]:
-    """Inside the block a model loads without the file custom_generate/generate.py of its directory.
+    """Load models without the file custom_generate/generate.py of their directories inside the block.
 
-    transformers 4.57 runs that file of a local directory although trust_remote_code is False. Patches transformers/generation/utils.py; can
-    go with the support of versions before 5.12, which respects the argument.
+    transformers 4.57 runs this file of a local directory even with trust_remote_code=False. This function patches
+    transformers/generation/utils.py. Remove it with the support of versions before 5.12, which respects the argument.
     """
     from transformers.generation.utils import GenerationMixin
 
     def absent(*_: Any, **__: Any) -> None:
-        raise OSError("custom generation code is not loaded")  # from_pretrained takes it for a directory without the file
+        raise OSError("custom generation code is not loaded")  # from_pretrained then continues without the file
 
     real = GenerationMixin.load_custom_generate
     GenerationMixin.load_custom_generate = absent

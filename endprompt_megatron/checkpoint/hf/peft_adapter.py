@@ -1,18 +1,17 @@
-"""Export trained adapters as a peft directory: adapter_config.json and adapter_model.safetensors, including the embedding and norms if they
-were trained. The adapter must be loaded onto the base with the extended RoPE, which peft cannot store. The directory is written under a
-temporary name and renamed when it is complete."""
+"""Export trained adapters as a peft directory with adapter_config.json and adapter_model.safetensors. The embedding and the norms are
+included if they were trained. The adapter must be loaded onto the base with the extended RoPE, which peft cannot store. The directory is
+written under a temporary name and renamed when it is complete."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from endprompt_megatron.checkpoint.hf.exporter import barrier, gather_tensors, move_into_place
+from endprompt_megatron.checkpoint.hf.exporter import barrier, gather_tensors, new_directory
 from endprompt_megatron.checkpoint.hf.importer import adapters_of_whole_model, merged_weights_of_whole_model
 from endprompt_megatron.checkpoint.hf.mapping import Binding, Layout, Segment, bindings
 from endprompt_megatron.checkpoint.hf.safetensors_io import TensorPlan, write_shard
@@ -28,8 +27,8 @@ _PREFIX = "base_model.model."
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _README = """# LoRA adapter in peft's format
 
-It was trained with another RoPE than that of the base's `config.json`, and an adapter cannot store a RoPE. Load the base with the
-configuration of the merged model, then the adapter:
+The adapter was trained with a different RoPE from the one in `config.json` of the base, and an adapter cannot store a RoPE. Load the
+base with the configuration of the merged model, then load the adapter:
 
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -38,18 +37,18 @@ configuration of the merged model, then the adapter:
     model = AutoModelForCausalLM.from_pretrained({base!r}, config=config)
     model = PeftModel.from_pretrained(model, ".")
 
-`../hf` is the same model with the adapter merged, and needs no peft.
+`../hf` contains the same model with the adapter merged, and does not need peft.
 """
 
 
 def export_peft_adapter(
     chunks: list[EndPromptGPTModel], destination: Path, *, base_hf_path: Path, architecture: ModelArchitecture, adapter: AdapterConfig
 ) -> Path:
-    """Write the adapters. Collective over all ranks; rank 0 writes.
+    """Write the adapters on rank 0. All ranks must call this function.
 
     Args:
         chunks: this rank's model chunks, without Megatron's wrappers.
-        destination: directory to create; an earlier adapter directory is replaced, anything else is an error.
+        destination: directory to create. An earlier adapter directory is replaced.
         base_hf_path: directory of the base model.
         architecture: architecture of the whole model.
         adapter: adapter settings of the run.
@@ -57,6 +56,7 @@ def export_peft_adapter(
         destination.
     Raises:
         CheckpointError: destination exists and is not an adapter directory.
+        OutputError: rank 0 cannot write the directory. An earlier adapter is kept.
     """
     destination = Path(destination)
     if destination.exists() and not (destination / CONFIG_FILE).is_file():
@@ -71,20 +71,16 @@ def export_peft_adapter(
             pass
         barrier()
         return destination
-    partial = destination.with_name(destination.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    _write_weights(tensors, requested, partial / WEIGHTS_FILE, architecture, adapter, chunks[0].config.params_dtype)
-    (partial / CONFIG_FILE).write_text(json.dumps(_peft_config(adapter, architecture, base_hf_path), indent=2) + "\n")
-    (partial / "README.md").write_text(_README.format(base=str(base_hf_path)))
-    move_into_place(partial, destination)
+    with new_directory(destination) as partial:
+        _write_weights(tensors, requested, partial / WEIGHTS_FILE, architecture, adapter, chunks[0].config.params_dtype)
+        (partial / CONFIG_FILE).write_text(json.dumps(_peft_config(adapter, architecture, base_hf_path), indent=2) + "\n")
+        (partial / "README.md").write_text(_README.format(base=str(base_hf_path)))
     barrier()
     return destination
 
 
 def _adapter_bindings(architecture: ModelArchitecture, adapter: AdapterConfig) -> Iterator[Binding]:
-    """Yield the bindings in file order: embedding and norms if they train, then A and B of each adapter."""
+    """Yield the bindings in file order: the embedding and the norms if they were trained, then A and B of each adapter."""
     for binding in bindings(architecture):
         first = binding.hugging_face[0]
         if (adapter.train_embeddings and first == _EMBEDDING) or (adapter.train_norms and first.endswith("norm.weight")):
@@ -101,7 +97,7 @@ def _adapter_bindings(architecture: ModelArchitecture, adapter: AdapterConfig) -
 
 
 def _sizes(architecture: ModelArchitecture, target: str) -> tuple[int, int]:
-    """(inputs, outputs) of a projection."""
+    """Return (number of inputs, number of outputs) of a projection."""
     queries = architecture.num_attention_heads * architecture.head_dim
     if target == OUTPUT_TARGET:
         return queries, architecture.hidden_size

@@ -1,7 +1,8 @@
-"""Read and write safetensors files in blocks of rows with plain file I/O, so that a conversion needs a few megabytes of memory and not a
-whole model. The reader of the safetensors package maps whole files into memory, and its writer needs all tensors of a file at once.
+"""Read and write safetensors files in blocks of rows with plain file I/O, so that a conversion needs only a few megabytes of memory. The
+reader of the safetensors package maps whole files into memory, and its writer needs all tensors of a file at once.
 
-Format: 8 bytes n (little endian), n bytes of JSON {name: {dtype, shape, data_offsets}}, then the bytes of all tensors in sequence.
+Format: 8 bytes with a number n (little endian), n bytes of JSON {name: {dtype, shape, data_offsets}}, then the bytes of all tensors in
+sequence.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from endprompt_megatron.output_files import path_inside
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-BLOCK_BYTES = 2**20  # larger blocks do not stay in the CPU cache between read and write: measured several times slower
+BLOCK_BYTES = 2**20  # larger blocks leave the CPU cache between read and write, and were several times slower
 _COPY_BYTES = 2**26
 _HEADER_BYTES = 2**24  # a header has about 100 bytes per tensor
-_IGNORED = "rotary_emb.inv_freq"  # config.json determines the frequencies; old checkpoints hold them as well
+_IGNORED = "rotary_emb.inv_freq"  # rotary frequencies in old checkpoints; config.json determines them
 _CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
@@ -52,17 +53,19 @@ class FileRange:
 class _Stored:
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int  # file position of its first byte
+    offset: int  # file position of the first byte
 
 
 class SafetensorsReader:
-    """Random access to the tensors of a model directory, one file or several with an index. Use as a context manager.
+    """Reads the tensors of a model directory, which contains one file, or several files and an index. Use as a context manager.
 
     Args:
         hf_path: model directory.
-        reuse_memory: read small ranges of rows into the same buffer: each call of `rows` overwrites the tensor that the last call returned.
+        reuse_memory: read small ranges of rows into the same buffer. Each call of `rows` then overwrites the tensor that the previous call
+            returned.
     Raises:
-        CheckpointError: there are no safetensors, a shard is missing or truncated, or the index and the files disagree about the tensors.
+        CheckpointError: the directory has no safetensors files, a shard is missing or truncated, or the tensors in the index and in the
+            files differ.
     """
 
     def __init__(self, hf_path: Path, *, reuse_memory: bool = False):
@@ -83,8 +86,8 @@ class SafetensorsReader:
         return self
 
     def _check_index(self, path: Path, header: dict[str, _Stored]) -> None:
-        """Check that a file holds exactly the tensors that the index assigns to it: transformers reads all of them, in the order of the
-        files."""
+        """Check that a file contains exactly the tensors that the index assigns to the file. transformers reads all tensors of all files,
+        in the order of the files."""
         for name in sorted(name for name, file in self._file_of.items() if file == path and name not in header):
             raise CheckpointError(f"{path} lacks {shown(name)[1:-1]}, which {INDEX_FILE} assigns to this file. Download it again.")
         for name in sorted(name for name in header if self._file_of.get(name) != path and not is_ignored(name)):
@@ -97,23 +100,23 @@ class SafetensorsReader:
         self._stack.close()
 
     def names(self) -> list[str]:
-        """Names of all tensors."""
+        """Return the names of all tensors."""
         return sorted(self._file_of)
 
     def files(self) -> list[Path]:
-        """All safetensors files."""
+        """Return all safetensors files."""
         return sorted(set(self._file_of.values()))
 
     def file_of(self, name: str) -> Path:
-        """File of a tensor."""
+        """Return the file of a tensor."""
         return self._file_of[name]
 
     def shape(self, name: str) -> list[int]:
-        """Shape of a tensor."""
+        """Return the shape of a tensor."""
         return list(self._find(name).shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor."""
+        """Return the dtype of a tensor."""
         return self._find(name).dtype
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
@@ -124,7 +127,7 @@ class SafetensorsReader:
         return read_tensor(where.descriptor, where.offset, (last - first, *stored.shape[1:]), stored.dtype, scratch=self._scratch)
 
     def range_of_rows(self, name: str, first: int, last: int) -> FileRange:
-        """File range of rows first .. last-1 of a tensor."""
+        """Return the file range of rows first .. last-1 of a tensor."""
         row_bytes = self.row_bytes(name)
         offset = self._find(name).offset + first * row_bytes
         return FileRange(self._descriptors[self._file_of[name]], offset, (last - first) * row_bytes)
@@ -139,7 +142,7 @@ class SafetensorsReader:
         return self.rows(name, 0, self._find(name).shape[0])
 
     def row_bytes(self, name: str) -> int:
-        """Bytes of one row of a tensor."""
+        """Return the number of bytes of one row of a tensor."""
         stored = self._find(name)
         return stored.dtype.itemsize * math.prod(stored.shape[1:])
 
@@ -150,7 +153,7 @@ class SafetensorsReader:
 
 
 def is_ignored(name: str) -> bool:
-    """Whether transformers and this package ignore a tensor of this name."""
+    """Return whether transformers and this package ignore a tensor of this name."""
     return name.endswith(_IGNORED)
 
 
@@ -160,7 +163,7 @@ def read_tensor(
     """Read a contiguous tensor at `offset` of an open file.
 
     Args:
-        scratch: uint8 buffer to read into, used if it is large enough; allocating memory is slower than reading.
+        scratch: uint8 buffer to read into if it is large enough. Allocating memory is slower than reading.
     """
     tensor = empty(shape, dtype, scratch)
     view = tensor_bytes(tensor)
@@ -174,7 +177,7 @@ def read_tensor(
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, scratch: torch.Tensor | None) -> torch.Tensor:
-    """Return an uninitialised tensor, in `scratch` if that is large enough."""
+    """Return an uninitialised tensor, in the memory of `scratch` if that buffer is large enough."""
     size = dtype.itemsize * math.prod(shape)
     if scratch is None or size > scratch.numel():
         return torch.empty(shape, dtype=dtype)
@@ -187,7 +190,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def row_blocks(height: int, row_bytes: int, start: int = 0) -> Iterator[tuple[int, int]]:
-    """Yield (first, past the last) row of blocks of about BLOCK_BYTES that cover rows start .. height-1."""
+    """Yield (first row, row past the last) of blocks of about BLOCK_BYTES that cover rows start .. height-1."""
     step = max(1, BLOCK_BYTES // max(row_bytes, 1))
     for first in range(start, height, step):
         yield first, min(first + step, height)
@@ -208,7 +211,7 @@ class TensorPlan:
 
 
 def plan_shards(tensors: Iterable[TensorPlan], max_shard_bytes: int) -> dict[str, list[TensorPlan]]:
-    """Assign tensors to files in order: {file name: tensors}. A file exceeds `max_shard_bytes` only if a single tensor does."""
+    """Assign tensors to files in order. Return {file name: tensors}. A file exceeds `max_shard_bytes` only if a single tensor does."""
     shards: list[list[TensorPlan]] = []
     room = 0
     for tensor in tensors:
@@ -241,7 +244,8 @@ def write_shard(
     Args:
         path: file to create.
         tensors: tensors of the file.
-        blocks: (tensor) -> its rows in order, as any number of blocks of its dtype, in memory or as file ranges.
+        blocks: function (tensor) -> rows of the tensor in order, as any number of blocks of its dtype. Blocks are in memory or are file
+            ranges.
         sync: fsync the file.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -270,7 +274,7 @@ def write_shard(
 
 
 def write_block(descriptor: int, block: torch.Tensor | FileRange) -> int:
-    """Write a block at the current file position; return its size in bytes."""
+    """Write a block at the current file position. Return its size in bytes."""
     if isinstance(block, torch.Tensor):
         return write_all(descriptor, tensor_bytes(block))
     done = 0
@@ -299,7 +303,7 @@ def _copy_through_memory(source: int, target: int, count: int, offset: int) -> i
 
 
 def write_all(descriptor: int, data: memoryview) -> int:
-    """Write all bytes at the current file position; return their number."""
+    """Write all bytes at the current file position. Return their number."""
     done = 0
     while done < len(data):
         done += os.write(descriptor, data[done:])

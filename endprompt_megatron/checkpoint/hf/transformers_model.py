@@ -1,7 +1,7 @@
-"""A model as transformers builds it. Its settings are also built in memory before training, so that what transformers refuses ends the run
-before it starts and not at the verification of its export.
+"""Build models and settings with transformers. The settings of an export are also built in memory before training, so that a setting that
+transformers rejects ends the run before training and not during the verification of the export.
 
-Shapes: b batch, s tokens, v vocabulary.
+Shapes: b batch size, s number of tokens, v vocabulary size.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def transformers_config(config: dict[str, Any], *, origin: Path) -> Any:
-    """Build transformers' configuration object, of the known fields only.
+    """Build the configuration object of transformers from the known fields.
 
     Args:
         config: parsed config.json that architecture_from_hf accepts.
-        origin: its directory, for messages.
+        origin: directory of config.json, for error messages.
     Raises:
-        CheckpointError: transformers refuses a field.
+        CheckpointError: transformers rejects a field.
     """
     from transformers import CONFIG_MAPPING
 
     fields = known_fields(config)
     try:
         return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
-    except Exception as error:  # of many kinds, also TypeError and AttributeError for values of another type
+    except Exception as error:  # of many classes, e.g. TypeError and AttributeError for values of another type
         raise CheckpointError(
             f"{origin}: transformers refuses the fields of config.json ({type(error).__name__}: {error}). Correct them in a copy of "
             f"config.json."
@@ -57,10 +57,10 @@ def transformers_config(config: dict[str, Any], *, origin: Path) -> Any:
 
 
 def load_transformers_model(hf_path: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Load a directory with transformers, in evaluation mode on the CPU: its weights, and the known fields of its config.json.
+    """Load a model directory with transformers, in evaluation mode on the CPU. Only the known fields of config.json are used.
 
     Raises:
-        CheckpointError: the directory names code or holds an adapter, or transformers cannot load it.
+        CheckpointError: the directory names code or contains an adapter, or transformers cannot load the model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -88,13 +88,14 @@ def load_transformers_model(hf_path: Path, dtype: torch.dtype = torch.float32) -
 
 @torch.no_grad()
 def transformers_logits(model: Any, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Logits [b, s, v] of transformers at explicit positions.
+    """Return the logits [b, s, v] of transformers at explicit positions.
 
-    Passes a 4-D causal mask: without one, transformers treats a jump in position_ids as the boundary of a packed sequence, and the end
-    prompt would not attend to the context.
+    The function passes a 4-D causal mask. Without a mask, transformers treats a jump in position_ids as the boundary of a packed sequence,
+    and the end prompt would not attend to the context.
 
     Args:
-        tokens: [b, s]; positions: [s].
+        tokens: int64 [b, s].
+        positions: int64 [s].
     """
     length = tokens.shape[1]
     blocked = torch.full((length, length), torch.finfo(model.dtype).min, dtype=model.dtype).triu(1)
@@ -103,14 +104,14 @@ def transformers_logits(model: Any, tokens: torch.Tensor, positions: torch.Tenso
 
 
 def check_export_settings(hf_path: Path, rope: RopeScaling, target_context_length: int) -> None:
-    """Check that the settings and auxiliary files of an export of this base will be complete and that transformers will accept them.
+    """Check that an export of this base will have all settings and auxiliary files, and that transformers will accept them.
 
     Args:
         hf_path: directory of the base.
         rope: RoPE to train with.
         target_context_length: L.
     Raises:
-        CheckpointError: they will not.
+        CheckpointError: a file would be missing, or transformers rejects a setting.
     """
     refuse_code(hf_path)
     check_links(hf_path)

@@ -1,8 +1,8 @@
-"""Verify that a Hugging Face directory is the same model as a Megatron model, in memory or on disk. Compares all tensors bit for bit, the
-rotary frequencies that transformers builds from config.json, logits of transformers and Megatron at contiguous and gapped positions, and
-greedily generated text.
+"""Verify that a Hugging Face directory contains the same model as a Megatron model in memory or on disk. The verification compares all
+tensors bit for bit, the rotary frequencies that transformers builds from config.json, logits of transformers and Megatron at contiguous and
+gapped positions, and greedily generated text.
 
-Shapes: s tokens of a probe, v vocabulary.
+Shapes: b batch size, s number of tokens of a probe, v vocabulary size.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from endprompt_megatron.rope.scaling import RopeScaling
 
 FREQUENCY_TOLERANCE = 1e-6
 LOGIT_TOLERANCE = 1e-3
-BF16_LOGIT_TOLERANCE = 0.1  # for a live model in bfloat16, in standard deviations of the logits
+BF16_LOGIT_TOLERANCE = 0.1  # for a model in bfloat16, in standard deviations of the logits
 _PROBE_TOKENS = 64
 _PROMPT_TOKENS, _GENERATED_TOKENS = 16, 24
 
@@ -52,7 +52,7 @@ class Finding:
         difference: largest difference.
         tolerance: largest allowed difference.
         where: location of the largest difference.
-        skipped: whether the check was skipped; then `where` is the reason.
+        skipped: whether the check was skipped. If so, `where` is the reason.
     """
 
     check: str
@@ -70,17 +70,17 @@ class Finding:
 def verify_export(
     chunks: list[EndPromptGPTModel], export: Path, *, architecture: ModelArchitecture, rope: RopeScaling, target_context_length: int
 ) -> list[Finding]:
-    """Compare an export with the live model. Collective over all ranks, which all return or all raise. Logits are compared only if one
-    process holds the whole model.
+    """Compare an export with the model in memory. All ranks must call this function, and either all ranks return or all ranks raise an
+    error. Logits are compared only if one process holds the whole model.
 
     Args:
-        chunks: this rank's live model chunks, without Megatron's wrappers.
+        chunks: this rank's chunks of the model in memory, without Megatron's wrappers.
         export: exported directory.
         architecture, rope, target_context_length: description of the trained model.
     Returns:
-        Findings, all passed.
+        Findings, which have all passed.
     Raises:
-        CheckpointError: a check failed on some rank; the message contains its table.
+        CheckpointError: a check failed on a rank. The message contains the table of findings.
     """
     failure: Exception | None = None
     findings: list[Finding] = []
@@ -88,7 +88,7 @@ def verify_export(
         findings = _findings(chunks, export, architecture, rope, target_context_length)
         if not all(finding.passed for finding in findings):
             failure = CheckpointError(f"{export} is not the trained model:\n{format_findings(findings)}")
-    except Exception as error:  # of any kind: the other ranks must not wait for this one
+    except Exception as error:  # of any class, because the other ranks must not wait for this rank
         failure = error
     failures: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(failures, failure and f"{type(failure).__name__}: {failure}")
@@ -115,7 +115,7 @@ def _findings(
 
 
 def format_findings(findings: list[Finding]) -> str:
-    """Format findings as an aligned table."""
+    """Return findings as an aligned table."""
     rows = [("check", "largest difference", "allowed", "where", "")]
     for f in findings:
         verdict = "not checked" if f.skipped else "ok" if f.passed else "FAILED"
@@ -125,7 +125,7 @@ def format_findings(findings: list[Finding]) -> str:
 
 
 def _verify_tensors(chunks: list[EndPromptGPTModel], export: Path, architecture: ModelArchitecture) -> Finding:
-    """Read this rank's slices of the export and compare them bit for bit with the live parameters, adapters merged."""
+    """Read this rank's slices of the export, and compare them bit for bit with the parameters in memory. Adapters are merged first."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     live = {name: weight for chunk in chunks for name, weight in merged_weights_of_whole_model(chunk).items()}
@@ -150,16 +150,16 @@ def verify_megatron_model(
 ) -> list[Finding]:
     """Compare a Hugging Face directory with a torch_dist directory.
 
-    Weights are compared in blocks, so the model can have any size. Logits and text need both models in memory in float32; if they do not
-    fit, a skipped finding is returned instead.
+    Weights are compared in blocks, so the model can have any size. Logits and text need both models in memory in float32. If the models do
+    not fit, a skipped finding is returned instead.
 
     Args:
         export: Hugging Face directory.
-        model: the torch_dist directory, from megatron_model.describe_megatron_model.
+        model: description of the torch_dist directory, from megatron_model.describe_megatron_model.
         dtype: dtype in which weights are compared; None uses the dtype of the Hugging Face directory.
         with_logits: whether to compare logits and text.
     Returns:
-        Findings; some may have failed.
+        Findings, some of which may have failed.
     Raises:
         CheckpointError: one of the directories cannot be read.
     """
@@ -173,7 +173,7 @@ def verify_megatron_model(
 
 
 def _reason_to_skip_logits(findings: list[Finding], architecture: ModelArchitecture) -> str | None:
-    if not all(finding.passed for finding in findings):  # with a config of other sizes, transformers would raise an error
+    if not all(finding.passed for finding in findings):  # transformers would raise an error for a config with other sizes
         return "the checks above must pass first"
     needed, free = 2 * 4 * count_weights(architecture) * 1.2 / 2**30, psutil.virtual_memory().available / 2**30
     return f"both models in float32 need {needed:.0f} GiB, {free:.0f} GiB are free" if needed > free else None
@@ -184,7 +184,8 @@ def _skipped_logits(reason: str) -> Finding:
 
 
 def largest_difference(stored: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return 0 if two tensors are equal bit for bit, else the largest difference (never 0); infinity if dtypes or shapes differ."""
+    """Return 0 if two tensors are equal bit for bit, else the largest difference, which is never 0. Return infinity if dtypes or shapes
+    differ."""
     if stored.dtype != expected.dtype or stored.shape != expected.shape:
         return float("inf")
     if tensor_bytes(stored) == tensor_bytes(expected):
@@ -245,7 +246,7 @@ def _verify_config(export: Path, architecture: ModelArchitecture, rope: RopeScal
 
 
 def _transformers_rope(config: Any) -> tuple[np.ndarray, float]:
-    """Frequencies [d / 2] and attention factor that transformers builds from a config."""
+    """Return the frequencies [d / 2] and the attention factor that transformers computes from a config."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     rotary = LlamaRotaryEmbedding(config=config)
@@ -260,15 +261,15 @@ def verify_logits(
     target_context_length: int,
     live: EndPromptGPTModel | None = None,
 ) -> list[Finding]:
-    """Compare logits of transformers, built from the export's config.json, with logits of Megatron, built from the description of the
-    trained model. Both use the export's weights, in float32 in this process. If `live` has adapters, also compare its logits with the
-    merged model's.
+    """Compare logits of transformers and Megatron. transformers builds the model from config.json of the export, and Megatron builds it
+    from the description of the trained model. Both models use the weights of the export, in float32 in this process. If `live` has
+    adapters, its logits are also compared with those of the merged model.
 
     Args:
         export: model directory.
         architecture, rope: description of the trained model.
         target_context_length: L; positions go up to L - 1.
-        live: the trained model, if this process holds all of it.
+        live: trained model in memory, if this process holds the whole model; else None.
     """
     chunk = _build(architecture, rope, target_context_length)
     load_hf_weights([chunk], export, architecture)
@@ -282,8 +283,8 @@ def verify_logits(
 def _compare_with_adapters(
     live: EndPromptGPTModel, merged: EndPromptGPTModel, architecture: ModelArchitecture, target_context_length: int
 ) -> Finding:
-    """Compare the RMS difference of the logits in standard deviations of the logits. They differ because bfloat16 rounds both the merged
-    weights and every operation of the live model."""
+    """Compare the logits of the model with adapters and of the merged model, by their RMS difference in standard deviations of the logits.
+    The logits differ because bfloat16 rounds both the merged weights and every operation of the model with adapters."""
     was_training = live.training
     live.eval()
     tokens, device = _probe_tokens(architecture), next(live.parameters()).device
@@ -304,8 +305,8 @@ def _probe_tokens(architecture: ModelArchitecture) -> torch.Tensor:
 
 
 def compare_logits(chunk: EndPromptGPTModel, export: Path, architecture: ModelArchitecture, *, target_context_length: int) -> list[Finding]:
-    """Compare logits at positions across the window, and greedy text, of `export` in transformers with those of a whole Megatron model in
-    this process, both in float32.
+    """Compare `export` in transformers with a whole Megatron model in this process, both in float32: logits at positions across the window,
+    and greedily generated text.
 
     Args:
         target_context_length: L; positions go up to L - 1.
@@ -326,8 +327,7 @@ def compare_logits(chunk: EndPromptGPTModel, export: Path, architecture: ModelAr
 
 @torch.no_grad()
 def _compare_greedy_text(chunk: EndPromptGPTModel, reference: Any, prompt: torch.Tensor, vocab_size: int) -> Finding:
-    """Generate text greedily with transformers, with its cache and its positions, and count the tokens that Megatron predicts
-    differently."""
+    """Generate text greedily with the cache and the positions of transformers, and count the tokens that Megatron predicts differently."""
     from transformers import GenerationConfig
 
     # min_new_tokens suppresses the end of text, so that all tokens are generated
@@ -356,7 +356,8 @@ def _build(
 
 
 def probe_positions(num_tokens: int, target_context_length: int) -> dict[str, torch.Tensor]:
-    """Position rows [s] that together cover the window: contiguous from 0, with EndPrompt's gap, evenly spread, and the last ones."""
+    """Return {label: positions [s]} that together cover the window: contiguous from 0, with EndPrompt's gap, evenly spread, and at the end
+    of the window."""
     half = num_tokens // 2
     gapped = torch.cat([torch.arange(num_tokens - half), torch.arange(target_context_length - half, target_context_length)])
     spread = torch.linspace(0, target_context_length - 1, num_tokens).long()
@@ -370,9 +371,10 @@ def probe_positions(num_tokens: int, target_context_length: int) -> dict[str, to
 
 @torch.no_grad()
 def megatron_logits(chunk: EndPromptGPTModel, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Logits [b, s, v] of a Megatron model that is whole on this rank.
+    """Return the logits [b, s, v] of a Megatron model that is whole on this rank.
 
     Args:
-        tokens: [b, s]; positions: [s] or [b, s].
+        tokens: int64 [b, s].
+        positions: int64 [s] or [b, s].
     """
     return chunk(tokens, positions, None).float()

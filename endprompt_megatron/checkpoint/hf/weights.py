@@ -1,4 +1,4 @@
-"""Check that a Hugging Face directory has exactly the tensors of an architecture, and that its values are finite."""
+"""Check that a Hugging Face directory has exactly the tensors of an architecture, and that all weights are finite."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ADAPTER_CONFIG = "adapter_config.json"
 
 
 def planned_tensors(architecture: ModelArchitecture, dtype: torch.dtype) -> list[TensorPlan]:
-    """All tensors of the Hugging Face model, in file order."""
+    """Return all tensors of the Hugging Face model, in file order."""
     return [
         TensorPlan(name, dtype, shape)
         for binding in bindings(architecture)
@@ -36,7 +36,7 @@ def planned_tensors(architecture: ModelArchitecture, dtype: torch.dtype) -> list
 
 
 def count_weights(architecture: ModelArchitecture) -> int:
-    """Number of weights in the Hugging Face model."""
+    """Return the number of weights in the Hugging Face model."""
     return sum(math.prod(shape) for binding in bindings(architecture) for shape in binding.layout.shapes(architecture))
 
 
@@ -44,26 +44,27 @@ def check_hf_weights(hf_path: Path, architecture: ModelArchitecture) -> None:
     """Compare names and shapes in the headers of all files with the architecture, without reading weights.
 
     Raises:
-        CheckpointError: a file is missing or truncated, or a tensor is missing, unexpected, of another shape, or no floating-point tensor.
+        CheckpointError: a file is missing or truncated, or a tensor is missing or unexpected, has another shape, or is not a floating-point
+            tensor.
     """
     with SafetensorsReader(hf_path) as reader:
         check_tensors(reader, architecture)
 
 
 def check_present_weights(hf_path: Path, architecture: ModelArchitecture) -> None:
-    """Same as check_hf_weights, for a directory that may have config.json and tokenizer only, which planning and preparing data need.
+    """Call check_hf_weights if the directory contains weights. Planning and data preparation need only config.json and the tokenizer.
 
     Raises:
-        CheckpointError: as check_hf_weights, except where there are no weights.
+        CheckpointError: see check_hf_weights.
     """
     if any((Path(hf_path) / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
         check_hf_weights(hf_path, architecture)
 
 
 def check_tensors(reader: SafetensorsReader, architecture: ModelArchitecture) -> None:
-    """Same as check_hf_weights, for an open reader."""
+    """Run the checks of check_hf_weights on an open reader."""
     names = reader.names()
-    if architecture.num_layers > len(names):  # before anything is built for every layer
+    if architecture.num_layers > len(names):  # checked before anything is built for every layer
         raise CheckpointError(
             f"{reader.hf_path}: config.json has num_hidden_layers={architecture.num_layers:,}, but the weights are {len(names):,} tensors, "
             f"fewer than one for each layer: weights and config.json do not match. Copy both from the same model."
@@ -96,20 +97,21 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def is_finite(block: torch.Tensor) -> bool:
-    """Whether all values are finite. Much faster than torch.isfinite: the smallest and the largest value of a tensor with NaN are NaN."""
+    """Return whether all values are finite. This is much faster than torch.isfinite, because the minimum and maximum of a tensor with NaN
+    are NaN."""
     return block.numel() == 0 or bool(torch.isfinite(torch.stack(block.aminmax())).all())
 
 
 def check_values(hf_path: Path, *, max_bytes: int) -> bool:
-    """Read all weights, in blocks, and check that they are finite, unless they are too large to read twice.
+    """Read all weights in blocks, and check that they are finite. Weights that are too large to be read twice are not checked.
 
     Args:
         hf_path: model directory that passed check_hf_weights.
-        max_bytes: largest size of all files that is read.
+        max_bytes: maximum total size of the files in bytes.
     Returns:
-        Whether they were read.
+        Whether the weights were read.
     Raises:
-        CheckpointError: a tensor has NaN or infinity, or as for SafetensorsReader.
+        CheckpointError: a tensor contains NaN or infinity, or SafetensorsReader raises an error.
     """
     with SafetensorsReader(hf_path, reuse_memory=True) as reader:
         if sum(path.stat().st_size for path in reader.files()) > max_bytes:
@@ -126,8 +128,8 @@ def not_finite(count: int, where: str) -> CheckpointError:
     """Return the error for weights that are NaN or infinite.
 
     Args:
-        count: number of such values.
-        where: tensor and file.
+        count: number of values that are NaN or infinite.
+        where: text that states the tensor and the file.
     """
     return CheckpointError(
         f"the model's weights hold {count} values that are NaN or infinite: {where}. Training would fail later. Download the file again, "
@@ -136,14 +138,13 @@ def not_finite(count: int, where: str) -> CheckpointError:
 
 
 def missing_tensors(reader: SafetensorsReader, architecture: ModelArchitecture) -> list[str]:
-    """Tensors that the architecture has and the directory lacks."""
+    """Return the tensors that the architecture has and the directory lacks."""
     return sorted({name for binding in bindings(architecture) for name in binding.hugging_face} - set(reader.names()))
 
 
 def unexpected_tensors(reader: SafetensorsReader, architecture: ModelArchitecture) -> list[str]:
-    """Tensors of the directory that are not part of the architecture.
-
-    Does not return rotary frequencies, which config.json determines, or a tied output layer that equals the embedding.
+    """Return the tensors of the directory that are not part of the architecture. The result contains neither rotary frequencies, which
+    config.json determines, nor a tied output layer that equals the embedding.
     """
     used = {name for binding in bindings(architecture) for name in binding.hugging_face}
     found = [name for name in reader.names() if name not in used and not is_ignored(name)]
@@ -153,7 +154,8 @@ def unexpected_tensors(reader: SafetensorsReader, architecture: ModelArchitectur
 
 
 def _is_the_embedding(reader: SafetensorsReader) -> bool:
-    """Whether the stored output layer equals the embedding byte by byte. If they differ, transformers uses the stored output layer."""
+    """Return whether the stored output layer equals the embedding byte by byte. If they differ, transformers uses the stored output
+    layer."""
     if reader.shape(_HEAD) != reader.shape(_EMBEDDING) or reader.dtype(_HEAD) != reader.dtype(_EMBEDDING):
         return False
     blocks = row_blocks(reader.shape(_HEAD)[0], reader.row_bytes(_HEAD))

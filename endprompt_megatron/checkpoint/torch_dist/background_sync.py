@@ -1,4 +1,4 @@
-"""Sync a file to the disk in the background while it is being written, so that the final fsync is short."""
+"""Sync a file to the disk in the background while it is written, so that the final fsync is short."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _EVERY_BYTES = 2**27
 
 
 class BackgroundSync:
-    """Context manager around the writing of an open file. If the block succeeds, all written bytes are on the disk.
+    """Context manager that syncs an open file while the block writes to it. After a successful block, all written bytes are on the disk.
 
     Args:
-        descriptor: file descriptor.
+        descriptor: descriptor of the file.
         enabled: False disables all syncing.
     Raises:
         OSError: a sync failed.

@@ -1,10 +1,9 @@
-"""Read model weights from megatron.core dist_checkpointing directories (torch_dist) in blocks of rows, without a process group, also for
-models that do not fit into memory. write.py writes such directories.
+"""Read model weights from directories of megatron.core.dist_checkpointing (torch_dist) in blocks of rows. The reader needs no process
+group, and the model may be larger than the memory. write.py writes such directories.
 
-A torch_dist directory is a distributed checkpoint of torch: `.metadata` (a pickle with the global shape of every tensor, its chunks, and
-the file position of each chunk) and *.distcp files that contain one `torch.save` archive per chunk; Megatron adds metadata.json and
-common.pt. Layers are stored either stacked, `decoder.layers.<name>` with the layer as first dimension, or numbered,
-`decoder.layers.7.<name>`.
+A torch_dist directory is a distributed checkpoint of torch. `.metadata` is a pickle with the global shape of every tensor, its chunks, and
+the file position of each chunk. The *.distcp files contain one `torch.save` archive per chunk. Megatron adds metadata.json and common.pt.
+Layers are either stacked (`decoder.layers.<name>`, with the layer as first dimension) or numbered (`decoder.layers.7.<name>`).
 """
 
 from __future__ import annotations
@@ -102,11 +101,11 @@ class _Chunk:
 
 
 class TorchDistReader:
-    """Random access to the model weights of a torch_dist directory, by their names in the whole model. Use as a context manager.
+    """Reads model weights of a torch_dist directory by their names in the whole model. Use as a context manager.
 
     Args:
-        path: as for find_torch_dist.
-        reuse_memory: as for SafetensorsReader.
+        path: see find_torch_dist.
+        reuse_memory: see SafetensorsReader.
     Raises:
         CheckpointError: the directory does not exist or cannot be read.
     """
@@ -128,7 +127,7 @@ class TorchDistReader:
         self._whole: tuple[Any, torch.Tensor] | None = None
 
     def for_thread(self) -> TorchDistReader:
-        """Return another reader of the directory for a thread of its own, with `reuse_memory`. It does not parse the metadata again."""
+        """Return a second reader of the directory for another thread, with `reuse_memory`. The metadata is not parsed again."""
         other = copy.copy(self)
         other._begin(reuse_memory=True)
         return other
@@ -143,7 +142,7 @@ class TorchDistReader:
 
     @property
     def prefix(self) -> str:
-        """Prefix of all parameter names, e.g. the name of a wrapper."""
+        """Prefix of all parameter names, e.g. the name of a wrapper module."""
         return self._prefix
 
     @property
@@ -152,34 +151,34 @@ class TorchDistReader:
         return self._locate(LAYERS + "0.self_attention.linear_proj.weight")[1] is not None
 
     def keys(self) -> dict[str, TensorStorageMetadata]:
-        """All tensors in the directory, optimizer states included."""
+        """Return the metadata of all tensors in the directory, including optimizer states, by key."""
         return self._tensors
 
     def files(self) -> list[Path]:
-        """Files with tensors."""
+        """Return the files that contain tensors."""
         return sorted({self.directory / info.relative_path for info in self._metadata.storage_data.values()})
 
     def unknown_names(self, architecture: ModelArchitecture) -> list[str]:
-        """Names of tensors that are neither weights of this architecture nor states of an optimizer or a random generator."""
+        """Return the names of tensors that are neither weights of this architecture nor states of an optimizer or a random generator."""
         known = {self._locate(binding.megatron)[0] for binding in bindings(architecture)}
         return sorted(name for name in self._tensors if name not in known and not _NO_WEIGHTS.search(name))
 
     def adapters(self) -> list[str]:
-        """Keys of the weights of low-rank adapters."""
+        """Return the keys of the weights of low-rank adapters."""
         return sorted(name for name in self._tensors if is_adapter(name) and not _NO_WEIGHTS.search(name))
 
     def holds(self, name: str) -> bool:
-        """Whether the directory contains a parameter of the whole model."""
+        """Return whether the directory contains a parameter of the whole model."""
         return self._locate(name)[0] in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a parameter, given by its Megatron name in the whole model, with the layer number."""
+        """Return the shape of a parameter. `name` is its Megatron name in the whole model, with the layer number."""
         key, layer = self._locate(name)
         size = tuple(self._entry(key, name).size)
         return size if layer is None else size[1:]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a parameter."""
+        """Return the dtype of a parameter."""
         return self._entry(self._locate(name)[0], name).properties.dtype
 
     def check(self, architecture: ModelArchitecture) -> None:
@@ -248,7 +247,7 @@ class TorchDistReader:
         return found
 
     def range_of_rows(self, name: str, first: int, last: int) -> FileRange | None:
-        """Return the file range of rows first .. last-1 of a parameter; None if they are not contiguous in one file."""
+        """Return the file range of rows first .. last-1 of a parameter, or None if the rows are not contiguous in one file."""
         key, layer = self._locate(name)
         entry = self._entry(key, name)
         lead = 0 if layer is None else 1
@@ -266,7 +265,7 @@ class TorchDistReader:
         return None
 
     def layout(self) -> str:
-        """Describe how layers are stored (stacked or numbered), and the number of tensor-parallel shards."""
+        """Return a text that states whether layers are stacked or numbered, and the number of tensor-parallel shards."""
         key = next((name for name in self._tensors if name.endswith("linear_proj.weight") and not _NO_WEIGHTS.search(name)), None)
         if key is None:
             return "no attention weights"
@@ -307,7 +306,7 @@ class TorchDistReader:
 
     def _rows_of_chunk(self, chunk: _Chunk, dtype: torch.dtype, lead: tuple[int, ...], first: int, last: int) -> torch.Tensor:
         position = self._position_of(chunk, dtype)
-        if position is None:  # not stored row by row: rare, so the whole chunk is read
+        if position is None:  # the rows are not contiguous, which is rare, so the whole chunk is read
             where = (chunk.path, chunk.position)
             if self._whole is None or self._whole[0] != where:
                 archive = _FileSlice(self._open(chunk.path), chunk.position, chunk.length)
@@ -320,7 +319,7 @@ class TorchDistReader:
         return read_tensor(self._open(chunk.path), position + skipped * row_bytes, (last - first, *sizes[1:]), dtype, scratch=self._scratch)
 
     def _position_of(self, chunk: _Chunk, dtype: torch.dtype) -> int | None:
-        """Return the file position of the first byte of a chunk; None if the chunk is not contiguous."""
+        """Return the file position of the first byte of a chunk, or None if the chunk is not contiguous."""
         where = (chunk.path, chunk.position)
         if where not in self._positions:
             self._positions[where] = self._find_data(chunk, dtype)
@@ -361,8 +360,8 @@ class SeekableFile(io.RawIOBase):
     """Base class of seekable file-like objects.
 
     Attributes:
-        at: current position.
-        end: length.
+        at: current position in bytes.
+        end: length of the file in bytes.
     """
 
     def __init__(self, end: int):
@@ -370,15 +369,15 @@ class SeekableFile(io.RawIOBase):
         self.at, self.end = 0, end
 
     def seekable(self) -> bool:
-        """Same as io.RawIOBase."""
+        """Return True."""
         return True
 
     def tell(self) -> int:
-        """Same as io.RawIOBase."""
+        """Return the current position."""
         return self.at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Same as io.RawIOBase."""
+        """Change the current position, and return it."""
         self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.end}[whence]
         return self.at
 
@@ -391,11 +390,11 @@ class _FileSlice(SeekableFile):
         self._descriptor, self._start = descriptor, position
 
     def readable(self) -> bool:
-        """Same as io.RawIOBase."""
+        """Return True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Same as io.RawIOBase."""
+        """Read bytes into `buffer`, and return their number."""
         count = max(0, min(len(buffer), self.end - self.at))
         count = os.preadv(self._descriptor, [memoryview(buffer)[:count]], self._start + self.at) if count else 0
         self.at += count
@@ -403,7 +402,7 @@ class _FileSlice(SeekableFile):
 
 
 def _position_in_archive(archive: _FileSlice) -> int:
-    """Return the position of the first byte of the tensor in an archive of torch.save, an uncompressed zip file."""
+    """Return the position of the first byte of the tensor in an archive of torch.save, which is an uncompressed zip file."""
     record = next(entry for entry in zipfile.ZipFile(archive).infolist() if entry.filename.endswith("/data/0"))
     archive.seek(record.header_offset)
     name_length, extra_length = struct.unpack("<26xHH", archive.read(30))

@@ -1,4 +1,4 @@
-"""Write model weights as a torch_dist directory (read.py describes the format), file by file and sequentially."""
+"""Write model weights as a torch_dist directory, one file after the other and each file sequentially. read.py describes the format."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ from endprompt_megatron.checkpoint.torch_dist.background_sync import BackgroundS
 from endprompt_megatron.checkpoint.torch_dist.read import LAYERS, SeekableFile
 from endprompt_megatron.mcore.unpickling import METADATA_FILE
 
-# linear layers that each have an `_extra_state` object; its value None means an empty state
+# linear layers that have an `_extra_state` object in a checkpoint; an object that contains None is an empty state
 _EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
 @dataclass
 class StoredChunks:
-    """Positions of the chunks in one .distcp file. Can be stored as JSON, so that an interrupted conversion can continue.
+    """Positions of the chunks in one .distcp file. They can be stored as JSON, so that an interrupted conversion can continue.
 
     Attributes:
-        chunks: key -> [(offsets, sizes, position, length)].
-        objects: key -> (position, length) of a pickled object.
+        chunks: {key: [(offsets, sizes, position, length)]}, with position and length in bytes.
+        objects: {key: (position, length)} of pickled objects, in bytes.
     """
 
     chunks: dict[str, list[tuple[list[int], list[int], int, int]]] = field(default_factory=dict)
     objects: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Serialise to JSON."""
+        """Return the positions as JSON."""
         return json.dumps({"chunks": self.chunks, "objects": self.objects})
 
     @staticmethod
     def from_json(text: str) -> StoredChunks | None:
-        """Parse JSON; None if it is invalid, e.g. after a power failure."""
+        """Parse JSON from `to_json`. Return None if the text is invalid, e.g. after a power failure."""
         try:
             return StoredChunks(**json.loads(text))
         except (ValueError, TypeError, RecursionError):
@@ -91,15 +91,15 @@ class DistcpWriter:
         parts: int,
         blocks: Callable[[int, int, bool], Iterable[torch.Tensor | FileRange]],
     ) -> None:
-        """Write a parameter in its chunks.
+        """Write all chunks of a parameter.
 
         Args:
             name: name in the whole model.
             shape: shape of the whole parameter, padding included.
             dtype: dtype of the parameter.
-            dim: dimension that is split into shards; None if it is not split.
-            parts: number of equal parts of the rows; each part is split separately.
-            blocks: (first, past the last, whether file ranges are allowed) -> blocks of these rows of the whole parameter.
+            dim: dimension that is split into shards; None if the parameter is not split.
+            parts: number of equal parts of the rows, e.g. 2 for fused gate and up projections. Each part is split into shards separately.
+            blocks: function (first row, row past the last, whether file ranges are allowed) -> blocks of these rows of the whole parameter.
         """
         key, layer = stored_key(name)
         lead = () if layer is None else (layer,)
@@ -134,18 +134,18 @@ class DistcpWriter:
 
 
 class _Recorder(SeekableFile):
-    """In-memory file that records the bytes before and after the one range that the writer skips."""
+    """In-memory file that records the bytes that torch.save writes before and after the one range that it skips, the tensor data."""
 
     def __init__(self) -> None:
         super().__init__(0)
         self.pieces = [bytearray()]
 
     def writable(self) -> bool:
-        """Same as io.RawIOBase."""
+        """Return True."""
         return True
 
     def write(self, data: Any) -> int:
-        """Same as io.RawIOBase."""
+        """Record `data`, and return its length in bytes."""
         if self.at != self.end:
             self.pieces.append(bytearray())
         self.pieces[-1] += bytes(data)
@@ -164,8 +164,8 @@ def _archive_around(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, 
 
 
 def stored_key(name: str) -> tuple[str, int | None]:
-    """Return (key, layer index) under which this module stores a parameter: layers stacked, norms with their fused names, as Megatron
-    does."""
+    """Return (key, layer index) under which this module stores a parameter. As in Megatron's checkpoints, layers are stacked and norms have
+    their fused names."""
     if not name.startswith(LAYERS):
         return name, None
     layer, rest = name.removeprefix(LAYERS).split(".", 1)
@@ -173,7 +173,7 @@ def stored_key(name: str) -> tuple[str, int | None]:
 
 
 def extra_state_keys(layer: int, num_layers: int) -> list[str]:
-    """Keys of the `_extra_state` objects of a layer, which Megatron requires when loading."""
+    """Return the keys of the `_extra_state` objects of a layer, which Megatron requires for loading."""
     return [f"{LAYERS}{name}._extra_state/shard_{layer}_{num_layers}" for name in _EXTRA_STATES]
 
 
@@ -182,7 +182,7 @@ def write_metadata(directory: Path, files: dict[str, StoredChunks], *, dtype: to
 
     Args:
         directory: directory of the files.
-        files: file name -> chunks of the file.
+        files: {file name: chunks of the file}.
         dtype: dtype of all tensors.
     """
     described: dict[str, Any] = {}
@@ -203,6 +203,9 @@ def write_metadata(directory: Path, files: dict[str, StoredChunks], *, dtype: to
         )
     with (directory / METADATA_FILE).open("wb") as stream:
         pickle.dump(Metadata(state_dict_metadata=described, storage_data=storage), stream)
-    torch.save({}, directory / "common.pt")
+    common = io.BytesIO()
+    torch.save({}, common)
+    # on a full disk, torch.save to the file would raise a RuntimeError that does not state the reason
+    (directory / "common.pt").write_bytes(common.getvalue())
     description = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
     (directory / "metadata.json").write_text(json.dumps(description))

@@ -32,6 +32,7 @@ from endprompt_megatron.evaluation.tasks import ESSAYS, MEGATRON, PUNKT, RULER, 
 from endprompt_megatron.log import Progress
 from endprompt_megatron.mcore.patching import replaced
 from endprompt_megatron.model.gpt import EndPromptGPTModel
+from endprompt_megatron.output_files import writing
 
 VERSION = "0.4.13"
 INSTALL = "pip install -e '.[eval]'"
@@ -198,7 +199,8 @@ class Harness:
         np.random.seed(seed)
         torch.manual_seed(seed)
         with contextlib.ExitStack() as stack:
-            log = stack.enter_context(log_file.open("a"))
+            with writing(log_file):
+                log = stack.enter_context(log_file.open("a"))
             stack.enter_context(contextlib.redirect_stderr(log))
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # ruler_vt prints thousands of lines
             for context in self._prepared(task):

@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
+from endprompt_megatron.output_files import replace_bytes
+
 BLUE, VERMILLION, GREEN, ORANGE, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#767676"
 _PALETTE = 128  # number of colours in a file
 WIDTH_INCHES, DPI = 10.0, 120  # 1,200 px wide; text of 11 points stays readable at a display width of 1,000 px
@@ -364,9 +366,13 @@ def write_figure(figure: Figure, path: Path) -> Path:
         path: path of the PNG.
     Returns:
         path.
+    Raises:
+        OutputError: the file cannot be written.
     """
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=DPI)
     plt.close(figure)
-    Image.open(drawn).convert("RGB").quantize(_PALETTE).save(path, format="PNG", optimize=True)
+    packed = io.BytesIO()
+    Image.open(drawn).convert("RGB").quantize(_PALETTE).save(packed, format="PNG", optimize=True)
+    replace_bytes(Path(path), packed.getvalue())
     return Path(path)

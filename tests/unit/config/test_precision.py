@@ -87,7 +87,7 @@ def test_llama3_8b_at_8192_tokens_is_good_in_every_precision_and_layout(name, te
         ({"precision": PrecisionConfig("mxfp8"), "data__seq_length": 8208}, "= 8208, must be a multiple of 32", "data.seq_length=8224"),
         ({"precision": PrecisionConfig("fp8_attention", 1, 1)}, "num_layers_at_start_in_bf16=1", "Set both to 0"),
         ({"precision": PrecisionConfig("fp8", 16, 16)}, "num_layers_at_start_in_bf16=16", "must be left for FP8. Set both to 1"),
-        ({"precision": PrecisionConfig("fp8", -1, 0)}, "num_layers_at_start_in_bf16=-1", "Set both to 1"),
+        ({"precision": PrecisionConfig("fp8", -1, 0)}, "num_layers_at_start_in_bf16=-1", "between 0 and"),
         ({"precision": PrecisionConfig("fp8", 5, 0), "parallel__pipeline_model_parallel_size": 8}, "between 0 and the 4 layers", "Set both"),
         (
             {"precision": PrecisionConfig("fp8_attention"), "data__seq_length": 8240},

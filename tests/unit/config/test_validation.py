@@ -82,14 +82,18 @@ def test_settings_that_cannot_work_are_refused(world_size, changes, quoted):
     ("changes", "quoted"),
     [
         ({"method__attention": "s3"}, "method.attention=s3: choose full or s2"),
-        ({"method__attention": "s2", "method__attention_groups": 0}, "attention_groups=0: must be >= 1"),
+        ({"method__attention": "s2", "method__attention_groups": 0}, "attention_groups=0: must be between 1 and"),
         (
             {"method__attention": "s2", "data__seq_length": 500},
             "multiple of 2*attention_groups=8: groups are shifted by half a group. Set data.seq_length=504",
         ),
         ({"adapter__type": "dora"}, "adapter.type=dora: choose none or lora"),
-        ({"adapter__type": "lora", "adapter__rank": 0}, "adapter.rank=0: must be >= 1"),
-        ({"adapter__type": "lora", "adapter__alpha": float("nan")}, "adapter.alpha=nan: must be a finite number > 0"),
+        ({"adapter__type": "lora", "adapter__rank": 0}, "adapter.rank=0: must be between 1 and"),
+        ({"adapter__type": "lora", "adapter__rank": 65}, "adapter.rank=65: must be at most the model's hidden size of 64"),
+        (
+            {"adapter__type": "lora", "adapter__alpha": float("nan")},
+            "adapter.alpha=nan: must be between 1e-06 and 1000000. The default is 16.0.",
+        ),
         ({"adapter__type": "lora", "adapter__alpha": -1.0}, "adapter.alpha=-1.0"),
         ({"adapter__type": "lora", "adapter__target_modules": []}, "adapter.target_modules=[]: name at least one of q_proj"),
         ({"adapter__type": "lora", "adapter__target_modules": ["q_proj", "q_proj"]}, "each once"),
@@ -114,7 +118,7 @@ def test_s2_attention_requires_whole_groups_on_a_rank():
         {"method__attention": "s2"},
         {"method__attention": "s2", "method__attention_groups": 1, "data__seq_length": 511},
         {"method__attention": "s2", "adapter__type": "lora", "adapter__target_modules": ["o_proj"]},
-        {"adapter__type": "none", "adapter__rank": 0},
+        {"adapter__type": "none", "adapter__rank": 65},
         {"method__attention": "full", "data__seq_length": 500},
     ],
 )

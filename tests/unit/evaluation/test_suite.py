@@ -70,7 +70,7 @@ def test_every_problem_is_reported_at_once(tmp_path):
         config.validate()
     message = "\n".join(caught.value.problems)
     for part in (
-        "niah_single_9 is neither", "each once", "100 tokens", "samples=0", "num_fewshot.niah_single_1=3", "sources.essays=", "sources.squad=",
+        "niah_single_9 is neither", "each once", "suite.lengths=100", "samples=0", "num_fewshot.niah_single_1=3", "sources.essays=", "sources.squad=",
         "sources.punkt=", "haystack_stand_in", "both set", "no config.json", "backend=onnx", "dtype=fp8", "bos=two", "batch_size=0", "seed=-1",
         "tensor_parallel_size=0",
     ):  # fmt: skip

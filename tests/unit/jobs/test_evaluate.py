@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from endprompt_megatron.config.schema import LaunchConfig, ParallelConfig, TextSource
-from endprompt_megatron.errors import BackendUnavailableError, ConfigError
+from endprompt_megatron.errors import USER_ERRORS, BackendUnavailableError, ConfigError
 from endprompt_megatron.evaluation import conditions
 from endprompt_megatron.evaluation.lm_eval_harness.harness import VERSION
 from endprompt_megatron.evaluation.sample import Sample
 from endprompt_megatron.evaluation.suite import EvaluateConfig, NeedleConfig, PerplexityConfig, SourcesConfig, SuiteConfig
 from endprompt_megatron.jobs import evaluate as module
 from endprompt_megatron.jobs.evaluate import evaluate
+from tests.support.disk_faults import OF_NOTHING, DiskFault, operations_of
 from tests.support.tiny import copy_model, edit_config
 
 OFFLINE_TASKS = ["niah_single_1", "ruler_vt"]
@@ -77,6 +79,28 @@ def test_results_name_every_score_with_its_conditions_and_samples(tiny_model_dir
     for name in ("backend", "dtype", "bos", "chat_template", "samples", "seed", "window", "torch", "transformers", "hardware", "model"):
         assert name in conditions
     assert "| niah_single_1 | 50.0 | 50.0 | 50.0 |" in (tmp_path / "evaluation.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("lasting", "every"),
+    [(False, 5), pytest.param(False, 1, marks=pytest.mark.repeated), pytest.param(True, 1, marks=pytest.mark.repeated)],
+)
+def test_a_disk_that_refuses_a_write_ends_the_evaluation_and_loses_no_score(tiny_model_dir, tmp_path, harness, lasting, every):
+    """Whichever write it is: a full disk is no failure of a task, and the same command asks what is missing alone."""
+    root = tmp_path / "out"
+    config = _config(tiny_model_dir, root, suite={"lengths": [512]})
+    operations = operations_of(lambda: evaluate(config, command=""), root)
+    assert len(operations) > 20
+    for number, (operation, kind) in list(enumerate(operations))[::every]:
+        if operation in OF_NOTHING:
+            continue
+        shutil.rmtree(root)
+        with DiskFault(root, number, lasting=lasting), pytest.raises(USER_ERRORS, match=f"{root}.*(No space left|Read-only)"):
+            evaluate(config, command="")
+        finished = len(list((root / "records").glob("*.json")))
+        harness.asked.clear()
+        assert evaluate(config, command=""), (operation, kind)
+        assert len(harness.asked) == 2 - finished and len(_results(root)["scores"]) == 2, (operation, kind)
 
 
 def test_a_second_start_runs_only_what_is_missing(tiny_model_dir, tmp_path, harness):
@@ -203,7 +227,7 @@ def test_missing_backends_say_how_to_install_them(tiny_model_dir, tmp_path, monk
     [
         ({"parallel": ParallelConfig(tensor_model_parallel_size=3), "launch": LaunchConfig(nproc_per_node=3)}, "must divide the model's"),
         ({"parallel": ParallelConfig(pipeline_model_parallel_size=2)}, "must be a multiple of TP x PP x CP"),
-        ({"suite": {"needle": NeedleConfig(depths=[2.0])}}, r"suite.needle.depths=\[2.0\]"),
+        ({"suite": {"needle": NeedleConfig(depths=[2.0])}}, "suite.needle.depths=2.0: must be between 0 and 1"),
         ({"suite": {"tasks": ["needle", "ruler"]}, "launch": LaunchConfig(nproc_per_node=2)}, "run in one process"),
         (
             {"suite": {"tasks": ["perplexity"], "perplexity": PerplexityConfig(stride=512)}},

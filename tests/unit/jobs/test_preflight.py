@@ -255,5 +255,5 @@ class TestOutputDirectory:
 
     def test_refuses_a_place_that_cannot_be_written(self, tiny_model_dir, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(ConfigError, match="cannot be written.*writable directory"):
+        with pytest.raises(ConfigError, match="one: .*file is a file. Set output_dir to a directory"):
             self.claim(config_of(tiny_model_dir, tmp_path / "file" / "one"))

@@ -116,5 +116,5 @@ def test_a_second_backward_pass_is_refused():
     logits, labels, _ = make(4, 16, 16)
     loss = sliced_cross_entropy(logits.requires_grad_() * 1.0, labels, num_real_tokens=16).sum()
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="differentiated once"):
+    with pytest.raises(RuntimeError, match="differentiate this loss only once"):
         loss.backward()

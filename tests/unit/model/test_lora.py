@@ -232,7 +232,7 @@ def test_a_layer_that_fuses_its_norm_is_refused(tiny_model_dir):
     from endprompt_megatron.model.lora import _adapted, _QKVAdapters
 
     fused = type("TELayerNormColumnParallelLinear", (ColumnParallelLinear,), {})
-    with pytest.raises(AssertionError, match="unfused"):
+    with pytest.raises(AssertionError, match="without a fused norm"):
         _adapted(fused, _QKVAdapters, lora())
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from endprompt_megatron.data.dataset import name_samples
-from endprompt_megatron.errors import CheckpointError, TrainingError
+from endprompt_megatron.errors import CheckpointError, OutputError, TrainingError
 from endprompt_megatron.log import read_metrics
+from tests.support.disk_faults import fill_open_file
 from tests.support.layout_worker import run_job
 
 BAD_STEP = 4
@@ -169,3 +170,21 @@ def test_too_many_in_a_row_stop_after_all(place, tmp_path):
     with pytest.raises(TrainingError, match="3 bad steps in a row are more than trainer.max_bad_steps=2"):
         run_job(job(place, tmp_path, bad_step="skip", max_bad_steps=2), spoil("nan", last=100))
     assert (tmp_path / "checkpoints" / "latest").read_text().strip() == f"step_{BAD_STEP + 1:07d}"
+
+
+@pytest.mark.parametrize("name", [pytest.param("metrics.jsonl", marks=pytest.mark.repeated), "tensorboard"])
+def test_metrics_that_cannot_be_written_end_the_run_and_the_same_command_goes_on(place, tmp_path, undisturbed, name):
+    def prepare(trainer):
+        step = trainer._step
+
+        def fill_the_disk(batches):
+            if trainer.state.step + 1 == BAD_STEP:
+                fill_open_file(tmp_path / name)
+            return step(batches)
+
+        trainer._step = fill_the_disk
+
+    with pytest.raises(OutputError, match=f"{tmp_path / name}.* could not be written .*No space left.*start the same command again"):
+        run_job(job(place, tmp_path, save_interval=2), prepare)
+    run_job(job(place, tmp_path, save_interval=2))
+    assert figures(tmp_path) == undisturbed

@@ -138,7 +138,7 @@ def test_samples_and_loss_are_those_of_our_step(single_process, bridge, extensio
         assert torch.equal(loss, expected)
         assert told["lm loss"].tolist() == [expected.item(), 1.0]
         assert torch.equal(told["context loss"], figures["figures"][1:3])
-    with pytest.raises(ConfigError, match="a weight each"):
+    with pytest.raises(ConfigError, match="one weight for each path"):
         bridge.data.EndPromptDatasetProvider(extension=extension, paths=[prefix, prefix]).build_datasets(context)
 
 
@@ -151,7 +151,7 @@ def test_recipe_sets_only_fields_that_are_there(bridge, extension, monkeypatch):
     without = _config_container()
     del without.train.train_iters
     monkeypatch.setattr(bridge.recipes, "_pretrain_common", lambda: without)
-    with pytest.raises(AttributeError, match="no train_iters"):
+    with pytest.raises(AttributeError, match="no field train_iters"):
         bridge.recipes.endprompt_recipe(extension, ["text"])
 
 

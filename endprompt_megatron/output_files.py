@@ -451,7 +451,7 @@ def owner() -> str:
 def is_dead(owner: str) -> bool:
     """Return whether the process with this `owner()` is known to be dead, by the rules of `sweep_leftovers`."""
     host, _, pid = owner.partition(".")
-    return host == _host() and pid.isdecimal() and not _runs(int(pid))
+    return host == _host() and pid.isdecimal() and not is_running(int(pid))
 
 
 def _is_own(path: Path) -> bool:
@@ -460,10 +460,11 @@ def _is_own(path: Path) -> bool:
 
 
 def _is_dead(pid: int, path: Path) -> bool:
-    return not _is_own(path) if pid == os.getpid() else not _runs(pid)
+    return not _is_own(path) if pid == os.getpid() else not is_running(pid)
 
 
-def _runs(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether a process of this host runs. A zombie does not."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

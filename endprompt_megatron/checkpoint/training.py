@@ -143,6 +143,11 @@ class CheckpointWriter:
         except _ANY_FAILURE as error:
             self._fail(self.directory / "step_*", error)
 
+    def retire(self) -> None:
+        """Delete the old checkpoints that a save of an earlier start left because of a crash. Call it after the last save."""
+        if global_rank() == 0:
+            checkpoint_directory.retire_earlier(self.directory, self.keep_last)
+
     def _complete(self, written: Path, final: Path, record: str) -> None:
         _barrier()
         rank, world_size = global_rank(), torch.distributed.get_world_size()

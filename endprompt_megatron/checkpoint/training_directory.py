@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import xxhash
@@ -43,9 +44,7 @@ def begin(final: Path) -> Path:
         CheckpointError: the output directory was renamed. It is not created again.
     """
     output_files.check_not_moved(final.parent.parent)
-    for suffix in (_PARTIAL, _RETIRED):
-        for leftover in final.parent.glob(f"step_*{suffix}"):
-            leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
+    _delete_leftovers(final.parent)
     final.parent.mkdir(exist_ok=True)
     partial = final.with_name(final.name + _PARTIAL)
     partial.mkdir()
@@ -76,7 +75,7 @@ def complete(partial: Path, final: Path, *, checksums: dict[str, str], keep_last
     partial.rename(final)
     point_latest_at(final)
     shutil.rmtree(replaced, ignore_errors=True)
-    _retire(final, keep_last)
+    _retire(final, keep_last, among=_complete(final.parent))
 
 
 def abandon(partial: Path) -> None:
@@ -121,11 +120,14 @@ def is_latest(checkpoint: Path) -> bool:
 def candidates(directory: Path) -> list[Path]:
     """Return the checkpoints to resume from in order of preference: the checkpoint that `latest` names, then those of earlier steps, then
     those of later steps. Both groups are in descending order of steps. Without `latest`, all checkpoints are in descending order of steps.
-    A damaged `latest` is ignored with a warning. Call this function on one rank only, because it may rename directories."""
+    A damaged `latest` is ignored with a warning. Call this function on one rank only and while no save is in progress, because it renames
+    and deletes what crashes left."""
     for replaced in directory.glob(f"step_*{_REPLACED}"):  # left by a crash between two renames
         final = replaced.with_suffix("")
         if not final.exists():
             replaced.rename(final)
+    with suppress(OSError):  # `begin` raises it
+        _delete_leftovers(directory)
     found = sorted(_complete(directory), reverse=True)
     try:
         name = latest_name(directory)
@@ -174,15 +176,35 @@ def set_aside(checkpoint: Path, suffix: str = output_files.DAMAGED) -> Path | No
     return checkpoint.rename(output_files.damaged_name(checkpoint, suffix))
 
 
+def retire_earlier(directory: Path, keep_last: int) -> None:
+    """Delete old checkpoints as `complete` does, which a crash may have ended before that. Ignores errors.
+
+    Checkpoints of a later step than the one in `latest` stay and do not count: they belong to a run that was reset to an earlier step.
+    """
+    with suppress(DamagedFileError, OSError):
+        name = latest_name(directory)
+        if name is not None:
+            _retire(directory / name, keep_last, among=[path for path in _complete(directory) if path.name <= name])
+
+
+def _delete_leftovers(directory: Path) -> None:
+    """Delete partly written and partly removed checkpoints, and those that another one of the same step has replaced."""
+    for suffix in (_PARTIAL, _RETIRED, _REPLACED):
+        for leftover in directory.glob(f"step_*{suffix}"):
+            if suffix == _REPLACED and not leftover.with_suffix("").exists():
+                continue  # a crash came before its successor had the final name
+            leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
+
+
 def _complete(directory: Path) -> list[Path]:
     return [path for path in directory.glob("step_*") if path.is_dir() and _STEP.fullmatch(path.name)]
 
 
-def _retire(newest: Path, keep_last: int) -> None:
+def _retire(newest: Path, keep_last: int, *, among: list[Path]) -> None:
     if keep_last < 1:
         return
     # by age and not by step, because a run that was reset to an earlier step continues from there
-    others = sorted((path for path in _complete(newest.parent) if path != newest), key=lambda path: (path.stat().st_mtime, path.name))
+    others = sorted((path for path in among if path != newest), key=lambda path: (path.stat().st_mtime, path.name))
     for path in others[: max(0, len(others) - (keep_last - 1))]:
         retired = path.rename(path.with_name(path.name + _RETIRED))  # so that a crash leaves no partly removed directory under a valid name
         shutil.rmtree(retired, ignore_errors=True)

@@ -4,6 +4,7 @@ repeats them. A stop signal is forwarded to the active runs."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +160,8 @@ class Runner:
         with writing(log):
             stream = log.open("a")
         with stream:
-            process = subprocess.Popen(arguments, stdout=stream, stderr=subprocess.STDOUT, preexec_fn=end_with_parent)
+            end_with_this = partial(end_with_parent, os.getpid())
+            process = subprocess.Popen(arguments, stdout=stream, stderr=subprocess.STDOUT, preexec_fn=end_with_this)
         return _Running(request, process, log, log_offset, note, time.monotonic())
 
     def _finish(self, run: _Running, *, stopped: bool) -> None:

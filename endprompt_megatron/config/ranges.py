@@ -89,7 +89,7 @@ class FilePath:
             return "must be UTF-8 text"
         encoded = value.encode()
         if len(encoded) > _MOST_BYTES_OF_A_PATH or any(len(part) > _MOST_BYTES_OF_A_NAME for part in encoded.split(b"/")):
-            return f"is too long: a path has at most {_MOST_BYTES_OF_A_PATH} bytes, and {_MOST_BYTES_OF_A_NAME} from / to /"
+            return f"is too long: a path has at most {_MOST_BYTES_OF_A_PATH} bytes, and each name in it at most {_MOST_BYTES_OF_A_NAME}"
         return None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from endprompt_megatron.launch.processes import ignore_stop_signals, kill_helpers_at_exit, own_multiprocessing_directory
+from endprompt_megatron.launch.processes import kill_helpers_at_exit, own_multiprocessing_directory, serve_parent
 
 
 class MicroBatchSampler:
@@ -71,7 +71,7 @@ def micro_batches(dataset: Dataset[Any], sampler: MicroBatchSampler, *, num_work
             batch_sampler=sampler,
             collate_fn=collate,
             num_workers=num_workers,
-            worker_init_fn=ignore_stop_signals,
+            worker_init_fn=serve_parent,
             pin_memory=torch.cuda.is_available() and num_workers > 0,
         )
     )

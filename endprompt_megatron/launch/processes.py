@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from endprompt_megatron.errors import EXIT_RESUME
-from endprompt_megatron.output_files import is_dead, owner
+from endprompt_megatron.output_files import is_dead, is_running, owner, sweep_leftovers, temporary_name
 
 # Signals that stop a run. Slurm sends them to every process of a job step, including helpers.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -42,25 +42,32 @@ def _stop(number: int, frame: FrameType | None) -> None:
     os._exit(EXIT_RESUME)
 
 
-def end_with_parent() -> None:
-    """Make the kernel kill this process when its parent ends. This works on Linux and has no effect on other systems."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
-
-
-def ignore_stop_signals(worker: int = 0) -> None:
-    """Ignore stop signals in a helper process. The parent handles the signals, and needs its helpers to finish a step and to save.
+def end_with_parent(parent: int | None = None) -> None:
+    """Make the kernel kill this process when its parent ends. This works on Linux and has no effect on other systems.
 
     Args:
-        worker: number of the worker, which torch's DataLoader passes to its worker_init_fn; unused.
+        parent: process id of the parent. If the parent has already ended, which the kernel does not report, this process ends at once.
     """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if parent is not None and not is_running(parent):
+        os._exit(1)
+
+
+def ignore_stop_signals() -> None:
+    """Ignore stop signals in a helper process. The parent handles the signals, and needs its helpers to finish a step and to save."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def serve_parent() -> None:
-    """Make this helper process end with its parent and ignore stop signals."""
-    end_with_parent()
+def serve_parent(worker: int = 0) -> None:
+    """Make this helper process end with its parent and ignore stop signals.
+
+    Args:
+        worker: number of the worker, which torch's DataLoader passes to its worker_init_fn; unused.
+    """
+    parent = multiprocessing.parent_process()
+    end_with_parent(None if parent is None else parent.pid)
     ignore_stop_signals()
 
 
@@ -93,17 +100,24 @@ def _kill_helpers() -> None:
 
 @functools.cache
 def own_multiprocessing_directory() -> None:
-    """Record this process as the owner of multiprocessing's temporary directory, `pymp-*` in the system's temporary directory, which holds
-    the sockets of helper processes. Call this function before the first helper starts. Helpers then use this directory and make none of
-    their own, so a helper that is killed leaves no directory behind. Python deletes the directory when this process exits, but not if this
-    process is killed. A process that multiprocessing started and that inherited the directory records nothing, because the directory
-    belongs to the process that created it."""
-    # the entry that util.get_temp_dir reads (Python 3.11-3.14)
-    known = multiprocessing.process.current_process()._config.get("tempdir")  # type: ignore[attr-defined] # not in the stubs
-    if known is not None and multiprocessing.parent_process() is not None:
+    """Create multiprocessing's temporary directory, which holds the sockets of helper processes, with a record that this process owns it.
+
+    It is `pymp-*` in the system's temporary directory. Call this function before the first helper starts: helpers then use this directory
+    instead of their own, and one that is killed leaves none. Python deletes the directory when this process exits, unless it is killed. No
+    effect in a process that has such a directory already, which it may have inherited from the process that started it.
+    """
+    config = multiprocessing.process.current_process()._config  # type: ignore[attr-defined] # of util.get_temp_dir
+    if config.get("tempdir") is not None:
         return
-    with contextlib.suppress(OSError), Path(util.get_temp_dir(), _OWNER).open("x") as record:
-        record.write(owner())
+    parent = Path(tempfile.gettempdir())
+    with contextlib.suppress(OSError):  # util.get_temp_dir raises it
+        new = Path(tempfile.mkdtemp(prefix=f"{temporary_name(parent / 'pymp').name}.", dir=parent))
+        (new / _OWNER).write_text(owner())
+        # complete before it has its name, so that a crash leaves no directory without an owner; the rest as in util.get_temp_dir (Python
+        # 3.11-3.14), whose names are as short: the path of a socket may have 107 bytes
+        directory = str(new.rename(parent / f"pymp-{new.name[-8:]}"))
+        util.Finalize(None, _delete, args=(Path(directory),), exitpriority=-100)
+        config["tempdir"] = directory
 
 
 def sweep_multiprocessing_directories() -> None:
@@ -112,7 +126,14 @@ def sweep_multiprocessing_directories() -> None:
     The owner is the process that `own_multiprocessing_directory` recorded in the directory. The owner counts as dead by the rules of
     `output_files.is_dead`. Directories without a record belong to other programs and are kept. Directories of other users are kept too.
     """
+    sweep_leftovers(Path(tempfile.gettempdir()))
     for directory in Path(tempfile.gettempdir()).glob("pymp-*"):
         with contextlib.suppress(OSError, ValueError):
             if not directory.is_symlink() and directory.stat().st_uid == os.getuid() and is_dead((directory / _OWNER).read_text()):
-                shutil.rmtree(directory, ignore_errors=True)
+                _delete(directory)
+
+
+def _delete(directory: Path) -> None:
+    """Delete a directory under a name that `sweep_leftovers` knows, because the record of its owner may be deleted first."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(directory.rename(temporary_name(directory)), ignore_errors=True)

@@ -194,6 +194,7 @@ class Trainer:
                 if self.stop.received_on_any_rank(self.runtime.device):
                     self._interrupt(saved)
         self.writer.finish()
+        self.writer.retire()
         self._gather_parameters()
 
     def _gather_parameters(self) -> None:

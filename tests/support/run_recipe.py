@@ -45,8 +45,9 @@ def fork_checkpoint_helper() -> None:
     """Fork the helper process of distributed checkpoints too: mcore.children spawns one, which imports torch anew."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    from endprompt_megatron.launch.processes import serve_parent
+    from endprompt_megatron.launch.processes import own_multiprocessing_directory, serve_parent
 
+    own_multiprocessing_directory()
     manager = SyncManager(ctx=multiprocessing.get_context("fork"))
     manager.start(initializer=serve_parent)
     filesystem_async._results_queue = manager.Queue()
@@ -124,6 +125,8 @@ def _recipe(
     os.environ.clear()
     os.environ.update(variables)
     warnings.simplefilter("ignore")
+    multiprocessing.process.current_process()._config.pop("tempdir", None)  # the test process's
+    multiprocessing.set_start_method(None, force=True)  # a server hands its own method on
     _fork_local_workers()
     _fork_runs_of_studies()
     if prepare is not None:

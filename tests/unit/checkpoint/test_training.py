@@ -230,8 +230,21 @@ def test_crashes_between_two_renames_cost_nothing(saved, fresh, tmp_path):
     (directory / "step_0000001.retired").mkdir()
     (directory / "step_0000009.partial").mkdir()
     assert load(directory, fresh) == STATE
+    assert sorted(path.name for path in directory.iterdir()) == ["latest", "step_0000002"], "also if this start saves nothing"
+    (directory / "step_0000002.replaced").mkdir()  # of a save that was complete
     save(directory, RunState(step=3), fresh)
     assert sorted(path.name for path in directory.iterdir()) == ["latest", "step_0000002", "step_0000003"]
+
+
+def test_a_crash_before_old_checkpoints_are_retired_keeps_no_more_of_them(saved, fresh, tmp_path):
+    """The last save was complete, so that no later one retires them. Later checkpoints than the newest are those of a reset run: they stay."""
+    directory = copied(saved, tmp_path)
+    for step in (1, 3, 4, 9):
+        shutil.copytree(directory / "step_0000002", directory / f"step_000000{step}")
+    checkpoint_directory.point_latest_at(directory / "step_0000004")
+    writer = CheckpointWriter(directory, chunks=[fresh.model], optimizer=fresh.optimizer, config={"seed": 3}, keep_last=2)
+    writer.retire()
+    assert sorted(path.name for path in directory.iterdir()) == ["latest", "step_0000003", "step_0000004", "step_0000009"]
 
 
 def test_the_newest_checkpoint_survives_an_abandoned_later_one(saved, fresh, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import signal
 import subprocess
 import sys
 from itertools import islice
@@ -125,3 +127,21 @@ def test_a_process_ends_though_its_loaders_ignore_stop_signals():
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 75, done.stderr
     assert not psutil.pid_exists(int(done.stdout))
+
+
+class _DeathSignals(torch.utils.data.Dataset):
+    """Samples that hold the signal which the kernel sends to the process that reads them when its parent ends."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        number = ctypes.c_int()
+        assert ctypes.CDLL(None).prctl(2, ctypes.byref(number)) == 0  # PR_GET_PDEATHSIG
+        return {"position_ids": torch.arange(4), "number": torch.tensor(number.value)}
+
+
+def test_a_loader_ends_with_the_process_that_it_serves():
+    """And not up to 5 s later, while a next start may want the ports that it has inherited."""
+    batch = next(micro_batches(_DeathSignals(), sampler(0, 1, samples=4, consumed=0), num_workers=1))
+    assert set(batch["number"].tolist()) == {int(signal.SIGKILL)}

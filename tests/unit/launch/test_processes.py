@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from multiprocessing import util
+from multiprocessing.connection import Connection
+from pathlib import Path
 
-from endprompt_megatron.launch.processes import own_multiprocessing_directory, sweep_multiprocessing_directories
-from endprompt_megatron.output_files import owner
+import pytest
+
+from endprompt_megatron.launch.processes import own_multiprocessing_directory, serve_parent, sweep_multiprocessing_directories
+from endprompt_megatron.output_files import owner, temporary_name
 from tests.support.tiny import ROOT
 
 # Every child gets both signals from the moment it exists until the queue is served.
@@ -90,8 +97,23 @@ def test_the_directory_of_killed_processes_is_swept(tmp_path, monkeypatch):
     foreign.mkdir()  # of another program: no owner
     (odd / "owner").write_bytes(b"\xff")
     (link := tmp_path / "pymp-link").symlink_to(left)
+    (tmp_path / temporary_name(tmp_path / "pymp").name.replace(f".{os.getpid()}.", ".4194305.")).mkdir()  # killed before it had its name
     sweep_multiprocessing_directories()
     assert set(tmp_path.iterdir()) == {alive, foreign, other_host, odd, link}
+
+
+def test_a_directory_that_is_deleted_by_halves_is_still_known(tmp_path, monkeypatch):
+    """A process may be killed after it has deleted the record of the owner and before it has deleted the directory."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "pymp-dead").mkdir()
+    (tmp_path / "pymp-dead" / "owner").write_text(owner().replace(f".{os.getpid()}", ".4194305"))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **options: (Path(path) / "owner").unlink())
+        sweep_multiprocessing_directories()
+    (left,) = tmp_path.iterdir()
+    left.rename(tmp_path / left.name.replace(f".{os.getpid()}.", ".4194305."))  # as another process, which then died
+    sweep_multiprocessing_directories()
+    assert list(tmp_path.iterdir()) == []
 
 
 def _own_and_end(inherited: str) -> None:
@@ -101,7 +123,7 @@ def _own_and_end(inherited: str) -> None:
 
 
 def test_the_directory_of_a_parent_is_not_owned_and_not_swept(tmp_path, monkeypatch):
-    """A run that another program starts with multiprocessing inherits that program's directory, which lives on after the run."""
+    """A run that another program starts with multiprocessing inherits its directory: the end of the run is not that of the program."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setitem(multiprocessing.process.current_process()._config, "tempdir", str(tmp_path / "pymp-parent"))
     (tmp_path / "pymp-parent").mkdir()
@@ -111,3 +133,27 @@ def test_the_directory_of_a_parent_is_not_owned_and_not_swept(tmp_path, monkeypa
     assert run.exitcode == 0 and list((tmp_path / "pymp-parent").iterdir()) == []
     sweep_multiprocessing_directories()
     assert (tmp_path / "pymp-parent").is_dir()
+
+
+def _serve_too_late(answer: Connection, parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.001)
+    serve_parent()
+    answer.send("lives")
+
+
+def _start_helper_and_die(answer: Connection) -> None:
+    multiprocessing.get_context("fork").Process(target=_serve_too_late, args=(answer, os.getpid())).start()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_helper_ends_whose_parent_was_killed_before_it_served():
+    """The kernel signals the end of a parent only after it was asked to."""
+    context = multiprocessing.get_context("fork")
+    receiving, sending = context.Pipe(duplex=False)
+    run = context.Process(target=_start_helper_and_die, args=(sending,))
+    run.start()
+    run.join()
+    sending.close()  # the helper has the last copy
+    with pytest.raises(EOFError):
+        receiving.recv()

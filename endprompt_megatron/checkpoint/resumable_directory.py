@@ -77,10 +77,10 @@ class ResumableDirectory:
             raise CheckpointError(f"{self.destination} exists and is not overwritten. Remove it, or choose another directory.")
 
     def _check_partial(self) -> None:
-        """Check that all files in `partial` belong to an interrupted conversion. Other files are not deleted.
+        """Check that `partial` is empty or was left by an interrupted conversion, because `_begin_anew` may delete its files.
 
         Raises:
-            CheckpointError: `partial` contains other files.
+            CheckpointError: `partial` contains files and was not left by a conversion.
         """
         if not self.partial.exists() or not any(path.name != _IDENTITY for path in self.partial.iterdir()):
             return
@@ -114,8 +114,8 @@ class ResumableDirectory:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[tuple[Path, list[str]]]:
-        """Yield (temporary path of the file `name`, list of notes). If the block succeeds, the file is renamed, and the last note in the
-        list is stored with it.
+        """Yield (temporary path of the file `name`, list of notes). The block writes the file to this path, and may append a note to the
+        list. If the block succeeds, the file is renamed to `name`, and the last note is stored for `note_of`.
 
         Raises:
             CheckpointError: the block raised an OSError, e.g. because the disk is full. Complete files are kept for the next attempt.

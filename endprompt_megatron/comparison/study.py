@@ -30,8 +30,8 @@ class StudyConfig:
         overrides: overrides of recipes/extend.py for every run.
         overrides_of: {label: further overrides}.
         reference: label of the method with which the others are compared.
-        budgets: `tokens` trains every run as configured. `seconds` also trains methods with faster or slower steps than the reference for
-            as many steps as fit into the training time of the reference.
+        budgets: `tokens` trains every run as configured. `seconds` does the same, and then trains each method whose training time differs
+            from the reference's once more, with the number of steps that takes as long as the reference.
         same_time_within: relative difference up to which the times of two methods count as equal.
         jobs: number of parallel runs. They share the machine, so limit cpu_threads of each run.
         keep: what to keep of a finished run. `evaluation` keeps no weights, `model` keeps the export, and `all` also keeps training

@@ -92,7 +92,7 @@ def check_vllm() -> CheckResult:
     version = installed("vllm")
     if version is None:
         return CheckResult("vllm", MISSING, "not installed", "Only needed to serve exports, and for backend=vllm of recipes/evaluate.py.")
-    return CheckResult("vllm", OK, version, "Set max_model_len, because vLLM multiplies max_position_embeddings by the linear factor.")
+    return CheckResult("vllm", OK, version, "Set max_model_len, because vLLM multiplies max_position_embeddings by the RoPE factor.")
 
 
 def check_transformer_engine() -> CheckResult:

@@ -223,7 +223,7 @@ class _Evaluation:
             chunks = load_model(
                 Path(config.model),
                 precision=precision,
-                backend=backends.resolve("torch"),  # the conditions name SDPA
+                backend=backends.resolve("torch"),  # results.json records SDPA as the attention
                 device=runtime.device,
                 parallel=config.parallel,
             )
@@ -428,8 +428,9 @@ class _Evaluation:
         write_evaluation(self.directory, results, pending=pending)
 
     def _finished_under_these_conditions(self) -> list[dict[str, Any]]:
-        """Return the scores under these conditions, including those of earlier starts. This start has no settings (depths, held-out text)
-        for a suite that it does not run. Scores of such a suite must have the same settings as the newest score of the suite."""
+        """Return the scores under these conditions, including those of earlier starts. Conditions include the settings of a score's suite
+        (depths, held-out text). The configuration gives them only for the suites that it runs. For any other suite, the newest score that
+        meets the remaining conditions gives them, and older scores with other settings are left out."""
         paths = sorted((self.directory / _RECORDS).glob("*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
         settings = {suite: self.conditions.suite_settings.get(suite, {}) for suite in self.config.suite.suites()}
         found = {}

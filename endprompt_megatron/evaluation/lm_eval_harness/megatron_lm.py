@@ -22,9 +22,11 @@ from endprompt_megatron.inference.generation import greedy_generate, sequence_lo
 from endprompt_megatron.model.gpt import EndPromptGPTModel
 
 _MAX_NEW_TOKENS = 256  # lm-eval's default for tasks that set no limit
-# generation settings of a task that are accepted, because greedy decoding obeys them or does not depend on them
+# generation settings that a task may have: do_sample and num_beams with their greedy values, and others that greedy decoding ignores
 _GREEDY = {"do_sample", "temperature", "num_beams", "top_p", "top_k"}
-_LOOK_BACK = 2  # extra tokens: the model may generate a stop sequence in more tokens than the tokenizer encodes it in; lm-eval's value
+# Number of tokens that are searched for a stop sequence in addition to its own token count, because the model may spell it with more tokens
+# than the tokenizer does. lm-eval uses the same number.
+_LOOK_BACK = 2
 
 
 class MegatronLM(TemplateLM):

@@ -1,12 +1,17 @@
 """Patch lm-eval's RULER generators. The patched generators return the configured number of samples, which are the first of the 500 samples
-that lm-eval always generates. The samples of a task and length do not depend on earlier tasks. A generator that would loop forever raises
-an error instead.
+that lm-eval always generates. A generator that would loop forever raises an error instead. The samples of a task and length do not depend
+on earlier tasks: harness.py resets the random generators before each task, and the checks in this module restore the random state.
 
-The infinite loop has this cause: if a prompt is too long, ruler_vt and ruler_cwe remove ten units (noise sentences or words) and retry. If
-at most ten units are left, they retry without a change. A bare `except` around the retry also catches the exceptions that would end the
-loop. If ten units do not fit the length, the generators continue with zero units: ruler_vt never ends, and ruler_cwe either ends with an
-empty answer or never ends. Whether ten units fit depends on the tokenizer, so the patches measure the length of a prompt with ten units.
-The patched files are lm_eval/tasks/ruler/*_utils.py of lm-eval 0.4.13. Review these patches with every new version.
+The infinite loop occurs in ruler_vt and ruler_cwe. These generators work in two steps. (A unit is a noise sentence or a word.)
+
+1. They find the number of units that fits the length, in steps of ten. If not even ten units fit, the number is zero.
+2. They generate each sample with this number. If a sample is too long, or if an exception occurs, they remove ten units and retry. With at
+   most ten units, they retry without a change. A bare `except` catches every exception, so a sample that can never fit is retried forever.
+
+With zero units, ruler_vt fails in every retry and never ends. ruler_cwe either returns samples with an empty answer or never ends. The
+patches therefore measure a prompt with ten units (five in the worked example of ruler_vt), and raise an error if it does not fit. Whether
+it fits depends on the tokenizer. The patched files are lm_eval/tasks/ruler/*_utils.py of lm-eval 0.4.13. Review these patches with every
+new version.
 """
 
 from __future__ import annotations
@@ -89,7 +94,8 @@ def _check_chain(
     tokens_to_generate: int = 30,
     **_: Any,
 ) -> None:
-    """Raise DataError if a prompt with `incremental` units is too long. The generator's first step draws the same prompt."""
+    """Raise DataError if a prompt with `incremental` units is too long. The caller restores the random state, so that the generator
+    draws the same prompt first."""
     text, answer = module.generate_input_output(incremental, num_chains, num_hops, is_icl=icl_example is None)
     needed = len(tokenizer(f"{text} {answer}").input_ids) + tokens_to_generate
     if icl_example is not None:
@@ -101,7 +107,8 @@ def _check_chain(
 def _check_words(
     module: ModuleType, *, tokenizer: Callable, max_seq_length: int, incremental: int = 10, tokens_to_generate: int = 120, **_: Any
 ) -> None:
-    """Raise DataError if a prompt with `incremental` units is too long. The generator's first step draws the same prompt."""
+    """Raise DataError if a prompt with `incremental` units is too long. The caller restores the random state, so that the generator
+    draws the same prompt first."""
     example, text, answer = module.generate_input_output(incremental, max_seq_length)
     written = example + "\n" + text + " " + " ".join(f"{number + 1}. {word}" for number, word in enumerate(answer))
     needed = len(tokenizer(written).input_ids) + tokens_to_generate

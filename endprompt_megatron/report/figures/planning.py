@@ -23,11 +23,12 @@ _NO_FIT = {"color": VERMILLION, "marker": "X", "ms": 10, "ls": ""}
 
 
 def plot_lengths(path: Path, comparisons: Sequence[LengthComparison], *, request: ClusterRequest, tokens: float) -> Path:
-    """Draw two panels over the window. The first panel shows GiB per GPU and the memory of the GPU, and the second panel shows hours. A
-    mark at the top of both panels shows the windows for which no layout fits full-length samples.
+    """Draw two panels with the window on the x axis. The first panel shows the GiB that the fullest GPU needs, and a line at the memory
+    that a GPU has. The second panel shows hours. A mark at the top of both panels shows the windows for which no layout fits full-length
+    samples.
 
-    The fastest layout of short samples may use all memory. The first panel therefore shows the short samples in the fastest layout of the
-    long samples.
+    The fastest layout of short samples may use all memory, which would hide that short samples need less. The first panel therefore shows
+    the short samples in the layout that is fastest for full-length samples.
 
     Args:
         path: path of the PNG.

@@ -47,8 +47,8 @@ CALLS: dict[str, tuple[Any, str, bool]] = {
     "before writing the export": (exporter, "write_shard", True),
     "after writing the export": (exporter, "write_shard", False),
     "before verifying the export": (extend, "verify_export", True),
-    "before moving the export": (exporter, "move_into_place", True),
-    "after moving the export": (exporter, "move_into_place", False),
+    "before moving the export": (exporter, "_move_into_place", True),
+    "after moving the export": (exporter, "_move_into_place", False),
     "before the summary": (extend, "_write_results", True),
     "before the report": (extend, "write_report", True),
     "before the model card": (extend, "_write_model_card", True),
@@ -59,7 +59,7 @@ OPERATIONS = {
     "os.rename": "before a rename", "os.remove": "before a file is deleted", "os.rmdir": "before a directory is deleted",
     "os.mkdir": "before a directory is made",
 }  # fmt: skip
-CREATE, HALF_TEXT, HALF_RECORD = "before a file is opened to write", "in the middle of a text file", "in the middle of a record"
+CREATE, HALF_FILE, HALF_RECORD = "before a file is opened to write", "in the middle of a file", "in the middle of a record"
 
 
 def read_counts(file: Path) -> Counter[str]:
@@ -131,17 +131,22 @@ def _hook(owner: Any, name: str, moment: str, before: bool, reach: Callable[[str
 
 def _hook_halves(reach: Callable[..., None]) -> None:
     """A process that dies while it writes leaves the first half."""
-    write_text, write = Path.write_text, log.MetricsWriter.write
+    write_text, write_bytes, write = Path.write_text, Path.write_bytes, log.MetricsWriter.write
 
     def written(path: Path, text: str, **options: Any) -> int:
-        reach(HALF_TEXT, lambda: write_text(path, text[: len(text) // 2], **options))
+        reach(HALF_FILE, lambda: write_text(path, text[: len(text) // 2], **options))
         return write_text(path, text, **options)
+
+    def written_bytes(path: Path, data: bytes) -> int:
+        reach(HALF_FILE, lambda: write_bytes(path, data[: len(data) // 2]))
+        return write_bytes(path, data)
 
     def recorded(writer: log.MetricsWriter, step: int, metrics: dict[str, Any]) -> None:
         reach(HALF_RECORD, lambda: os.write(writer._file.fileno(), f'{{"step": {step}, "lo'.encode()))
         write(writer, step, metrics)
 
-    Path.write_text, log.MetricsWriter.write = written, recorded  # type: ignore[method-assign]
+    Path.write_text, Path.write_bytes = written, written_bytes  # type: ignore[method-assign,assignment]
+    log.MetricsWriter.write = recorded  # type: ignore[method-assign]
 
 
 def processes_of(session: int) -> list[int]:

@@ -24,6 +24,7 @@ from endprompt_megatron.checkpoint.hf import importer
 from endprompt_megatron.checkpoint.hf.config import architecture_from_hf, read_hf_config, rope_from_hf
 from endprompt_megatron.checkpoint.hf.transformers_config import check_same_config
 from endprompt_megatron.checkpoint.hf.weights import check_hf_weights, check_values, is_finite
+from endprompt_megatron.config.cluster import ClusterConfig
 from endprompt_megatron.config.schema import ModelConfig, TextSource
 from endprompt_megatron.errors import CheckpointError
 from endprompt_megatron.evaluation.suite import EvaluateConfig, PerplexityConfig, SuiteConfig
@@ -32,7 +33,6 @@ from endprompt_megatron.jobs import preflight
 from endprompt_megatron.jobs.dry_run import dry_run
 from endprompt_megatron.jobs.evaluate import prepare
 from endprompt_megatron.jobs.plan import cluster_request
-from endprompt_megatron.planning.layout_search import ClusterConfig
 from tests.support.families import FAMILIES, SIZES
 from tests.support.tiny import ROOT, copy_model, edit_config, edit_tensors, load_model
 from tests.support.tools import tool_caller

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from endprompt_megatron.config.probe_rules import LONG_TEXT_TASKS
+from endprompt_megatron.config.schema import ProbesConfig
 from endprompt_megatron.errors import DataError
 from endprompt_megatron.evaluation.probes.long_text import MOST_FACTS, make_long_texts, read_long_texts
 from endprompt_megatron.model import sdpa
@@ -69,8 +71,10 @@ class TestLayout:
         with pytest.raises(DataError, match="more than half"):
             _texts(encode, length=600, facts={"word": 20})
 
-    def test_the_rules_of_the_config_know_how_many_facts_can_be_written(self):
-        assert {task: most for task, (_, most) in LONG_TEXT_TASKS.items()} == MOST_FACTS
+    def test_the_ranges_of_the_config_end_at_the_number_of_facts_that_can_be_written(self):
+        hints = get_type_hints(ProbesConfig, include_extras=True)
+        assert set(LONG_TEXT_TASKS) == set(MOST_FACTS)
+        assert {task: hints[f"planted_{task}s"].__metadata__[0].most for task in LONG_TEXT_TASKS} == MOST_FACTS
 
 
 @pytest.fixture(scope="module")

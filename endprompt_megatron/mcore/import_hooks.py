@@ -5,7 +5,8 @@
   core/utils.py, core/extensions/transformer_engine.py). Remove this correction when upstream catches these errors too.
 - Fused functions are compiled when they are first called. Upstream decorates them with torch.compile, which imports TorchDynamo and
   Inductor. These imports take almost half of the import time of every process, even if the process never calls a fused function
-  (megatron-core 0.16-0.19: core/jit.py). Remove this correction when upstream defers the compilation.
+  (megatron-core 0.16-0.19: core/jit.py; 0.19: core/transformer/moe/router.py too). Remove this correction when upstream defers the
+  compilation.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from importlib.abc import Loader, MetaPathFinder
 from types import ModuleType
 from typing import Any
 
+from endprompt_megatron.mcore.patching import replaced
+
 _TRANSFORMER_ENGINE = "transformer_engine"
-_JIT = "megatron.core.jit"
+_COMPILING = ("megatron.core.jit", "megatron.core.transformer.moe.router")  # modules that call torch.compile when they are imported
 
 
 def install_import_hooks() -> None:
@@ -29,9 +32,15 @@ def install_import_hooks() -> None:
         sys.meta_path.insert(0, _Finder())
 
 
-def compiled_at_first_call(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a function like torch.compile, but compile it when it is first called. While torch compiles a caller, the call runs the
-    undecorated function, so that the compiler traces into it."""
+def compiled_at_first_call(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+    """Decorator: as torch.compile, but compiles when the function is first called. Inside another compiled function it is traced into.
+
+    Args:
+        function: the function to compile; None returns a decorator with these options.
+        options: options of torch.compile.
+    """
+    if function is None:
+        return functools.partial(compiled_at_first_call, **options)
     import torch
 
     compiled: Callable[..., Any] | None = None
@@ -42,7 +51,7 @@ def compiled_at_first_call(function: Callable[..., Any]) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
         if compiled is None:
-            compiled = torch.compile(function)
+            compiled = torch.compile(function, **options)
         return compiled(*args, **kwargs)
 
     return call
@@ -50,8 +59,8 @@ def compiled_at_first_call(function: Callable[..., Any]) -> Callable[..., Any]:
 
 class _Finder(MetaPathFinder):
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
-        """Find transformer_engine or megatron.core.jit as Python does, and wrap its loader. Return None for all other modules."""
-        if name not in (_TRANSFORMER_ENGINE, _JIT):
+        """Find one of these modules as Python does, and wrap its loader. Return None for all other modules."""
+        if name != _TRANSFORMER_ENGINE and name not in _COMPILING:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
@@ -84,10 +93,9 @@ class _BrokenAsMissingLoader(_WrappedLoader):
 
 
 class _DeferringLoader(_WrappedLoader):
-    def exec_module(self, module: Any) -> None:
-        """Execute the module with the original loader, and replace its `jit_fuser` if that is torch.compile."""
+    def exec_module(self, module: ModuleType) -> None:
+        """Same as the module's loader, but torch.compile defers the compilation while the module is executed."""
         import torch
 
-        self._loader.exec_module(module)
-        if module.jit_fuser is torch.compile:
-            module.jit_fuser = compiled_at_first_call
+        with replaced(torch, "compile", compiled_at_first_call):
+            self._loader.exec_module(module)

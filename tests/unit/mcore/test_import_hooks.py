@@ -28,7 +28,7 @@ def test_importing_megatron_core_does_not_import_the_compiler():
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the functions that torch.compile is called with; each is returned as it is."""
     names: list[str] = []
-    monkeypatch.setattr(torch, "compile", lambda function: names.append(function.__name__) or function)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: names.append(function.__name__) or function)
     return names
 
 
@@ -46,3 +46,14 @@ def test_inside_a_compiled_function_it_is_traced(compiled: list[str], monkeypatc
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert compiled_at_first_call(torch.neg)(torch.tensor(3)).item() == -3
     assert compiled == []
+
+
+def test_options_are_those_of_the_compiler(monkeypatch: pytest.MonkeyPatch):
+    seen: list[dict[str, bool]] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: seen.append(options) or function)
+
+    @compiled_at_first_call(dynamic=True)
+    def double(x: int) -> int:
+        return 2 * x
+
+    assert (double(3), seen) == (6, [{"dynamic": True}])

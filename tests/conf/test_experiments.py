@@ -237,10 +237,10 @@ def test_the_methods_of_the_paper_are_all_there():
 @pytest.mark.parametrize("study", sorted(path.stem for path in (ROOT / "conf" / "study").glob("*.yaml")))
 def test_every_study_requests_valid_runs(study, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    asked = to_dataclass(compose(f"+study={study}", config="compare"), StudyConfig)
-    asked.validate(tuple(METHODS))
-    first = {run.label: run for run in reversed(asked.runs())}
-    assert set(first) == set(asked.methods)
+    requested = to_dataclass(compose(f"+study={study}", config="compare"), StudyConfig)
+    requested.validate(tuple(METHODS))
+    first = {run.label: run for run in reversed(requested.runs())}
+    assert set(first) == set(requested.methods)
     for run in first.values():
         resolve(to_run_config(compose(*run.overrides, f"seed={run.seed}")), world_size=1, runs_here=False)
     assert (ROOT / "conf" / "study" / f"{study}.yaml").read_text().count(f"recipes/compare.py +study={study}\n") == 1

@@ -104,7 +104,7 @@ def test_run_that_is_warned_and_later_loses_a_node_ends_as_the_undisturbed_one(c
     job.wait_until(lambda: len(job.records()) >= 2)
     cluster.run("scancel", "--batch", "--signal=USR1", job.number)
     job.wait_until(lambda: "resuming from" in job.told() and len(job.records()) >= STEPS - 3)
-    assert cluster.job(job.number)["Restarts"] == "1" and "stopped as asked (exit status 75)" in job.told(), job.told()
+    assert cluster.job(job.number)["Restarts"] == "1" and "stopped on request (exit status 75)" in job.told(), job.told()
     lost = cluster.nodes_of(job.number)[1]
     cluster.kill_node(lost)
     ended = job.end()

@@ -289,12 +289,15 @@ def provenance(place: Path, base: Path) -> State:
     return State(place / "endprompt.json", lambda damaged: provenance_of(place))
 
 
-def _convert(place: Path) -> None:
+def _convert(place: Path) -> dict[str, str]:
+    """Convert into `place/made`, and return the files of the result, which is removed."""
     with ResumableDirectory(place / "made", {"format": "x"}, sync=False) as output:
         with output.writing("weights") as (path, _):
             path.write_text("weights")
         output.finish()
+    made = {path.name: path.read_text() for path in (place / "made").iterdir()}
     shutil.rmtree(place / "made")
+    return made
 
 
 def conversion(place: Path, base: Path) -> State:
@@ -372,7 +375,8 @@ def test_is_refused_with_its_name_and_the_way_out(tmp_path, tiny_model_dir, name
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "a directory"])
 def test_a_conversion_that_has_written_nothing_begins_anew(tmp_path, kind):
     KINDS[kind](conversion(tmp_path, tmp_path).path)
-    _convert(tmp_path)
+    assert _convert(tmp_path) == {"weights": "weights"}
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_flipped_byte_in_a_result_is_damage(tmp_path):

@@ -217,10 +217,10 @@ SRUN = """#!/bin/bash
 [[ " $* " == *" --label "* ]] || { eval "${PROBE-}"; exit; }
 echo "master $MASTER_ADDR port ${MASTER_PORT-none} rank ${RANK-none}"
 save() { mkdir -p "$OUTPUT/checkpoints"; echo step_0000009 >"$OUTPUT/checkpoints/latest"; }
-trap 'echo passed on; asked=1' USR1
+trap 'echo passed on; received=1' USR1
 eval "$STEP"
 """
-WAIT = "echo waiting; until [[ ${asked-} ]]; do sleep 0.05; done; "
+WAIT = "echo waiting; until [[ ${received-} ]]; do sleep 0.05; done; "
 
 
 class Script:
@@ -280,7 +280,7 @@ def script(tmp_path) -> Script:
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_warning_reaches_the_tasks_and_the_job_goes_back_into_the_queue(script, number):
     _, said, requeued = script.run(WAIT + "save; exit 75", number)
-    assert requeued and f"{number.name} asks to stop" in said and "passed on" in said and "progress 0 at its start, 9 now" in said
+    assert requeued and f"{number.name} requests a stop" in said and "passed on" in said and "progress 0 at its start, 9 now" in said
 
 
 def test_tasks_signalled_by_slurm_alone_are_requeued(script):
@@ -302,7 +302,7 @@ def test_tasks_killed_by_the_warning_while_python_starts_count_as_stopped(script
     ("environment", "reason"),
     [
         ({"SLURM_RESTART_COUNT": "3"}, "was requeued 3 times, and --max-requeues is 3: not again"),
-        ({"STATE": "COMPLETING"}, "ends as Slurm was told (state COMPLETING)"),
+        ({"STATE": "COMPLETING"}, "ends by a decision of Slurm (state COMPLETING)"),
     ],
     ids=["often enough", "cancelled"],
 )
@@ -346,4 +346,4 @@ def test_variables_of_another_launcher_do_not_reach_the_tasks(script):
 
 def test_a_warning_before_the_step_starts_keeps_it_from_starting(script):
     status, said, requeued = script.run("echo trained", signal.SIGUSR1, PROBE="echo waiting; sleep 1")
-    assert (status, requeued) == (75, False) and "trained" not in said and "SIGUSR1 asks to stop" in said
+    assert (status, requeued) == (75, False) and "trained" not in said and "SIGUSR1 requests a stop" in said

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers import GenerationConfig
 
 from endprompt_megatron.checkpoint.hf.transformers_model import check_export_settings
 from endprompt_megatron.errors import CheckpointError
@@ -44,9 +45,14 @@ def test_a_generation_config_of_another_type(tiny_model_dir, tmp_path, content):
 )  # fmt: skip
 def test_generation_configs_that_transformers_reads(tiny_model_dir, tmp_path, content):
     base = copy_model(tiny_model_dir, tmp_path / "base")
-    (base / "generation_config.json").write_text(json.dumps(content))
+    path = base / "generation_config.json"
+    path.write_text(json.dumps(content))
     check(base)
-    (base / "generation_config.json").unlink()
+    read = GenerationConfig.from_pretrained(base)
+    settings = {name: value for name, value in content.items() if name not in ("_from_model_config", "transformers_version")}
+    assert {name: getattr(read, name) for name in settings} == settings
+    assert json.loads(path.read_text()) == content
+    path.unlink()
     check(base)
 
 

@@ -10,7 +10,7 @@ ARGS ?=
 GPU_PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help venv extend doctor test test-all test-nemo test-fast lint bench gpu model clean
+.PHONY: help venv venv-test venv-nemo extend doctor test test-all test-nemo test-fast lint bench gpu model clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,7 +21,7 @@ venv: $(READY) ## make the virtual environment
 
 # the images of docker/ are installed by the same script
 $(READY): pyproject.toml constraints.txt docker/install.sh
-	docker/install.sh --venv $(VENV) --python $(PYTHON) --extras dev,eval
+	PIP_NO_COMPILE=1 docker/install.sh --venv $(VENV) --python $(PYTHON) --extras dev,eval # a third of the packages is never imported
 	touch $@
 
 extend: $(READY) ## the main job on the embedded default: SmolLM2-135M, 8K -> 16K, on a CPU
@@ -39,7 +39,9 @@ $(TRANSFORMERS4)/.ready: $(READY)
 # whole files go to a worker, in the order of the tree: the long ones of distributed/ and integration/ come first and nobody waits for them
 PYTEST := TRANSFORMERS4=$(TRANSFORMERS4) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test: $(READY) $(TRANSFORMERS4)/.ready ## the tests that this machine can run
+venv-test: $(READY) $(TRANSFORMERS4)/.ready ## the environment of make test
+
+test: venv-test ## the tests that this machine can run
 	$(PYTEST) $(TESTS)
 
 test-all: test ## and those that repeat them for every layout, method and moment (CONTRIBUTING.md)
@@ -53,7 +55,9 @@ $(NEMO_VENV)/.ready: pyproject.toml constraints-nemo.txt
 	rm -rf $(NEMO_VENV)/lib/python3.11/site-packages/tests # nemo-toolkit installs its own as a package of that name, which hides ours
 	touch $@
 
-test-nemo: $(NEMO_VENV)/.ready ## the adapter for NeMo, in an environment of its own (2.2 GB)
+venv-nemo: $(NEMO_VENV)/.ready ## the environment of make test-nemo (2.2 GB)
+
+test-nemo: venv-nemo ## the adapter for NeMo, in an environment of its own
 	OMP_NUM_THREADS=1 $(NEMO_VENV)/bin/python -m pytest tests/nemo
 
 test-fast: $(READY) ## unit tests alone
